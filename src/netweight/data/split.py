@@ -1,0 +1,262 @@
+"""From tables to a Dataset: given splits are respected, missing ones are cut from train, and nothing leaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight.data.check import BadRow, write_quarantine
+from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each
+from netweight.data.rows import Dataset, Rows, Sealed
+from netweight.errors import DataError, LabelError, OptionError
+
+# A larger certify split would hardly sharpen the certificate: at 5,000 rows, 1 point and 5 % discordant rows its
+# power is about 0.93, and labelled rows are worth more in train. Dev only ranks candidates.
+CERTIFY_SHARE, CERTIFY_MOST = 0.20, 5_000
+DEV_SHARE, DEV_MOST = 0.15, 4_000
+_BINS = 10  # strata of a score
+
+
+def split(
+    train: Rows,
+    *,
+    dev: Rows | None = None,
+    certify: Rows | None = None,
+    pool: Rows | None = None,
+    kind: Literal["classify", "score"] = "classify",
+    seed: int = 0,
+    quarantine: Path | None = None,
+) -> Dataset:
+    """Train, select, calibrate, certify and pool; no normalised text and no group is in two of the first four.
+
+    - A given `dev` or `certify` is kept; otherwise 20 % of train (at most 5,000 rows) become certify and 15 %
+      (at most 4,000) dev, stratified by label, for scores by deciles. Each label keeps rows in train.
+    - Dev is halved into select and calibrate by hash, stratified too.
+    - Rows of dev that share a text or group with certify are removed; so are rows of train and pool that share one
+      with dev or certify; never rows of certify. `notes` counts them.
+    - Classification: where one text of train has different labels, only the rows of its majority label stay (ties: the
+      label more frequent in train, then the first in the alphabet). The others go to `quarantine`, with row numbers.
+
+    Membership depends on content and seed, not on the order of rows; certify rows are put in an order that depends on
+    content, so that shuffling a file does not make a fresh certify set of it.
+    Raises LabelError (no labels, one label, a label with one row, unknown labels), DataError (too few rows).
+    """
+    if kind not in ("classify", "score"):
+        raise OptionError(f"unknown task {kind!r}; use classify or score.")
+    _require(train, dev, certify, pool)
+    if kind == "classify":
+        strata = _labels(train)
+        minority = _minority(train, strata)
+    else:
+        strata = _bins(train, dev, certify)
+        minority = np.zeros(len(train), bool)
+
+    notes: list[str] = []
+    if dev is not None and certify is not None:
+        dev = _pick(dev, ~_shared(dev, "dev", certify, "certify", notes))
+    leaks = np.zeros(len(train), bool)
+    for name, other in (("certify", certify), ("dev", dev)):
+        if other is not None:
+            leaks |= _shared(train, "train", other, name, notes, but=leaks)
+    train, strata, minority = _pick(train, ~leaks), strata[~leaks], minority[~leaks]
+
+    to_certify, to_dev = _cuts(train, strata, minority, certify is None, dev is None, seed)
+    if certify is None:
+        certify = _pick(train, to_certify)
+        notes.append(f"{_rows(to_certify.sum())} cut from train for certify, stratified, with seed {seed}.")
+    if dev is None:
+        dev = _pick(train, to_dev)
+        notes.append(f"{_rows(to_dev.sum())} cut from train for dev, stratified, with seed {seed}.")
+    rest = ~to_certify & ~to_dev
+    _set_aside(train, rest & minority, quarantine, notes)
+    train = _pick(train, rest & ~minority)
+
+    if pool is not None:
+        leaks = _shared(pool, "pool", certify, "certify", notes)
+        pool = _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+    select, calibrate = _halves(dev, kind, seed)
+    _enough({"train": train, "select": select, "calibrate": calibrate, "certify": certify})
+    if kind == "classify":
+        _known(train, {"dev": dev, "certify": certify})
+    return Dataset(train, select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes))
+
+
+def _require(train: Rows, dev: Rows | None, certify: Rows | None, pool: Rows | None) -> None:
+    for name, rows in (("train", train), ("dev", dev), ("certify", certify), ("pool", pool)):
+        if rows is None:
+            continue
+        if not len(rows):
+            raise DataError(f"{name} has no rows; give a table with rows, or leave it out.")
+        if rows.label is None and name != "pool":
+            raise LabelError(f"{name} has no labels; say which column holds them.")
+        if (rows.pair is None) != (train.pair is None):
+            raise DataError(
+                f"train has {'no' if train.pair is None else 'a'} pair column and {name} differs; align them."
+            )
+
+
+def _labels(train: Rows) -> Ints:
+    """Label numbers in alphabetical order (n,)."""
+    names, numbers, counts = np.unique(np.array(train.label, object), return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise LabelError(
+            f"all {_rows(len(train))} of train have the label {names[0]!r}; classification needs at least 2 labels. "
+            "Is it the right column?"
+        )
+    if single := names[counts < 2].tolist():
+        more = f" and {len(single) - 5:,} more" if len(single) > 5 else ""
+        raise LabelError(
+            f"each label needs at least 2 rows in train; only 1 has {', '.join(map(repr, single[:5]))}{more}. "
+            "Add rows, or merge or remove such labels; for numbers the task is score."
+        )
+    return numbers.astype(np.int64)
+
+
+def _scores(rows: Rows, name: str) -> NDArray[np.float64]:
+    """Labels as numbers (n,)."""
+    values = np.empty(len(rows))
+    for i, label in enumerate(rows.label or ()):
+        try:
+            values[i] = float(label)
+        except ValueError:
+            values[i] = np.nan
+        if not np.isfinite(values[i]):
+            raise LabelError(f"a score must be a finite number; row {rows.number[i]:,} of {name} has {label[:40]!r}.")
+    return values
+
+
+def _bins(train: Rows, dev: Rows | None, certify: Rows | None) -> Ints:
+    """Deciles of the scores of train (n,); those of the other tables are only looked at for being numbers."""
+    values = _scores(train, "train")
+    if values.min() == values.max():
+        raise LabelError(f"all {_rows(len(train))} of train have the score {values[0]:g}; there is nothing to learn.")
+    for name, rows in (("dev", dev), ("certify", certify)):
+        if rows is not None:
+            _scores(rows, name)
+    return _deciles(values)
+
+
+def _deciles(values: NDArray[np.float64]) -> Ints:
+    """The tenth of the distribution in which each value lies (n,)."""
+    return np.searchsorted(np.quantile(values, np.arange(1, _BINS) / _BINS), values).astype(np.int64)
+
+
+def _minority(train: Rows, labels: Ints) -> Bools:
+    """Rows (n,) whose text has another label in most of its rows. DataError where over half of the rows contradict."""
+    width = int(labels.max()) + 1
+    pairs, inverse, counts = np.unique(numbered(train.keys()) * width + labels, return_inverse=True, return_counts=True)
+    text, label = pairs // width, pairs % width
+    order = np.lexsort((label, -np.bincount(labels)[label], -counts, text))
+    winner = np.zeros(len(pairs), bool)
+    winner[order[np.unique(text[order], return_index=True)[1]]] = True
+    several = np.bincount(text)[text] > 1
+    contradicting = int(several[inverse].sum())
+    if 2 * contradicting > len(train):
+        raise DataError(
+            f"{contradicting:,} of {_rows(len(train))} of train have a text that also occurs with another label, for "
+            f"example row {train.number[int(several[inverse].argmax())]:,}. Is the label column the right one?"
+        )
+    return ~winner[inverse]
+
+
+def _shared(rows: Rows, name: str, other: Rows, other_name: str, notes: list[str], but: Bools | None = None) -> Bools:
+    """Rows (n,) whose text or group occurs in `other`, without those already known (`but`); adds a note."""
+    texts = set(other.keys())
+    keys = rows.keys()
+    shared = np.fromiter((key in texts for key in keys), bool, len(keys))
+    what = "text"
+    if rows.group is not None and other.group is not None:
+        groups = set(other.group) - {""}
+        shared |= np.fromiter((group in groups for group in rows.group), bool, len(rows))
+        what = "text or group"
+    if but is not None:
+        shared &= ~but
+    if shared.any():
+        were = "was" if shared.sum() == 1 else "were"
+        first = rows.number[int(shared.argmax())]
+        notes.append(
+            f"{_rows(shared.sum())} of {name} whose {what} occurs in {other_name} {were} removed from {name} "
+            f"(first: row {first:,})."
+        )
+    return shared
+
+
+def _cuts(
+    train: Rows, strata: Ints, minority: Bools, want_certify: bool, want_dev: bool, seed: int
+) -> tuple[Bools, Bools]:
+    """Rows of train (n,) for certify and for dev; none where they are not wanted."""
+    nothing = np.zeros(len(train), bool)
+    if not len(train):
+        return nothing, nothing
+    parts = clusters(train, strata, seed)
+    # Labels that have contradicted rows only cannot be learnt: their rows stay, and are set aside with the minority.
+    lost = minority & ~np.isin(strata, strata[~minority])
+    allowed = ~one_for_each(parts, strata, ~minority)
+    allowed[parts.of[lost]] = False
+    certify = cut(parts, min(CERTIFY_SHARE, CERTIFY_MOST / len(train)), allowed) if want_certify else nothing
+    allowed[parts.of[certify]] = False
+    return certify, cut(parts, min(DEV_SHARE, DEV_MOST / len(train)), allowed) if want_dev else nothing
+
+
+def _halves(dev: Rows, kind: str, seed: int) -> tuple[Rows, Rows]:
+    """select and calibrate."""
+    if not len(dev):
+        return dev, dev
+    strata = numbered(tuple(sorted(set(dev.label or ()))) + (dev.label or ()))[-len(dev) :]
+    parts = clusters(dev, strata if kind == "classify" else _deciles(_scores(dev, "dev")), seed + 1)
+    select = cut(parts, 0.5, np.ones(len(parts.size), bool))
+    return _pick(dev, select), _pick(dev, ~select)
+
+
+def _set_aside(train: Rows, minority: Bools, quarantine: Path | None, notes: list[str]) -> None:
+    bad = []
+    for i in np.flatnonzero(minority).tolist():
+        cells = {"text": train.text[i], "label": (train.label or ())[i]} | (
+            {"pair": train.pair[i]} if train.pair else {}
+        )
+        bad.append(BadRow(train.number[i], "label contradicts that of most rows with the same text", cells))
+    if quarantine is not None:
+        write_quarantine(quarantine, bad)
+    if bad:
+        were = "was" if len(bad) == 1 else "were"
+        notes.append(
+            f"{_rows(len(bad))} of train whose label contradicts that of most rows with the same text {were} set aside "
+            f"(first: row {bad[0].number:,})."
+        )
+
+
+def _known(train: Rows, others: dict[str, Rows]) -> None:
+    labels = set(train.label or ())
+    for name, rows in others.items():
+        unknown = [(label, n) for label, n in zip(rows.label or (), rows.number, strict=True) if label not in labels]
+        if unknown:
+            named = ", ".join(repr(label) for label in list(dict(unknown))[:5])
+            raise LabelError(
+                f"{_rows(len(unknown))} of {name} have labels that train does not have: {named} (first: row "
+                f"{unknown[0][1]:,}). Add such rows to train, or remove them from {name}."
+            )
+
+
+def _enough(parts: dict[str, Rows]) -> None:
+    if any(not len(rows) for rows in parts.values()):
+        sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in parts.items())
+        raise DataError(
+            f"too few rows with different texts (or too few groups) to fill every split: {sizes}. "
+            "Give more rows, or give dev and certify as tables of their own."
+        )
+
+
+def _in_order(rows: Rows) -> Rows:
+    columns = [rows.keys()] + [column for name, column in rows.columns() if name != "number"]
+    return rows.take(sorted(range(len(rows)), key=lambda i: [column[i] for column in columns]))
+
+
+def _pick(rows: Rows, mask: Bools) -> Rows:
+    return rows if mask.all() else rows.take(np.flatnonzero(mask).tolist())
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("" if count == 1 else "s")

@@ -1,0 +1,300 @@
+"""A table is a name, its columns, and an iterator over its records; one class for each place it can be stored in."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
+
+from netweight.data.files import File, arrow, existing, opened_text
+from netweight.data.hub import load_hub
+from netweight.errors import DataError
+
+BROKEN_QUOTES = "quotes are broken"
+WRONG_CELLS = "wrong number of cells"
+NOT_JSON = "not a JSON object"
+CELL_LIMIT = 100_000
+CELL_TOO_LONG = f"cell over {CELL_LIMIT:,} characters"
+# How far to look for the end of a quoted cell that is longer than Python's csv reads (131,072 characters).
+_RECORD_LIMIT = 4_000_000
+_BATCH = 1024
+
+
+class Record(NamedTuple):
+    """One row: its number from 1, its cells, and, where it cannot be read, why (`cells` then holds what was there)."""
+
+    number: int
+    cells: tuple[Any, ...]
+    broken: str = ""
+
+
+class Table(Protocol):
+    """What reading and streaming need. `records` may be called again, except for standard input."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+    @property
+    def schema(self) -> Any: ...  # of pyarrow, where the source has one
+    def records(self) -> Iterator[Record]: ...
+
+
+def open_table(source: str | Path) -> Table:
+    """A file (format by suffix), '-' for lines on standard input, or `hf:NAME[:CONFIG][@SPLIT]` from the Hub.
+
+    Raises DataError for a source that is missing, empty, of another format, or not readable as a whole.
+    """
+    if source == "-":
+        return LinesTable()
+    if isinstance(source, str) and source.startswith("hf:"):
+        return HubTable(source, load_hub(source))
+    file = existing(Path(source))
+    if file.format == "parquet":
+        return _parquet(file)
+    return _jsonl(file) if file.format == "jsonl" else _delimited(file)
+
+
+@dataclass(frozen=True)
+class DelimitedTable:
+    """csv or tsv, read by Python's csv: cells may be quoted and hold line breaks. Blank lines are no rows."""
+
+    file: File
+    columns: tuple[str, ...]
+    schema: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.file.path.name
+
+    def records(self) -> Iterator[Record]:
+        """Broken rows are given as such; reading goes on with the line after their first."""
+        width, number = len(self.columns), 0
+        with opened_text(self.file, newline="") as text:
+            parsed = _parsed(text, _delimiter(self.file))
+            next(_filled(parsed))
+            for cells, broken in parsed if width == 1 else _filled(parsed):
+                number += 1
+                if not broken and len(cells) != width and (width > 1 or cells):
+                    broken = WRONG_CELLS
+                yield Record(number, tuple(cells or [""]), broken)
+
+
+@dataclass(frozen=True)
+class JsonTable:
+    """One JSON object a line; a key that an object lacks reads as None. Blank lines are no rows."""
+
+    file: File
+    columns: tuple[str, ...]
+    schema: Any = None
+
+    @property
+    def name(self) -> str:
+        return self.file.path.name
+
+    def records(self) -> Iterator[Record]:
+        for number, (line, row) in enumerate(_objects(self.file), 1):
+            if row is None:
+                yield Record(number, (line.rstrip("\r\n"),), NOT_JSON)
+            else:
+                yield Record(number, tuple([row.get(column) for column in self.columns]))
+
+
+@dataclass(frozen=True)
+class LinesTable:
+    """Lines of plain text on standard input, as the column `text`; a blank line is a row, so that outputs line up."""
+
+    name: str = "standard input"
+    columns: tuple[str, ...] = ("text",)
+    schema: Any = None
+
+    def records(self) -> Iterator[Record]:
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"line {number} of standard input is not UTF-8 at its byte {error.start}; "
+                    "pipe it through iconv -t utf-8 -f ENCODING first."
+                ) from None
+            yield Record(number, (text,))
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """A parquet file, a batch of rows at a time."""
+
+    file: File
+    schema: Any
+
+    @property
+    def name(self) -> str:
+        return self.file.path.name
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.schema.names)
+
+    def records(self) -> Iterator[Record]:
+        pa, parquet = arrow("reading parquet")
+        number = 0
+        try:
+            with parquet.ParquetFile(self.file.path) as stored:
+                for batch in stored.iter_batches(_BATCH):
+                    for cells in zip(*[column.to_pylist() for column in batch.columns], strict=True):
+                        number += 1
+                        yield Record(number, cells)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.name} is damaged after row {number:,}: {error}. Write or copy it again.") from None
+
+
+@dataclass(frozen=True)
+class HubTable:
+    """A dataset of the Hugging Face Hub; class numbers are given as the names that the dataset has for them."""
+
+    name: str
+    rows: Any
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.rows.column_names)
+
+    @property
+    def schema(self) -> Any:
+        return None
+
+    def records(self) -> Iterator[Record]:
+        features = [self.rows.features[column] for column in self.columns]
+        names = [getattr(feature, "names", None) for feature in features]
+        number = 0
+        for batch in self.rows.iter(_BATCH):
+            columns = [_named(batch[c], n) for c, n in zip(self.columns, names, strict=True)]
+            for cells in zip(*columns, strict=True):
+                number += 1
+                yield Record(number, cells)
+
+
+def _named(values: list[Any], names: list[str] | None) -> list[Any]:
+    """Class names for class numbers; the Hub marks an unlabelled row with -1."""
+    return values if names is None else [None if v is None or v < 0 else names[v] for v in values]
+
+
+def _parquet(file: File) -> ParquetTable:
+    pa, parquet = arrow("reading parquet")
+    try:
+        schema = parquet.read_schema(file.path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file.path.name} is not a parquet file, or is damaged: {error}.") from None
+    _distinct(schema.names, file.path.name)
+    return ParquetTable(file, schema)
+
+
+def _delimited(file: File) -> DelimitedTable:
+    name = file.path.name
+    with opened_text(file, newline="") as text:
+        header, broken = next(_filled(_parsed(text, _delimiter(file))), ([], ""))
+    if broken:
+        raise DataError(f"the first line of {name} must name the columns, but its {broken}: {header[0][:80]!r}.")
+    if not header:
+        raise DataError(f"{name} is empty; its first line must name the columns.")
+    _distinct(header, name)
+    return DelimitedTable(file, tuple(header))
+
+
+def _jsonl(file: File) -> JsonTable:
+    # A key may turn up in any line, so they are all read once before the first row is handed out.
+    columns: dict[str, None] = {}
+    first = None
+    for line, row in _objects(file):
+        first = first or line
+        columns.update(dict.fromkeys(row or ()))
+    if first is None:
+        raise DataError(f"{file.path.name} is empty; each line must be a JSON object.")
+    if not columns:
+        raise DataError(f"no line of {file.path.name} is a JSON object with columns; it begins {first[:60]!r}.")
+    return JsonTable(file, tuple(columns))
+
+
+def _objects(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
+    with opened_text(file, newline="\n") as text:
+        for line in text:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield line, row if isinstance(row, dict) else None
+
+
+def _distinct(names: Iterable[str], table: str) -> None:
+    seen = list(names)
+    twice = sorted({name for name in seen if seen.count(name) > 1})
+    if twice:
+        raise DataError(f"{table} has more than one column named {', '.join(map(repr, twice))}; rename them.")
+
+
+def _delimiter(file: File) -> str:
+    return "\t" if file.format == "tsv" else ","
+
+
+def _filled(parsed: Iterator[tuple[list[str], str]]) -> Iterator[tuple[list[str], str]]:
+    """Without blank lines."""
+    return ((cells, broken) for cells, broken in parsed if broken or (cells and cells != [""]))
+
+
+class _Lines:
+    """The lines of a text, of which some can be given back."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text, self._back = text, deque[str]()
+        self.taken: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._back.popleft() if self._back else next(self._text)
+        self.taken.append(line)
+        return line
+
+    def keep(self, count: int) -> str:
+        """The first `count` lines taken; the others are given back."""
+        self._back.extendleft(reversed(self.taken[count:]))
+        kept = "".join(self.taken[:count])
+        self.taken = []
+        return kept
+
+    def close_quote(self) -> bool:
+        """Take lines until quotes are balanced; False where that does not happen within `_RECORD_LIMIT`."""
+        quotes, size = sum(line.count('"') for line in self.taken), sum(map(len, self.taken))
+        while quotes % 2 and size < _RECORD_LIMIT:
+            line = next(self, None)
+            if line is None:
+                return False
+            quotes, size = quotes + line.count('"'), size + len(line)
+        return quotes % 2 == 0
+
+
+def _parsed(text: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
+    """The cells of each record and "", or its raw text and why it cannot be read.
+
+    A quote that is never closed would swallow all rows up to the next quote, so only its first line is given up.
+    """
+    lines = _Lines(text)
+    while True:
+        try:
+            for cells in csv.reader(lines, delimiter=delimiter, strict=True):
+                yield cells, ""
+                lines.taken.clear()
+            return
+        except csv.Error as error:
+            if "field limit" in str(error) and lines.close_quote():
+                yield [lines.keep(len(lines.taken)).rstrip("\r\n")], CELL_TOO_LONG
+            else:
+                yield [lines.keep(1).rstrip("\r\n")], BROKEN_QUOTES

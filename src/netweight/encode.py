@@ -1,0 +1,140 @@
+"""Text to token ids, for training and serving alike. Needs numpy and `tokenizers` only.
+
+One `TextEncoder` belongs to a model for life. Its tokenizer is configured once and never touched again, so
+threads may share it (changing truncation or padding while another thread encodes raises "Already borrowed").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from netweight.errors import ModelError, OptionError
+
+# Characters read per token of `max_length`: bounds the work that one huge text can cause. No word piece of the
+# texts we measured needs half as many on average.
+_CHARACTERS_PER_TOKEN = 16
+
+Int32 = NDArray[np.int32]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ragged token ids of n rows: row i is `ids[offsets[i]:offsets[i + 1]]`. `types` marks a pair's second text."""
+
+    ids: Int32
+    types: NDArray[np.uint8]
+    offsets: Index
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @cached_property
+    def lengths(self) -> Index:
+        """Tokens of each row (n,)."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: Index) -> Tokens:
+        """The chosen rows, in the order given."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        where = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Tokens(self.ids[where], self.types[where], offsets)
+
+    def padded(self, rows: Index, pad: int) -> tuple[Int32, Int32, Int32]:
+        """Ids, attention mask and token types of the chosen rows, each (len(rows), longest of them)."""
+        lengths = self.lengths[rows]
+        mask = np.arange(max(1, int(lengths.max(initial=0)))) < lengths[:, None]
+        ids = np.full(mask.shape, pad, np.int32)
+        types = np.zeros(mask.shape, np.int32)
+        if len(rows):
+            flat = self.take(rows)
+            ids[mask], types[mask] = flat.ids, flat.types
+        return ids, mask.astype(np.int32), types
+
+    def buckets(self, size: int) -> Iterator[Index]:
+        """Row numbers in batches of at most `size`, sorted by length so that little is padded."""
+        order = np.argsort(self.lengths, kind="stable")
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+
+class TextEncoder:
+    """Tokenizer, truncation and padding token of one model.
+
+    Args:
+        definition: the text of a `tokenizer.json` file.
+        max_length: tokens kept per row, special tokens included.
+        pad: id that fills short rows; masked, so its value changes no result.
+    """
+
+    def __init__(self, definition: str, max_length: int = 128, pad: int | None = None) -> None:
+        if not 4 <= max_length <= 8192:
+            raise OptionError(f"max_length is {max_length}; use 4 to 8192 tokens.")
+        try:
+            self._tokenizer = Tokenizer.from_str(definition)
+        except Exception as problem:
+            raise ModelError(f"the tokenizer definition cannot be read: {problem}") from problem
+        self.definition = definition
+        self.max_length = max_length
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        # Vocabularies may have holes, so count by the largest id.
+        self.vocabulary: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.pad: int = pad if pad is not None else self._find_pad()
+
+    def _find_pad(self) -> int:
+        for name in ("[PAD]", "<pad>", "<|endoftext|>", "</s>"):
+            found = self._tokenizer.token_to_id(name)
+            if found is not None:
+                return int(found)
+        return 0
+
+    @cached_property
+    def specials(self) -> tuple[int, ...]:
+        """Ids that the tokenizer adds around every text ([CLS], [SEP])."""
+        return tuple(self._tokenizer.encode("").ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that changes the ids."""
+        return hashlib.sha256(json.dumps([self.definition, self.max_length, self.pad]).encode()).hexdigest()
+
+    def tokens(self) -> list[str]:
+        """Every token's text, by id; holes are empty."""
+        names = [""] * self.vocabulary
+        for name, i in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            names[i] = name
+        return names
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
+        """Token ids of the texts, or of (text, pair) rows. Raises OptionError for anything but strings."""
+        limit = self.max_length * _CHARACTERS_PER_TOKEN
+        if isinstance(texts, str):
+            raise OptionError("texts is one string; pass a list of strings.")
+        try:
+            rows: list[Any] = [text[:limit] for text in texts]
+            if pairs is not None:
+                rows = list(zip(rows, (text[:limit] for text in pairs), strict=True))
+            found = self._tokenizer.encode_batch_fast(rows)
+        except (TypeError, ValueError, UnicodeEncodeError) as problem:
+            raise OptionError(f"texts must be strings of valid Unicode, one pair text for each: {problem}") from problem
+        ids = [row.ids for row in found]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
+        if pairs is None:
+            types = np.zeros(len(flat), np.uint8)
+        else:
+            types = np.fromiter(chain.from_iterable(row.type_ids for row in found), np.uint8, len(flat))
+        return Tokens(flat, types, offsets)

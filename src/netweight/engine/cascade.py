@@ -1,0 +1,101 @@
+"""An artifact in memory: tiers from cheap to strong, each row answered by the first tier that is sure enough."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from netweight import artifact
+from netweight.artifact import Manifest, Tier
+from netweight.encode import TextEncoder, Tokens
+from netweight.engine.base import Outputs, TierEngine
+from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
+from netweight.engine.static import StaticEngine
+from netweight.errors import ArtifactError, OptionError
+from netweight.task import Prediction, ScorePrediction, Task
+
+# Rows a tier takes at a time. Larger batches pad more and leave the cache.
+_BATCH = {"static": 128, "onnx": 32, "openvino": 32}
+
+
+class Engine:
+    """Runs one artifact. Threads may share it.
+
+    Labels do not depend on batch size, order or padding: static tiers add up each row by itself, and quantized
+    tiers use fixed ranges.
+    """
+
+    def __init__(self, task: Task, encoder: TextEncoder, tiers: Sequence[tuple[Tier, TierEngine]], name: str) -> None:
+        if not tiers:
+            raise ArtifactError(f"{name} has no tier; it cannot answer.")
+        self.task, self.encoder, self.name = task, encoder, name
+        self.tiers = tuple(tier for tier, _ in tiers)
+        self._engines = [engine for _, engine in tiers]
+        self.version = ""
+
+    def predict(
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch: int | None = None
+    ) -> list[Prediction] | list[ScorePrediction]:
+        """One prediction a text, in order. `batch` bounds how many rows a tier takes at a time."""
+        if batch is not None and batch < 1:
+            raise OptionError(f"batch is {batch}; use 1 or more.")
+        out = self.run(self.encoder.encode(texts, pairs), batch)
+        names = [tier.name for tier in self.tiers]
+        return self.task.predictions(out.logits, out.confidence, [names[i] for i in out.tier.tolist()])
+
+    def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
+        """Logits, confidence and tier of encoded rows."""
+        n = len(tokens)
+        logits = np.zeros((n, self.task.outputs), np.float32)
+        confidence, answered = np.zeros(n), np.zeros(n, np.int64)
+        open_rows = np.arange(n)
+        for i, (tier, engine) in enumerate(zip(self.tiers, self._engines, strict=True)):
+            if not len(open_rows):
+                break
+            part = tokens if len(open_rows) == n else tokens.take(open_rows)
+            found = engine.logits(part, batch or _BATCH[tier.engine])
+            sure = self.task.confidence(found, tier.temperature)
+            logits[open_rows], confidence[open_rows], answered[open_rows] = found, sure, i
+            open_rows = open_rows[sure < tier.threshold]
+        return Outputs(logits, confidence, answered)
+
+    def health(self) -> bool:
+        """Whether it answers."""
+        return len(self.predict(["ok"])) == 1
+
+
+def load(folder: str | Path, threads: int | None = None) -> Engine:
+    """An artifact, every file verified, ready to answer.
+
+    `threads` for transformer tiers (default: the cores of this process). A tier chosen for OpenVINO runs on
+    ONNX Runtime, with the same labels, where OpenVINO is not installed.
+    Raises ArtifactError or CorruptArtifact.
+    """
+    path = Path(folder)
+    manifest = artifact.read_manifest(path)
+    count = threads or len(os.sched_getaffinity(0))
+    definition = artifact.read_file(path, manifest, artifact.TOKENIZER).decode()
+    encoder = TextEncoder(definition, manifest.max_length, manifest.pad)
+    tiers = [(tier, _tier(path, manifest, tier, count)) for tier in manifest.tiers]
+    engine = Engine(manifest.task, encoder, tiers, path.name)
+    engine.version = manifest.digest[:12]
+    return engine
+
+
+def _tier(path: Path, manifest: Manifest, tier: Tier, threads: int) -> TierEngine:
+    return tier_engine(tier, artifact.read_file(path, manifest, tier.file), manifest.pad, threads)
+
+
+def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
+    """The engine that runs a tier's file."""
+    if tier.engine == "static":
+        return StaticEngine(data, tier.options)
+    if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
+        return OpenvinoEngine(data, pad, threads)
+    if tier.engine in ("onnx", "openvino"):
+        return OnnxEngine(data, pad, threads)
+    raise ArtifactError(f"tier {tier.name!r} wants engine {tier.engine!r}; this version has static, onnx and openvino.")

@@ -1,0 +1,64 @@
+"""Transformer tiers: ONNX Runtime, or OpenVINO reading the same file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight.encode import Tokens
+from netweight.errors import MissingExtra
+
+
+class OnnxEngine:
+    """ONNX Runtime on the CPU."""
+
+    def __init__(self, data: bytes, pad: int, threads: int) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle workers that spin would steal the core that tokenizes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        self._takes = {i.name for i in self._session.get_inputs()}
+        self._pad = pad
+        self._width = self._session.get_outputs()[0].shape[-1]
+
+    def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
+        out = np.zeros((len(tokens), self._width), np.float32)
+        for rows in tokens.buckets(batch):
+            given = dict(zip(("ids", "mask", "types"), tokens.padded(rows, self._pad), strict=True))
+            out[rows] = self._session.run(None, {k: v for k, v in given.items() if k in self._takes})[0]
+        return out
+
+
+class OpenvinoEngine:
+    """OpenVINO on the CPU, in fp32 around the int8 layers."""
+
+    def __init__(self, data: bytes, pad: int, threads: int) -> None:
+        try:
+            import openvino as ov
+        except ImportError:
+            raise MissingExtra("this artifact's encoder tier on OpenVINO", "openvino") from None
+        core = ov.Core()
+        # bf16 would be chosen on some processors, and would change labels with the batch.
+        hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        model = core.read_model(data)
+        self._compiled: Any = core.compile_model(model, "CPU", hints)
+        self._takes = {i.any_name for i in self._compiled.inputs}
+        self._pad = pad
+        self._width = self._compiled.output(0).partial_shape[-1].get_length()
+
+    def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
+        # An infer request is not shared between threads; making one is cheap beside running it.
+        request = self._compiled.create_infer_request()
+        out = np.zeros((len(tokens), self._width), np.float32)
+        for rows in tokens.buckets(batch):
+            given = dict(zip(("ids", "mask", "types"), tokens.padded(rows, self._pad), strict=True))
+            result = request.infer({k: v for k, v in given.items() if k in self._takes})
+            out[rows] = result[self._compiled.output(0)]
+        return out

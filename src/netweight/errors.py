@@ -1,0 +1,82 @@
+"""Every error that Netweight raises on purpose.
+
+    NetweightError
+    ├── DataError              the rows cannot be used
+    │   ├── ColumnError        a column is missing
+    │   └── LabelError         labels do not fit the task
+    ├── OptionError            an option is not allowed, or does not apply here
+    ├── ModelError             a base model cannot be loaded, or is not supported
+    ├── ArtifactError          a folder is not an artifact that this version reads
+    │   └── CorruptArtifact    a file differs from its recorded hash
+    ├── StoreError             a run store belongs to another job, or is damaged
+    ├── CertificateError       a certificate cannot be made or does not hold
+    └── MissingExtra           an optional dependency is not installed
+
+Each text says what came, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class NetweightError(Exception):
+    """Base of all errors below; catch this to catch them all."""
+
+
+class DataError(NetweightError, ValueError):
+    """The rows cannot be used as they are."""
+
+
+class ColumnError(DataError):
+    """A column that was asked for is not in the table."""
+
+    def __init__(self, wanted: str, present: Iterable[str], source: str) -> None:
+        columns = list(present)
+        super().__init__(
+            f"{source} has no column {wanted!r}; its columns are: {', '.join(columns) or '(none)'}."
+            f"{did_you_mean(wanted, columns)}"
+        )
+
+
+class LabelError(DataError):
+    """The labels do not fit the task."""
+
+
+class OptionError(NetweightError, ValueError):
+    """An option has a value that is not allowed, or does not apply."""
+
+
+class ModelError(NetweightError):
+    """A base model cannot be loaded, or its architecture is not supported."""
+
+
+class ArtifactError(NetweightError):
+    """A folder is not an artifact that this version can read."""
+
+
+class CorruptArtifact(ArtifactError):
+    """A file of an artifact is missing, or differs from its recorded hash."""
+
+
+class StoreError(NetweightError):
+    """A run store belongs to another job, or is damaged."""
+
+
+class CertificateError(NetweightError):
+    """A certificate cannot be made from these rows, or does not hold."""
+
+
+class MissingExtra(NetweightError, ImportError):
+    """An optional dependency is not installed; the text has the pip command."""
+
+    def __init__(self, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs an extra: pip install 'netweight[{extra}]'")
+
+
+def did_you_mean(wanted: str, allowed: Iterable[str]) -> str:
+    """A sentence that suggests the closest allowed name, or nothing."""
+    folded = {name.casefold(): name for name in allowed}
+    close = get_close_matches(wanted.casefold(), folded, n=1, cutoff=0.5)
+    return f" Did you mean {folded[close[0]]!r}?" if close else ""

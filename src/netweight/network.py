@@ -1,0 +1,184 @@
+"""The networks that techniques edit: torch modules `(ids, mask, types) -> (n, outputs)` logits.
+
+Each one describes itself in a plain `spec`, so that it can be rebuilt without pickle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from netweight.errors import ModelError
+from netweight.features import BIGRAM_A, BIGRAM_B
+
+Pooling = Literal["mean", "first", "last"]
+
+
+class Network(nn.Module):
+    """What every network offers beyond `forward`."""
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        """Logits (n, outputs) of padded token ids, attention mask and token types, each (n, length)."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Plain values from which `build` makes the same architecture."""
+        raise NotImplementedError
+
+
+class Transformer(Network):
+    """A pretrained backbone, pooling over tokens, and a linear head."""
+
+    def __init__(self, backbone: nn.Module, outputs: int, pooling: Pooling) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pooling = pooling
+        self.config = cast(Any, backbone).config
+        self._takes_types = bool(getattr(self.config, "type_vocab_size", 0))
+        self.head = nn.Linear(self.config.hidden_size, outputs)
+
+    def features(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        """Pooled hidden states (n, hidden)."""
+        kinds = {"token_type_ids": types.long()} if self._takes_types else {}
+        hidden: Tensor = self.backbone(input_ids=ids.long(), attention_mask=mask.long(), **kinds).last_hidden_state
+        if self.pooling == "first":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            last = mask.long().sum(dim=1) - 1
+            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+        weight = mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.features(ids, mask, types)))
+
+    def layers(self) -> nn.ModuleList:
+        """The stack of transformer layers. Raises ModelError where it is not one plain list."""
+        depth = self.config.num_hidden_layers
+        found = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not found:
+            raise ModelError(f"{self.config.model_type} keeps its {depth} layers in no single list; it cannot be cut.")
+        return found[0]
+
+    def spec(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        return {
+            "network": "transformer",
+            "config": config,
+            "pooling": self.pooling,
+            "outputs": self.head.out_features,
+        }
+
+
+class Static(Network):
+    """A student without attention: a weighted mean of per-feature vectors, then a small head.
+
+    Features of a text are its tokens and, hashed into `buckets` rows, its pairs of adjacent tokens.
+    With `segments` (text pairs) each text is pooled by itself and the head sees [u, v, |u - v|, u * v].
+
+    Shapes: table (vocabulary + buckets, width), weight (vocabulary + buckets,).
+    """
+
+    def __init__(
+        self, vocabulary: int, buckets: int, width: int, outputs: int, hidden: int = 0, segments: bool = False
+    ) -> None:
+        super().__init__()
+        self.vocabulary, self.buckets, self.width = vocabulary, buckets, width
+        self.hidden, self.segments = hidden, segments
+        self.table = nn.Parameter(torch.zeros(vocabulary + buckets, width))
+        self.weight = nn.Parameter(torch.zeros(vocabulary + buckets))
+        pooled = 4 * width if segments else width
+        if hidden:
+            self.head = nn.Sequential(nn.Linear(pooled, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+        else:
+            self.head = nn.Sequential(nn.Linear(pooled, outputs))
+
+    def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Weighted mean of the features' vectors (n, width); bigrams add to the sum but not to the norm."""
+        ids, mask = ids.long(), mask.to(self.table.dtype)
+        weight = self.weight[ids].exp() * mask
+        total = torch.einsum("nl,nld->nd", weight, self.table[ids])
+        if self.buckets:
+            pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
+            paired = self.weight[pairs].exp() * mask[:, :-1] * mask[:, 1:]
+            total = total + torch.einsum("nl,nld->nd", paired, self.table[pairs])
+        return total / weight.sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        if not self.segments:
+            return cast(Tensor, self.head(self.pool(ids, mask)))
+        u, v = self.pool(ids, mask * (types == 0)), self.pool(ids, mask * (types == 1))
+        return cast(Tensor, self.head(torch.cat([u, v, (u - v).abs(), u * v], dim=1)))
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "network": "static",
+            "vocabulary": self.vocabulary,
+            "buckets": self.buckets,
+            "width": self.width,
+            "outputs": cast(nn.Linear, self.head[-1]).out_features,
+            "hidden": self.hidden,
+            "segments": self.segments,
+        }
+
+
+class Linear(Network):
+    """The floor: TF-IDF over tokens and hashed bigrams, L2-normalised, times one matrix.
+
+    Shapes: table (vocabulary + buckets, outputs), weight (vocabulary + buckets,) holding the idf.
+    """
+
+    def __init__(self, vocabulary: int, buckets: int, outputs: int) -> None:
+        super().__init__()
+        self.vocabulary, self.buckets = vocabulary, buckets
+        self.table = nn.Parameter(torch.zeros(vocabulary + buckets, outputs))
+        self.weight = nn.Parameter(torch.zeros(vocabulary + buckets), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        ids, mask = ids.long(), mask.to(self.table.dtype)
+        pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
+        features = torch.cat([ids, pairs], dim=1)
+        present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        idf = self.weight[features] * present
+        total = torch.einsum("nl,nld->nd", idf, self.table[features])
+        return total / idf.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-6) + self.bias
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "network": "linear",
+            "vocabulary": self.vocabulary,
+            "buckets": self.buckets,
+            "outputs": self.table.shape[1],
+        }
+
+
+def build(spec: dict[str, Any]) -> Network:
+    """An uninitialised network of a stored spec. Raises ModelError for a kind this version does not know."""
+    options = {name: value for name, value in spec.items() if name != "network"}
+    if spec.get("network") == "static":
+        return Static(**options)
+    if spec.get("network") == "linear":
+        return Linear(**options)
+    if spec.get("network") == "transformer":
+        config = dict(options["config"])
+        return Transformer(
+            AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config)),
+            options["outputs"],
+            options["pooling"],
+        )
+    raise ModelError(f"unknown network {spec.get('network')!r}; this version knows transformer, static and linear.")
+
+
+def tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, detached and contiguous."""
+    return {name: value.detach().contiguous() for name, value in network.state_dict().items()}
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of parameters."""
+    return int(np.sum([p.numel() for p in network.parameters()]))

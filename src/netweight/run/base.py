@@ -1,0 +1,51 @@
+"""What a technique may ask of a run: two methods."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from netweight.loss import Batch, Loss
+from netweight.model import Model
+from netweight.network import Network
+from netweight.train import Plan
+
+
+class Statistic(Protocol):
+    """Something added up over rows: Fisher information, calibration ranges, token counts.
+
+    `combine` says how the parts of two batches (or of two machines) become one.
+    """
+
+    @property
+    def combine(self) -> Literal["sum", "max"]: ...
+
+    def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]: ...
+
+
+class Run(Protocol):
+    """Where rows live and computation on them happens."""
+
+    def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
+        """A trained copy of `model`; parameters that do not require gradients stay as they are."""
+        ...
+
+    def reduce(self, model: Model, statistic: Statistic, limit: int | None = None) -> dict[str, Tensor]:
+        """The statistic over the training rows, or over `limit` of them."""
+        ...
+
+
+def merge(statistic: Statistic, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Combine the parts in the order given, so that the result does not depend on timing."""
+    total: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            if name not in total:
+                total[name] = value.clone()
+            elif statistic.combine == "sum":
+                total[name] += value
+            else:
+                total[name] = torch.maximum(total[name], value)
+    return total

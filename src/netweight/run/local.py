@@ -1,0 +1,167 @@
+"""One process that owns all rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from netweight.data import Dataset, Rows, concat
+from netweight.encode import TextEncoder, Tokens
+from netweight.loss import Batch, Loss
+from netweight.model import Model
+from netweight.run.base import Statistic, merge
+from netweight.task import Classify
+from netweight.train import Plan, fit, fit_digest
+
+_CHUNK = 64
+
+
+class Local:
+    """Trains and adds up in this process.
+
+    Args:
+        data: train rows (labelled) and pool (not); `select` serves early stopping.
+        folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
+    """
+
+    def __init__(self, data: Dataset, folder: Path | None = None) -> None:
+        self.data = data
+        self.folder = folder
+        self._tokens: dict[tuple[str, bool], Tokens] = {}
+
+    def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
+        """A trained copy of `model`."""
+        new = model.copy()
+        frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
+        teachers = tuple(self.outputs(teacher, loss.unlabelled) for teacher in loss.teachers)
+        source = _Source(self._encoded(model.encoder, loss.unlabelled), self._rows(loss.unlabelled), model, teachers)
+        digest = fit_digest(
+            {
+                "model": model.digest,
+                "loss": repr(loss),
+                "teachers": [t.digest for t in loss.teachers],
+                "plan": plan.describe(),
+                "frozen": frozen,
+                "data": self.data.fingerprint,
+            }
+        )
+        checkpoint = (self.folder / f"fit-{digest[:16]}.safetensors", digest) if self.folder else None
+        fit(new.network, source, loss, plan, evaluate=lambda: self.quality(new), checkpoint=checkpoint, label=label)
+        return new
+
+    def reduce(self, model: Model, statistic: Statistic, limit: int | None = None) -> dict[str, Tensor]:
+        """The statistic over the training rows (over `limit` of them, evenly spaced)."""
+        source = _Source(self._encoded(model.encoder, False), self.data.train, model, ())
+        n = len(source)
+        chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).astype(np.int64)
+        chosen = chosen[np.argsort(source.tokens.lengths[chosen], kind="stable")]
+        rng = np.random.default_rng(0)
+        parts: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for start in range(0, len(chosen), _CHUNK):
+                part = statistic(model.network, source.batch(chosen[start : start + _CHUNK], rng, 0.0))
+                parts = merge(statistic, [parts, part])
+        return parts
+
+    def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
+        """Logits of the training rows (and of the pool behind them), computed once per content of the model."""
+        kept = None
+        if self.folder:
+            rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled})
+            kept = self.folder / f"outputs-{rows[:16]}.safetensors"
+            if kept.exists():
+                return load_file(kept)["logits"]
+        logits = logits_of(model, self._encoded(model.encoder, unlabelled))
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            new = kept.with_suffix(".new")
+            save_file({"logits": logits}, new)
+            new.replace(kept)
+        return logits
+
+    def quality(self, model: Model) -> float:
+        """The task's metric on the select rows."""
+        rows = self.data.select
+        logits = logits_of(model, model.encoder.encode(rows.text, rows.pair)).numpy()
+        return float(model.task.quality(model.task.outcomes(logits, model.task.targets(rows.label or ()))))
+
+    def _rows(self, unlabelled: bool) -> Rows:
+        return _with_pool(self.data) if unlabelled else self.data.train
+
+    def _encoded(self, encoder: TextEncoder, unlabelled: bool) -> Tokens:
+        key = (encoder.fingerprint, unlabelled)
+        if key not in self._tokens:
+            rows = self._rows(unlabelled)
+            self._tokens[key] = encoder.encode(rows.text, rows.pair)
+        return self._tokens[key]
+
+
+def logits_of(model: Model, tokens: Tokens) -> Tensor:
+    """Outputs (n, outputs) of a model in fp32, batched by length, in order."""
+    out = torch.zeros(len(tokens), model.task.outputs)
+    model.network.eval()
+    with torch.no_grad():
+        for rows in tokens.buckets(_CHUNK):
+            out[torch.from_numpy(rows)] = model.network(*map(torch.from_numpy, tokens.padded(rows, model.encoder.pad)))
+    return out
+
+
+def _with_pool(data: Dataset) -> Rows:
+    if data.pool is None or not len(data.pool):
+        return data.train
+    train = replace(data.train, label=None, group=None, weight=None, slices={})
+    pool = replace(data.pool, label=None, group=None, weight=None, slices={})
+    return concat(train, pool)
+
+
+class _Source:
+    """Training rows as the loop draws them: shuffled, then bucketed by length within stretches of 20 batches."""
+
+    def __init__(self, tokens: Tokens, rows: Rows, model: Model, teachers: tuple[Tensor, ...]) -> None:
+        self.tokens, self.teachers, self.pad = tokens, teachers, model.encoder.pad
+        labels = rows.label or ()
+        task = model.task
+        if isinstance(task, Classify):
+            known = torch.from_numpy(task.targets(labels))
+            self.targets = torch.full((len(tokens),), -1)
+        else:
+            known = torch.from_numpy((task.targets(labels) - task.mean) / task.scale).float()
+            self.targets = torch.full((len(tokens),), float("nan"))
+        self.targets[: len(known)] = known
+        self.weight = torch.ones(len(tokens))
+        if rows.weight is not None:
+            self.weight[: len(rows.weight)] = torch.tensor(rows.weight)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def epoch(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        order = rng.permutation(len(self))
+        batches: list[NDArray[np.int64]] = []
+        for start in range(0, len(order), 20 * size):
+            stretch = order[start : start + 20 * size]
+            stretch = stretch[np.argsort(self.tokens.lengths[stretch], kind="stable")]
+            batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
+        ids, mask, types = self.tokens.padded(rows, self.pad)
+        if hide:
+            # The first token stays: a row must keep something to attend to.
+            gone = (rng.random(mask.shape) < hide) & (np.arange(mask.shape[1]) > 0)
+            mask = np.where(gone, 0, mask)
+        at = torch.from_numpy(rows)
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            torch.from_numpy(types),
+            self.targets[at],
+            self.weight[at],
+            tuple(t[at] for t in self.teachers),
+        )

@@ -1,0 +1,36 @@
+"""What every technique is."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, Protocol
+
+from netweight.errors import ModelError
+from netweight.model import Model
+from netweight.network import Transformer
+from netweight.run import Run
+from netweight.train import Plan
+
+
+class Technique(Protocol):
+    """A frozen dataclass of options that returns a new model and leaves the given one as it was."""
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model: ...
+
+
+Recipe = tuple[Technique, ...]
+
+
+def describe(recipe: Recipe) -> list[dict[str, Any]]:
+    """A recipe as plain values: class name and options of each step."""
+    return [
+        {"technique": type(step).__name__, **{f.name: getattr(step, f.name) for f in fields(step)}}  # type: ignore[arg-type]
+        for step in recipe
+    ]
+
+
+def transformer(model: Model, who: str) -> Transformer:
+    """The model's network, or a ModelError that says why `who` cannot work on it."""
+    if not isinstance(model.network, Transformer):
+        raise ModelError(f"{who} works on a transformer; this model's network is {type(model.network).__name__}.")
+    return model.network

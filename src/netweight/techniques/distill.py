@@ -1,0 +1,69 @@
+"""A shallower student: some of the teacher's own layers, trained on the teacher's outputs.
+
+Layer selection as in DistilBERT (Sanh et al., 2019) and Shleifer and Rush (2020); soft targets as in
+Hinton, Vinyals and Dean (2015).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from netweight.errors import OptionError
+from netweight.loss import SoftTargets
+from netweight.model import Model
+from netweight.network import Transformer
+from netweight.run import Run
+from netweight.techniques.base import transformer
+from netweight.techniques.finetune import freeze_embeddings
+from netweight.train import Plan
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Keep `layers` of the model's layers, evenly spaced from the first, and train them to match the model.
+
+    The token tables stay frozen and are shared with the teacher in the file that ships.
+    """
+
+    layers: int = 3
+    epochs: float = 6.0
+    learning_rate: float = 2e-4
+    temperature: float = 2.0
+    hard: float = 0.1
+    token_dropout: float = 0.1
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        student = model.with_network(shallower(transformer(model, "Distill"), self.layers))
+        network = transformer(student, "Distill")
+        freeze_embeddings(network, True)
+        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
+        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
+        new = run.fit(student, loss, plan, f"distil {self.layers} layers")
+        freeze_embeddings(transformer(new, "Distill"), False)
+        return new
+
+
+def shallower(network: Transformer, layers: int) -> Transformer:
+    """A copy with `layers` evenly spaced layers, the first among them; widths stay as they are."""
+    depth = len(network.layers())
+    if not 1 <= layers <= depth:
+        raise OptionError(f"cannot keep {layers} layers of {depth}; choose 1 to {depth}.")
+    chosen = np.arange(layers) * depth // layers
+    new = copy.deepcopy(network)
+    stack = new.layers()
+    kept = nn.ModuleList([stack[int(i)] for i in chosen])
+    for module in new.backbone.modules():
+        for name, child in module.named_children():
+            if child is stack:
+                setattr(module, name, kept)
+    for position, layer in enumerate(kept):
+        for part in layer.modules():
+            # Decoders index their key-value cache by this number.
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = position  # type: ignore[assignment]
+    new.config.num_hidden_layers = layers
+    return new

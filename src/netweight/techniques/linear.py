@@ -1,0 +1,67 @@
+"""The trivial floor: TF-IDF and logistic (or ridge) regression. What does not beat it is not worth shipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from netweight.errors import ModelError
+from netweight.features import bigrams
+from netweight.model import Model
+from netweight.network import Linear
+from netweight.run import Local, Run
+from netweight.task import Classify
+from netweight.train import Plan
+
+
+@dataclass(frozen=True)
+class LinearFloor:
+    """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows.
+
+    Needs rows in one place, so it runs under `Local` only.
+    """
+
+    buckets: int = 2**15
+    strength: float = 10.0
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        from scipy.sparse import csr_matrix
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        if not isinstance(run, Local):
+            raise ModelError("LinearFloor needs all rows in one place; run it under Local.")
+        rows = run.data.train
+        tokens = model.encoder.encode(rows.text, rows.pair)
+        vocabulary, n = model.encoder.vocabulary, len(tokens)
+        pairs, pair_rows = bigrams(tokens, self.buckets)
+        columns = np.concatenate([tokens.ids.astype(np.int64), vocabulary + pairs])
+        where = np.concatenate([np.repeat(np.arange(n), tokens.lengths), pair_rows])
+        width = vocabulary + self.buckets
+        present = csr_matrix((np.ones(len(columns)), (where, columns)), (n, width))
+        documents = np.asarray((present > 0).sum(axis=0)).ravel()
+        idf = np.log((1 + n) / (1 + documents)) + 1
+        # Each occurrence counts by itself, in the sum and in the norm: the formula that the engine uses.
+        norm = np.sqrt(np.bincount(where, idf[columns] ** 2, minlength=n)).clip(min=1e-6)
+        matrix = csr_matrix((idf[columns] / norm[where], (where, columns)), (n, width))
+        targets = model.task.targets(rows.label or ())
+        if isinstance(model.task, Classify):
+            fitted = LogisticRegression(C=self.strength, max_iter=200, tol=1e-3).fit(matrix, targets, rows.weight)
+            coefficients, bias = fitted.coef_, fitted.intercept_
+            if len(fitted.classes_) == 2:
+                # One logit becomes two, half to each side, so that softmax gives the same probabilities.
+                coefficients, bias = (
+                    np.concatenate([-coefficients, coefficients]) / 2,
+                    np.concatenate([-bias, bias]) / 2,
+                )
+        else:
+            standard = (targets - model.task.mean) / model.task.scale
+            fitted = Ridge(alpha=1.0).fit(matrix, standard, rows.weight)
+            coefficients, bias = fitted.coef_[None, :], np.array([fitted.intercept_])
+        network = Linear(vocabulary, self.buckets, model.task.outputs)
+        with torch.no_grad():
+            network.table.copy_(torch.from_numpy(coefficients.T.copy()))
+            network.weight.copy_(torch.from_numpy(idf))
+            network.bias.copy_(torch.from_numpy(bias))
+        return model.with_network(network)

@@ -1,0 +1,114 @@
+"""A student without attention, distilled from an encoder.
+
+Per-token vectors come from the teacher's own encoder, one token at a time, and are reduced by PCA, as in
+model2vec (Tulkens and van Dongen, 2024); token weights start from smooth inverse frequency (Arora et al.,
+2017); hashed bigrams as in fastText (Joulin et al., 2016). All of it is then trained on the teacher's outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from netweight.loss import Batch, SoftTargets
+from netweight.model import Model
+from netweight.network import Network, Transformer
+from netweight.network import Static as StaticNetwork
+from netweight.run import Run
+from netweight.techniques.base import transformer
+from netweight.train import Plan
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Static:
+    """Distil the model into a weighted mean of token vectors with a small head.
+
+    `width` is the vectors' size during training; a linear head is folded into the table when exported, so it
+    costs nothing at run time. `buckets` hold hashed bigrams (0: none). `hidden` adds a ReLU layer.
+    """
+
+    width: int = 256
+    buckets: int = 2**15
+    hidden: int = 0
+    epochs: float = 20.0
+    batch_size: int = 128
+    learning_rate: float = 5e-3
+    temperature: float = 2.0
+    token_dropout: float = 0.2
+    sif: float = 1e-3
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        teacher = transformer(model, "Static")
+        counts = run.reduce(model, TokenCounts(model.encoder.vocabulary))["tokens"]
+        share = (counts + 1) / (counts + 1).sum()
+        vectors = principal(token_vectors(model, teacher), share, self.width)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            segments = bool((run.reduce(model, SecondText(), limit=64)["second"] > 0).item())
+            network = StaticNetwork(
+                len(counts), self.buckets, vectors.shape[1], model.task.outputs, self.hidden, segments
+            )
+        weight = torch.log(self.sif / (self.sif + share))
+        with torch.no_grad():
+            network.table[: len(counts)] = vectors
+            network.weight[: len(counts)] = weight - weight.mean()
+        loss = SoftTargets(model.task, (model,), self.temperature)
+        plan = replace(
+            plan,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            token_dropout=self.token_dropout,
+            # A 20 MB table in bf16 would round away small steps, and its gathers gain nothing.
+            precision="fp32",
+        )
+        return run.fit(model.with_network(network), loss, plan, "static student")
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """How often each token occurs."""
+
+    vocabulary: int
+    combine: Literal["sum", "max"] = "sum"
+
+    def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
+        seen = batch.ids[batch.mask > 0].long()
+        return {"tokens": torch.bincount(seen, minlength=self.vocabulary).double()}
+
+
+@dataclass(frozen=True)
+class SecondText:
+    """Whether any row is a pair."""
+
+    combine: Literal["sum", "max"] = "max"
+
+    def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
+        return {"second": batch.types.max()}
+
+
+def token_vectors(model: Model, teacher: Transformer) -> Tensor:
+    """The teacher's pooled features of every token of the vocabulary alone (vocabulary, hidden)."""
+    ids = torch.arange(model.encoder.vocabulary)
+    around = torch.tensor(model.encoder.specials)
+    before, after = around[:1].expand(len(ids), -1), around[1:2].expand(len(ids), -1)
+    text = torch.cat([before, ids[:, None], after], dim=1)
+    teacher.eval()
+    with torch.no_grad():
+        parts = [teacher.features(t, torch.ones_like(t), torch.zeros_like(t)).float() for t in text.split(_CHUNK)]
+    return torch.cat(parts)
+
+
+def principal(vectors: Tensor, share: Tensor, width: int) -> Tensor:
+    """The first `width` principal components under the tokens' frequencies, scaled to a mean length of one."""
+    p = share.to(vectors.dtype)[:, None]
+    centred = vectors - (vectors * p).sum(dim=0)
+    covariance = centred.T @ (p * centred)
+    _, directions = torch.linalg.eigh(covariance.double())
+    reduced = centred @ directions.flip(1)[:, :width].to(vectors.dtype)
+    return reduced / reduced.norm(dim=1).mean()

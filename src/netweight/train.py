@@ -1,0 +1,352 @@
+"""The only optimizer loop. Techniques bring a loss; runs bring seams and say where the loop runs.
+
+Everything random is derived from (seed, epoch) or (seed, step), so that a resumed fit repeats the same batches,
+the same dropout masks and the same augmentation as an uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from netweight.errors import OptionError, StoreError
+from netweight.loss import Batch, Loss
+from netweight.network import Network, tensors
+
+Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
+Schedule = Literal["cosine", "linear", "constant"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Reporter(Protocol):
+    """Where a fit says how it goes: a progress bar, TensorBoard, a test."""
+
+    def start(self, label: str, steps: int, done: int) -> None: ...
+    def step(self, step: int, loss: float, rate: float) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """Ignore."""
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Ignore."""
+
+    def note(self, message: str) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of one fit.
+
+    `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
+    100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
+    share of each row's tokens (augmentation). `seconds` bounds the fit: after a few steps the number of epochs is
+    lowered, once, to what fits, and the schedule with it. `patience` counts epochs without a better select
+    quality; None keeps the last weights and evaluates nothing.
+    """
+
+    epochs: float = 4.0
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    optimizer: Optimizer = "adamw"
+    schedule: Schedule = "cosine"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    precision: Precision = "auto"
+    token_dropout: float = 0.0
+    patience: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    checkpoint_every: float = 30.0
+    reporter: Reporter = field(default_factory=Silent, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs > 0,
+            "batch_size": self.batch_size >= 1,
+            "learning_rate": 0 < self.learning_rate < 10,
+            "accumulate": self.accumulate >= 1,
+            "warmup": 0 <= self.warmup < 1,
+            "clip": self.clip >= 0,
+            "token_dropout": 0 <= self.token_dropout < 1,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise OptionError(f"{name} of a plan is {getattr(self, name)}, which is out of range.")
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that changes the result, as plain values."""
+        chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "device", "seconds")}
+        return dict(sorted(chosen.items()))
+
+
+class Source(Protocol):
+    """Rows that the loop can draw from."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]: ...
+    def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch: ...
+
+
+class Seams:
+    """Where a run may step into the loop. The defaults are what one process alone needs."""
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """Shard or wrap the network before the optimizer sees its parameters."""
+        return network
+
+    def share(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """This process's part of a global batch."""
+        return rows
+
+    def backward(self, loss: Tensor) -> None:
+        """Plain, or a pipeline schedule."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def sync(self, network: nn.Module) -> None:
+        """Combine gradients between processes."""
+
+    def correct(self, network: nn.Module) -> None:
+        """Change gradients before the step (SCAFFOLD, proximal)."""
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    epochs: float = 0.0
+    timed: bool = False
+    best: float = -math.inf
+    stale: int = 0
+
+
+def fit(
+    network: Network,
+    source: Source,
+    loss: Loss,
+    plan: Plan,
+    *,
+    seams: Seams | None = None,
+    evaluate: Callable[[], float] | None = None,
+    checkpoint: tuple[Path, str] | None = None,
+    label: str = "fit",
+) -> None:
+    """Train `network` in place.
+
+    Args:
+        evaluate: quality on held-out rows, higher is better; asked after each epoch when `plan.patience` is set.
+        checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed; it is
+            deleted at the end.
+        label: for the reporter.
+
+    Raises:
+        OptionError: nothing in the network can be trained.
+        StoreError: the checkpoint belongs to another fit.
+    """
+    loop = _Loop(network, source, loss, plan, seams or Seams(), evaluate, checkpoint)
+    with torch.random.fork_rng(devices=[]):
+        loop.run(label)
+
+
+class _Loop:
+    def __init__(
+        self,
+        network: Network,
+        source: Source,
+        loss: Loss,
+        plan: Plan,
+        seams: Seams,
+        evaluate: Callable[[], float] | None,
+        checkpoint: tuple[Path, str] | None,
+    ) -> None:
+        self.plan, self.source, self.loss, self.seams = plan, source, loss, seams
+        self.network, self.checkpoint = network, checkpoint
+        self.evaluate = evaluate if plan.patience is not None else None
+        self.wrapped = seams.prepare(network)
+        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise OptionError("every parameter is frozen; there is nothing to fit.")
+        self.optimizer = _optimizer(self.trained, plan)
+        self.progress = _Progress(epochs=plan.epochs)
+        self.best: dict[str, Tensor] = {}
+        self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
+        self.half = _bf16(plan)
+        if checkpoint:
+            self.resume(*checkpoint)
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.progress.epochs * self.per_epoch))
+
+    def run(self, label: str) -> None:
+        p, plan = self.progress, self.plan
+        plan.reporter.start(label, self.steps, p.step)
+        self.network.train()
+        saved = began = time.monotonic()
+        first = p.step
+        while p.step < self.steps:
+            epoch, offset = divmod(p.step, self.per_epoch)
+            if offset == 0 or p.step == first:
+                rng = np.random.default_rng([plan.seed, epoch])
+                groups = self.source.epoch(plan.batch_size, rng)
+            at = offset * plan.accumulate
+            value, rate = self.update(groups[at : at + plan.accumulate])
+            p.step += 1
+            plan.reporter.step(p.step, value, rate)
+            if plan.seconds and not p.timed and p.step - first == 8:
+                self.fit_into(plan.seconds, (time.monotonic() - began) / 8, label)
+            if p.step % self.per_epoch == 0 and self.stop_early():
+                break
+            if self.checkpoint and time.monotonic() - saved > plan.checkpoint_every:
+                self.save(*self.checkpoint)
+                saved = time.monotonic()
+        if self.best:
+            self.network.load_state_dict(self.best)
+        self.network.eval()
+        if self.checkpoint:
+            self.checkpoint[0].unlink(missing_ok=True)
+
+    def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
+        """One optimizer step over `accumulate` batches; the loss is the mean over all of their rows."""
+        plan, step = self.plan, self.progress.step
+        rate = plan.learning_rate * _factor(plan, step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(hash((plan.seed, step)) & 0x7FFFFFFF)
+        rng = np.random.default_rng([plan.seed, step, 1])
+        rows = sum(len(g) for g in groups)
+        total = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in groups:
+            batch = self.source.batch(self.seams.share(group), rng, plan.token_dropout)
+            with torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext():
+                loss = self.loss(self.wrapped, batch) * (len(group) / rows)
+            self.seams.backward(loss)
+            total += loss.item()
+        self.seams.sync(self.network)
+        self.seams.correct(self.network)
+        if plan.clip:
+            nn.utils.clip_grad_norm_(self.trained.values(), plan.clip)
+        self.optimizer.step()
+        return total, rate
+
+    def fit_into(self, seconds: float, per_step: float, label: str) -> None:
+        affordable = seconds / max(per_step, 1e-9) / self.per_epoch
+        self.progress.timed = True
+        if affordable < self.progress.epochs:
+            self.progress.epochs = max(affordable, 9 / self.per_epoch)
+            self.plan.reporter.note(f"{label}: {self.progress.epochs:.2f} epochs fit into the time that is left")
+            self.plan.reporter.start(label, self.steps, self.progress.step)
+
+    def stop_early(self) -> bool:
+        if self.evaluate is None:
+            return False
+        self.network.eval()
+        quality = self.evaluate()
+        self.network.train()
+        self.plan.reporter.note(f"quality on select: {quality:.4f}")
+        if quality > self.progress.best:
+            self.progress.best, self.progress.stale = quality, 0
+            self.best = {name: value.clone() for name, value in tensors(self.network).items()}
+            return False
+        self.progress.stale += 1
+        return self.progress.stale > (self.plan.patience or 0)
+
+    def save(self, path: Path, digest: str) -> None:
+        """Atomic: a file that exists is complete."""
+        held = {f"model/{name}": value.clone() for name, value in tensors(self.network).items()}
+        held |= {f"best/{name}": value for name, value in self.best.items()}
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        save_file(held, new, {"fit": digest, "progress": json.dumps(asdict(self.progress))})
+        new.replace(path)
+
+    def resume(self, path: Path, digest: str) -> None:
+        if not path.exists():
+            return
+        try:
+            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+                meta = file.metadata()
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as problem:
+            raise StoreError(f"checkpoint {path} is damaged ({problem}); delete it to start that fit again.") from None
+        if meta.get("fit") != digest:
+            raise StoreError(f"checkpoint {path} belongs to another fit; delete it, or use another folder.")
+        self.progress = _Progress(**json.loads(meta["progress"]))
+        self.network.load_state_dict({n[6:]: t for n, t in held.items() if n.startswith("model/")})
+        self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
+        for name, parameter in self.trained.items():
+            prefix = f"optimizer/{name}/"
+            state = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
+            if state:
+                self.optimizer.state[parameter] = state
+
+
+def fit_digest(parts: dict[str, Any]) -> str:
+    """SHA-256 of plain values: names one fit."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _bf16(plan: Plan) -> bool:
+    """bf16 autocast pays where the processor multiplies it natively; elsewhere it is emulated and slower."""
+    if plan.precision == "auto":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return plan.precision == "bf16"
+
+
+def _optimizer(trained: dict[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:
+    # Biases and norms are not decayed: shrinking them regularises nothing.
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": plan.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
+    if plan.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=plan.learning_rate, fused=True)
+    if plan.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=0.9)
+    if plan.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=plan.learning_rate)
+    raise OptionError(f"unknown optimizer {plan.optimizer!r}; use adamw, adam, sgd or rmsprop.")
+
+
+def _factor(plan: Plan, step: int, steps: int) -> float:
+    """Share of the learning rate at `step`: linear warm-up, then the schedule down to zero."""
+    warm = plan.warmup * steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    rest = (step - warm) / max(1.0, steps - warm)
+    if plan.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * rest))
+    if plan.schedule == "linear":
+        return 1 - rest
+    if plan.schedule == "constant":
+        return 1.0
+    raise OptionError(f"unknown schedule {plan.schedule!r}; use cosine, linear or constant.")

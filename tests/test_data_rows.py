@@ -1,0 +1,151 @@
+"""Rows, the sealed split, the dataset."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import netweight
+from netweight.data import Dataset, Rows, Sealed, concat, normalise
+from netweight.errors import CertificateError, DataError
+
+SOURCE = Path(netweight.__file__).parent
+FULL = Rows(
+    ("A b", "c", "d"),
+    label=("x", "y", "x"),
+    pair=("p", "q", "r"),
+    group=("1", "1", ""),
+    weight=(1.0, 0.5, 2.0),
+    slices={"text": ("s", "t", "u")},
+    number=(3, 5, 9),
+)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Zip  BROKE\n", "zip broke"),
+        ("ｆｕｌｌ　ｗｉｄｔｈ", "full width"),
+        ("Straße", "STRASSE"),
+        ("\u00a0ﬁne ", "fine"),
+        ("cafe\u0301", "CAFÉ"),
+    ],
+)
+def test_normalise_equates(one: str, other: str) -> None:
+    assert normalise(one) == normalise(other)
+
+
+def test_normalise_keeps_apart() -> None:
+    assert len({normalise(text) for text in ("good", "not good", "goods", "good!")}) == 4
+
+
+def test_normalise_is_stable_on_every_character() -> None:
+    characters = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cs", "Cn", "Co")]
+    assert [c for c in characters if normalise(normalise(c)) != normalise(c)] == []
+
+
+@given(st.text())
+def test_normalise_leaves_single_blanks_only(text: str) -> None:
+    assert normalise(text).split() == [part for part in normalise(text).split(" ") if part]
+
+
+def test_take_keeps_every_column_aligned() -> None:
+    FULL.keys()
+    taken = FULL.take(np.array([2, 0]))
+    assert taken == Rows(
+        ("d", "A b"), ("x", "x"), ("r", "p"), ("", "1"), (2.0, 1.0), {"text": ("u", "s")}, number=(9, 3)
+    )
+    assert taken.keys() == ("d\x1fr", "a b\x1fp")
+    assert len(FULL.take([])) == 0
+
+
+def test_keys_of_pairs_cannot_run_together() -> None:
+    assert len(set(Rows(("a b", "a"), pair=("c", "b c")).keys())) == 2
+    assert len(set(Rows(("a\x1fb", "a"), pair=("c", "b\x1fc")).keys())) == 2
+
+
+def test_lengths_must_agree() -> None:
+    with pytest.raises(DataError, match="must have one length; these have text 2, label 1, number 2"):
+        Rows(("a", "b"), ("x",))
+
+
+def test_rows_are_numbered_from_one() -> None:
+    assert Rows(("a", "b")).number == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        FULL.take([1, 0, 2]),
+        FULL.unlabelled(),
+        Rows(FULL.text, FULL.label, FULL.pair, FULL.group, (1.0, 0.5, 2.5), FULL.slices),
+        Rows(FULL.text, FULL.label, FULL.pair, FULL.group, FULL.weight, {"other": FULL.slices["text"]}),
+        Rows(("A bc", "", "d"), FULL.label, FULL.pair, FULL.group, FULL.weight, FULL.slices),
+    ],
+)
+def test_fingerprint_sees_every_change(other: Rows) -> None:
+    assert other.fingerprint() != FULL.fingerprint()
+
+
+def test_fingerprint_is_of_content() -> None:
+    again = Rows(FULL.text, FULL.label, FULL.pair, FULL.group, FULL.weight, dict(FULL.slices))
+    assert again.number != FULL.number
+    assert again.fingerprint() == FULL.fingerprint()
+    assert pickle.loads(pickle.dumps(FULL)) == FULL
+    assert Rows(("a\ud800",)).fingerprint()
+
+
+def test_concat() -> None:
+    assert concat(FULL.take([0]), FULL.take([1, 2])) == FULL
+    with pytest.raises(DataError, match="cannot be joined"):
+        concat(FULL, FULL.unlabelled())
+
+
+def test_sealed_hides_labels_until_a_plan_is_registered() -> None:
+    sealed = Sealed(FULL)
+    assert sealed.rows.label is None
+    assert sealed.rows.text == FULL.text
+    assert len(sealed) == 3
+    assert sealed.fingerprint == FULL.fingerprint()
+    assert "x" not in repr(sealed).replace("fingerprint", "").replace(sealed.fingerprint[:12], "")
+    with pytest.raises(CertificateError, match="register the plan first"):
+        sealed.unseal("please")
+    assert sealed.unseal("0123456789abcdef" * 4) == FULL
+
+
+def test_sealed_needs_labels() -> None:
+    with pytest.raises(DataError, match="certify split has no labels"):
+        Sealed(Rows(("a",)))
+
+
+def test_only_certify_opens_the_seal() -> None:
+    openers = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        if re.search(r"\.unseal\(|\._labelled\b", path.read_text("utf-8"))
+    }
+    assert openers <= {"certify.py", "data/rows.py"}
+
+
+def test_dataset_joins_dev_and_has_a_fingerprint() -> None:
+    one, two, three = FULL.take([0]), FULL.take([1]), FULL.take([2])
+    data = Dataset(FULL, one, two, Sealed(three))
+    assert data.dev == FULL.take([0, 1])
+    others = (Dataset(FULL, two, one, Sealed(three)), Dataset(FULL, one, two, Sealed(three), pool=one))
+    assert len({data.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_import_is_light() -> None:
+    heavy = "torch sklearn pandas scipy pyarrow datasets"
+    code = f"import sys, netweight.data; print(*[m for m in {heavy.split()} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
