@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -88,16 +88,25 @@ def tier_file(position: int, name: str, engine: str) -> str:
     return f"tiers/{position}-{name}.{_SUFFIX['static' if engine == 'static' else 'onnx']}"
 
 
+def hashed(manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
+    """The manifest with the SHA-256 of every file."""
+    return replace(manifest, files={name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())})
+
+
+def writable(folder: Path) -> None:
+    """Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten."""
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
+
+
 def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
     """Write an artifact, replacing one of the same place; returns the manifest with its hashes.
 
     Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten.
     """
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
+    writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())}
-    manifest = Manifest(**{**vars(manifest), "files": hashes})
+    manifest = hashed(manifest, contents)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         new.chmod(0o755)

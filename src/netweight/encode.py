@@ -51,6 +51,19 @@ class Tokens:
         where = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Tokens(self.ids[where], self.types[where], offsets)
 
+    def stretch(self, first: int, last: int) -> Tokens:
+        """The rows from `first` up to, not including, `last`."""
+        offsets = self.offsets[first : last + 1]
+        part = slice(offsets[0], offsets[-1])
+        return Tokens(self.ids[part], self.types[part], offsets - offsets[0])
+
+    def segment(self, kind: int) -> Tokens:
+        """Of each row, the tokens of its first (0) or second (1) text."""
+        keep = self.types == kind
+        row = np.repeat(np.arange(len(self)), self.lengths)[keep]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(self)))])
+        return Tokens(self.ids[keep], self.types[keep], offsets)
+
     def padded(self, rows: Index, pad: int) -> tuple[Int32, Int32, Int32]:
         """Ids, attention mask and token types of the chosen rows, each (len(rows), longest of them)."""
         lengths = self.lengths[rows]

@@ -13,9 +13,21 @@ BIGRAM_A = 1_000_003
 BIGRAM_B = 7_919
 
 
-def bigrams(tokens: Tokens, buckets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bucket of every adjacent pair within a row, flat, and the row each belongs to."""
+def features(tokens: Tokens, vocabulary: int, buckets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Table rows of every token and of every adjacent pair within a row, row by row, and where each row starts.
+
+    Bigrams stand behind the vocabulary in the table. Without buckets there are only tokens.
+    """
     ids = tokens.ids.astype(np.int64)
-    row = np.repeat(np.arange(len(tokens)), tokens.lengths)
-    inside = row[:-1] == row[1:]
-    return ((ids[:-1] * BIGRAM_A + ids[1:] * BIGRAM_B) % buckets)[inside], row[:-1][inside]
+    if not buckets:
+        return ids, tokens.offsets[:-1]
+    lengths = tokens.lengths
+    row = np.repeat(np.arange(len(tokens)), lengths)
+    # A row of k tokens has 2k - 1 features: a token, the pair it begins, the next token, and so on.
+    slot = 2 * np.arange(len(ids)) - row + np.cumsum(lengths == 0)[row]
+    index = np.empty(int((2 * lengths - 1).clip(min=0).sum()), np.int64)
+    index[slot] = ids
+    inside = np.flatnonzero(row[:-1] == row[1:])
+    index[slot[inside] + 1] = vocabulary + (ids[inside] * BIGRAM_A + ids[inside + 1] * BIGRAM_B) % buckets
+    starts = np.concatenate([[0], np.cumsum((2 * lengths - 1).clip(min=0))[:-1]])
+    return index, starts

@@ -77,6 +77,11 @@ class Model:
         return h.hexdigest()
 
     @property
+    def depth(self) -> int:
+        """Transformer layers; 0 for other networks."""
+        return len(self.network.layers()) if isinstance(self.network, Transformer) else 0
+
+    @property
     def bytes(self) -> int:
         """Bytes of the tensors as held in memory."""
         return sum(value.numel() * value.element_size() for value in tensors(self.network).values())

@@ -72,6 +72,11 @@ class Classify:
         """Whether an outcome is right or wrong and the metric its mean (exact paired tests apply)."""
         return self.metric == "accuracy"
 
+    @property
+    def confident(self) -> bool:
+        """Whether predictions carry a confidence, so that a cascade can hand over."""
+        return True
+
     def targets(self, labels: Sequence[str]) -> NDArray[np.int64]:
         """Label indices (n,). Raises LabelError for a label that training never saw."""
         index = {label: i for i, label in enumerate(self.labels)}
@@ -151,6 +156,7 @@ class Score:
     point: ClassVar[float] = 0.01
     outputs: ClassVar[int] = 1
     paired_binary: ClassVar[bool] = False
+    confident: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mean) and math.isfinite(self.scale) and self.scale > 0):
@@ -191,10 +197,10 @@ class Score:
         """Spearman's rho, or minus the mean absolute error (higher is better), under each row of `weights`."""
         w = np.ones((1, len(outcomes))) if weights is None else np.atleast_2d(weights)
         if self.metric == "mae":
-            value = -(w @ np.abs(outcomes[:, 0] - outcomes[:, 1])) / w.sum(axis=1)
+            value: NDArray[np.float64] = -(w @ np.abs(outcomes[:, 0] - outcomes[:, 1])) / w.sum(axis=1)
         else:
             value = _weighted_spearman(outcomes, w)
-        return value[0] if weights is None else value
+        return np.asarray(value[0]) if weights is None else value
 
     def margin(self, points: float, reference: float) -> float:
         """Spearman: a point is 0.01. MAE: a point is one percent of the reference's error."""
@@ -254,7 +260,7 @@ def _weighted_ranks(values: Floats, w: Floats) -> NDArray[np.float64]:
     for row, weights in zip(mass, w, strict=True):
         row += np.bincount(group, weights, minlength=len(row))
     below = np.cumsum(mass, axis=1) - mass
-    return cast(NDArray[np.float64], (below + (mass + 1) / 2)[:, group])
+    return (below + (mass + 1) / 2)[:, group]
 
 
 def _weighted_spearman(outcomes: Floats, w: Floats) -> NDArray[np.float64]:
@@ -264,4 +270,4 @@ def _weighted_spearman(outcomes: Floats, w: Floats) -> NDArray[np.float64]:
     b = b - (w * b).sum(axis=1, keepdims=True) / total
     covariance = (w * a * b).sum(axis=1)
     spread = np.sqrt((w * a * a).sum(axis=1) * (w * b * b).sum(axis=1))
-    return np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0)
+    return np.asarray(np.divide(covariance, spread, out=np.zeros_like(covariance), where=spread > 0))

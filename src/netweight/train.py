@@ -123,7 +123,7 @@ class Seams:
 
     def backward(self, loss: Tensor) -> None:
         """Plain, or a pipeline schedule."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def sync(self, network: nn.Module) -> None:
         """Combine gradients between processes."""
@@ -233,8 +233,8 @@ class _Loop:
         """One optimizer step over `accumulate` batches; the loss is the mean over all of their rows."""
         plan, step = self.plan, self.progress.step
         rate = plan.learning_rate * _factor(plan, step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for options in self.optimizer.param_groups:
+            options["lr"] = rate
         torch.manual_seed(hash((plan.seed, step)) & 0x7FFFFFFF)
         rng = np.random.default_rng([plan.seed, step, 1])
         rows = sum(len(g) for g in groups)
@@ -291,7 +291,7 @@ class _Loop:
         if not path.exists():
             return
         try:
-            with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="pt") as file:
                 meta = file.metadata()
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as problem:

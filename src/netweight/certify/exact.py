@@ -25,8 +25,8 @@ from netweight.certify.tails import (
     tango_score,
 )
 
-_GRID = 24
-_REFINED = 8
+_GRID = 32
+_REFINED = 12
 # Binomial mass that the sum leaves out on each side; it is added to the p-value.
 _OUTSIDE = 1e-12
 
@@ -51,19 +51,36 @@ def p_value(b: int, c: int, n: int, drop: float, level: float) -> float:
 def _tail(q: Floats, n: int, drop: float, observed: float) -> Floats:
     """P(score <= observed) for each q: a sum over the number of discordant pairs, then over the lost among them."""
     discordant = np.clip(2 * q + drop, 1e-300, 1.0)
-    reach = normal_quantile(_OUTSIDE / 10)
-    first, last = discordant.min() * n, discordant.max() * n
-    # Bernstein's inequality: beyond this lies less than _OUTSIDE.
-    low = max(0, math.floor(first - reach * math.sqrt(first)))
-    high = min(n, math.ceil(last + reach * math.sqrt(last) + reach * reach / 3))
-    totals = np.arange(low, high + 1)
-    most = _most_lost(totals, n, drop, observed)
-    lost = np.clip((q + drop) / discordant, 0.0, 1.0)[:, None]
-    mass = np.where(discordant[:, None] < 1, binomial_pmf(totals, n, np.minimum(discordant, 1 - 1e-16)[:, None]), 0.0)
-    return np.asarray((mass * binomial_cdf(most, totals, lost)).sum(axis=1))
+    totals = plausible_totals(float(discordant.min()), float(discordant.max()), n)
+    most = most_lost(totals, n, drop, observed)
+    lost = np.clip((q + drop) / discordant, 0.0, 1.0)
+    mass = binomial_pmf(totals, n, discordant[:, None])
+    return np.asarray((mass * lost_at_most(most, totals, lost)).sum(axis=1))
 
 
-def _most_lost(totals: NDArray[np.int64], n: int, drop: float, observed: float) -> NDArray[np.int64]:
+def plausible_totals(least: float, most: float, n: int) -> NDArray[np.int64]:
+    """Numbers of discordant pairs without those that are less likely than _OUTSIDE on either side, for all shares from
+    `least` to `most` (the inequalities of Chernoff and Bernstein)."""
+    reach = math.sqrt(-2 * math.log(_OUTSIDE))
+    low = max(0, math.floor(n * least - reach * math.sqrt(n * least)))
+    high = min(n, math.ceil(n * most + reach * math.sqrt(n * most) + reach * reach / 3))
+    return np.arange(low, high + 1)
+
+
+def lost_at_most(most: NDArray[np.int64], totals: NDArray[np.int64], share: Floats) -> Floats:
+    """P(X <= most) for X binomial(total, share), a row for each share.
+
+    From one total to the next, `most` stays or grows by one (Barnard's convexity), so that each probability is the one
+    before less P(X = most) share, or plus P(X = most + 1) (1 - share): a running sum instead of incomplete betas.
+    """
+    grows = np.diff(most)
+    steps = binomial_pmf(most[:-1] + grows, totals[:-1], share[:, None])
+    steps *= np.where(grows > 0, 1 - share[:, None], -share[:, None])
+    first = binomial_cdf(most[0], totals[0], share)[:, None]
+    return np.asarray(np.cumsum(np.concatenate([first, steps], axis=1), axis=1))
+
+
+def most_lost(totals: NDArray[np.int64], n: int, drop: float, observed: float) -> NDArray[np.int64]:
     """The largest number lost among each total of discordant pairs whose score is at most `observed`; -1 for none."""
     low, high = np.full(len(totals), -1), totals + 1
     # Among equal totals the score grows with the number lost (Barnard's convexity), so halving finds the last one.
@@ -84,7 +101,7 @@ def passes(b: int, c: int, n: int, margin: float, level: float) -> bool:
 def interval(b: int, c: int, n: int, margin: float, level: float) -> tuple[float, float]:
     """Lower and upper confidence bound of P(lost) - P(gained), each missing with probability at most `level`.
 
-    The test inverted; the upper bound is below `margin` exactly where `passes`.
+    The test inverted; the upper bound is at most `margin` exactly where `passes`.
     """
     return -_upper(c, b, n, -margin, level), _upper(b, c, n, margin, level)
 
@@ -92,8 +109,13 @@ def interval(b: int, c: int, n: int, margin: float, level: float) -> tuple[float
 def _upper(b: int, c: int, n: int, margin: float, level: float) -> float:
     estimate = (b - c) / n
     low, high = max(estimate, -1 + 1e-9), 1 - 1e-9
+    if low >= high:
+        return 1.0
     near = tango(b, c, n, normal_quantile(level))[1]
-    allowed = lambda drop: p_value(b, c, n, drop, level) > level  # noqa: E731
+
+    def allowed(drop: float) -> bool:
+        return p_value(b, c, n, drop, level) > level
+
     if low < margin < high:
         low, high = (margin, high) if allowed(margin) else (low, margin)
     # Tango's bound is close: a bracket around it saves most of the halvings.

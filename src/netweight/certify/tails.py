@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 
 _NORMAL = NormalDist()
-_lgamma = np.vectorize(math.lgamma, otypes=[np.float64])
+_lgamma: Callable[[Any], Floats] = np.vectorize(math.lgamma, otypes=[np.float64])
 
 # Steps of the continued fraction; it needs about 2 sqrt(max(a, b)) of them, so this covers a million rows.
 _STEPS = 4000
@@ -87,13 +88,26 @@ def binomial_cdf(k: ArrayLike, n: ArrayLike, p: ArrayLike) -> Floats:
     return cast(Floats, np.where(inner, beta_cdf(1 - p, high - low, low + 1), (k >= n).astype(float)))
 
 
-def binomial_pmf(k: ArrayLike, n: int, p: ArrayLike) -> Floats:
-    """P(X = k) for X binomial(n, p) with 0 < p < 1 and 0 <= k <= n; arrays broadcast."""
-    k, p = np.asarray(k, np.float64), np.asarray(p, np.float64)
-    choose = math.lgamma(n + 1) - _lgamma(k + 1) - _lgamma(n - k + 1)
-    return cast(Floats, np.exp(choose + k * np.log(p) + (n - k) * np.log1p(-p)))
+def binomial_pmf(k: ArrayLike, n: ArrayLike, p: ArrayLike) -> Floats:
+    """P(X = k) for X binomial(n, p), 0 <= p <= 1, whole k and n; 0 where k is not in 0..n; arrays broadcast."""
+    k, n, p = np.asarray(k, np.int64), np.asarray(n, np.int64), np.asarray(p, np.float64)
+    inside = (k >= 0) & (k <= n)
+    total, some = np.where(inside, n, 0), np.where(inside, k, 0)
+    table = _log_factorials(int(n.max(initial=0)).bit_length())
+    choose = table[total] - table[some] - table[total - some]
+    # Where p is 0 or 1 its logarithm meets a factor of 0, or the probability is 0.
+    logs = choose + some * np.log(np.where(p > 0, p, 1.0)) + (total - some) * np.log1p(-np.where(p < 1, p, 0.0))
+    possible = inside & ((p > 0) | (some == 0)) & ((p < 1) | (some == total))
+    return cast(Floats, np.exp(logs) * possible)
 
 
+@lru_cache(maxsize=4)
+def _log_factorials(bits: int) -> Floats:
+    """log(k!) for k < 2^bits."""
+    return _lgamma(np.arange(2**bits) + 1.0)
+
+
+@lru_cache(maxsize=4096)
 def binomial_bounds(count: int, n: int, tail: float) -> tuple[float, float]:
     """Exact lower and upper bound of a binomial probability, each missing with `tail` at most (Clopper, Pearson)."""
 
@@ -135,7 +149,7 @@ def tango_score(b: ArrayLike, c: ArrayLike, n: float, drop: float) -> Floats:
     """
     b, c = np.asarray(b, np.float64), np.asarray(c, np.float64)
     if drop < 0:  # the mirror image: the quadratic below then never subtracts nearly equal numbers
-        return cast(Floats, -tango_score(c, b, n, -drop))
+        return -tango_score(c, b, n, -drop)
     spread = np.sqrt(tango_variance(b, c, n, drop))
     numerator = b - c - n * drop
     return cast(Floats, np.divide(numerator, spread, out=np.zeros(np.shape(spread)), where=spread > 0))

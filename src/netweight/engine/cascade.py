@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from netweight import artifact
 from netweight.artifact import Manifest, Tier
@@ -16,7 +17,7 @@ from netweight.engine.base import Outputs, TierEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, OptionError
-from netweight.task import Prediction, ScorePrediction, Task
+from netweight.task import Floats, Prediction, ScorePrediction, Task
 
 # Rows a tier takes at a time. Larger batches pad more and leave the cache.
 _BATCH = {"static": 128, "onnx": 32, "openvino": 32}
@@ -49,23 +50,40 @@ class Engine:
 
     def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
         """Logits, confidence and tier of encoded rows."""
-        n = len(tokens)
-        logits = np.zeros((n, self.task.outputs), np.float32)
-        confidence, answered = np.zeros(n), np.zeros(n, np.int64)
-        open_rows = np.arange(n)
-        for i, (tier, engine) in enumerate(zip(self.tiers, self._engines, strict=True)):
-            if not len(open_rows):
-                break
-            part = tokens if len(open_rows) == n else tokens.take(open_rows)
-            found = engine.logits(part, batch or _BATCH[tier.engine])
-            sure = self.task.confidence(found, tier.temperature)
-            logits[open_rows], confidence[open_rows], answered[open_rows] = found, sure, i
-            open_rows = open_rows[sure < tier.threshold]
-        return Outputs(logits, confidence, answered)
+
+        def answer(i: int, rows: NDArray[np.int64]) -> Floats:
+            part = tokens if len(rows) == len(tokens) else tokens.take(rows)
+            return self._engines[i].logits(part, batch or _BATCH.get(self.tiers[i].engine, 32))
+
+        return cascade(self.task, self.tiers, len(tokens), answer)
+
+    def warm(self) -> None:
+        """Run every tier once, so that the first request does not wait for what is made on first use."""
+        tokens = self.encoder.encode(["ok"])
+        for engine in self._engines:
+            engine.logits(tokens, 1)
 
     def health(self) -> bool:
         """Whether it answers."""
         return len(self.predict(["ok"])) == 1
+
+
+def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, NDArray[np.int64]], Floats]) -> Outputs:
+    """Ask each tier about the rows that the tiers before it were not sure of.
+
+    `answer(i, rows)` gives tier i's logits (len(rows), outputs) of the rows at these positions of n.
+    """
+    logits = np.zeros((n, task.outputs), np.float32)
+    confidence, answered = np.zeros(n), np.zeros(n, np.int64)
+    rows = np.arange(n)
+    for i, tier in enumerate(tiers):
+        if not len(rows):
+            break
+        found = answer(i, rows)
+        sure = task.confidence(found, tier.temperature)
+        logits[rows], confidence[rows], answered[rows] = found, sure, i
+        rows = rows[sure < tier.threshold]
+    return Outputs(logits, confidence, answered)
 
 
 def load(folder: str | Path, threads: int | None = None) -> Engine:

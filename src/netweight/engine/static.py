@@ -12,7 +12,7 @@ from safetensors.numpy import load
 
 from netweight.encode import Tokens
 from netweight.errors import CorruptArtifact
-from netweight.features import bigrams
+from netweight.features import features
 
 Floats = NDArray[np.float32]
 
@@ -23,42 +23,40 @@ class StaticEngine:
     def __init__(self, data: bytes, options: Mapping[str, Any]) -> None:
         try:
             held = load(data)
-            table, scale = held["table"], held["scale"]
-            self._norm: Floats = held["norm"]
+            table, scale, norm = held["table"], held["scale"], held["norm"]
             layers = sum(name.startswith("bias.") for name in held)
             self._head = [(held.get(f"matrix.{i}"), held[f"bias.{i}"]) for i in range(layers)]
+            self._buckets = int(options["buckets"])
+            self._squared = options["norm"] == "l2"
+            self._segments = bool(options["segments"])
         except (SafetensorError, KeyError) as problem:
             raise CorruptArtifact(f"a static tier's file lacks what its engine needs: {problem!r}.") from problem
-        self._table = table.astype(np.float32) * scale[:, None]
-        self._buckets = int(options["buckets"])
         self._vocabulary = len(table) - self._buckets
-        self._squared = options["norm"] == "l2"
-        self._segments = bool(options["segments"])
+        # The divisor of each row is a sum over the same features, so it rides along as the last column.
+        self._table = np.zeros((len(table), table.shape[1] + 1), np.float32)
+        np.multiply(table, scale[:, None], out=self._table[:, :-1])
+        self._table[: len(norm), -1] = norm**2 if self._squared else norm
 
     def logits(self, tokens: Tokens, batch: int) -> Floats:
-        parts = [self._chunk(tokens.take(rows)) for rows in _chunks(len(tokens), batch)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self._head[-1][1])), np.float32)
+        if len(tokens) <= batch:
+            return self._chunk(tokens)
+        starts = range(0, len(tokens), batch)
+        return np.concatenate([self._chunk(tokens.stretch(i, min(i + batch, len(tokens)))) for i in starts])
 
     def _chunk(self, tokens: Tokens) -> Floats:
         if not self._segments:
             return self._finish(self._pool(tokens))
-        u, v = (self._pool(_segment(tokens, kind)) for kind in (0, 1))
+        u, v = (self._pool(tokens.segment(kind)) for kind in (0, 1))
         return self._finish(np.concatenate([u, v, np.abs(u - v), u * v], axis=1))
 
     def _pool(self, tokens: Tokens) -> Floats:
-        total = _sums(self._table, tokens.ids, tokens.offsets)
-        norm = self._norm[tokens.ids]
-        if self._buckets:
-            pairs, rows = bigrams(tokens, self._buckets)
-            pairs += self._vocabulary
-            offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(tokens)))])
-            total += _sums(self._table, pairs, offsets)
-        if self._squared:
-            squares = _sums((self._norm**2)[:, None], tokens.ids, tokens.offsets)
-            if self._buckets:
-                squares += _sums((self._norm**2)[:, None], pairs, offsets)
-            return total / np.maximum(np.sqrt(squares), 1e-6)
-        return total / np.maximum(_sums(norm[:, None], np.arange(len(norm)), tokens.offsets), 1e-6)
+        index, starts = features(tokens, self._vocabulary, self._buckets)
+        out = np.zeros((len(tokens), self._table.shape[1]), np.float32)
+        full = np.flatnonzero(tokens.lengths)  # an empty row sums to zero
+        if len(full):
+            out[full] = np.add.reduceat(self._table[index], starts[full], axis=0)
+        divisor = np.sqrt(out[:, -1:]) if self._squared else out[:, -1:]
+        return np.asarray(out[:, :-1] / np.maximum(divisor, 1e-6))
 
     def _finish(self, x: Floats) -> Floats:
         for i, (matrix, bias) in enumerate(self._head):
@@ -66,24 +64,3 @@ class StaticEngine:
                 x = np.maximum(x, 0)
             x = (x if matrix is None else x @ matrix) + bias
         return x
-
-
-def _chunks(n: int, batch: int) -> list[NDArray[np.int64]]:
-    return [np.arange(start, min(start + batch, n)) for start in range(0, n, batch)]
-
-
-def _sums(table: Floats, index: NDArray[Any], offsets: NDArray[np.int64]) -> Floats:
-    """Sum of `table[index]` over each row's stretch of `index`; an empty stretch gives zero."""
-    out = np.zeros((len(offsets) - 1, table.shape[1]), np.float32)
-    full = np.flatnonzero(np.diff(offsets))
-    if len(full):
-        out[full] = np.add.reduceat(table[index], offsets[:-1][full], axis=0)
-    return out
-
-
-def _segment(tokens: Tokens, kind: int) -> Tokens:
-    """The tokens of one text of each pair."""
-    keep = tokens.types == kind
-    rows = np.repeat(np.arange(len(tokens)), tokens.lengths)[keep]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(tokens)))])
-    return Tokens(tokens.ids[keep], tokens.types[keep], offsets)

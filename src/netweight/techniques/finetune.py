@@ -17,6 +17,9 @@ from netweight.task import Classify
 from netweight.techniques.base import transformer
 from netweight.train import Plan
 
+# Largest mean gap between the logits of a class and of its nearest neighbour that a probe starts from: 99.3 % sure.
+_GAP = 5.0
+
 
 @dataclass(frozen=True)
 class Finetune:
@@ -77,6 +80,10 @@ def set_probe(network: Transformer, sums: dict[str, Tensor], task: object, shrin
         within = (1 - shrinkage) * within + shrinkage * within.diagonal().mean() * torch.eye(d, dtype=xx.dtype)
         weight = torch.linalg.solve(within, means)
         bias = -0.5 * (means * weight).sum(dim=0) + (counts / n).clamp(min=1e-9).log()
+        # With few rows the covariance is underestimated and every row looks certain; a saturated softmax has no
+        # gradient left to fine-tune with. Scaling all logits changes no label.
+        scale = min(1.0, _GAP / max(float(_nearest(means, weight).mean()), 1e-9))
+        weight, bias = weight * scale, bias * scale
     else:
         ridge = shrinkage * xx[:-1, :-1].diagonal().mean() * torch.eye(d + 1, dtype=xx.dtype)
         ridge[-1, -1] = 0
@@ -85,6 +92,14 @@ def set_probe(network: Transformer, sums: dict[str, Tensor], task: object, shrin
     with torch.no_grad():
         network.head.weight.copy_(weight.T)
         network.head.bias.copy_(bias)
+
+
+def _nearest(means: Tensor, weight: Tensor) -> Tensor:
+    """Half the squared Mahalanobis distance of each class mean to the nearest other (k,): the gap of their logits."""
+    products = means.T @ weight
+    norms = products.diagonal()
+    gaps = (norms[:, None] + norms[None, :] - products - products.T) / 2
+    return gaps.fill_diagonal_(torch.inf).min(dim=1).values
 
 
 def freeze_embeddings(network: Transformer, frozen: bool) -> None:

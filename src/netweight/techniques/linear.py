@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from netweight.errors import ModelError
-from netweight.features import bigrams
+from netweight.features import features
 from netweight.model import Model
 from netweight.network import Linear
 from netweight.run import Local, Run
@@ -35,9 +35,8 @@ class LinearFloor:
         rows = run.data.train
         tokens = model.encoder.encode(rows.text, rows.pair)
         vocabulary, n = model.encoder.vocabulary, len(tokens)
-        pairs, pair_rows = bigrams(tokens, self.buckets)
-        columns = np.concatenate([tokens.ids.astype(np.int64), vocabulary + pairs])
-        where = np.concatenate([np.repeat(np.arange(n), tokens.lengths), pair_rows])
+        columns, starts = features(tokens, vocabulary, self.buckets)
+        where = np.repeat(np.arange(n), np.diff(np.append(starts, len(columns))))
         width = vocabulary + self.buckets
         present = csr_matrix((np.ones(len(columns)), (where, columns)), (n, width))
         documents = np.asarray((present > 0).sum(axis=0)).ravel()

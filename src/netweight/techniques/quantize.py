@@ -7,6 +7,7 @@ DequantizeLinear, whose result does not depend on the batch a row happens to be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,6 +23,13 @@ from netweight.techniques.base import transformer
 from netweight.train import Plan
 
 _BINS = 2048
+
+# Ranges of a layer's output bear its name and this.
+OUT = "/out"
+
+# What attention multiplies with each other comes straight from these layers. Families that rotate queries and keys
+# in between (q_proj, k_proj) are left alone: there, rounding the layer's output would make no product one of integers.
+_FACTORS = ("query", "key", "value", "q_lin", "k_lin", "v_lin")
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Quantize:
         if self.method not in ("minmax", "percentile"):
             raise OptionError(f"unknown calibration {self.method!r}; use minmax or percentile.")
         extremes = run.reduce(model, Extremes(), self.rows)
-        ranges = {name: (-float(extremes[f"{name}/low"]), float(extremes[f"{name}/high"])) for name in linears(network)}
+        ranges = {name: (-float(extremes[f"{name}/low"]), float(extremes[f"{name}/high"])) for name in points(network)}
         if self.method == "percentile":
             counts = run.reduce(model, Histogram(tuple(ranges.items())), self.rows)
             ranges = {name: trimmed(counts[name], *ends, self.percentile) for name, ends in ranges.items()}
@@ -56,44 +64,52 @@ def linears(network: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True)
 class Extremes:
-    """Largest value, and largest negated value, of each linear layer's input over unmasked tokens."""
+    """Largest value, and largest negated value, at each point over unmasked tokens."""
 
     combine: Literal["sum", "max"] = "max"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, x in inputs_of(network, batch).items():
+        for name, x in values_at(network, batch).items():
             found[f"{name}/low"], found[f"{name}/high"] = -x.min(), x.max()
         return found
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of each linear layer's inputs in equal bins between known extremes."""
+    """Counts of the values at each point in equal bins between known extremes."""
 
     ranges: tuple[tuple[str, tuple[float, float]], ...]
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
-        seen = inputs_of(network, batch)
+        seen = values_at(network, batch)
         return {
             name: torch.histc(seen[name], _BINS, low, high).double() for name, (low, high) in self.ranges if high > low
         }
 
 
-def inputs_of(network: Network, batch: Batch) -> dict[str, Tensor]:
-    """The inputs of every linear layer at the batch's real tokens, flat."""
+def points(network: nn.Module) -> list[str]:
+    """Where ranges are taken: the input of every linear layer, and the output of those that attention multiplies."""
+    names = list(linears(network))
+    return names + [name + OUT for name in names if name.rpartition(".")[2] in _FACTORS]
+
+
+def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
+    """The values at every point at the batch's real tokens, flat."""
     seen: dict[str, Tensor] = {}
+    wanted = set(points(network))
     real = batch.mask > 0
 
-    def hook(name: str) -> object:
-        def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            seen[name] = (x[real] if x.shape[:2] == real.shape else x).detach().float().flatten()
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            for point, x in ((name, args[0]), (name + OUT, out)):
+                if point in wanted:
+                    seen[point] = (x[real] if x.shape[:2] == real.shape else x).detach().float().flatten()
 
         return keep
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears(network).items()]  # type: ignore[arg-type]
+    handles = [m.register_forward_hook(hook(n)) for n, m in linears(network).items()]
     try:
         network(batch.ids, batch.mask, batch.types)
     finally:

@@ -110,5 +110,6 @@ def principal(vectors: Tensor, share: Tensor, width: int) -> Tensor:
     centred = vectors - (vectors * p).sum(dim=0)
     covariance = centred.T @ (p * centred)
     _, directions = torch.linalg.eigh(covariance.double())
-    reduced = centred @ directions.flip(1)[:, :width].to(vectors.dtype)
-    return reduced / reduced.norm(dim=1).mean()
+    reduced: Tensor = centred @ directions.flip(1)[:, :width].to(vectors.dtype)
+    scaled: Tensor = reduced / reduced.norm(dim=1).mean()
+    return scaled

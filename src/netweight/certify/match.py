@@ -1,0 +1,75 @@
+"""Rows by their hashes: which certify row a given row is, without storing anybody's words."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight.certify.certificate import Certificate, Floats, Outcomes
+from netweight.data.rows import Rows
+from netweight.errors import CertificateError
+from netweight.task import Classify
+
+# Predicted scores of another machine may differ in their last digits: this share of the label's spread.
+_SCORE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one candidate says of rows, in their order: logits (n, outputs) and confidence (n,)."""
+
+    logits: NDArray[np.floating]
+    confidence: NDArray[np.floating]
+
+
+def row_keys(rows: Rows) -> tuple[str, ...]:
+    """The first 64 bits of the SHA-256 of each normalised text, in hex."""
+    return tuple(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16] for key in rows.keys())  # noqa: SIM118
+
+
+def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: Answers) -> str:
+    """Compare labelled `rows`, and what the shipped candidate says of them now, with what the certificate stored.
+
+    Rows may be in any order and may hold more than the certify rows. Returns a sentence. Raises CertificateError with
+    counts where rows are missing, true labels differ, or predictions differ (scores: by more than a thousandth of the
+    label's spread).
+    """
+    task, name = certificate.registration.task, certificate.shipped.name
+    if rows.label is None:
+        raise CertificateError("the given rows have no labels; verifying compares labels. Say which column holds them.")
+    keys = row_keys(rows)
+    found = dict(zip(keys, range(len(keys)), strict=True))
+    at = np.array([found.get(key, -1) for key in outcomes.keys], np.int64)
+    if missing := int((at < 0).sum()):
+        raise CertificateError(
+            f"{missing:,} of {len(outcomes):,} certify rows are not among the {len(rows):,} given rows; give the table "
+            "that was certified."
+        )
+    wanted = set(outcomes.keys)  # labels of further rows need not be the task's
+    kept = [i for i, key in enumerate(keys) if key in wanted]
+    targets = task.targets([rows.label[i] for i in kept]).tolist()
+    labels = Counter(zip([keys[i] for i in kept], targets, strict=True))
+    stored = Counter(zip(outcomes.keys, outcomes.reference[:, 1].tolist(), strict=True))
+    if wrong := (stored - labels).total():
+        raise CertificateError(
+            f"the labels of {wrong:,} of {len(outcomes):,} certify rows differ from the given ones; give the table "
+            "that was certified."
+        )
+    now = task.outcomes(answers.logits, np.zeros(len(rows)))[at, 0]
+    differ = _differ(now, outcomes.candidates[name][:, 0], task.scale if not isinstance(task, Classify) else 0.0)
+    if differ:
+        raise CertificateError(
+            f"on {differ:,} of {len(outcomes):,} certify rows {name} predicts otherwise than when it was certified; "
+            "check that files, engine and machine are those of the certificate."
+        )
+    extra = len(rows) - len(outcomes)
+    ignored = f"; {extra:,} further rows were ignored" if extra else ""
+    return f"all {len(outcomes):,} certify rows match in label and prediction{ignored}."
+
+
+def _differ(now: Floats, then: Floats, scale: float) -> int:
+    return int((np.abs(now - then) > _SCORE_TOLERANCE * scale).sum())

@@ -1,0 +1,120 @@
+"""What is asked for: tables, budget, options; and the rows that come of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from netweight.data import Columns, Dataset, Rows, read, split
+from netweight.errors import OptionError
+from netweight.search import Minimise
+from netweight.task import Task, task_for
+
+Source = str | Path | Rows
+TaskKind = Literal["classify", "score"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The one dial, and what to do with it.
+
+    max_drop: points of quality that may be lost (accuracy, macro-F1, Spearman: a point is 0.01; MAE: one percent of the
+    reference's error). confidence: of the certificate. minimise: "cost" (seconds of computing per row in batches),
+    "latency" (seconds of a single request, on average) or "size" (bytes).
+    """
+
+    max_drop: float = 1.0
+    confidence: float = 0.95
+    minimise: Minimise = "cost"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.max_drop <= 50:
+            raise OptionError(f"max_drop is {self.max_drop} points; use more than 0 and at most 50.")
+        if not 0.5 <= self.confidence < 1:
+            raise OptionError(f"confidence is {self.confidence}; use 0.5 up to, not including, 1 (0.95 is usual).")
+        if self.minimise not in ("cost", "latency", "size"):
+            raise OptionError(f"minimise is {self.minimise!r}; use cost, latency or size.")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where rows come from: paths, `hf:NAME`, or Rows. Without dev or certify, they are cut from train."""
+
+    train: Source
+    columns: Columns = field(default_factory=Columns)
+    dev: Source | None = None
+    certify: Source | None = None
+    pool: Source | None = None
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a job is done.
+
+    model: `starter`, a folder or a Hub id. metric: None picks one by the balance of the labels. seconds: the time box
+    of the whole job; training is shortened to fit. threads: for training and for every engine.
+    """
+
+    task: TaskKind = "classify"
+    metric: str | None = None
+    model: str = "starter"
+    max_length: int = 128
+    seconds: float = 1200.0
+    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise OptionError(f"threads is {self.threads}; use 1 or more.")
+        if self.seconds < 10:
+            raise OptionError(f"the time limit is {self.seconds:g} s; use at least 10 s.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is asked for."""
+
+    tables: Tables
+    budget: Budget = field(default_factory=Budget)
+    options: Options = field(default_factory=Options)
+
+    def identity(self, data: Dataset, task: Task) -> dict[str, Any]:
+        """What a run store belongs to. The budget may change: the ladder stays, the certificate looks again."""
+        return {
+            "data": data.fingerprint,
+            "task": task.to_dict(),
+            "model": self.options.model,
+            "max length": self.options.max_length,
+            "seed": self.options.seed,
+        }
+
+
+def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
+    """Read and split the tables; bad rows go to `folder`. Returns sentences about what was set aside as well."""
+    tables, notes = job.tables, []
+
+    def rows(name: str, source: Source | None, labelled: bool = True) -> Rows | None:
+        if source is None or isinstance(source, Rows):
+            return source
+        loaded = read(source, tables.columns, quarantine=folder / f"quarantine-{name}.jsonl", label_required=labelled)
+        if loaded.note:
+            notes.append(f"{loaded.note} See {folder.name}/quarantine-{name}.jsonl.")
+        return loaded.rows
+
+    train = rows("train", tables.train)
+    assert train is not None  # `Tables.train` is not optional
+    data = split(
+        train,
+        dev=rows("dev", tables.dev),
+        certify=rows("certify", tables.certify),
+        pool=rows("pool", tables.pool, labelled=False),
+        kind=job.options.task,
+        seed=job.options.seed,
+        quarantine=folder / "quarantine-contradictions.jsonl",
+    )
+    task = task_for(data.train.label or (), job.options.task, job.options.metric)
+    if job.options.metric is None:
+        notes.append(f"The metric is {task.metric}, by the balance of the labels.")
+    return data, task, (*notes, *data.notes)

@@ -1,0 +1,376 @@
+"""The main call: fine-tune, walk the ladder, compose cascades, certify, save, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from netweight import artifact, measure
+from netweight.artifact import Manifest, Tier
+from netweight.baselines import teacher_engine
+from netweight.build import Builder, Clock
+from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
+from netweight.certify import certify as test
+from netweight.data import Columns
+from netweight.engine import Engine, load
+from netweight.engine.cascade import cascade
+from netweight.errors import CertificateError
+from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepare
+from netweight.measure import Cost, Measurement, Measurements
+from netweight.report import render
+from netweight.search import Minimise, Planned, Point, Search, choices, judged, ladder, plan
+from netweight.store import LOOKS, Store
+from netweight.task import Floats
+from netweight.techniques import describe
+from netweight.train import Reporter, Silent
+
+# OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
+_WORTH_IT = 0.9
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave: the artifact's folder, its certificate and measurements, and sentences about the way there."""
+
+    folder: Path
+    manifest: Manifest
+    certificate: Certificate
+    measurements: Measurements
+    notes: tuple[str, ...]
+
+
+def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes the values)
+    train: Source,
+    *,
+    out: str | Path,
+    text: str = "text",
+    label: str = "label",
+    pair: str | None = None,
+    group: str | None = None,
+    slices: Sequence[str] = (),
+    dev: Source | None = None,
+    certify: Source | None = None,
+    pool: Source | None = None,
+    task: TaskKind = "classify",
+    metric: str | None = None,
+    model: str = "starter",
+    max_drop: float = 1.0,
+    confidence: float = 0.95,
+    minimise: Minimise = "cost",
+    seconds: float = 1200.0,
+    threads: int | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Result:
+    """The lightest model that provably still does the job, saved as the artifact `out`.
+
+    Args:
+        train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
+            What is not given is cut from train.
+        text, label, pair, group, slices: names of columns; `group` rows never span splits.
+        max_drop: points of quality that may be lost, held at `confidence`.
+        seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
+
+    Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError.
+    """
+    columns = Columns(text, label, pair, group, slices=tuple(slices))
+    options = Options(task, metric, model, seconds=seconds, seed=seed)
+    job = Job(
+        Tables(train, columns, dev, certify, pool),
+        Budget(max_drop, confidence, minimise),
+        options if threads is None else replace(options, threads=threads),
+    )
+    return run(job, Path(out), reporter or Silent())
+
+
+def run(job: Job, out: Path, reporter: Reporter) -> Result:
+    """Do the job."""
+    clock = Clock(job.options.seconds)
+    torch.set_num_threads(job.options.threads)
+    artifact.writable(out)
+    folder = store_of(out)
+    data, task, notes = prepare(job, folder)
+    for note in notes:
+        reporter.note(note)
+    with Store(folder, job.identity(data, task)) as store:
+        builder = Builder(job, data, task, store, reporter, clock)
+        search = climb(builder)
+        ranked = Ranked(builder, search.points)
+        return _finish(builder, ranked, out, notes)
+
+
+def store_of(out: Path) -> Path:
+    """The run store of an artifact's folder."""
+    return out.with_name(f"{out.name}.run")
+
+
+def climb(builder: Builder) -> Search:
+    """Walk the ladder, as far as the time box allows; the first three rungs are always made."""
+    teacher = builder.teacher
+    builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
+    rungs = ladder(teacher.depth)
+    search = Search(rungs, builder.told(rungs))
+    while (rung := search.ask()) is not None:
+        if builder.clock.left < 0 and len(search.points) >= 3:
+            builder.reporter.note(f"the time limit is reached; {rung.name} and what follows it are not tried")
+            break
+        search.tell(builder.point(rung))
+    return search
+
+
+class Ranked:
+    """Points with their costs, the reference, and the plan that follows from them."""
+
+    def __init__(self, builder: Builder, points: Mapping[str, Point]) -> None:
+        self.builder = builder
+        costs = self._costs(points)
+        self.points = self._engines(points, costs)
+        self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
+        teacher, floor = builder.quality(builder.teacher_dev), builder.quality(self.points["linear"].logits)
+        self.floor_wins = floor >= teacher
+        self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
+        self.considered = self._considered()
+
+    def _costs(self, points: Mapping[str, Point]) -> dict[str, Cost]:
+        """Seconds of each point under each engine that could run it, interleaved in one run, measured once."""
+        store, builder = self.builder.store, self.builder
+        key = f"costs of {', '.join(points)}"
+        if store.get(key) is None:
+            tiers = {}
+            for name, point in points.items():
+                for engine in _able(point):
+                    tiers[f"{name} {engine}"] = builder.run_tier(name, engine, point.options)
+            found = measure.tier_costs(tiers, builder.teacher.encoder, builder.data.dev)
+            store.put(key, {name: [c.row, c.single] for name, c in found.items()})
+        return {name: Cost(*pair) for name, pair in store.get(key).items()}
+
+    def _engines(self, points: Mapping[str, Point], costs: Mapping[str, Cost]) -> dict[str, Point]:
+        chosen = {}
+        for name, point in points.items():
+            fast, usual = costs.get(f"{name} openvino"), costs[f"{name} {point.engine}"]
+            better = fast is not None and fast.row < _WORTH_IT * usual.row
+            chosen[name] = self.builder.with_engine(point, "openvino") if better else point
+        return chosen
+
+    def _considered(self) -> list[Planned]:
+        builder, budget = self.builder, self.builder.job.budget
+        points = [self.points["linear"]] if self.floor_wins else list(self.points.values())
+        found = choices(points, self.costs, builder.task, builder.calibrate, builder.dev_targets, budget.minimise)
+        return judged(found, self.reference, builder.dev_targets, builder.task, self.margin, self.rows, self.level)
+
+    @property
+    def margin(self) -> float:
+        """The allowed drop in units of quality, from the reference's quality on dev."""
+        return self.builder.task.margin(self.builder.job.budget.max_drop, self.builder.quality(self.reference))
+
+    @property
+    def rows(self) -> int:
+        """Certify rows."""
+        return len(self.builder.data.certify)
+
+    @property
+    def level(self) -> float:
+        """Of the first look."""
+        return (1 - self.builder.job.budget.confidence) / 2
+
+
+def _able(point: Point) -> tuple[str, ...]:
+    """Engines that run a point's file on this machine."""
+    if point.engine == "onnx" and importlib.util.find_spec("openvino") is not None:
+        return ("onnx", "openvino")
+    return (point.engine,)
+
+
+def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...]) -> Result:
+    """Register, open the labels, ship the cheapest that passed, measure it, write it."""
+    planned = plan(ranked.considered)
+    packs = [Pack(builder, p) for p in planned]
+    reference = Candidate("linear" if ranked.floor_wins else "teacher", _reference_digest(builder, ranked))
+    registration = register(
+        reference,
+        [pack.candidate for pack in packs],
+        builder.task,
+        builder.data.certify,
+        max_drop=builder.job.budget.max_drop,
+        confidence=builder.job.budget.confidence,
+        seed=builder.job.options.seed,
+        ledger=builder.store.folder / LOOKS,
+    )
+    builder.reporter.note(
+        f"registered {len(packs)} candidates, safest to cheapest: {'; '.join(p.candidate.name for p in packs)}"
+    )
+    certificate, outcomes = _certified(builder, ranked, registration, packs)
+    shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
+    notes = (*notes, *_remarks(ranked, certificate))
+    manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
+    # Measured where it will stand when it is complete: a folder that nobody is told of yet.
+    trial = builder.store.folder / "trial"
+    artifact.save(trial, manifest, shipped.contents)
+    _held(builder, load(trial, builder.job.options.threads), outcomes, certificate.shipped.name)
+    measurements = _measured(builder, ranked, shipped, trial)
+    contents = dict(shipped.contents)
+    contents[artifact.CERTIFICATE] = certificate.to_json().encode()
+    contents[artifact.OUTCOMES] = outcomes.to_json().encode()
+    contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
+    contents[artifact.REPORT] = render(manifest, certificate, measurements, outcomes).encode()
+    manifest = artifact.save(out, manifest, contents)
+    return Result(out, manifest, certificate, measurements, notes)
+
+
+class Pack:
+    """A planned choice as it would ship: manifest and files."""
+
+    def __init__(self, builder: Builder, planned: Planned) -> None:
+        choice = planned.choice
+        encoder = builder.teacher.encoder
+        self.planned = planned
+        self.contents: dict[str, bytes] = {artifact.TOKENIZER: encoder.definition.encode()}
+        tiers = []
+        for i, point in enumerate(choice.points):
+            file = artifact.tier_file(i, point.name, point.engine)
+            self.contents[file] = builder.store.read(f"points/{point.name}.bin")
+            tiers.append(
+                Tier(point.name, point.engine, file, point.options, choice.temperatures[i], choice.thresholds[i])
+            )
+        self.manifest = artifact.hashed(
+            Manifest(builder.task, encoder.max_length, encoder.pad, tuple(tiers)), self.contents
+        )
+        self.candidate = Candidate(choice.name, self.manifest.digest)
+
+
+def _certified(
+    builder: Builder, ranked: Ranked, registration: Registration, packs: Sequence[Pack]
+) -> tuple[Certificate, Outcomes]:
+    sealed = builder.data.certify
+    tokens = builder.teacher.encoder.encode(sealed.rows.text, sealed.rows.pair)
+    # Each model runs once over all rows; cascades of it only pick rows.
+    used = {point.name: point for pack in packs for point in pack.planned.choice.points}
+    logits = {n: builder.run_tier(n, p.engine, p.options).logits(tokens, 32) for n, p in used.items()}
+    answers = {}
+    for pack in packs:
+        parts = [logits[tier.name] for tier in pack.manifest.tiers]
+        said = cascade(builder.task, pack.manifest.tiers, len(tokens), partial(_rows_of, parts))
+        answers[pack.candidate.name] = Answers(said.logits, said.confidence)
+    if ranked.floor_wins:
+        reference = answers[packs[0].candidate.name]
+    else:
+        said_by_teacher = builder.teacher_logits(tokens)
+        reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
+    return test(registration, sealed, reference, answers, slices=sealed.rows.slices)
+
+
+def _rows_of(parts: Sequence[Floats], i: int, rows: NDArray[np.int64]) -> Floats:
+    return np.asarray(parts[i][rows])
+
+
+def _reference_digest(builder: Builder, ranked: Ranked) -> str:
+    return ranked.points["linear"].file if ranked.floor_wins else builder.teacher.digest
+
+
+def _held(builder: Builder, engine: Engine, outcomes: Outcomes, shipped: str) -> None:
+    """What was written answers the certify rows as the certificate says. Raises CertificateError."""
+    rows = builder.data.certify.rows
+    said = engine.run(engine.encoder.encode(rows.text, rows.pair))
+    expected = outcomes.candidates[shipped][:, 0]
+    now = builder.task.outcomes(said.logits, np.zeros(len(rows)))[:, 0]
+    differ = int((np.abs(now - expected) > 1e-4 * max(1.0, float(np.abs(expected).max()))).sum())
+    if differ:
+        raise CertificateError(
+            f"the saved artifact answers {differ:,} of {len(rows):,} certify rows otherwise than the candidate that "
+            "was tested; this is a fault of Netweight or of an engine. Nothing was certified."
+        )
+
+
+def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Measurements:
+    """The reference, what ships, and every single model, timed in one run on dev."""
+    threads = builder.job.options.threads
+    engine = load(out, threads)
+    rows = builder.data.dev
+    engines: dict[str, Engine] = {"reference": teacher_engine(builder.teacher), "shipped": engine}
+    for name, p in ranked.points.items():
+        tier = Tier(name, p.engine, "", p.options, p.temperature)
+        runs = builder.run_tier(name, p.engine, p.options)
+        engines[name] = Engine(builder.task, builder.teacher.encoder, [(tier, runs)], name)
+    if ranked.floor_wins:
+        engines["reference"] = engines["linear"]
+    timings = measure.speed(engines, rows, rounds=3)
+    tokens, fresh = builder.dev_tokens, measure.fresh(out, rows, threads)
+
+    def row(key: str, name: str, size: int) -> Measurement:
+        said = engines[key].run(tokens)
+        quality, agreement, distance = measure.quality(builder.task, said.logits, ranked.reference, builder.dev_targets)
+        tiers = engines[key].tiers
+        answered = tuple(float((said.tier == i).mean()) for i in range(len(tiers)))
+        return Measurement(
+            name, tuple(t.name for t in tiers), len(rows), quality, agreement, distance, answered, size, timings[key]
+        )
+
+    reference = (
+        row("reference", "linear", ranked.points["linear"].bytes)
+        if ranked.floor_wins
+        else row("reference", "teacher", builder.teacher.bytes)
+    )
+    ships = replace(
+        row("shipped", shipped.candidate.name, artifact.size(out, shipped.manifest)),
+        memory=fresh.memory,
+        cold_start=fresh.cold_start,
+    )
+    points = tuple(row(name, name, p.bytes) for name, p in ranked.points.items())
+    return Measurements(measure.machine(threads), reference, ships, points, measure.VCPU_HOUR)
+
+
+def _remarks(ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
+    """Sentences that the reader of the result must know."""
+    said = []
+    if ranked.floor_wins:
+        said.append(
+            "Nothing beats TF-IDF with a linear model on dev, the fine-tuned encoder included: the linear model is the "
+            "reference and what ships."
+        )
+    else:
+        said.append(
+            "Whether the reference is as good as an ordinary full fine-tune was not checked; "
+            "`netweight bench DIR --against finetune` trains one and compares."
+        )
+    if certificate.verdict != "certified":
+        said.append("No candidate passed; what ships is the safest of them, not certified.")
+    return tuple(said)
+
+
+def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
+    rungs = {rung.name: rung for rung in ladder(builder.teacher.depth)}
+    options, data = builder.job.options, builder.data
+    return {
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": {
+                "train": len(data.train),
+                "select": len(data.select),
+                "calibrate": len(data.calibrate),
+                "certify": len(data.certify),
+                "pool": len(data.pool) if data.pool is not None else 0,
+            },
+            "certify": data.certify.fingerprint,
+        },
+        "base": {
+            "name": builder.teacher.base.name,
+            "licence": builder.teacher.base.licence,
+            "sha256": builder.teacher.base.digest,
+        },
+        "teacher": builder.teacher.digest,
+        "recipes": {p.name: describe(rungs[p.name].recipe) for p in shipped.planned.choice.points},
+        "seed": options.seed,
+        "max_drop": builder.job.budget.max_drop,
+        "minimise": builder.job.budget.minimise,
+        "versions": dict(measure.machine(options.threads).versions),
+        "notes": list(notes),
+    }

@@ -1,0 +1,62 @@
+"""A progress bar on the terminal; plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_EVERY = 20.0  # seconds between plain lines
+
+
+class Bar:
+    """A `Reporter` that draws one bar for each fit, with loss and time left; notes are printed above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = None if self._console.is_terminal else -1
+        self._label, self._steps, self._said, self._began, self._done = "", 0, 0.0, 0.0, 0
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """A fit of `steps`, of which `done` were done before."""
+        if self._label != label:
+            self._began, self._done = time.monotonic(), done
+        self._label, self._steps, self._said = label, steps, time.monotonic()
+        for task in list(self._progress.task_ids):
+            self._progress.remove_task(task)
+        self._progress.add_task(label, total=steps, completed=done, loss=float("nan"))
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """One step was made."""
+        for task in self._progress.task_ids:
+            self._progress.update(task, completed=step, loss=loss)
+        now = time.monotonic()
+        if not self._console.is_terminal and (now - self._said > _EVERY or step == self._steps):
+            left = (now - self._began) / max(1, step - self._done) * (self._steps - step)
+            self._console.print(f"{self._label}: step {step} of {self._steps}, loss {loss:.4f}, {left:.0f} s left")
+            self._said = now
+
+    def note(self, message: str) -> None:
+        """A sentence."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)

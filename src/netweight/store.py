@@ -1,0 +1,153 @@
+"""The run store, `OUT.run/`: what a job has finished, so that a killed one goes on where it was.
+
+    journal.jsonl      append-only: the job, then one line for each finished piece of work
+    models/NAME/       models, as `Model.save` writes them
+    NAME.safetensors   tables of numbers that a journal line refers to
+    looks.jsonl        registrations on certify splits
+
+A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from netweight.data.files import atomic
+from netweight.errors import StoreError
+
+JOURNAL = "journal.jsonl"
+LOOKS = "looks.jsonl"
+MODELS = "models"
+
+
+class Store:
+    """One job's folder, locked while it is open.
+
+    Args:
+        folder: made where it is missing.
+        job: plain values that identify the job; None takes whatever job the folder holds.
+
+    Raises:
+        StoreError: the folder holds another job (which differs where), another process works in it, it is damaged, or
+            `job` is None and the folder holds none.
+    """
+
+    def __init__(self, folder: Path, job: Mapping[str, Any] | None) -> None:
+        self.folder = folder
+        path = folder / JOURNAL
+        if job is None and not path.exists():
+            raise StoreError(f"there is no run store {folder}; run `netweight optimize` with that output first.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise StoreError(f"another process works in {folder}; wait for it, or choose another output.") from None
+        try:
+            self._held = self._replayed(path)
+            self._claim(job)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _replayed(self, path: Path) -> dict[str, Any]:
+        """Key to value of all whole lines; a torn last line is cut off."""
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            os.truncate(path, whole)
+        held: dict[str, Any] = {}
+        for number, line in enumerate(data[:whole].splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                held[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError):
+                raise StoreError(f"line {number} of {path} is damaged; delete {self.folder} to start over.") from None
+        return held
+
+    def _claim(self, job: Mapping[str, Any] | None) -> None:
+        if job is None:
+            return
+        wanted = json.loads(json.dumps(job))
+        known = self._held.get("job")
+        if known is None:
+            self.put("job", wanted)
+        elif known != wanted:
+            differs = [f"{k}: {known.get(k)!r} there, {v!r} now" for k, v in wanted.items() if known.get(k) != v]
+            raise StoreError(
+                f"{self.folder} belongs to another job ({'; '.join(differs)}). Choose another output, or delete it."
+            )
+
+    @property
+    def job(self) -> dict[str, Any]:
+        """The job that the folder belongs to."""
+        return dict(self._held.get("job", {}))
+
+    def get(self, key: str) -> Any:
+        """A finished piece of work, or None."""
+        return self._held.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        """Append a finished piece of work; it is on disk when this returns."""
+        line = json.dumps({"key": key, "value": value}, ensure_ascii=False).encode()
+        self._file.write(line + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._held[key] = json.loads(line)["value"]
+
+    def write(self, name: str, data: bytes) -> None:
+        """A file in the folder, all or nothing."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as out:
+            out.write(data)
+
+    def read(self, name: str) -> bytes:
+        """A file that `write` made. Raises StoreError where it is gone."""
+        try:
+            return (self.folder / name).read_bytes()
+        except OSError:
+            raise StoreError(f"{self.folder / name} is missing; delete {self.folder} to start over.") from None
+
+    def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Named arrays, all or nothing."""
+        self.write(f"{name}.safetensors", save({k: np.ascontiguousarray(v) for k, v in arrays.items()}))
+
+    def read_arrays(self, name: str) -> dict[str, NDArray[Any]]:
+        """What `write_arrays` wrote. Raises StoreError where it is gone or damaged."""
+        path = self.folder / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as problem:
+            raise StoreError(f"{path} is missing or damaged ({problem}); delete {self.folder}.") from None
+
+    def model_folder(self, name: str) -> Path:
+        """Where a model of this name is kept."""
+        return self.folder / MODELS / name
+
+    def discard(self, name: str) -> None:
+        """Remove a half-written model."""
+        shutil.rmtree(self.model_folder(name), ignore_errors=True)
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._file.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,120 @@
+"""One exported file, two engines: both equal the lowered torch reference, whatever the batch, padding and order."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from conftest import tiny_model, tiny_rows
+from netweight.artifact import Tier
+from netweight.data import Dataset
+from netweight.data.rows import Sealed
+from netweight.encode import Tokens
+from netweight.engine.base import TierEngine
+from netweight.engine.cascade import tier_engine
+from netweight.export import Exported, export, lowered
+from netweight.model import Model
+from netweight.run import Local
+from netweight.run.local import logits_of
+from netweight.techniques import Quantize
+from netweight.train import Plan
+
+FAMILIES = ("bert", "roberta", "distilbert")
+ENGINES = ("onnx", "openvino")
+
+
+class Padded(Tokens):
+    """Rows padded by seven tokens more than they need."""
+
+    def padded(self, rows: NDArray[np.int64], pad: int) -> tuple[NDArray[np.int32], ...]:  # type: ignore[override]
+        ids, mask, types = super().padded(rows, pad)
+        wide = ((0, 0), (0, 7))
+        return np.pad(ids, wide, constant_values=pad), np.pad(mask, wide), np.pad(types, wide)
+
+
+@cache
+def given(family: str, quantized: bool) -> tuple[Model, Exported]:
+    """A model and its file. Exporting takes seconds, so each is made once."""
+    model = tiny_model(family=family)
+    if quantized:
+        rows = tiny_rows(60)
+        data = Dataset(rows.take(range(40)), rows.take(range(40, 50)), rows.take(range(50, 60)), Sealed(rows))
+        model = Quantize(rows=40)(model, Local(data), Plan(precision="fp32"))
+    return model, export(model)
+
+
+def engine_of(family: str, quantized: bool, name: Literal["onnx", "openvino"]) -> TierEngine:
+    if name == "openvino":
+        pytest.importorskip("openvino")
+    model, exported = given(family, quantized)
+    return tier_engine(Tier("t", name, "f", exported.options), exported.data, model.encoder.pad, 1)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_engines_equal_the_reference(family: str, quantized: bool, name: Literal["onnx", "openvino"]) -> None:
+    model, _ = given(family, quantized)
+    engine = engine_of(family, quantized, name)
+    tokens = model.encoder.encode(tiny_rows().text)
+    with torch.no_grad():
+        padded = tokens.padded(np.arange(len(tokens)), model.encoder.pad)
+        reference = lowered(model)(*map(torch.from_numpy, padded)).numpy()
+    logits = engine.logits(tokens, 32)
+    # A value that lies between two steps may round either way.
+    assert np.abs(logits - reference).max() < (0.02 * np.abs(reference).max() if quantized else 1e-5)
+    for other in (engine.logits(tokens, 1), engine.logits(Padded(tokens.ids, tokens.types, tokens.offsets), 32)):
+        assert np.abs(other - logits).max() < 1e-5
+        assert (other.argmax(1) == logits.argmax(1)).all()
+    order = np.random.default_rng(0).permutation(len(tokens))
+    assert np.abs(engine.logits(tokens.take(order), 7) - logits[order]).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lowering_without_ranges_changes_nothing_but_the_graph(family: str) -> None:
+    model = tiny_model(family=family)
+    before = model.network.config._attn_implementation
+    tokens = model.encoder.encode(tiny_rows(30).text)
+    plain = lowered(model)
+    with torch.no_grad():
+        padded = tokens.padded(np.arange(len(tokens)), model.encoder.pad)
+        found = plain(*map(torch.from_numpy, padded))
+    assert torch.allclose(found, logits_of(model, tokens), atol=1e-6)
+    assert model.network.config._attn_implementation == before
+
+
+def test_the_graph_is_plain() -> None:
+    proto = onnx.load_from_string(given("bert", True)[1].data)
+    kinds = {node.op_type for node in proto.graph.node}
+    # Masks built by index and guards against NaN hide attention from both engines.
+    assert not kinds & {"GatherND", "IsNaN", "Range", "Expand"}
+
+
+def test_layers_run_on_integers_in_openvino() -> None:
+    pytest.importorskip("openvino")
+    engine = engine_of("bert", True, "openvino")
+    ran = [
+        (info["layerType"].astype(str), info["runtimePrecision"].astype(str))
+        for info in (op.get_rt_info() for op in engine._compiled.get_runtime_model().get_ops())  # type: ignore[attr-defined]
+    ]
+    assert sum(kind == "FullyConnected" and precision in ("u8", "i8") for kind, precision in ran) == 12
+    assert sum(kind == "MatMul" and precision in ("u8", "i8") for kind, precision in ran) == 4
+
+
+def test_layers_run_on_integers_in_onnx_runtime(tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(given("bert", True)[1].data, options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul") for kind in kinds) == 16
+    assert "MatMul" not in kinds
