@@ -130,7 +130,7 @@ def machine(threads: int) -> Machine:
             continue
     return Machine(
         cpu=_cpu(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores(),
         threads=threads,
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
@@ -165,13 +165,18 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Floats) -> tuple[float, float, float]:
-    """Quality, agreement with the reference, and mean ||F0(x) - F1(x)||_2 of the logits."""
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Floats | None) -> tuple[float, float, float]:
+    """Quality (NaN without targets), agreement with the reference, and mean ||F0(x) - F1(x)||_2 of the logits."""
     if len(logits) == 0:
         raise OptionError("quality needs at least one row.")
     distance = np.linalg.norm(np.asarray(logits, np.float64) - reference, axis=1).mean()
     return (
-        float(task.quality(task.outcomes(logits, targets))),
+        float("nan") if targets is None else float(task.quality(task.outcomes(logits, targets))),
         task.agreement(logits, reference),
         float(distance),
     )

@@ -20,7 +20,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
-from netweight.data import Columns
+from netweight.data import Columns, Rows
 from netweight.engine import Engine, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
@@ -28,7 +28,7 @@ from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepar
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Minimise, Planned, Point, Search, choices, judged, ladder, plan
-from netweight.store import LOOKS, Store
+from netweight.store import DEV, LOOKS, Store
 from netweight.task import Floats
 from netweight.techniques import describe
 from netweight.train import Reporter, Silent
@@ -102,6 +102,7 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
     for note in notes:
         reporter.note(note)
     with Store(folder, job.identity(data, task)) as store:
+        store.write(DEV, _lines(data.dev))
         builder = Builder(job, data, task, store, reporter, clock)
         search = climb(builder)
         ranked = Ranked(builder, search.points)
@@ -111,6 +112,14 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
 def store_of(out: Path) -> Path:
     """The run store of an artifact's folder."""
     return out.with_name(f"{out.name}.run")
+
+
+def _lines(rows: Rows) -> bytes:
+    """Texts and labels as JSON lines."""
+    names = ("text", "pair", "label") if rows.pair else ("text", "label")
+    cells = zip(*(getattr(rows, name) for name in names), strict=True)
+    made = [json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) for row in cells]
+    return "".join(f"{line}\n" for line in made).encode("utf-8", "backslashreplace")
 
 
 def climb(builder: Builder) -> Search:
@@ -337,10 +346,7 @@ def _remarks(ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
             "reference and what ships."
         )
     else:
-        said.append(
-            "Whether the reference is as good as an ordinary full fine-tune was not checked; "
-            "`netweight bench DIR --against finetune` trains one and compares."
-        )
+        said.append("Whether the reference is as good as an ordinary full fine-tune was not checked in this job.")
     if certificate.verdict != "certified":
         said.append("No candidate passed; what ships is the safest of them, not certified.")
     return tuple(said)

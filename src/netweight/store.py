@@ -4,6 +4,7 @@
     models/NAME/       models, as `Model.save` writes them
     NAME.safetensors   tables of numbers that a journal line refers to
     looks.jsonl        registrations on certify splits
+    dev.jsonl          the dev rows, for `netweight bench`
 
 A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.
 """
@@ -29,6 +30,7 @@ from netweight.errors import StoreError
 
 JOURNAL = "journal.jsonl"
 LOOKS = "looks.jsonl"
+DEV = "dev.jsonl"
 MODELS = "models"
 
 

@@ -147,7 +147,7 @@ class Bootstrap:
 
 
 def _acceleration(sample: Sample, statistic: Statistic) -> float:
-    """A sixth of the skewness of the jackknife's influences (Efron 1987, equation 6.6)."""
+    """A sixth of the skewness of the jackknife's influences (Efron and Tibshirani 1993, equation 14.15)."""
     found = [(statistic(weights), times) for weights, times in sample.left_out()]
     without, times = np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
     influence = (times @ without) / times.sum() - without

@@ -14,7 +14,7 @@ from netweight.certify.tails import normal_quantile, tango
 from netweight.data.rows import Rows
 from netweight.task import Classify, Task
 
-ROWS = 30  # below which no interval is given
+ROWS = 30  # rows, or groups of them, below which no interval is given
 VALUES = 30  # of a column, by number of rows
 # Scripts that begin so in Unicode's names; the first word of a letter's name tells its script.
 _HAN = ("CJK", "KANGXI")
@@ -90,7 +90,8 @@ def _slice(
     if isinstance(task, Classify):
         task = Classify(task.labels)
     was, now = float(task.quality(reference)), float(task.quality(candidate))
-    drop = _drop(task, reference, candidate, groups, level) if n >= ROWS else None
+    units = n if groups is None else len(np.unique(groups))
+    drop = _drop(task, reference, candidate, groups, level) if units >= ROWS else None
     return Slice(*named, n, was, now, drop)
 
 

@@ -1,4 +1,4 @@
-"""Tail probabilities that numpy lacks: incomplete beta, binomial, Student's t, and the score intervals built on z."""
+"""Tail probabilities that numpy lacks: incomplete beta and binomial, and Tango's score interval."""
 
 from __future__ import annotations
 
@@ -118,27 +118,6 @@ def binomial_bounds(count: int, n: int, tail: float) -> tuple[float, float]:
     lower = 0.0 if count == 0 else bisect(reaches(count - 1, 1 - tail), 0.0, count / n, 1e-12)
     upper = 1.0 if count == n else bisect(reaches(count, tail), count / n, 1.0, 1e-12)
     return lower, upper
-
-
-def t_quantile(tail: float, freedom: float) -> float:
-    """The t that Student's t with `freedom` degrees exceeds with probability `tail` < 1/2."""
-    if freedom > 1e6:
-        return normal_quantile(tail)
-
-    def exceeds(t: float) -> bool:
-        return float(beta_cdf(freedom / (freedom + t * t), freedom / 2, 0.5)[0]) / 2 > tail
-
-    high = 2.0
-    while exceeds(high):
-        high *= 2
-    return bisect(exceeds, 0.0, high, 1e-12)
-
-
-def wilson(count: float, n: float, z: float) -> tuple[float, float]:
-    """Score interval of a proportion at +-z (Wilson 1927). Counts may be fractions (effective sample sizes)."""
-    centre = (count + z * z / 2) / (n + z * z)
-    reach = z / (n + z * z) * math.sqrt(count * (n - count) / n + z * z / 4)
-    return max(0.0, min(count / n, centre - reach)), min(1.0, max(count / n, centre + reach))
 
 
 def tango_score(b: ArrayLike, c: ArrayLike, n: float, drop: float) -> Floats:

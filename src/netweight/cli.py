@@ -1,0 +1,253 @@
+"""The command line: parse, call the library, print."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from netweight.errors import NetweightError, OptionError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The lightest model that provably still does the job.",
+)
+
+Text = Annotated[str, typer.Option(help="Column that holds the text.")]
+MaybePair = Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; without it, the cores of this process.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")]
+
+
+class Track(StrEnum):
+    """Trackers."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
+class Against(StrEnum):
+    """Baselines."""
+
+    teacher = "teacher"
+    onnx = "onnx"
+    onnx_int8 = "onnx-int8"
+    openvino_int8 = "openvino-int8"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def optimize(
+    train: Annotated[str, typer.Argument(help="csv, tsv, jsonl (also .gz), parquet, or hf:NAME.")],
+    label: Annotated[str, typer.Option(help="Column that holds the label, or the score.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artifact. OUT.run beside it keeps the state of the job.")],
+    text: Text,
+    pair: MaybePair = None,
+    task: Annotated[Literal["classify", "score"], typer.Option(help="Labels, or numbers.")] = "classify",
+    dev: Annotated[str | None, typer.Option(help="Rows to choose by; else cut from TRAIN.")] = None,
+    certify: Annotated[str | None, typer.Option(help="Rows that no search sees; else cut from TRAIN.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Rows without labels, to distil on.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
+    slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
+    model: Annotated[str, typer.Option(help="starter, a folder, or a Hub id.")] = "starter",
+    max_drop: Annotated[float, typer.Option(help="Points of quality that may be lost.")] = 1.0,
+    confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
+    metric: Annotated[
+        Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
+    ] = None,
+    minimise: Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")] = "cost",
+    time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
+) -> None:
+    """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
+    from netweight.optimize import optimize as run
+    from netweight.optimize import store_of
+    from netweight.progress import Bar
+    from netweight.track import Tracked, trackers
+
+    seconds = _seconds(time_limit)
+    with (
+        Bar(Console(stderr=True)) as bar,
+        Tracked(bar, trackers([t.value for t in track or ()], store_of(out))) as reporter,
+    ):
+        result = run(
+            train,
+            out=out,
+            text=text,
+            label=label,
+            pair=pair,
+            group=group,
+            slices=slices or (),
+            dev=dev,
+            certify=certify,
+            pool=pool,
+            task=task,
+            metric=metric,
+            model=model,
+            max_drop=max_drop,
+            confidence=confidence,
+            minimise=minimise,
+            seconds=seconds,
+            threads=threads,
+            seed=seed,
+            reporter=reporter,
+        )
+    _print_summary(result.folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the artifact.")] = Path("demo.nw"),
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and of training.")] = 0,
+) -> None:
+    """The main job on the built-in sample of synthetic customer messages."""
+    from netweight.demo import demo as run
+    from netweight.progress import Bar
+
+    with Bar(Console(stderr=True)) as bar:
+        result = run(out, threads, seed, bar)
+    _print_summary(result.folder)
+
+
+@app.command()
+def predict(
+    folder: Folder,
+    source: Annotated[str, typer.Argument(metavar="INPUT", help="A table, or - for lines on standard input.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    out: Annotated[Path | None, typer.Option(help="Output table; without it, standard output.")] = None,
+    threads: Threads = None,
+) -> None:
+    """Add the columns prediction, confidence and tier to a table, in constant memory."""
+    from netweight.predict import predict as run
+
+    done = run(folder, source, text=text, pair=pair, out=out or "-", threads=threads)
+    print(done.sentence, file=sys.stderr)
+
+
+@app.command()
+def bench(
+    folder: Folder,
+    source: Annotated[str | None, typer.Option("--input", help="A table; without it, the job's dev rows.")] = None,
+    text: Text = "text",
+    label: Annotated[str | None, typer.Option(help="Column that holds the label: adds quality.")] = None,
+    pair: MaybePair = None,
+    against: Annotated[
+        list[Against] | None,
+        typer.Option(help="Baseline, timed beside it; may be repeated. Needs DIR.run."),
+    ] = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure an artifact, and baselines beside it in the same run."""
+    from netweight.bench import bench as run
+
+    report = run(
+        folder, source, text=text, label=label, pair=pair, against=[a.value for a in against or ()], threads=threads
+    )
+    if as_json:
+        print(report.to_json())
+        return
+    table = Table(box=None, pad_edge=False)
+    head, *rest = report.rows()
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rest:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, markup=False, highlight=False)
+    console.print(report.sentence, markup=False, highlight=False)
+
+
+@app.command()
+def inspect(folder: Folder, as_json: AsJson = False) -> None:
+    """What an artifact is: verdict, tiers, size, provenance."""
+    from netweight.summary import summary
+
+    if as_json:
+        print(json.dumps(summary(folder), ensure_ascii=False, indent=1))
+    else:
+        _print_summary(folder)
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    data: Annotated[
+        str | None, typer.Option(help="The certify rows: also compares what the artifact says now.")
+    ] = None,
+    text: Text = "text",
+    label: Annotated[str, typer.Option(help="Column that holds the label.")] = "label",
+    pair: MaybePair = None,
+) -> None:
+    """Check every file's hash and recompute the certificate."""
+    from netweight.summary import verify as run
+
+    for sentence in run(folder, data, text=text, label=label, pair=pair):
+        print(sentence)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Where to write it; without it, report.html here.")] = None,
+    examples: Annotated[
+        str | None, typer.Option(help="The certify rows: shows texts on which answers flipped. Customers' words!")
+    ] = None,
+    text: Text = "text",
+    label: Annotated[str, typer.Option(help="Column that holds the label.")] = "label",
+    pair: MaybePair = None,
+) -> None:
+    """Write the report again, with examples if asked."""
+    from netweight.summary import write_report
+
+    path = write_report(folder, out or Path("report.html"), examples, text=text, label=label, pair=pair)
+    print(f"wrote {path}")
+
+
+def _seconds(given: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", given.strip())
+    if not found:
+        raise OptionError(f"a time limit is a number with s, m or h, such as 90s or 20m; given was {given!r}.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 60}[found[2]]
+
+
+def _print_summary(folder: Path) -> None:
+    from netweight.summary import lines
+
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in lines(folder):
+        table.add_row(name, value)
+    console.print(table, highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point. What is wrong with the input is one sentence on standard error, and exit status 1."""
+    try:
+        app()
+    except NetweightError as problem:
+        print(f"netweight: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is left to say, and flushing at exit would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

@@ -1,0 +1,119 @@
+"""Training curves for TensorBoard, Weights & Biases (offline) and MLflow: reporters beside the progress bar."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+from netweight.errors import MissingExtra
+from netweight.train import Reporter
+
+Name = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class Tracker(Protocol):
+    """Takes numbers of one fit at a step."""
+
+    def log(self, label: str, step: int, loss: float, rate: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class Tracked:
+    """A reporter that passes everything on, and every step's loss and learning rate to trackers as well."""
+
+    def __init__(self, reporter: Reporter, trackers: Sequence[Tracker]) -> None:
+        self._reporter, self._trackers, self._label = reporter, tuple(trackers), ""
+
+    def __enter__(self) -> Tracked:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """A fit begins."""
+        self._label = label
+        self._reporter.start(label, steps, done)
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """One step was made."""
+        self._reporter.step(step, loss, rate)
+        for tracker in self._trackers:
+            tracker.log(self._label, step, loss, rate)
+
+    def note(self, message: str) -> None:
+        """A sentence."""
+        self._reporter.note(message)
+
+
+def trackers(names: Sequence[Name], folder: Path) -> list[Tracker]:
+    """Trackers that write below `folder`; none of them uses the network. Raises MissingExtra."""
+    made: dict[Name, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+    return [made[name](folder / name) for name in names]
+
+
+def _needs(module: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtra(purpose, "track") from None
+
+
+class TensorBoard:
+    """Event files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = _needs("torch.utils.tensorboard", "tracking with TensorBoard").SummaryWriter(str(folder))
+
+    def log(self, label: str, step: int, loss: float, rate: float) -> None:
+        """Loss and learning rate of a fit."""
+        self._writer.add_scalar(f"{label}/loss", loss, step)
+        self._writer.add_scalar(f"{label}/learning rate", rate, step)
+
+    def close(self) -> None:
+        """Flush."""
+        self._writer.close()
+
+
+class WandB:
+    """An offline run; `wandb sync` sends it when its owner wants to."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_SILENT", "true")
+        self._run = _needs("wandb", "tracking with Weights & Biases").init(
+            mode="offline", dir=str(folder), project="netweight"
+        )
+
+    def log(self, label: str, step: int, loss: float, rate: float) -> None:
+        """Loss and learning rate of a fit."""
+        self._run.log({f"{label}/loss": loss, f"{label}/learning rate": rate, f"{label}/step": step})
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run in a local SQLite file."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._client = _needs("mlflow", "tracking with MLflow").MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        found = self._client.get_experiment_by_name("netweight")
+        experiment = found.experiment_id if found else self._client.create_experiment("netweight")
+        self._run = self._client.create_run(experiment).info.run_id
+
+    def log(self, label: str, step: int, loss: float, rate: float) -> None:
+        """Loss and learning rate of a fit."""
+        self._client.log_metric(self._run, f"{label}.loss", loss, step=step)
+        self._client.log_metric(self._run, f"{label}.learning_rate", rate, step=step)
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._run)
