@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel
 
+from netweight import measure
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
+from netweight.measure import Cost
 from netweight.model import Base, Model
 from netweight.network import Transformer
+from netweight.optimize import Result, optimize
 from netweight.task import Classify, Task
 
 torch.set_num_threads(1)
@@ -25,8 +33,13 @@ BAD = ("broken", "late", "torn", "wrong", "cheap")
 THINGS = ("zip", "dress", "parcel", "shoe", "coat", "lamp", "the", "my", "was", "after", "week")
 
 
-def tiny_encoder(max_length: int = 32) -> TextEncoder:
-    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *THINGS)
+# Synonyms enough that a few hundred rows do not show each of them: a base that knows them beats counting words.
+KIND = tuple(f"kind{i}" for i in range(150))
+MEAN = tuple(f"mean{i}" for i in range(150))
+
+
+def tiny_encoder(max_length: int = 32, more: Sequence[str] = ()) -> TextEncoder:
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *THINGS, *more)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -36,8 +49,10 @@ def tiny_encoder(max_length: int = 32) -> TextEncoder:
     return TextEncoder(tokenizer.to_str(), max_length)
 
 
-def tiny_model(task: Task | None = None, family: str = "bert", layers: int = 2, seed: int = 0) -> Model:
-    encoder = tiny_encoder()
+def tiny_model(
+    task: Task | None = None, family: str = "bert", layers: int = 2, seed: int = 0, more: Sequence[str] = ()
+) -> Model:
+    encoder = tiny_encoder(more=more)
     config = AutoConfig.for_model(
         family,
         vocab_size=encoder.vocabulary,
@@ -64,6 +79,95 @@ def tiny_rows(n: int = 120) -> Rows:
         )
         labels.append("good" if good else "bad")
     return Rows(tuple(texts), tuple(labels))
+
+
+def tiny_base(folder: Path, layers: int = 1) -> Path:
+    """A folder as `netweight.model.pretrained` loads it, of a model that has "seen" KIND and MEAN words before."""
+    base = tiny_model(layers=layers, more=KIND + MEAN)
+    network = base.network
+    assert isinstance(network, Transformer)
+    known = tiny_encoder().vocabulary
+    with torch.no_grad():
+        vectors = network.backbone.get_input_embeddings().weight  # type: ignore[operator]
+        vectors[known : known + len(KIND), 0] += 0.1
+        vectors[known + len(KIND) :, 0] -= 0.1
+    network.backbone.save_pretrained(folder)  # type: ignore[operator]
+    (folder / "tokenizer.json").write_text(base.encoder.definition, encoding="utf-8")
+    return folder
+
+
+def many_rows(n: int, seed: int = 0, noise: float = 0.0) -> Rows:
+    """Distinct texts whose label is the side with more words; `noise` of the labels are turned over."""
+    rng = np.random.default_rng(seed)
+    texts: dict[str, str] = {}
+    while len(texts) < n:
+        kind = bool(rng.random() < 0.5)
+        right, wrong = (KIND, MEAN) if kind else (MEAN, KIND)
+        words = [*rng.choice(right, 3), *rng.choice(wrong, int(rng.integers(0, 2))), *rng.choice(THINGS, 4)]
+        texts.setdefault(" ".join(rng.permutation(words)), "good" if kind != (rng.random() < noise) else "bad")
+    return Rows(tuple(texts), tuple(texts.values()))
+
+
+def write_table(path: Path, rows: Rows) -> Path:
+    """The rows as tab-separated text, label and, where there is one, pair."""
+    columns = {"text": rows.text, "label": rows.label, "pair": rows.pair}
+    there = {name: column for name, column in columns.items() if column}
+    lines = ["\t".join(there), *("\t".join(cells) for cells in zip(*there.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+COSTS = {"": 1e-6, "linear": 1e-6, "static": 2e-6, "half-int8": 5e-5, "third-int8": 4e-5, "full-int8": 1e-4}
+
+
+def fixed_costs(tiers: Iterable[str], *_: object) -> dict[str, Cost]:
+    """Stands for `measure.tier_costs`, so that no choice depends on how busy the machine is."""
+    return {name: Cost(COSTS[name.split(" ")[0]], 2 * COSTS[name.split(" ")[0]]) for name in ("", *tiers)}
+
+
+def quick_measuring(patch: pytest.MonkeyPatch) -> None:
+    """Speeds of moments and costs that are made up: no test looks at a speed."""
+    patch.setattr(measure, "tier_costs", fixed_costs)
+    patch.setattr(measure, "_ROUND", 0.002)
+    patch.setattr(measure, "_PILOT", 0.001)
+    patch.setattr(measure, "_SINGLES", 3)
+    fresh = measure.fresh
+    patch.setattr(measure, "fresh", lambda folder, rows, threads: fresh(folder, rows, threads, rounds=1))
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_measuring(monkeypatch)
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A finished job: its base, tables, options and result. Read only: tests copy what they change."""
+
+    base: Path
+    train: Rows
+    dev: Rows
+    certify: Rows
+    options: dict[str, Any]
+    result: Result
+
+    @property
+    def folder(self) -> Path:
+        return self.result.folder
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+    """The main job, end to end, on tiny rows with a tiny base; made once."""
+    folder = tmp_path_factory.mktemp("shop")
+    base = tiny_base(folder / "base")
+    rows = many_rows(1200, noise=0.02)
+    train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 700), (700, 1200)))
+    options: dict[str, Any] = {"model": str(base), "max_drop": 5.0, "threads": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        quick_measuring(patch)
+        result = optimize(train, dev=dev, certify=certify, out=folder / "made.nw", **options)
+    yield Shop(base, train, dev, certify, options, result)
 
 
 @pytest.fixture

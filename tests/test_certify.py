@@ -127,14 +127,14 @@ def test_scores_are_certified_and_recomputed() -> None:
     safe = Answers(reference + 0.01 * rng.normal(size=(400, 1)), np.ones(400))
     for metric in ("spearman", "mae"):
         registration = plan(rows, SAFE, task=Score(metric=metric))  # type: ignore[arg-type]
-        registration = replace(registration, max_drop=5.0)
+        registration = replace(registration, max_drop=10.0)
         certificate, outcomes = certify(registration, Sealed(rows), Answers(reference, np.ones(400)), {"safe": safe})
         assert certificate.verdict == "certified"
         assert certificate.calibration is None
         verify(Certificate.from_json(certificate.to_json()), Outcomes.from_json(outcomes.to_json()))
         assert "all 400" in matches(certificate, outcomes, rows, safe)
     # The margin of a mean absolute error is percent of the reference's.
-    assert certificate.final.margin == pytest.approx(0.05 * float(np.abs(reference[:, 0] - true).mean()))
+    assert certificate.final.margin == pytest.approx(0.1 * float(np.abs(reference[:, 0] - true).mean()))
 
 
 def test_a_changed_number_is_found_and_named() -> None:

@@ -1,0 +1,212 @@
+"""Every engine that can ship keeps the contract; the cascade equals a loop; errors say what came."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import BAD, GOOD, THINGS, many_rows, tiny_encoder, tiny_model
+from netweight.artifact import Tier
+from netweight.data import Dataset, Rows
+from netweight.data.rows import Sealed
+from netweight.engine import Engine, Outputs
+from netweight.engine.cascade import cascade, tier_engine
+from netweight.engine.onnx import OpenvinoEngine
+from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
+from netweight.export import export
+from netweight.model import Model
+from netweight.run import Local
+from netweight.task import Classify, Prediction, Score, ScorePrediction
+from netweight.techniques import LinearFloor, Quantize, Static, Technique
+from netweight.testing import EngineContract
+from netweight.train import Plan
+
+WORDS = (*GOOD, *BAD, *THINGS)
+
+
+def mixed_rows(n: int, pairs: bool = False, scores: bool = False) -> Rows:
+    """Texts of 0 to 25 words, so that batches must pad; empty ones among them."""
+    rng = np.random.default_rng(3)
+    texts = [" ".join(rng.choice(WORDS, int(rng.integers(0, 25)))) for _ in range(n)]
+    other = tuple(" ".join(rng.choice(WORDS, int(rng.integers(1, 9)))) for _ in range(n)) if pairs else None
+    labels = [sum(w in GOOD for w in t.split()) - sum(w in BAD for w in t.split()) for t in texts]
+    return Rows(tuple(texts), tuple(f"{v}" if scores else "good" if v > 0 else "bad" for v in labels), other)
+
+
+def data_of(rows: Rows) -> Dataset:
+    return Dataset(rows.take(range(120)), rows.take(range(120, 140)), rows.take(range(140, 160)), Sealed(rows))
+
+
+TIERS: dict[str, tuple[Technique, bool, bool]] = {
+    "static": (Static(width=8, buckets=64, epochs=4, batch_size=16), False, False),
+    "static, no bigrams": (Static(width=8, buckets=0, epochs=4, batch_size=16), False, False),
+    "static, hidden head": (Static(width=8, buckets=64, hidden=6, epochs=4, batch_size=16), False, False),
+    "static, pairs": (Static(width=8, buckets=64, epochs=4, batch_size=16), True, False),
+    "static, scores": (Static(width=8, buckets=64, epochs=4, batch_size=16), False, True),
+    "linear": (LinearFloor(buckets=64), False, False),
+    "onnx int8": (Quantize(rows=60), False, False),
+    "onnx int8, pairs": (Quantize(rows=60), True, False),
+}
+
+
+@cache
+def tier_of(name: str) -> tuple[Model, Tier, bytes]:
+    technique, pairs, scores = TIERS[name]
+    rows = mixed_rows(160, pairs, scores)
+    model = tiny_model(Score(0.0, 2.0) if scores else None, layers=1)
+    made = technique(model, Local(data_of(rows)), Plan(batch_size=16, precision="fp32"))
+    exported = export(made)
+    return made, Tier("only", exported.kind, "file", exported.options), exported.data
+
+
+def engine_of(name: str, engine: str | None = None) -> Engine:
+    model, tier, data = tier_of(name)
+    tier = replace(tier, engine=engine or tier.engine)
+    return Engine(model.task, model.encoder, [(tier, tier_engine(tier, data, model.encoder.pad, 1))], name)
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_contract(name: str) -> None:
+    _, pairs, scores = TIERS[name]
+    rows = mixed_rows(500, pairs, scores)
+    EngineContract(engine_of(name), rows.text, rows.pair).check()
+
+
+@pytest.mark.parametrize("name", ["onnx int8", "onnx int8, pairs"])
+def test_contract_of_openvino(name: str) -> None:
+    pytest.importorskip("openvino")
+    rows = mixed_rows(500, TIERS[name][1])
+    EngineContract(engine_of(name, "openvino"), rows.text, rows.pair).check()
+
+
+def test_contract_of_a_cascade() -> None:
+    model, cheap, table = tier_of("static")
+    _, strong, onnx = tier_of("onnx int8")
+    rows = mixed_rows(500)
+    tiers = [
+        (replace(cheap, name="cheap", threshold=0.55), tier_engine(cheap, table, 0, 1)),
+        (replace(strong, name="strong"), tier_engine(strong, onnx, 0, 1)),
+    ]
+    engine = Engine(model.task, model.encoder, tiers, "both")
+    said = {p.tier for p in engine.predict(rows.text)}
+    assert said == {"cheap", "strong"}, "the case tests nothing unless both tiers answer"
+    EngineContract(engine, rows.text).check()
+
+
+def test_the_contract_sees_an_engine_that_looks_at_its_neighbours() -> None:
+    class Neighbourly:
+        def logits(self, tokens: object, batch: int) -> np.ndarray:
+            n = len(tokens)  # type: ignore[arg-type]
+            return np.stack([np.arange(n) % 2, np.full(n, 0.5)], axis=1).astype(np.float32)
+
+    engine = Engine(Classify(("a", "b")), tiny_encoder(), [(Tier("t", "static", "f"), Neighbourly())], "bad")
+    with pytest.raises(AssertionError, match="answers differ"):
+        EngineContract(engine, mixed_rows(20).text).check()
+
+
+def test_predictions_have_label_confidence_and_tier() -> None:
+    (found,) = engine_of("static").predict(["great lovely zip"])
+    assert isinstance(found, Prediction)
+    assert found.label in ("bad", "good")
+    assert 0.5 <= found.confidence <= 1
+    assert found.tier == "only"
+    (value,) = engine_of("static, scores").predict(["great lovely zip"])
+    assert isinstance(value, ScorePrediction)
+    assert engine_of("static").health()
+
+
+def slow_cascade(task: Classify, tiers: list[Tier], logits: list[np.ndarray]) -> Outputs:
+    """Row by row."""
+    n = len(logits[0])
+    out = Outputs(np.zeros((n, task.outputs), np.float32), np.zeros(n), np.zeros(n, np.int64))
+    for row in range(n):
+        for i, tier in enumerate(tiers):
+            z = logits[i][row].astype(np.float64) / tier.temperature
+            p = float((np.exp(z - z.max()) / np.exp(z - z.max()).sum()).max())
+            if p >= tier.threshold or i == len(tiers) - 1:
+                out.logits[row], out.confidence[row], out.tier[row] = logits[i][row], p, i
+                break
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 4), st.integers(0, 2**31), st.data())
+def test_the_cascade_equals_a_loop(n: int, depth: int, seed: int, data: st.DataObject) -> None:
+    rng = np.random.default_rng(seed)
+    task = Classify(("a", "b", "c"))
+    logits = [rng.normal(size=(n, 3)).astype(np.float32) for _ in range(depth)]
+    levels = st.floats(0, 1)
+    tiers = [
+        Tier(f"{i}", "static", "f", {}, data.draw(st.floats(0.2, 5)), data.draw(levels) if i < depth - 1 else 0.0)
+        for i in range(depth)
+    ]
+    asked: list[int] = []
+
+    def answer(i: int, rows: np.ndarray) -> np.ndarray:
+        asked.append(len(rows))
+        return logits[i][rows]
+
+    found, wanted = cascade(task, tiers, n, answer), slow_cascade(task, tiers, logits)
+    assert (found.tier == wanted.tier).all()
+    assert (found.logits == wanted.logits).all()
+    assert np.allclose(found.confidence, wanted.confidence)
+    assert asked == [int((wanted.tier >= i).sum()) for i in range(len(asked))], "a tier saw rows that were not its own"
+
+
+def test_scores_never_hand_over() -> None:
+    tiers = [Tier("cheap", "static", "f", {}, 1.0, 0.99), Tier("strong", "static", "f")]
+    found = cascade(Score(), tiers, 3, lambda i, rows: np.full((len(rows), 1), float(i)))
+    assert found.tier.tolist() == [0, 0, 0]
+
+
+def test_errors_say_what_came() -> None:
+    engine = engine_of("static")
+    with pytest.raises(OptionError, match="texts is one string"):
+        engine.predict("great")
+    with pytest.raises(OptionError, match="texts must be strings of valid Unicode"):
+        engine.predict([3])  # type: ignore[list-item]
+    with pytest.raises(OptionError, match="valid Unicode"):
+        engine.predict(["\ud800"])
+    with pytest.raises(OptionError, match="one pair text for each"):
+        engine.predict(["a", "b"], ["c"])
+    with pytest.raises(OptionError, match="batch is -1"):
+        engine.predict(["a"], batch=-1)
+    with pytest.raises(ArtifactError, match="bad has no tier"):
+        Engine(engine.task, engine.encoder, [], "bad")
+    with pytest.raises(ArtifactError, match="wants engine 'quantum'"):
+        tier_engine(Tier("t", "quantum", "f"), b"", 0, 1)
+    with pytest.raises(CorruptArtifact, match="lacks what its engine needs"):
+        tier_engine(Tier("t", "static", "f", {"buckets": 0}), b"nothing", 0, 1)
+    _, tier, data = tier_of("static")
+    with pytest.raises(CorruptArtifact, match="'norm'"):
+        tier_engine(replace(tier, options={"buckets": 64}), data, 0, 1)
+
+
+def test_openvino_tiers_run_on_onnx_runtime_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tier, data = tier_of("onnx int8")
+    rows = mixed_rows(60)
+    usual = engine_of("onnx int8").predict(rows.text)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtra, match=r"netweight\[openvino\]"):
+        OpenvinoEngine(data, 0, 1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert engine_of("onnx int8", "openvino").predict(rows.text) == usual
+
+
+def test_temperature_moves_confidence_and_no_label() -> None:
+    model, tier, data = tier_of("static")
+    rows = many_rows(50)
+    cool, warm = (
+        Engine(model.task, model.encoder, [(replace(tier, temperature=t), tier_engine(tier, data, 0, 1))], "t").predict(
+            rows.text
+        )
+        for t in (0.5, 5.0)
+    )
+    assert [p.label for p in cool] == [p.label for p in warm]
+    assert all(a.confidence >= b.confidence for a, b in zip(cool, warm))  # type: ignore[union-attr]
