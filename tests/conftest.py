@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +20,15 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel
 
-from netweight import measure
+from netweight import cli, measure
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
 from netweight.measure import Cost
 from netweight.model import Base, Model
 from netweight.network import Transformer
-from netweight.optimize import Result, optimize
+from netweight.optimize import Result, optimize, store_of
+from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
 
 torch.set_num_threads(1)
@@ -81,30 +86,33 @@ def tiny_rows(n: int = 120) -> Rows:
     return Rows(tuple(texts), tuple(labels))
 
 
-def tiny_base(folder: Path, layers: int = 1) -> Path:
-    """A folder as `netweight.model.pretrained` loads it, of a model that has "seen" KIND and MEAN words before."""
+def tiny_base(folder: Path, layers: int = 1, known: float = 0.1) -> Path:
+    """A folder as `netweight.model.pretrained` loads it. Its model has "seen" KIND and MEAN words before: so far apart
+    are they in its first dimension."""
     base = tiny_model(layers=layers, more=KIND + MEAN)
     network = base.network
     assert isinstance(network, Transformer)
-    known = tiny_encoder().vocabulary
+    first = tiny_encoder().vocabulary
     with torch.no_grad():
         vectors = network.backbone.get_input_embeddings().weight  # type: ignore[operator]
-        vectors[known : known + len(KIND), 0] += 0.1
-        vectors[known + len(KIND) :, 0] -= 0.1
+        vectors[first : first + len(KIND), 0] += known
+        vectors[first + len(KIND) :, 0] -= known
     network.backbone.save_pretrained(folder)  # type: ignore[operator]
     (folder / "tokenizer.json").write_text(base.encoder.definition, encoding="utf-8")
     return folder
 
 
 def many_rows(n: int, seed: int = 0, noise: float = 0.0) -> Rows:
-    """Distinct texts whose label is the side with more words; `noise` of the labels are turned over."""
+    """Distinct texts with some HTML whose label is the side with more words; `noise` of the labels are turned over."""
     rng = np.random.default_rng(seed)
     texts: dict[str, str] = {}
     while len(texts) < n:
         kind = bool(rng.random() < 0.5)
         right, wrong = (KIND, MEAN) if kind else (MEAN, KIND)
         words = [*rng.choice(right, 3), *rng.choice(wrong, int(rng.integers(0, 2))), *rng.choice(THINGS, 4)]
-        texts.setdefault(" ".join(rng.permutation(words)), "good" if kind != (rng.random() < noise) else "bad")
+        texts.setdefault(
+            "<i> & " + " ".join(rng.permutation(words)), "good" if kind != (rng.random() < noise) else "bad"
+        )
     return Rows(tuple(texts), tuple(texts.values()))
 
 
@@ -157,7 +165,7 @@ class Shop:
 
 
 @pytest.fixture(scope="session")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """The main job, end to end, on tiny rows with a tiny base; made once."""
     folder = tmp_path_factory.mktemp("shop")
     base = tiny_base(folder / "base")
@@ -167,7 +175,70 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shop]:
     with pytest.MonkeyPatch.context() as patch:
         quick_measuring(patch)
         result = optimize(train, dev=dev, certify=certify, out=folder / "made.nw", **options)
-    yield Shop(base, train, dev, certify, options, result)
+    return Shop(base, train, dev, certify, options, result)
+
+
+def journal(out: Path) -> dict[str, Any]:
+    """What decides in a run store: everything but the time that a model took."""
+    lines = map(json.loads, (store_of(out) / JOURNAL).read_text(encoding="utf-8").splitlines())
+    held = {line["key"]: line["value"] for line in lines}
+    for value in held.values():
+        if isinstance(value, dict):
+            value.pop("seconds", None)
+    return held
+
+
+def looks(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (store_of(out) / LOOKS).read_text(encoding="utf-8").splitlines()]
+
+
+def again(shop: Shop, out: Path, **changed: Any) -> Result:
+    return optimize(shop.train, dev=shop.dev, certify=shop.certify, out=out, **{**shop.options, **changed})
+
+
+@pytest.fixture
+def copied(shop: Shop, tmp_path: Path) -> Path:
+    """The finished job in a folder of its own."""
+    shutil.copytree(store_of(shop.folder), tmp_path / "made.nw.run")
+    shutil.copytree(shop.folder, tmp_path / "made.nw")
+    return tmp_path / "made.nw"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+Say = Callable[..., Said]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Say:
+    """Runs the command line as the console script does."""
+
+    def run(*arguments: object, stdin: bytes = b"") -> Said:
+        monkeypatch.setattr(sys, "argv", ["netweight", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        try:
+            cli.main()
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code or 0
+        said = capsys.readouterr()
+        return Said(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def made(shop: Shop, tmp_path: Path) -> Path:
+    shutil.copytree(shop.folder, tmp_path / "made.nw")
+    return tmp_path / "made.nw"
 
 
 @pytest.fixture

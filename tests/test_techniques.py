@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from conftest import tiny_model
-from netweight.artifact import Tier
 from netweight.data import Dataset
-from netweight.engine.cascade import tier_engine
 from netweight.errors import ModelError, OptionError
-from netweight.export import export, lowered
+from netweight.export import export
+from netweight.loss import Supervised
 from netweight.model import Model
-from netweight.run import Local
-from netweight.run.local import logits_of
+from netweight.network import Network, build
+from netweight.run import Local, Run
 from netweight.techniques import Distill, Finetune, LinearFloor, Quantize, Static, Technique, describe
+from netweight.techniques.finetune import Moments
+from netweight.testing import RunContract, TechniqueContract
 from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
@@ -34,32 +34,40 @@ ALL: list[Technique] = [
 
 @pytest.mark.parametrize("technique", ALL, ids=lambda t: repr(t)[:40])
 def test_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    before = tiny_model().digest
-    new = technique(model, Local(dataset), PLAN)
-    assert Model(**vars_of(model)).digest == before, "the given model was changed"
-    assert new.digest != before, "nothing happened"
-    assert technique(model, Local(dataset), PLAN).digest == new.digest, "the same seed gave another result"
-    tokens = new.encoder.encode(dataset.train.text)
-    wanted = logits_of(new, tokens)
-    new.save(tmp_path)
-    again = Model.load(tmp_path)
-    assert torch.equal(logits_of(again, tokens), wanted)
-    assert again.digest == new.digest
-    exported = export(new)
-    engine = tier_engine(Tier("t", exported.kind, "f", exported.options), exported.data, new.encoder.pad, 1)
-    network = lowered(new) if new.ranges else new.network
-    with torch.no_grad():
-        reference = network(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), new.encoder.pad))).numpy()
-    # int8 tables round each row by half a step at most; ONNX Runtime's integer kernels round as ours do.
-    spread = np.abs(reference).max()
-    assert np.abs(engine.logits(tokens, 16) - reference).max() < 0.02 * spread + 1e-3
-    one, many = engine.logits(tokens, 1), engine.logits(tokens, 64)
-    assert (one.argmax(1) == many.argmax(1)).all()
+    TechniqueContract(technique, model, lambda: Local(dataset), PLAN, dataset.train.text).check(tmp_path)
 
 
-def vars_of(model: Model) -> dict[str, object]:
-    """Fields only: the cached digest must be computed anew."""
-    return {name: getattr(model, name) for name in ("network", "encoder", "task", "base", "ranges")}
+def test_contract_of_a_local_run(model: Model, dataset: Dataset) -> None:
+    RunContract(lambda: Local(dataset), model, Supervised(model.task), PLAN, dataset.train.text).check()
+
+
+def test_the_contract_sees_what_breaks_it(model: Model, dataset: Dataset) -> None:
+    class Idle:
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            return model
+
+    class Thief:
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            with torch.no_grad():
+                next(model.network.parameters()).add_(1)
+            return model.copy()
+
+    class Gambler:
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            new = model.copy()
+            torch.nn.init.normal_(next(new.network.parameters()))
+            return new
+
+    def contract(technique: Technique) -> TechniqueContract:
+        return TechniqueContract(technique, tiny_model(), lambda: Local(dataset), PLAN, dataset.train.text)
+
+    with pytest.raises(AssertionError, match="nothing happened"):
+        contract(Idle()).returns_a_new_model()
+    with pytest.raises(AssertionError, match="given model was changed"):
+        contract(Thief()).returns_a_new_model()
+    gambler = contract(Gambler())
+    with pytest.raises(AssertionError, match="the same seed"):
+        gambler.repeats_itself(gambler.returns_a_new_model())
 
 
 def test_finetuning_learns(model: Model, dataset: Dataset) -> None:
@@ -107,8 +115,20 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         Distill(layers=5)(model, run, PLAN)
     with pytest.raises(OptionError, match="unknown calibration"):
         Quantize(method="magic")(model, run, PLAN)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="epochs of a plan is 0"):
-        Plan(epochs=0)
+    with pytest.raises(ModelError, match="a probe needs pooled features; Static has none"):
+        run.reduce(static, Moments(static.task))
+    with pytest.raises(ModelError, match="LinearFloor needs all rows in one place"):
+        LinearFloor()(model, object(), PLAN)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="no engine runs a Network"):
+        export(model.with_network(Network()))
+    with pytest.raises(ModelError, match="unknown network 'abacus'"):
+        build({"network": "abacus"})
+
+
+def test_layers_in_no_single_list_are_refused(model: Model) -> None:
+    model.network.config.num_hidden_layers = 3  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="bert keeps its 3 layers in no single list"):
+        model.network.layers()  # type: ignore[operator]
 
 
 def test_recipes_describe_themselves() -> None:

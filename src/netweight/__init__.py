@@ -50,4 +50,6 @@ def __getattr__(name: str) -> Any:
         if (problem.name or "").startswith("netweight"):
             raise
         raise MissingExtra(f"netweight.{name} (it imports {problem.name})", "train") from problem
-    return getattr(module, name)
+    # Kept, because importing the module has just put it where the function `optimize` of the same name belongs.
+    globals()[name] = getattr(module, name)
+    return globals()[name]

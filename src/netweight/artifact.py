@@ -11,6 +11,7 @@ against its SHA-256 when read. Hashes detect corruption, not forgery.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
 _SUFFIX = {"static": "safetensors", "onnx": "onnx"}
 _MANIFEST_MOST = 16 * 2**20
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,22 @@ def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Man
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-        if folder.exists():
+        if not folder.exists():
+            new.rename(folder)
+        elif not _exchanged(new, folder):
             old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
             folder.rename(old / "replaced")
             new.rename(folder)
             shutil.rmtree(old)
-        else:
-            new.rename(folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return manifest
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Swap two folders in one step (renameat2 of Linux): at no moment is either missing. False where it cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -148,16 +156,31 @@ def read_manifest(folder: Path) -> Manifest:
             stored["max_length"],
             stored["pad"],
             tuple(Tier(**tier) for tier in stored["tiers"]),
-            stored["provenance"],
-            stored["files"],
+            dict(stored["provenance"]),
+            dict(stored["files"]),
         )
-    except (ValueError, KeyError, TypeError) as problem:
+        _typed(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
         raise CorruptArtifact(f"{path} cannot be read as a manifest: {problem!r}.") from problem
     for name in manifest.files:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
             raise CorruptArtifact(f"{path} names {name!r}, which lies outside the folder.")
     return manifest
+
+
+def _typed(manifest: Manifest) -> None:
+    """Raises TypeError where values are not what they are declared to be: the file may come from anywhere."""
+    whole = [("max_length", manifest.max_length), ("pad", manifest.pad)]
+    texts = [("a file", text) for pair in manifest.files.items() for text in pair]
+    numbers: list[tuple[str, Any]] = []
+    for tier in manifest.tiers:
+        texts += [("a tier", text) for text in (tier.name, tier.engine, tier.file)]
+        numbers += [("temperature", tier.temperature), ("threshold", tier.threshold)]
+    for wanted, values in ((int, whole), (str, texts), ((int, float), numbers)):
+        for name, value in values:
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                raise TypeError(f"{name} is {value!r}")
 
 
 def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:

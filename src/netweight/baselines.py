@@ -6,7 +6,9 @@ Comparisons only. ONNX Runtime's dynamic int8 takes its ranges from each batch, 
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +99,10 @@ def nncf_int8(data: bytes, tokens: Tokens, pad: int, folder: Path) -> Path:
         {k: v for k, v in zip(("ids", "mask", "types"), tokens.padded(rows, pad), strict=True) if k in takes}
         for rows in tokens.buckets(8)
     ]
-    made = nncf.quantize(model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
+    with redirect_stdout(sys.stderr):  # NNCF draws progress bars where `--json` goes
+        made = nncf.quantize(
+            model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+        )
     path = folder / "model.xml"
     ov.save_model(made, path)
     return path

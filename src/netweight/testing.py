@@ -158,7 +158,9 @@ class RunContract:
         made = self.run().fit(self.model, self.loss, self.plan)
         assert fresh_digest(self.model) == before, "the given model was changed"
         assert made.digest != before, "no weight moved"
-        assert self.run().fit(self.model, self.loss, self.plan).digest == made.digest, "the seed does not fix the result"
+        assert self.run().fit(self.model, self.loss, self.plan).digest == made.digest, (
+            "the seed does not fix the result"
+        )
 
     def leaves_frozen_parameters(self) -> None:
         """Parameters that require no gradient keep their values."""
@@ -269,9 +271,7 @@ class EngineContract:
         names = [t.name for t in self.engine.tiers]
         return self.engine.task.predictions(logits, confidence, [names[i] for i in tier.tolist()])
 
-    def _same(
-        self, one: Sequence[Prediction | ScorePrediction], other: Sequence[Prediction | ScorePrediction]
-    ) -> None:
+    def _same(self, one: Sequence[Prediction | ScorePrediction], other: Sequence[Prediction | ScorePrediction]) -> None:
         assert len(one) == len(other)
         if isinstance(self.engine.task, Classify):
             pairs = zip(cast(Sequence[Prediction], one), cast(Sequence[Prediction], other), strict=True)

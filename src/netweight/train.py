@@ -59,9 +59,11 @@ class Plan:
 
     `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
     100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
-    share of each row's tokens (augmentation). `seconds` bounds the fit: after a few steps the number of epochs is
-    lowered, once, to what fits, and the schedule with it. `patience` counts epochs without a better select
-    quality; None keeps the last weights and evaluates nothing.
+    share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
+    beginning of one row and the end of another; they have no label, so only a loss with teachers can use them.
+    `seconds` bounds the fit: after a few steps the number of epochs is lowered, once, to what fits, and the schedule
+    with it. `patience` counts epochs without a better select quality; None keeps the last weights and evaluates
+    nothing.
     """
 
     epochs: float = 4.0
@@ -75,6 +77,7 @@ class Plan:
     accumulate: int = 1
     precision: Precision = "auto"
     token_dropout: float = 0.0
+    splice: float = 0.0
     patience: int | None = None
     seconds: float | None = None
     seed: int = 0
@@ -91,6 +94,8 @@ class Plan:
             "warmup": 0 <= self.warmup < 1,
             "clip": self.clip >= 0,
             "token_dropout": 0 <= self.token_dropout < 1,
+            "splice": self.splice >= 0,
+            "precision": self.precision in ("auto", "fp32", "bf16"),
         }
         for name, fine in checks.items():
             if not fine:
@@ -189,7 +194,8 @@ class _Loop:
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         if not self.trained:
             raise OptionError("every parameter is frozen; there is nothing to fit.")
-        self.optimizer = _optimizer(self.trained, plan)
+        self.optimizers = _optimizers(self.trained, network.sparse, plan)
+        self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
         self.progress = _Progress(epochs=plan.epochs)
         self.best: dict[str, Tensor] = {}
         self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
@@ -233,13 +239,14 @@ class _Loop:
         """One optimizer step over `accumulate` batches; the loss is the mean over all of their rows."""
         plan, step = self.plan, self.progress.step
         rate = plan.learning_rate * _factor(plan, step, self.steps)
-        for options in self.optimizer.param_groups:
-            options["lr"] = rate
+        for optimizer in self.optimizers:
+            for options in optimizer.param_groups:
+                options["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(hash((plan.seed, step)) & 0x7FFFFFFF)
         rng = np.random.default_rng([plan.seed, step, 1])
         rows = sum(len(g) for g in groups)
         total = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
         for group in groups:
             batch = self.source.batch(self.seams.share(group), rng, plan.token_dropout)
             with torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext():
@@ -249,8 +256,9 @@ class _Loop:
         self.seams.sync(self.network)
         self.seams.correct(self.network)
         if plan.clip:
-            nn.utils.clip_grad_norm_(self.trained.values(), plan.clip)
-        self.optimizer.step()
+            nn.utils.clip_grad_norm_(self.dense, plan.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
         return total, rate
 
     def fit_into(self, seconds: float, per_step: float, label: str) -> None:
@@ -280,8 +288,9 @@ class _Loop:
         held = {f"model/{name}": value.clone() for name, value in tensors(self.network).items()}
         held |= {f"best/{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
+            for optimizer in self.optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         save_file(held, new, {"fit": digest, "progress": json.dumps(asdict(self.progress))})
@@ -305,7 +314,11 @@ class _Loop:
             prefix = f"optimizer/{name}/"
             state = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
             if state:
-                self.optimizer.state[parameter] = state
+                sparse = name in self.network.sparse
+                # SparseAdam counts its steps in a plain number.
+                self.optimizers[-1 if sparse else 0].state[parameter] = (
+                    state | {"step": int(state["step"])} if sparse else state
+                )
 
 
 def fit_digest(parts: dict[str, Any]) -> str:
@@ -313,11 +326,29 @@ def fit_digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _bf16(plan: Plan) -> bool:
+def half_pays() -> bool:
     """bf16 autocast pays where the processor multiplies it natively; elsewhere it is emulated and slower."""
-    if plan.precision == "auto":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return plan.precision == "bf16"
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _bf16(plan: Plan) -> bool:
+    return half_pays() if plan.precision == "auto" else plan.precision == "bf16"
+
+
+def _optimizers(
+    trained: dict[str, nn.Parameter], sparse: frozenset[str], plan: Plan
+) -> tuple[torch.optim.Optimizer, ...]:
+    """One optimizer, and behind it one for tables of which a batch touches few rows: Adam on those rows only.
+
+    Measured on a table of 63,000 x 256: 10 ms a step instead of 130.
+    """
+    tables = [parameter for name, parameter in trained.items() if name in sparse]
+    dense = {name: parameter for name, parameter in trained.items() if name not in sparse}
+    if not tables:
+        return (_optimizer(dense, plan),)
+    if plan.optimizer not in ("adamw", "adam"):
+        raise OptionError(f"a static student's table needs optimizer adamw or adam, not {plan.optimizer!r}.")
+    return _optimizer(dense, plan), torch.optim.SparseAdam(tables, lr=plan.learning_rate)
 
 
 def _optimizer(trained: dict[str, nn.Parameter], plan: Plan) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def load(folder: str | Path, threads: int | None = None) -> Engine:
     """An artifact, every file verified, ready to answer.
 
     `threads` for transformer tiers (default: the cores of this process). A tier chosen for OpenVINO runs on
-    ONNX Runtime, with the same labels, where OpenVINO is not installed.
+    ONNX Runtime, with a warning, where OpenVINO is not installed.
     Raises ArtifactError or CorruptArtifact.
     """
     path = Path(folder)
@@ -114,6 +115,12 @@ def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
         return StaticEngine(data, tier.options)
     if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
         return OpenvinoEngine(data, pad, threads)
+    if tier.engine == "openvino":
+        warnings.warn(
+            f"tier {tier.name!r} was certified on OpenVINO, which is not installed; ONNX Runtime runs the same file, "
+            "more slowly, and a few labels may differ. To get what was certified: pip install 'netweight[openvino]'",
+            stacklevel=2,
+        )
     if tier.engine in ("onnx", "openvino"):
         return OnnxEngine(data, pad, threads)
     raise ArtifactError(f"tier {tier.name!r} wants engine {tier.engine!r}; this version has static, onnx and openvino.")

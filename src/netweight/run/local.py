@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +15,15 @@ from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
 from netweight.encode import TextEncoder, Tokens
+from netweight.errors import OptionError
 from netweight.loss import Batch, Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
 from netweight.task import Classify
-from netweight.train import Plan, fit, fit_digest
+from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
+_SPLICED = 400_000
 
 
 class Local:
@@ -39,8 +43,17 @@ class Local:
         """A trained copy of `model`."""
         new = model.copy()
         frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
+        tokens = self._encoded(model.encoder, loss.unlabelled)
         teachers = tuple(self.outputs(teacher, loss.unlabelled) for teacher in loss.teachers)
-        source = _Source(self._encoded(model.encoder, loss.unlabelled), self._rows(loss.unlabelled), model, teachers)
+        if plan.splice:
+            if not teachers:
+                raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
+            added = spliced(tokens, round(plan.splice * len(tokens)), plan.seed)
+            key = {"splice": plan.splice, "seed": plan.seed}
+            said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
+            teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
+            tokens = tokens.joined(added)
+        source = _Source(tokens, self.data.train, model, teachers)
         digest = fit_digest(
             {
                 "model": model.digest,
@@ -71,13 +84,17 @@ class Local:
 
     def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
         """Logits of the training rows (and of the pool behind them), computed once per content of the model."""
+        return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, {})
+
+    def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, key: dict[str, Any]) -> Tensor:
+        """The model's logits of these rows; `key` names rows that are not those of the data."""
         kept = None
         if self.folder:
-            rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled})
+            rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, **key})
             kept = self.folder / f"outputs-{rows[:16]}.safetensors"
             if kept.exists():
                 return load_file(kept)["logits"]
-        logits = logits_of(model, self._encoded(model.encoder, unlabelled))
+        logits = logits_of(model, tokens, half=bool(key) and half_pays())
         if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
@@ -102,14 +119,40 @@ class Local:
         return self._tokens[key]
 
 
-def logits_of(model: Model, tokens: Tokens) -> Tensor:
-    """Outputs (n, outputs) of a model in fp32, batched by length, in order."""
+def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
+    """Outputs (n, outputs) of a model, batched by length, in order; in fp32, or with `half` in bf16 where that is
+    good enough (targets of synthetic rows)."""
     out = torch.zeros(len(tokens), model.task.outputs)
     model.network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
         for rows in tokens.buckets(_CHUNK):
-            out[torch.from_numpy(rows)] = model.network(*map(torch.from_numpy, tokens.padded(rows, model.encoder.pad)))
+            given = map(torch.from_numpy, tokens.padded(rows, model.encoder.pad))
+            out[torch.from_numpy(rows)] = model.network(*given).float()
     return out
+
+
+def spliced(tokens: Tokens, count: int, seed: int) -> Tokens:
+    """Rows made of the beginning of one row and the end of another, cut at random; none where rows are pairs.
+
+    Fewer than `count` where they would hold more than `_SPLICED` tokens: labelling them must not outlast training.
+    """
+    if not len(tokens) or tokens.types.any():
+        return tokens.take(np.zeros(0, np.int64))
+    count = min(count, int(_SPLICED / max(1.0, float(tokens.lengths.mean()))))
+    rng = np.random.default_rng([seed, 2])
+    first, second = rng.integers(0, len(tokens), (2, count))
+    # At least the first token of one and the last of the other stay: [CLS] and [SEP].
+    head = 1 + (rng.random(count) * (tokens.lengths[first] - 1)).astype(np.int64)
+    tail = 1 + (rng.random(count) * (tokens.lengths[second] - 1)).astype(np.int64)
+    longest = int(tokens.lengths.max())
+    head = np.minimum(head, longest - np.minimum(tail, longest - 1))
+    lengths = head + np.minimum(tail, longest - 1)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    at = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    begin = np.repeat(tokens.offsets[:-1][first], lengths) + at
+    end = np.repeat(tokens.offsets[1:][second] - lengths, lengths) + at
+    ids = tokens.ids[np.where(at < np.repeat(head, lengths), begin, end)]
+    return Tokens(ids, np.zeros(len(ids), np.uint8), offsets)
 
 
 def _with_pool(data: Dataset) -> Rows:

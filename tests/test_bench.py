@@ -1,0 +1,94 @@
+"""Benches: figures of the artifact and of baselines beside it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Say, Shop, tiny_encoder, tiny_rows, write_table
+from netweight import artifact, bench, load, measure
+from netweight.baselines import nncf_int8
+from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
+from netweight.task import Classify
+
+ROWS = tiny_rows(9)
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench(say: Say, shop: Shop, tmp_path: Path) -> None:
+    rows = shop.dev.take(range(60))
+    table = write_table(tmp_path / "rows.tsv", rows)
+    said = say("bench", shop.folder, "--input", table, "--label", "label", "--threads", 1, "--json")
+    found = json.loads(said.out)
+    (mine,) = found["measured"]
+    assert found["metric"] == "accuracy"
+    assert (mine["name"], mine["rows"], mine["agreement"]) == ("made.nw", 60, 1.0)
+    right = [p.label == y for p, y in zip(load(shop.folder).predict(rows.text), rows.label or ())]  # type: ignore[union-attr]
+    assert mine["quality"] == pytest.approx(sum(right) / 60)
+    assert mine["bytes"] == artifact.size(shop.folder, shop.result.manifest)
+    assert mine["dollars_per_million"] == pytest.approx(0.04 * 1e6 / 3600 / mine["timing"]["rows_per_second"])
+    people = say("bench", shop.folder, "--input", table, "--threads", 1)
+    assert "rows/s, median" in people.out
+    assert "accuracy" not in people.out, "without labels there is no quality"
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_against_the_teacher(say: Say, shop: Shop) -> None:
+    said = say("bench", shop.folder, "--against", "teacher", "--threads", 1, "--json")
+    mine, teacher = json.loads(said.out)["measured"]
+    assert (mine["name"], teacher["name"]) == ("made.nw", "teacher")
+    assert mine["rows"] == len(shop.dev)
+    assert teacher["agreement"] == 1.0
+    assert teacher["quality"] == pytest.approx(shop.result.measurements.reference.quality)
+    assert teacher["bytes"] == shop.result.measurements.reference.bytes
+    assert (mine["memory"] or 0) > 0
+    assert teacher["memory"] is None
+    people = say("bench", shop.folder, "--against", "teacher", "--threads", 1)
+    assert "throughput ratio" in people.out
+    assert "agreement with teacher" in people.out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", ["onnx", "onnx-int8", "openvino-int8"])
+def test_bench_against_what_engineers_deploy(say: Say, shop: Shop, name: str) -> None:
+    if name == "openvino-int8":
+        pytest.importorskip("nncf")
+        pytest.importorskip("openvino")
+    said = say("bench", shop.folder, "--against", "teacher", "--against", name, "--threads", 1, "--json")
+    _, teacher, other = json.loads(said.out)["measured"]
+    assert other["name"] == name
+    assert other["agreement"] > (0.999 if name == "onnx" else 0.95)
+    assert other["quality"] == pytest.approx(teacher["quality"], abs=0.03)
+
+
+def test_bench_without_a_store(say: Say, made: Path) -> None:
+    said = say("bench", made, "--threads", 1)
+    assert said.status == 1
+    assert "without the run store of `netweight optimize`, name a table with --input and --text" in said.err
+    said = say("bench", made, "--input", "x.csv", "--against", "teacher")
+    assert (said.status, "there is no file x.csv" in said.err) == (1, True)
+    with pytest.raises(StoreError, match="there is no run store"):
+        bench.bench(made, str(write_table(made.parent / "rows.tsv", ROWS)), against=["teacher"])
+
+
+def test_the_openvino_baseline_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(
+        MissingExtra, match=r"baseline openvino-int8 needs an extra: pip install 'netweight\[openvino\]'"
+    ):
+        nncf_int8(b"", tiny_encoder().encode([]), 0, tmp_path)
+
+
+def test_measuring_says_what_is_wrong(tmp_path: Path) -> None:
+    nothing = np.zeros((0, 2))
+    with pytest.raises(OptionError, match="quality needs at least one row"):
+        measure.quality(Classify(("a", "b")), nothing, nothing, None)
+    with pytest.raises(ArtifactError, match=r"measurements cannot be read: KeyError\('machine'\)"):
+        measure.from_dict({})
+    with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded in a fresh process: .*it has no manifest.json"):
+        measure.fresh(tmp_path, ROWS, 1, rounds=1)

@@ -1,0 +1,301 @@
+"""Every command on a tiny artifact: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Say, Shop, tiny_rows, write_table
+from netweight import artifact, cli, load
+from netweight import summary as summary_module
+from netweight.data import Rows
+from netweight.errors import ArtifactError, OptionError
+from netweight.optimize import Result, store_of
+from netweight.summary import certificate_of, summary
+from netweight.task import Score
+
+ROWS = tiny_rows(9)
+
+
+def expected(shop: Shop, rows: Rows) -> list[tuple[str, float, str]]:
+    said = load(shop.folder, threads=1).predict(rows.text)
+    return [(p.label, round(p.confidence, 4), p.tier) for p in said]  # type: ignore[union-attr]
+
+
+def answers(table: list[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    return [(row["prediction"], float(row["confidence"]), row["tier"]) for row in table]
+
+
+# --- predict ---
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_predict_from_text_files(say: Say, shop: Shop, tmp_path: Path, form: str, compressed: bool) -> None:
+    table = [{"id": f"{i}", "words": text} for i, text in enumerate(ROWS.text)]
+    out = io.StringIO()
+    if form == "jsonl":
+        out.writelines(json.dumps(row) + "\n" for row in table)
+    else:
+        writer = csv.DictWriter(out, ["id", "words"], delimiter="\t" if form == "tsv" else ",")
+        writer.writeheader()
+        writer.writerows(table)
+    path = tmp_path / f"rows.{form}{'.gz' if compressed else ''}"
+    path.write_bytes(gzip.compress(out.getvalue().encode()) if compressed else out.getvalue().encode())
+    said = say("predict", shop.folder, path, "--text", "words", "--threads", 1)
+    assert said.status == 0
+    assert re.match(r"9 rows in [\d.]+ s", said.err)
+    if form == "jsonl":
+        found = list(map(json.loads, said.out.splitlines()))
+    else:
+        found = list(csv.DictReader(io.StringIO(said.out), delimiter="\t" if form == "tsv" else ","))
+    assert [(row["id"], row["words"]) for row in found] == [(row["id"], row["words"]) for row in table]
+    assert answers(found) == expected(shop, ROWS)
+
+
+def test_predict_from_parquet(say: Say, shop: Shop, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.table({"text": list(ROWS.text), "price": [1.5] * 9}), tmp_path / "rows.parquet")
+    said = say("predict", shop.folder, tmp_path / "rows.parquet", "--out", tmp_path / "out.parquet")
+    assert (said.status, said.out) == (0, "")
+    found = parquet.read_table(tmp_path / "out.parquet")
+    assert found.column_names == ["text", "price", "prediction", "confidence", "tier"]
+    assert answers(found.to_pylist()) == expected(shop, ROWS)
+
+
+def test_predict_from_standard_input(say: Say, shop: Shop) -> None:
+    said = say("predict", shop.folder, "-", stdin="\n".join(ROWS.text).encode())
+    assert said.status == 0
+    found = list(csv.DictReader(io.StringIO(said.out), delimiter="\t"))
+    assert [row["text"] for row in found] == list(ROWS.text)
+    assert answers(found) == expected(shop, ROWS)
+
+
+def test_predict_says_how_many_rows_had_no_text(say: Say, shop: Shop, tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('text,n\ngreat zip,1\n"",2\ntorn coat,3\n', encoding="utf-8")
+    said = say("predict", shop.folder, tmp_path / "rows.csv")
+    assert "1 rows could not be used and have no prediction." in said.err
+    assert [bool(row["prediction"]) for row in csv.DictReader(io.StringIO(said.out))] == [True, False, True]
+
+
+# --- inspect, verify, report ---
+
+
+def test_inspect_as_json(say: Say, shop: Shop) -> None:
+    found = json.loads(say("inspect", shop.folder, "--json").out)
+    assert found == json.loads(json.dumps(summary(shop.folder)))
+    assert found["certificate"]["verdict"] == "certified"
+    assert found["certificate"]["drop"]["value"] <= found["certificate"]["drop"]["high"]
+    assert [tier["name"] for tier in found["tiers"]] == [tier.name for tier in shop.result.manifest.tiers]
+    assert sum(tier["answered"] for tier in found["tiers"]) == pytest.approx(1)
+    assert found["bytes"] == artifact.size(shop.folder, shop.result.manifest)
+    assert found["version"] == load(shop.folder).version
+
+
+def test_inspect_for_people(say: Say, shop: Shop) -> None:
+    said = say("inspect", shop.folder)
+    assert said.status == 0
+    words = " ".join(said.out.split())
+    assert "CERTIFIED: accuracy drops by less than 5 points (97.5 % confidence, 500 rows that no search saw)" in words
+    assert shop.result.certificate.shipped.name in words
+    assert "$" in words
+
+
+def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:
+    alone = say("verify", shop.folder)
+    assert (alone.status, len(alone.out.splitlines())) == (0, 2)
+    assert "The certificate follows from its 500 rows: certified" in alone.out
+    rows = shop.certify
+    data = write_table(tmp_path / "certify.tsv", rows.take(reversed(range(len(rows)))))
+    said = say("verify", shop.folder, "--data", data)
+    assert said.status == 0
+    assert said.out.endswith("all 500 certify rows match in label and prediction.\n")
+    labels = list(rows.label or ())
+    labels[3] = "good" if labels[3] == "bad" else "bad"
+    changed = say("verify", shop.folder, "--data", write_table(tmp_path / "other.tsv", Rows(rows.text, tuple(labels))))
+    assert changed.status == 1
+    assert changed.err.startswith("netweight: the labels of 1 of 500 certify rows differ from the given ones")
+    fewer = say("verify", shop.folder, "--data", write_table(tmp_path / "fewer.tsv", rows.take(range(490))))
+    assert "10 of 500 certify rows are not among the 490 given rows" in fewer.err
+
+
+def test_verify_sees_another_model_than_the_one_certified(say: Say, made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+    manifest["tiers"][0]["threshold"] = 0.123
+    (made / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    said = say("verify", made)
+    assert said.status == 1
+    assert re.match(r"netweight: the certificate is for [0-9a-f]{12}, the folder holds [0-9a-f]{12}\.\n$", said.err)
+
+
+def test_verify_sees_a_forged_certificate(say: Say, made: Path) -> None:
+    manifest, (certificate, _) = artifact.read_manifest(made), certificate_of(made)
+    contents = {name: (made / name).read_bytes() for name in manifest.files}
+    stored = json.loads(certificate.to_json())
+    stored["tested"][0]["p_value"] /= 10
+    artifact.save(made, manifest, contents | {"certificate.json": json.dumps(stored).encode()})
+    said = say("verify", made)
+    assert said.status == 1
+    assert said.err.startswith("netweight: tested[0].p_value is ")
+
+
+def test_report_escapes_what_customers_wrote(say: Say, shop: Shop, tmp_path: Path) -> None:
+    data = write_table(tmp_path / "certify.tsv", shop.certify)
+    out = tmp_path / "page.html"
+    said = say("report", shop.folder, "--out", out, "--examples", data)
+    assert (said.status, said.out) == (0, f"wrote {out}\n")
+    page = out.read_text(encoding="utf-8")
+    assert "&lt;i&gt; &amp; " in page, "no row flipped, so nothing was tested"
+    assert "<i> &" not in page
+    assert say("report", shop.folder, "--out", out).status == 0
+    assert "&lt;i&gt;" not in out.read_text(encoding="utf-8"), "customers' words appear only if asked for"
+
+
+def test_artifacts_without_a_certificate(say: Say, made: Path, shop: Shop) -> None:
+    manifest = artifact.read_manifest(made)
+    names = ["tokenizer.json", *(tier.file for tier in manifest.tiers)]
+    artifact.save(made, manifest, {name: (made / name).read_bytes() for name in names})
+    for command in ("inspect", "verify", "report"):
+        said = say(command, made)
+        assert said.status == 1
+        assert "has no certificate; artifacts of `netweight optimize` have one." in said.err
+    assert len(load(made).predict(ROWS.text)) == 9
+
+
+# --- optimize and demo ---
+
+
+@pytest.mark.usefixtures("quick")
+def test_optimize_from_tables(say: Say, shop: Shop, tmp_path: Path) -> None:
+    shutil.copytree(store_of(shop.folder), tmp_path / "made.nw.run")
+    paths = [write_table(tmp_path / f"{name}.tsv", getattr(shop, name)) for name in ("train", "dev", "certify")]
+    said = say(
+        *("optimize", paths[0], "--dev", paths[1], "--certify", paths[2], "--text", "text", "--label", "label"),
+        *("--out", tmp_path / "made.nw", "--model", shop.base, "--max-drop", 5, "--threads", 1, "--time-limit", "5m"),
+    )
+    assert said.status == 0
+    assert "CERTIFIED: accuracy" in said.out
+    assert "registered" in said.err
+    assert artifact.check(tmp_path / "made.nw").digest == shop.result.manifest.digest
+
+
+def test_demo_uses_the_sample(say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def stand_in(train: Rows, **options: Any) -> Result:
+        given.update(options, train=train)
+        return shop.result
+
+    monkeypatch.setattr("netweight.demo.optimize", stand_in)
+    said = say("demo", "--out", tmp_path / "demo.nw", "--seed", 3)
+    assert said.status == 0
+    assert "The sample is synthetic" in said.err
+    assert "CERTIFIED" in said.out
+    assert (given["seed"], given["out"]) == (3, tmp_path / "demo.nw")
+    texts = [set(given[name].text) for name in ("train", "dev", "certify")]
+    assert [len(given[name]) for name in ("train", "dev", "certify")] == [4000, 1600, 5000]
+    assert not texts[0] & texts[2]
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("90s", 90), ("20m", 1200), ("2h", 7200), ("1.5h", 5400), ("3", 180), (" 10m ", 600), ("0.5m", 30)],
+)
+def test_time_limits(given: str, seconds: float) -> None:
+    assert cli._seconds(given) == seconds
+
+
+@pytest.mark.parametrize("given", ["", "soon", "-5m", "5 minutes", "1e3s", "m", "5d", "nan", "1.m"])
+def test_what_is_no_time_limit(given: str) -> None:
+    with pytest.raises(OptionError, match="a time limit is a number with s, m or h"):
+        cli._seconds(given)
+
+
+def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "rows.tsv", shop.train)
+    (made / shop.result.manifest.tiers[0].file).write_bytes(b"damaged")
+    optimize = ("optimize", table, "--text", "text", "--label", "label", "--out")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("predict", tmp_path, table), "is no artifact: it has no manifest.json"),
+        (("predict", made, table), "is damaged: its SHA-256 is"),
+        (("predict", shop.folder, tmp_path / "row.tsv"), "Did you mean 'rows.tsv'?"),
+        (("predict", shop.folder, table, "--text", "words"), "has no column 'words'"),
+        (("predict", shop.folder, table, "--out", table), "is the input itself"),
+        (("inspect", made), "is damaged"),
+        (("verify", made), "is damaged"),
+        (("report", made), "is damaged"),
+        (("bench", made), "is damaged"),
+        ((*optimize, tmp_path / "o.nw", "--time-limit", "soon"), "given was 'soon'"),
+        ((*optimize, tmp_path / "o.nw", "--time-limit", "5s"), "use at least 10 s"),
+        ((*optimize, tmp_path / "o.nw", "--max-drop", "0"), "max_drop is 0.0 points"),
+        ((*optimize, tmp_path, "--model", shop.base), "exists and is not an artifact"),
+        ((*optimize, tmp_path / "o.nw", "--metric", "spearman"), "metric 'spearman' is not for classification"),
+    ]
+    for arguments, wanted in cases:
+        said = say(*arguments)
+        assert said.status == 1, arguments
+        assert wanted in said.err, (arguments, said.err)
+        assert said.err.startswith("netweight: ")
+        assert said.err.count("\n") == 1
+        assert "Traceback" not in said.err
+        assert said.out == ""
+
+
+def test_wrong_options_are_usage_errors(say: Say, shop: Shop) -> None:
+    for arguments in (
+        ("predict",),
+        ("inspect", shop.folder, "--shiny"),
+        ("nonsense",),
+        ("bench", shop.folder, "--against", "x"),
+    ):
+        assert say(*arguments).status == 2
+
+
+def test_missing_trackers_name_their_extra(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("wandb", "mlflow", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    table = write_table(tmp_path / "rows.tsv", ROWS)
+    for name in ("wandb", "mlflow", "tensorboard"):
+        said = say("optimize", table, "--text", "text", "--label", "label", "--out", tmp_path / "o.nw", "--track", name)
+        assert said.status == 1
+        assert "pip install 'netweight[track]'" in said.err
+
+
+def test_examples_of_scores(monkeypatch: pytest.MonkeyPatch, shop: Shop, tmp_path: Path) -> None:
+    certificate, outcomes = certificate_of(shop.folder)
+    scored = replace(certificate, registration=replace(certificate.registration, task=Score()))
+    monkeypatch.setattr(summary_module, "certificate_of", lambda folder: (scored, outcomes))
+    with pytest.raises(ArtifactError, match="examples of flips exist for labels only"):
+        summary_module.write_report(shop.folder, tmp_path / "r.html", "rows.csv")
+
+
+def test_the_console_script(shop: Shop, tmp_path: Path) -> None:
+    run = [sys.executable, "-c", "from netweight.cli import main; main()"]
+    wrong = subprocess.run([*run, "inspect", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == f"netweight: {tmp_path} is no artifact: it has no manifest.json.\n"
+    rows = "\n".join(shop.train.text * 30).encode()
+    with subprocess.Popen(
+        [*run, "predict", str(shop.folder), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as piped:
+        assert piped.stdout is not None
+        piped.stdout.close()  # as `| head` does
+        _, error = piped.communicate(rows)
+    # Click ends with 1 before `main` can say 141.
+    assert piped.returncode in (1, 141)
+    assert error == b""

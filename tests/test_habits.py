@@ -1,0 +1,255 @@
+"""What holds for the whole package: who imports whom, what serving needs, and what importing must not do."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import netweight
+from conftest import Shop, many_rows, tiny_base, write_table
+
+SOURCE = Path(netweight.__file__).parent
+# From left to right: a module imports only from its own group's left and from groups to the left.
+GROUPS = (
+    ("errors", "data", "task", "encode", "features"),
+    ("network", "model", "loss", "train", "track", "run", "techniques", "export"),
+    ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
+    ("store", "search", "job", "baselines", "build", "optimize", "bench"),
+    ("samples", "demo", "progress", "cli", "testing"),
+)
+ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}
+TRAINING, SERVING = GROUPS[1], GROUPS[2]
+MODULES = 400  # that importing the package may load; most are numpy's and onnxruntime is not among them
+
+
+def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """Line and full name of every import, nested ones included, those under TYPE_CHECKING not."""
+    tree = ast.parse(source)
+    skipped = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and "TYPE_CHECKING" in ast.dump(test.test)
+        for node in ast.walk(test)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def wrong_turns(source: str, name: str) -> list[str]:
+    """Imports of other modules of the package that do not lie to the left of `name`, as NAME:LINE: text."""
+    lines, found = source.splitlines(), []
+    for line, full in imported(source, f"netweight.{name}"):
+        parts = full.split(".")
+        if parts[0] != "netweight" or len(parts) < 2 or parts[1] == name:
+            continue
+        if parts[1] not in ORDER or ORDER[parts[1]] >= ORDER[name]:
+            found.append(f"{name}:{line}: {lines[line - 1].strip()}")
+    return found
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield name, path.read_text(encoding="utf-8")
+
+
+def test_modules_import_only_from_their_left() -> None:
+    offending = [line for name, source in sources() for line in wrong_turns(source, name)]
+    assert not offending, "\n".join(offending)
+
+
+def test_every_module_has_its_place() -> None:
+    assert {name for name, _ in sources()} == set(ORDER)
+
+
+def test_serving_does_not_import_training() -> None:
+    offending = [
+        f"{name}:{line}: {full}"
+        for name, source in sources()
+        if name in (*GROUPS[0], *SERVING)
+        for line, full in imported(source, f"netweight.{name}")
+        if full.split(".")[0] in ("torch", "transformers") or full.split(".")[1:2] in [[t] for t in TRAINING]
+    ]
+    assert not offending, "\n".join(offending)
+
+
+def test_the_walk_sees_wrong_turns() -> None:
+    source = (
+        "from netweight.optimize import run\n\ndef f():\n    import netweight.cli\n    from netweight import bench\n"
+    )
+    assert [turn.partition(": ")[0] for turn in wrong_turns(source, "task")] == ["task:1", "task:4", "task:5"]
+    fine = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from netweight.cli import app\nimport numpy\n"
+    assert not wrong_turns(fine, "task")
+    assert not wrong_turns("from netweight.errors import OptionError\n", "task")
+
+
+def test_no_module_reads_a_pickle_or_runs_foreign_code() -> None:
+    for name, source in sources():
+        for _, full in imported(source, f"netweight.{name}"):
+            assert full.split(".")[0] not in ("pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"), name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant), name
+                assert node.value.value is False, name
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), name
+
+
+# --- in processes of their own ---
+
+_BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "sklearn", "pandas", "scipy", "datasets", "onnx", "optuna",
+                                  "pyarrow", "peft", "hypothesis", "pytest", "huggingface_hub"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+_CONNECTIONS = """
+import sys
+
+def watch(event, given):
+    if event == "socket.connect" and isinstance(given[1], tuple) and given[1][0] not in ("127.0.0.1", "::1", "localhost"):
+        raise SystemExit(f"{event} to {given[1]}")
+    if event == "socket.getaddrinfo" and given[0] not in ("127.0.0.1", "::1", "localhost", None):
+        raise SystemExit(f"{event} of {given[0]}")
+
+sys.addaudithook(watch)
+"""
+
+
+def python(code: str, *arguments: object, **env: str) -> str:
+    """What a fresh interpreter prints; fails with its last words."""
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False, env=usual | env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_serving_works_without_what_training_needs(shop: Shop, tmp_path: Path) -> None:
+    code = (
+        _BLOCKED
+        + """
+import json
+import netweight
+import netweight.artifact, netweight.certify, netweight.engine, netweight.measure, netweight.predict
+import netweight.report, netweight.summary
+from netweight import summary
+from netweight.predict import predict
+
+folder, rows, out = sys.argv[1:]
+texts = json.load(sys.stdin) if rows == "-" else [line.split("\\t")[0] for line in open(rows).read().splitlines()[1:]]
+print(json.dumps([[p.label, p.confidence, p.tier] for p in netweight.load(folder, 1).predict(texts)]))
+predict(folder, rows, out=out)
+from pathlib import Path
+summary.verify(Path(folder), rows)
+summary.write_report(Path(folder), Path(out).with_name("report.html"), rows)
+try:
+    netweight.optimize
+except netweight.NetweightError as problem:
+    assert "pip install 'netweight[train]'" in str(problem), problem
+else:
+    raise AssertionError("training worked without torch?")
+assert not {"torch", "transformers", "pandas"} & set(sys.modules)
+"""
+    )
+    table = write_table(tmp_path / "certify.tsv", shop.certify)
+    found = json.loads(python(code, shop.folder, table, tmp_path / "out.tsv"))
+    here = netweight.load(shop.folder, 1).predict(shop.certify.text)
+    assert [label for label, _, _ in found] == [p.label for p in here]  # type: ignore[union-attr]
+    assert [tier for _, _, tier in found] == [p.tier for p in here]
+    assert [c for _, c, _ in found] == pytest.approx([p.confidence for p in here], abs=1e-5)  # type: ignore[union-attr]
+    assert {"static", "full-int8"} >= {tier for _, _, tier in found}
+
+
+def test_the_watch_sees_a_connection() -> None:
+    code = _CONNECTIONS + "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
+    with pytest.raises(AssertionError, match="socket"):
+        python(code)
+    python(_CONNECTIONS + "import socket; s = socket.create_server(('127.0.0.1', 0)); "
+           "socket.create_connection(s.getsockname())")  # fmt: skip
+
+
+def test_serving_phones_nobody(shop: Shop) -> None:
+    code = (
+        _CONNECTIONS
+        + """
+import netweight
+from netweight.engine.onnx import OpenvinoEngine
+from netweight import summary
+from pathlib import Path
+print(len(netweight.load(sys.argv[1]).predict(["great zip"])))
+summary.summary(Path(sys.argv[1]))
+"""
+    )
+    assert python(code, shop.folder) == "1\n"
+
+
+@pytest.mark.slow
+def test_training_phones_nobody(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base")
+    table = write_table(tmp_path / "rows.tsv", many_rows(800))
+    code = (
+        _CONNECTIONS
+        + """
+from netweight import optimize
+result = optimize(sys.argv[2], out=sys.argv[3], model=sys.argv[1], max_drop=8.0, threads=1)
+print(result.certificate.verdict)
+"""
+    )
+    python(code, base, table, tmp_path / "made.nw", OMP_NUM_THREADS="1")
+
+
+_STATE = """
+import logging, os, random, signal, sys
+{first}
+def state():
+    import numpy as np
+    found = dict(os.environ), list(logging.getLogger().handlers), logging.getLogger().level
+    found += signal.getsignal(signal.SIGINT), os.getcwd(), sys.excepthook, sys.stdout, random.getstate()
+    found += np.geterr(), [int(x) for x in np.random.get_state()[1]] + [int(np.random.get_state()[2])]
+    if "torch" in sys.modules:
+        import torch
+        found += torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed()
+        found += torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    return found
+import numpy
+before = state()
+{then}
+after = state()
+for i, (one, other) in enumerate(zip(before, after, strict=True)):
+    assert one == other, (i, one, other)
+print(len(sys.modules))
+"""
+
+
+def test_importing_the_package_changes_nothing() -> None:
+    count = int(python(_STATE.format(first="", then="import netweight; assert 'torch' not in sys.modules")))
+    assert count < MODULES
+
+
+@pytest.mark.slow
+def test_importing_training_changes_nothing_more_than_its_libraries_do() -> None:
+    first = "import torch, transformers, onnx, onnxscript, safetensors, sklearn.linear_model, torch.onnx"
+    then = "import netweight.optimize, netweight.bench, netweight.cli, netweight.testing, netweight.demo"
+    python(_STATE.format(first=first, then=then + "; assert 'pytest' not in sys.modules"))

@@ -1,0 +1,145 @@
+"""The run store: what was finished stays finished, and nobody works on another's folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from netweight.errors import StoreError
+from netweight.store import JOURNAL, Store
+
+JOB = {"data": "abc", "model": "starter", "seed": 0, "task": {"labels": ["a", "b"]}}
+
+
+def test_what_was_put_is_there_next_time(tmp_path: Path) -> None:
+    with Store(tmp_path / "a.run", JOB) as store:
+        store.put("point x", {"bytes": 3, "name": "größe 尺寸"})
+        store.put("point x", {"bytes": 4})
+        assert store.get("point x") == {"bytes": 4}
+    with Store(tmp_path / "a.run", JOB) as store:
+        assert store.get("point x") == {"bytes": 4}
+        assert store.get("point y") is None
+        assert store.job == JOB
+    with Store(tmp_path / "a.run", None) as store:
+        assert store.job == JOB
+
+
+def test_values_are_those_that_a_restart_would_read(tmp_path: Path) -> None:
+    with Store(tmp_path, JOB) as store:
+        store.put("x", {"pair": (1, 2)})
+        assert store.get("x") == {"pair": [1, 2]}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_torn_last_line_is_forgotten(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.mktemp("torn")
+    with Store(folder, JOB) as store:
+        store.put("first", 1)
+        whole = (folder / JOURNAL).stat().st_size
+        store.put("second", {"some": "thing"})
+    full = (folder / JOURNAL).read_bytes()
+    kept = data.draw(st.integers(whole, len(full)))
+    (folder / JOURNAL).write_bytes(full[:kept])
+    with Store(folder, JOB) as store:
+        assert store.get("first") == 1
+        assert store.get("second") == ({"some": "thing"} if kept == len(full) else None)
+        store.put("third", 3)
+    with Store(folder, JOB) as store:
+        assert (store.get("first"), store.get("third")) == (1, 3)
+
+
+def test_a_store_cut_off_in_its_very_first_line_starts_over(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(b'{"key": "jo')
+    with Store(tmp_path, JOB) as store:
+        assert store.job == JOB
+
+
+def test_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    Store(tmp_path, JOB).close()
+    with pytest.raises(StoreError, match=r"another job \(model: 'starter' there, 'other' now; seed: 0 there, 7 now\)"):
+        Store(tmp_path, JOB | {"model": "other", "seed": 7})
+    Store(tmp_path, JOB).close()  # the refusal left the lock and the journal alone
+
+
+def test_a_folder_that_holds_no_job_has_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="there is no run store"):
+        Store(tmp_path / "none.run", None)
+    assert not (tmp_path / "none.run").exists()
+
+
+@pytest.mark.parametrize("line", [b"not json", b"[]", b'"text"', b"{}", b'{"key": "x"}', b"\xff\xfe", b"3"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    with Store(tmp_path, JOB) as store:
+        store.put("x", 1)
+    whole = (tmp_path / JOURNAL).read_bytes().splitlines()
+    (tmp_path / JOURNAL).write_bytes(b"\n".join([whole[0], line, whole[1]]) + b"\n")
+    with pytest.raises(StoreError, match=r"line 2 of .*journal.jsonl is damaged; delete"):
+        Store(tmp_path, JOB)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from netweight.store import Store\n"
+        "store = Store(Path(sys.argv[1]), None); print('open', flush=True); sys.stdin.read()"
+    )
+    Store(tmp_path, JOB).close()
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(StoreError, match="another process works in"):
+            Store(tmp_path, JOB)
+        other.kill()  # the lock goes with the process, however it ends
+    Store(tmp_path, JOB).close()
+
+
+def test_files_and_arrays(tmp_path: Path) -> None:
+    with Store(tmp_path, JOB) as store:
+        store.write("points/x.bin", b"one")
+        store.write("points/x.bin", b"two")
+        assert store.read("points/x.bin") == b"two"
+        values = np.arange(6, dtype=np.float32).reshape(2, 3)
+        store.write_arrays("points/x", {"logits": values.T})
+        assert (store.read_arrays("points/x")["logits"] == values.T).all()
+        with pytest.raises(StoreError, match=r"points/y.bin is missing; delete"):
+            store.read("points/y.bin")
+        with pytest.raises(StoreError, match=r"y.safetensors is missing or damaged"):
+            store.read_arrays("y")
+        (tmp_path / "points" / "x.safetensors").write_bytes(b"damaged")
+        with pytest.raises(StoreError, match=r"x.safetensors is missing or damaged"):
+            store.read_arrays("points/x")
+        store.model_folder("m").mkdir(parents=True)
+        store.discard("m")
+        store.discard("m")
+        assert not store.model_folder("m").exists()
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path, JOB) as store:
+        store.write("x.bin", b"old")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            with pytest.raises(OSError, match="No space left"):
+                store.write("x.bin", b"new")
+        assert store.read("x.bin") == b"old"
+        assert sorted(p.name for p in tmp_path.iterdir()) == [JOURNAL, "x.bin"]
+
+
+def test_a_line_is_on_disk_when_put_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    with Store(tmp_path, JOB) as store:
+        monkeypatch.setattr("os.fsync", synced.append)
+        store.put("x", 1)
+        assert len(synced) == 1
+        assert (tmp_path / JOURNAL).read_bytes().endswith(b'{"key": "x", "value": 1}\n')

@@ -1,0 +1,393 @@
+"""The optimizer loop against closed forms, and its ways to stop and go on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from netweight import train
+from netweight.errors import OptionError, StoreError
+from netweight.loss import Batch
+from netweight.network import Network
+from netweight.train import Plan, fit, fit_digest
+
+ROWS = 24
+
+
+class Plane(Network):
+    """w x + b, with dropout between."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.head = nn.Linear(3, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        found: Tensor = self.head(self.dropout(ids))
+        return found
+
+    @property
+    def weights(self) -> list[float]:
+        return [*self.head.weight.detach()[0].tolist(), self.head.bias.item()]
+
+
+class Numbers:
+    """Rows of three numbers whose sum is to be learnt, in the order given or shuffled."""
+
+    def __init__(self, n: int = ROWS, shuffle: bool = True) -> None:
+        rng = np.random.default_rng(0)
+        self.x = torch.from_numpy(rng.normal(size=(n, 3)).astype(np.float32))
+        self.shuffle = shuffle
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def epoch(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]:
+        order = rng.permutation(len(self)) if self.shuffle else np.arange(len(self))
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
+        x = self.x[torch.from_numpy(rows)]
+        return Batch(x, x, x, x.sum(dim=1), torch.ones(len(x)))
+
+
+class Squares:
+    teachers = ()
+    unlabelled = False
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        return (network(batch.ids, batch.mask, batch.types)[:, 0] - batch.targets).square().mean()
+
+
+class Flat:
+    """A loss without slope: whatever moves is not moved by it."""
+
+    teachers = ()
+    unlabelled = False
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        return 0.0 * network(batch.ids, batch.mask, batch.types).sum()
+
+
+class Watcher:
+    """Keeps what a fit reports; raises at step `stop`."""
+
+    def __init__(self, stop: int = -1) -> None:
+        self.stop, self.rates, self.losses, self.notes = stop, [], [], []  # type: ignore[var-annotated]
+        self.starts: list[tuple[str, int, int]] = []
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        self.starts.append((label, steps, done))
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        self.losses.append(loss)
+        self.rates.append(rate)
+        if step == self.stop:
+            raise KeyboardInterrupt
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def plan_of(**options: Any) -> Plan:
+    given = {"epochs": 1.0, "batch_size": 8, "learning_rate": 0.1, "warmup": 0.0, "precision": "fp32", "clip": 0.0}
+    return Plan(**{**given, "schedule": "constant", "weight_decay": 0.0, **options})
+
+
+def fitted(plan: Plan, source: Numbers | None = None, loss: Any = None, **options: Any) -> Plane:
+    network = Plane(options.pop("dropout", 0.0))
+    fit(network, source or Numbers(), loss or Squares(), plan, **options)
+    return network
+
+
+# --- plans ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", 10.0),
+        ("accumulate", 0),
+        ("warmup", 1.0),
+        ("warmup", -0.1),
+        ("clip", -1.0),
+        ("token_dropout", 1.0),
+        ("precision", "fp16"),
+    ],
+)
+def test_plans_refuse_what_makes_no_sense(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"{name} of a plan is {value}, which is out of range"):
+        Plan(**{name: value})
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(OptionError, match="unknown optimizer 'lion'; use adamw"):
+        fitted(plan_of(optimizer="lion"))
+    with pytest.raises(OptionError, match="unknown schedule 'saw'; use cosine"):
+        fitted(plan_of(schedule="saw"))
+
+
+def test_a_plan_describes_what_changes_the_result_and_nothing_else() -> None:
+    usual = Plan().describe()
+    assert Plan(seconds=9, device="cpu", checkpoint_every=1, reporter=Watcher()).describe() == usual
+    for name, value in {"seed": 1, "clip": 0.5, "optimizer": "sgd", "accumulate": 2, "patience": 1}.items():
+        assert fit_digest(Plan(**{name: value}).describe()) != fit_digest(usual)  # type: ignore[arg-type]
+
+
+# --- optimizers and schedules ---
+
+
+def gradient(network: Plane, source: Numbers) -> Tensor:
+    """Of Squares at the network, by hand: weights then bias."""
+    x, w = source.x.double(), torch.tensor(network.weights, dtype=torch.float64)
+    off = 2 * (x @ w[:3] + w[3] - x.sum(dim=1)) / len(x)
+    return torch.cat([x.T @ off, off.sum()[None]])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_first_steps_equal_closed_forms(optimizer: train.Optimizer) -> None:
+    source, before = Numbers(), Plane()
+    g = gradient(before, source)
+    made = fitted(plan_of(batch_size=ROWS, optimizer=optimizer, learning_rate=0.01), source)
+    moved = torch.tensor(made.weights) - torch.tensor(before.weights)
+    # Adam's first moments divide out to the sign; RMSprop's average holds a hundredth of g squared.
+    step = {"sgd": g, "rmsprop": g / (0.1 * g.abs() + 1e-8)}.get(optimizer, g / (g.abs() + 1e-8))
+    assert moved.tolist() == pytest.approx((-0.01 * step).tolist(), rel=1e-3, abs=1e-6)
+
+
+def test_momentum_of_sgd() -> None:
+    source, network = Numbers(), Plane()
+    velocity, w = torch.zeros(4, dtype=torch.float64), torch.tensor(network.weights, dtype=torch.float64)
+    for _ in range(3):
+        with torch.no_grad():
+            network.head.weight.copy_(w[None, :3].float())
+            network.head.bias.copy_(w[3:].float())
+        velocity = 0.9 * velocity + gradient(network, source)
+        w = w - 0.05 * velocity
+    made = fitted(plan_of(epochs=3, batch_size=ROWS, optimizer="sgd", learning_rate=0.05), source)
+    assert made.weights == pytest.approx(w.tolist(), rel=1e-5)
+
+
+def test_decay_shrinks_matrices_and_no_biases() -> None:
+    before, made = Plane(), fitted(plan_of(batch_size=ROWS, weight_decay=0.5), loss=Flat())
+    assert made.weights[:3] == pytest.approx([w * (1 - 0.1 * 0.5) for w in before.weights[:3]])
+    assert made.weights[3] == before.weights[3]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_rates_follow_warm_up_and_schedule(schedule: train.Schedule) -> None:
+    seen = Watcher()
+    fitted(plan_of(epochs=20, batch_size=ROWS, schedule=schedule, warmup=0.25, learning_rate=0.5, reporter=seen))
+    warm = [0.5 * (i + 1) / 6 for i in range(5)]
+    down = {
+        "cosine": [0.5 * (1 + math.cos(math.pi * i / 15)) / 2 for i in range(15)],
+        "linear": [0.5 * (15 - i) / 15 for i in range(15)],
+        "constant": [0.5] * 15,
+    }[schedule]
+    assert seen.rates == pytest.approx(warm + down)
+    assert seen.starts == [("fit", 20, 0)]
+
+
+def test_accumulating_equals_a_larger_batch() -> None:
+    for n in (24, 20):  # 20: the last group holds one batch of 4 rows
+        source = Numbers(n, shuffle=False)
+        one = fitted(plan_of(epochs=3, batch_size=8, optimizer="sgd"), source)
+        many = fitted(plan_of(epochs=3, batch_size=4, accumulate=2, optimizer="sgd"), source)
+        assert many.weights == pytest.approx(one.weights, rel=1e-5)
+        assert many.weights != Plane().weights
+
+
+def test_a_ragged_group_weighs_its_rows_alike() -> None:
+    source = Numbers(11, shuffle=False)
+    one = fitted(plan_of(batch_size=11, optimizer="sgd"), source)
+    many = fitted(plan_of(batch_size=4, accumulate=3, optimizer="sgd"), source)
+    assert many.weights == pytest.approx(one.weights, rel=1e-5)
+
+
+def test_clipping_bounds_the_gradient() -> None:
+    source, before = Numbers(), Plane()
+    g = gradient(before, source)
+    assert float(g.norm()) > 0.02
+    made = fitted(plan_of(batch_size=ROWS, optimizer="sgd", clip=0.01), source)
+    moved = torch.tensor(made.weights) - torch.tensor(before.weights)
+    assert float(moved.norm()) == pytest.approx(0.1 * 0.01, rel=1e-2)
+    free = fitted(plan_of(batch_size=ROWS, optimizer="sgd", clip=1e6), source)
+    assert free.weights == pytest.approx(fitted(plan_of(batch_size=ROWS, optimizer="sgd"), source).weights)
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Nosy(Squares):
+        def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+            seen.append((torch.is_autocast_enabled("cpu"), network(batch.ids, batch.mask, batch.types).dtype))
+            return super().__call__(network, batch)
+
+    exact = fitted(plan_of(), loss=Nosy())
+    half = fitted(plan_of(precision="bf16"), loss=Nosy())
+    assert set(seen[:3]) == {(False, torch.float32)}
+    assert set(seen[3:]) == {(True, torch.bfloat16)}
+    assert half.head.weight.dtype == torch.float32
+    assert half.weights == pytest.approx(exact.weights, abs=0.05)
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        seen.clear()
+        fitted(plan_of(precision="auto"), loss=Nosy())
+        assert {half for half, _ in seen} == {able}
+
+
+def test_a_fit_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    one = fitted(plan_of(epochs=2), dropout=0.5)
+    assert torch.equal(torch.rand(3), wanted)
+    assert fitted(plan_of(epochs=2), dropout=0.5).weights == one.weights
+    assert fitted(plan_of(epochs=2, seed=1), dropout=0.5).weights != one.weights
+
+
+def test_frozen_parameters_stay_and_nothing_to_fit_is_an_error() -> None:
+    network = Plane()
+    network.head.weight.requires_grad_(False)
+    fit(network, Numbers(), Squares(), plan_of())
+    assert network.weights[:3] == Plane().weights[:3]
+    assert network.weights[3] != Plane().weights[3]
+    network.head.bias.requires_grad_(False)
+    with pytest.raises(OptionError, match="every parameter is frozen"):
+        fit(network, Numbers(), Squares(), plan_of())
+
+
+# --- stopping and going on ---
+
+
+def scripted(values: list[float], seen: list[list[float]], network: Plane) -> Callable[[], float]:
+    answers = iter(values)
+
+    def evaluate() -> float:
+        assert not network.training
+        seen.append(network.weights)
+        return next(answers)
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(0, 3), (1, 4), (2, 5)])
+def test_early_stopping_restores_the_best(patience: int, epochs: int) -> None:
+    network, seen, watcher = Plane(), [], Watcher()  # type: ignore[var-annotated]
+    evaluate = scripted([0.1, 0.9, 0.5, 0.9, 0.2, 0.3], seen, network)
+    fit(network, Numbers(), Squares(), plan_of(epochs=6, patience=patience, reporter=watcher), evaluate=evaluate)
+    assert len(seen) == epochs
+    assert network.weights == seen[1]
+    assert network.weights != seen[-1]
+    assert not network.training
+    assert watcher.notes[:2] == ["quality on select: 0.1000", "quality on select: 0.9000"]
+
+
+def test_without_patience_nothing_is_evaluated() -> None:
+    def evaluate() -> float:
+        raise AssertionError("asked")
+
+    assert fitted(plan_of(epochs=2), evaluate=evaluate).weights == fitted(plan_of(epochs=2)).weights
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+@pytest.mark.parametrize("stop", [1, 4, 7, 11])
+def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path: Path, optimizer: train.Optimizer, stop: int) -> None:
+    options = {
+        "epochs": 4,
+        "optimizer": optimizer,
+        "schedule": "cosine",
+        "learning_rate": 0.01,
+        "checkpoint_every": 0.0,
+    }
+    whole = fitted(plan_of(**options), dropout=0.3)
+    kept = (tmp_path / "fit.safetensors", "a" * 64)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(plan_of(**options, reporter=Watcher(stop)), dropout=0.3, checkpoint=kept)
+    seen = Watcher()
+    assert fitted(plan_of(**options, reporter=seen), dropout=0.3, checkpoint=kept).weights == whole.weights
+    assert seen.starts == [("fit", 12, stop - 1)]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("stop", range(1, 12, 2))
+def test_resuming_under_early_stopping(tmp_path: Path, stop: int) -> None:
+    options = {"epochs": 6, "patience": 1, "checkpoint_every": 0.0, "learning_rate": 0.01}
+
+    def quality(network: Plane) -> Callable[[], float]:
+        # Best after the second epoch of three steps, whoever asks and however often.
+        return lambda: {2: 0.9}.get(round(network.asked.item()), 0.1)
+
+    class Counting(Plane):
+        def __init__(self) -> None:
+            super().__init__(0.2)
+            self.register_buffer("asked", torch.zeros(()))
+
+        def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+            self.asked += 1 / 3
+            return super().forward(ids, mask, types)
+
+    def run(reporter: Watcher, kept: tuple[Path, str] | None) -> Counting:
+        network = Counting()
+        plan = plan_of(**options, reporter=reporter)
+        fit(network, Numbers(), Squares(), plan, evaluate=quality(network), checkpoint=kept)
+        return network
+
+    whole, seen, after = Watcher(), Watcher(stop), Watcher()
+    wanted, kept = run(whole, None), (tmp_path / "fit.safetensors", "b" * 64)
+    assert len(whole.losses) == 12
+    assert wanted.asked.item() == pytest.approx(2, abs=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        run(seen, kept)
+    again = run(after, kept)
+    assert again.weights == wanted.weights
+    assert seen.losses[: stop - 1] + after.losses == whole.losses
+
+
+def test_checkpoints_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:
+    kept = tmp_path / "fit.safetensors"
+    plan = plan_of(checkpoint_every=0.0, reporter=Watcher(2))
+    with pytest.raises(KeyboardInterrupt):
+        fitted(plan, checkpoint=(kept, "mine"))
+    assert kept.exists()
+    with pytest.raises(StoreError, match=r"fit.safetensors belongs to another fit; delete it"):
+        fitted(plan_of(), checkpoint=(kept, "yours"))
+    whole = kept.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        kept.write_bytes(whole[:cut])
+        with pytest.raises(StoreError, match=r"fit.safetensors is damaged .* delete it to start that fit again"):
+            fitted(plan_of(), checkpoint=(kept, "mine"))
+
+
+def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
+    seen = Watcher()
+    # Two readings of the clock before the ninth step: eight steps took one second.
+    fitted(plan_of(epochs=100, seconds=5.0, schedule="linear", reporter=seen))
+    assert len(seen.rates) == 40
+    assert seen.starts == [("fit", 300, 0), ("fit", 40, 8)]
+    assert seen.notes == ["fit: 13.33 epochs fit into the time that is left"]
+    assert seen.rates[8:] == pytest.approx([0.1 * (40 - i) / 40 for i in range(8, 40)])
+    short = Watcher()
+    fitted(plan_of(epochs=100, seconds=1e-9, reporter=short))
+    assert len(short.rates) == 9, "one step after the eight that were timed"
+    enough = Watcher()
+    fitted(plan_of(epochs=4, seconds=1e9, reporter=enough))
+    assert len(enough.rates) == 12
+    assert not enough.notes
