@@ -27,7 +27,7 @@ from netweight.encode import TextEncoder
 from netweight.measure import Cost
 from netweight.model import Base, Model
 from netweight.network import Transformer
-from netweight.optimize import Result, optimize, store_of
+from netweight.pipeline import Result, optimize, store_of
 from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
 

@@ -21,7 +21,7 @@ from netweight import artifact, cli, load
 from netweight import summary as summary_module
 from netweight.data import Rows
 from netweight.errors import ArtifactError, OptionError
-from netweight.optimize import Result, store_of
+from netweight.pipeline import Result, store_of
 from netweight.summary import certificate_of, summary
 from netweight.task import Score
 
@@ -134,7 +134,8 @@ def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:
 def test_verify_sees_another_model_than_the_one_certified(say: Say, made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
     manifest["tiers"][0]["threshold"] = 0.123
-    (made / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    manifest.pop("sha256")
+    (made / "manifest.json").write_bytes(artifact.sealed(manifest))
     said = say("verify", made)
     assert said.status == 1
     assert re.match(r"netweight: the certificate is for [0-9a-f]{12}, the folder holds [0-9a-f]{12}\.\n$", said.err)

@@ -21,7 +21,7 @@ GROUPS = (
     ("errors", "data", "task", "encode", "features"),
     ("network", "model", "loss", "train", "track", "run", "techniques", "export"),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
-    ("store", "search", "job", "baselines", "build", "optimize", "bench"),
+    ("store", "search", "job", "baselines", "build", "pipeline", "bench"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}
@@ -90,7 +90,7 @@ def test_serving_does_not_import_training() -> None:
 
 def test_the_walk_sees_wrong_turns() -> None:
     source = (
-        "from netweight.optimize import run\n\ndef f():\n    import netweight.cli\n    from netweight import bench\n"
+        "from netweight.pipeline import run\n\ndef f():\n    import netweight.cli\n    from netweight import bench\n"
     )
     assert [turn.partition(": ")[0] for turn in wrong_turns(source, "task")] == ["task:1", "task:4", "task:5"]
     fine = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from netweight.cli import app\nimport numpy\n"
@@ -165,7 +165,7 @@ from pathlib import Path
 summary.verify(Path(folder), rows)
 summary.write_report(Path(folder), Path(out).with_name("report.html"), rows)
 try:
-    netweight.optimize
+    netweight.pipeline
 except netweight.NetweightError as problem:
     assert "pip install 'netweight[train]'" in str(problem), problem
 else:
@@ -251,5 +251,5 @@ def test_importing_the_package_changes_nothing() -> None:
 @pytest.mark.slow
 def test_importing_training_changes_nothing_more_than_its_libraries_do() -> None:
     first = "import torch, transformers, onnx, onnxscript, safetensors, sklearn.linear_model, torch.onnx"
-    then = "import netweight.optimize, netweight.bench, netweight.cli, netweight.testing, netweight.demo"
+    then = "import netweight.pipeline, netweight.bench, netweight.cli, netweight.testing, netweight.demo"
     python(_STATE.format(first=first, then=then + "; assert 'pytest' not in sys.modules"))

@@ -20,14 +20,14 @@ from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CertificateError, OptionError, StoreError
 from netweight.job import Budget, Options
 from netweight.model import Model
-from netweight.optimize import optimize, store_of
+from netweight.pipeline import optimize, store_of
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL
 from netweight.techniques import Distill, Quantize
 from netweight.train import Silent
 
-optimize_module = sys.modules["netweight.optimize"]
+optimize_module = sys.modules["netweight.pipeline"]
 
 
 # --- what comes out ---
@@ -280,10 +280,7 @@ except AttributeError as problem:
     "first",
     [
         "",
-        pytest.param(
-            "import netweight.bench",
-            marks=pytest.mark.xfail(strict=True, reason="the module netweight.optimize hides the function of its name"),
-        ),
+        "import netweight.bench",
     ],
 )
 def test_lazy_names(first: str) -> None:

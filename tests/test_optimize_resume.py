@@ -68,7 +68,7 @@ import numpy as np
 import pytest
 from conftest import many_rows, quick_measuring, tiny_base, tiny_model
 from netweight.export import export
-from netweight.optimize import optimize
+from netweight.pipeline import optimize
 from netweight.techniques import Distill, Quantize
 from netweight.train import Silent
 

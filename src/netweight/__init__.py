@@ -15,7 +15,7 @@ from netweight.task import Classify, Prediction, Score, ScorePrediction
 if TYPE_CHECKING:
     from netweight.job import Budget
     from netweight.model import Model, pretrained
-    from netweight.optimize import Result, optimize
+    from netweight.pipeline import Result, optimize
 
 __all__ = [
     "Budget",
@@ -35,8 +35,8 @@ __all__ = [
 _LAZY = {
     "Budget": "netweight.job",
     "Model": "netweight.model",
-    "Result": "netweight.optimize",
-    "optimize": "netweight.optimize",
+    "Result": "netweight.pipeline",
+    "optimize": "netweight.pipeline",
     "pretrained": "netweight.model",
 }
 
@@ -50,6 +50,4 @@ def __getattr__(name: str) -> Any:
         if (problem.name or "").startswith("netweight"):
             raise
         raise MissingExtra(f"netweight.{name} (it imports {problem.name})", "train") from problem
-    # Kept, because importing the module has just put it where the function `optimize` of the same name belongs.
-    globals()[name] = getattr(module, name)
-    return globals()[name]
+    return getattr(module, name)

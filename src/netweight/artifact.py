@@ -33,6 +33,8 @@ OUTCOMES = "outcomes.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
 _SUFFIX = {"static": "safetensors", "onnx": "onnx"}
+_SEAL = b',\n "sha256": "%s"\n}'
+_HEX = b"0" * 64
 _MANIFEST_MOST = 16 * 2**20
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
@@ -95,6 +97,17 @@ def hashed(manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
     return replace(manifest, files={name: hashlib.sha256(data).hexdigest() for name, data in sorted(contents.items())})
 
 
+def sealed(stored: Mapping[str, Any]) -> bytes:
+    """The text of a manifest: JSON whose last entry is the SHA-256 of the text without that entry."""
+    body = json.dumps(stored, indent=1, ensure_ascii=False).encode().removesuffix(b"\n}")
+    return body + _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
+def _intact(text: bytes) -> bool:
+    body, seal = text[: -len(_SEAL % _HEX)], text[-len(_SEAL % _HEX) :]
+    return seal == _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
 def writable(folder: Path) -> None:
     """Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten."""
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
@@ -112,7 +125,7 @@ def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Man
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         new.chmod(0o755)
-        text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False).encode()
+        text = sealed(manifest.to_dict())
         for name, data in [*sorted(contents.items()), (MANIFEST, text)]:
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
     if path.stat().st_size > _MANIFEST_MOST:
         raise CorruptArtifact(f"{path} is larger than {_MANIFEST_MOST} bytes; no manifest is.")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        stored = json.loads(text.decode())
         if stored["format"] != FORMAT:
             raise ArtifactError(
                 f"{folder} has format {stored['format']!r}; this version reads {FORMAT}. Update netweight."
@@ -166,6 +180,8 @@ def read_manifest(folder: Path) -> Manifest:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or "\\" in name or not name:
             raise CorruptArtifact(f"{path} names {name!r}, which lies outside the folder.")
+    if not _intact(text):
+        raise CorruptArtifact(f"{path} is damaged: it does not have the SHA-256 that it states. Copy it again.")
     return manifest
 
 

@@ -15,7 +15,7 @@ from netweight.engine import Engine, load
 from netweight.errors import StoreError
 from netweight.measure import Machine, Measurement
 from netweight.model import Model
-from netweight.optimize import store_of
+from netweight.pipeline import store_of
 from netweight.store import DEV, Store
 
 

@@ -75,8 +75,8 @@ def optimize(
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
 ) -> None:
     """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
-    from netweight.optimize import optimize as run
-    from netweight.optimize import store_of
+    from netweight.pipeline import optimize as run
+    from netweight.pipeline import store_of
     from netweight.progress import Bar
     from netweight.track import Tracked, trackers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from netweight.optimize import Result, optimize
+from netweight.pipeline import Result, optimize
 from netweight.samples import sample
 from netweight.train import Reporter
 

@@ -60,7 +60,8 @@ class Plan:
     `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
     100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
-    beginning of one row and the end of another; they have no label, so only a loss with teachers can use them.
+    beginning of one row and the end of another; they have no label, so only a loss with teachers can use them. An epoch
+    then takes as many steps as without them, and draws from all.
     `seconds` bounds the fit: after a few steps the number of epochs is lowered, once, to what fits, and the schedule
     with it. `patience` counts epochs without a better select quality; None keeps the last weights and evaluates
     nothing.

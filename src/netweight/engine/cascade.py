@@ -20,8 +20,9 @@ from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, OptionError
 from netweight.task import Floats, Prediction, ScorePrediction, Task
 
-# Rows a tier takes at a time. Larger batches pad more and leave the cache.
-_BATCH = {"static": 128, "onnx": 32, "openvino": 32}
+# Rows that a transformer takes at a time: larger batches pad more and leave the cache. A static tier pads nothing.
+_BATCH = 32
+_STATIC = 512
 
 
 class Engine:
@@ -42,7 +43,7 @@ class Engine:
     def predict(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch: int | None = None
     ) -> list[Prediction] | list[ScorePrediction]:
-        """One prediction a text, in order. `batch` bounds how many rows a tier takes at a time."""
+        """One prediction a text, in order. `batch` bounds how many rows a transformer takes at a time."""
         if batch is not None and batch < 1:
             raise OptionError(f"batch is {batch}; use 1 or more.")
         out = self.run(self.encoder.encode(texts, pairs), batch)
@@ -54,7 +55,8 @@ class Engine:
 
         def answer(i: int, rows: NDArray[np.int64]) -> Floats:
             part = tokens if len(rows) == len(tokens) else tokens.take(rows)
-            return self._engines[i].logits(part, batch or _BATCH.get(self.tiers[i].engine, 32))
+            engine = self.tiers[i].engine
+            return self._engines[i].logits(part, _STATIC if engine == "static" else batch or _BATCH)
 
         return cascade(self.task, self.tiers, len(tokens), answer)
 

@@ -52,6 +52,7 @@ class Local:
             key = {"splice": plan.splice, "seed": plan.seed}
             said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
+            plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))
             tokens = tokens.joined(added)
         source = _Source(tokens, self.data.train, model, teachers)
         digest = fit_digest(

@@ -46,7 +46,7 @@ class LinearFloor:
         matrix = csr_matrix((idf[columns] / norm[where], (where, columns)), (n, width))
         targets = model.task.targets(rows.label or ())
         if isinstance(model.task, Classify):
-            fitted = LogisticRegression(C=self.strength, max_iter=200, tol=1e-3).fit(matrix, targets, rows.weight)
+            fitted = LogisticRegression(C=self.strength, max_iter=60, tol=1e-3).fit(matrix, targets, rows.weight)
             coefficients, bias = fitted.coef_, fitted.intercept_
             if len(fitted.classes_) == 2:
                 # One logit becomes two, half to each side, so that softmax gives the same probabilities.

@@ -37,7 +37,7 @@ class Static:
     width: int = 256
     buckets: int = 2**15
     hidden: int = 0
-    epochs: float = 6.0
+    epochs: float = 30.0
     batch_size: int = 128
     learning_rate: float = 5e-3
     temperature: float = 2.0
