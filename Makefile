@@ -4,8 +4,8 @@
 #   make demo                      the main job on the built-in sample
 #   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw]      the same on your own table
 #   make test [ARGS='-m slow']     the tests
-#   make lint                      ruff, mypy, the size budget, and whether docs/cli.md is fresh
-#   make docs                      writes docs/cli.md from --help
+#   make lint                      ruff, mypy, the size budget, and whether docs are fresh
+#   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -56,9 +56,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/python scripts/size.py
 	$(BIN)/python scripts/docs.py --check
+	$(BIN)/python scripts/results.py --check
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
+	$(BIN)/python scripts/results.py
 
 size:
 	@$(PYTHON) scripts/size.py

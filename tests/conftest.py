@@ -17,6 +17,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel
 
@@ -32,6 +33,9 @@ from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
 
 torch.set_num_threads(1)
+# A busy machine is no reason to fail.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 GOOD = ("great", "lovely", "perfect", "soft", "comfortable")
 BAD = ("broken", "late", "torn", "wrong", "cheap")

@@ -25,9 +25,9 @@ def features(tokens: Tokens, vocabulary: int, buckets: int) -> tuple[NDArray[np.
     row = np.repeat(np.arange(len(tokens)), lengths)
     # A row of k tokens has 2k - 1 features: a token, the pair it begins, the next token, and so on.
     slot = 2 * np.arange(len(ids)) - row + np.cumsum(lengths == 0)[row]
-    index = np.empty(int((2 * lengths - 1).clip(min=0).sum()), np.int64)
+    counts = (2 * lengths - 1).clip(min=0)
+    index = np.empty(int(counts.sum()), np.int64)
     index[slot] = ids
     inside = np.flatnonzero(row[:-1] == row[1:])
     index[slot[inside] + 1] = vocabulary + (ids[inside] * BIGRAM_A + ids[inside + 1] * BIGRAM_B) % buckets
-    starts = np.concatenate([[0], np.cumsum((2 * lengths - 1).clip(min=0))[:-1]])
-    return index, starts
+    return index, np.cumsum(counts) - counts

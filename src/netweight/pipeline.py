@@ -230,7 +230,8 @@ def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...])
     contents[artifact.CERTIFICATE] = certificate.to_json().encode()
     contents[artifact.OUTCOMES] = outcomes.to_json().encode()
     contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
-    contents[artifact.REPORT] = render(manifest, certificate, measurements, outcomes).encode()
+    page = render(manifest, certificate, measurements, outcomes, command=_command(builder.job))
+    contents[artifact.REPORT] = page.encode()
     manifest = artifact.save(out, manifest, contents)
     return Result(out, manifest, certificate, measurements, notes)
 
@@ -350,6 +351,14 @@ def _remarks(ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
     if certificate.verdict != "certified":
         said.append("No candidate passed; what ships is the safest of them, not certified.")
     return tuple(said)
+
+
+def _command(job: Job) -> str:
+    """What made the artifact, without names of files: those are the shop's own."""
+    budget, options = job.budget, job.options
+    given = [f"--max-drop {budget.max_drop:g}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
+    given += [f"--model {options.model}"] if options.model == "starter" else []
+    return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""What a run does to rows before a fit: features, spliced rows; and that sparse tables resume exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import tiny_model
+from netweight.data import Dataset
+from netweight.encode import Tokens
+from netweight.errors import OptionError
+from netweight.features import BIGRAM_A, BIGRAM_B, features
+from netweight.loss import SoftTargets, Supervised
+from netweight.model import Model
+from netweight.run import Local
+from netweight.run.local import spliced
+from netweight.techniques import Finetune, Static
+from netweight.techniques.finetune import Moments, set_probe
+from netweight.train import Plan
+
+RAGGED = st.lists(st.lists(st.integers(0, 30_000), max_size=7), max_size=8)
+
+
+def tokens_of(rows: list[list[int]], types: int = 0) -> Tokens:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    flat = np.array([i for row in rows for i in row], np.int32)
+    return Tokens(flat, np.full(len(flat), types, np.uint8), offsets)
+
+
+@given(RAGGED, st.sampled_from([0, 1, 64, 4096]))
+def test_features_equal_a_plain_loop(rows: list[list[int]], buckets: int) -> None:
+    index, starts = features(tokens_of(rows), 40_000, buckets)
+    wanted: list[int] = []
+    begins = []
+    for row in rows:
+        begins.append(len(wanted))
+        for i, token in enumerate(row):
+            wanted.append(token)
+            if buckets and i + 1 < len(row):
+                wanted.append(40_000 + (token * BIGRAM_A + row[i + 1] * BIGRAM_B) % buckets)
+    assert index.tolist() == wanted
+    assert starts.tolist() == begins
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(4, 90), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(0, 9))
+def test_spliced_rows_begin_like_one_row_and_end_like_another(rows: list[list[int]], seed: int) -> None:
+    given_rows = [[2, *row, 3] for row in rows]
+    made = spliced(tokens_of(given_rows), 20, seed)
+    longest = max(map(len, given_rows))
+    assert len(made) == 20
+    assert made.ids.tolist() == spliced(tokens_of(given_rows), 20, seed).ids.tolist(), "not deterministic"
+    for i in range(20):
+        new = made.ids[made.offsets[i] : made.offsets[i + 1]].tolist()
+        assert 2 <= len(new) <= longest
+        cuts = range(1, len(new))
+        assert any(
+            any(row[:cut] == new[:cut] for row in given_rows)
+            and any(row[cut - len(new) :] == new[cut:] for row in given_rows)
+            for cut in cuts
+        )
+
+
+def test_pairs_are_not_spliced_and_long_rows_are_fewer() -> None:
+    assert len(spliced(tokens_of([[2, 5, 3]], types=1), 10, 0)) == 0
+    assert len(spliced(tokens_of([]), 10, 0)) == 0
+    assert len(spliced(tokens_of([[2, *[7] * 998, 3]]), 10_000, 0)) == 400
+
+
+def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dataset: Dataset) -> None:
+    class Counting:
+        steps = 0
+
+        def start(self, label: str, steps: int, done: int) -> None:
+            self.steps = steps
+
+        def step(self, step: int, loss: float, rate: float) -> None:
+            pass
+
+        def note(self, message: str) -> None:
+            pass
+
+    plan = Plan(batch_size=16, epochs=2, precision="fp32", splice=3.0)
+    with pytest.raises(OptionError, match="spliced rows have no labels; only a loss with teachers"):
+        Local(dataset).fit(model, Supervised(model.task), plan)
+    counted = []
+    for splice in (0.0, 3.0):
+        reporter = Counting()
+        Local(dataset).fit(model, SoftTargets(model.task, (model,)), replace(plan, splice=splice, reporter=reporter))
+        counted.append(reporter.steps)
+    assert counted[0] == counted[1] == 10
+
+
+def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    class Killer:
+        at = 5
+
+        def start(self, label: str, steps: int, done: int) -> None:
+            self.resumed_at = done
+
+        def step(self, step: int, loss: float, rate: float) -> None:
+            if step == self.at:
+                raise Stop
+
+        def note(self, message: str) -> None:
+            pass
+
+    technique = Static(width=8, buckets=64, epochs=3, batch_size=16, splice=1.0)
+    whole = technique(model, Local(dataset), Plan())
+    killer = Killer()
+    plan = Plan(checkpoint_every=0, reporter=killer)
+    with pytest.raises(Stop):
+        technique(model, Local(dataset, tmp_path), plan)
+    killer.at = -1
+    assert technique(model, Local(dataset, tmp_path), plan).digest == whole.digest
+    assert killer.resumed_at == 4
+
+
+def test_a_table_refuses_optimizers_that_know_no_rows(model: Model, dataset: Dataset) -> None:
+    with pytest.raises(OptionError, match="table needs optimizer adamw or adam, not 'sgd'"):
+        Static(width=4, buckets=8, epochs=1)(model, Local(dataset), Plan(optimizer="sgd"))
+
+
+def test_a_probe_is_scaled_without_changing_a_label(dataset: Dataset) -> None:
+    model = tiny_model()
+    sums = Local(dataset).reduce(model, Moments(model.task))
+    set_probe(model.network, sums, model.task, shrinkage=1e-6)  # type: ignore[arg-type]
+    head = model.network.head  # type: ignore[attr-defined]
+    gap = (head.weight[1] - head.weight[0]).detach().double()
+    means = sums["xy"][:-1] / sums["xy"][-1]
+    assert float(((means[:, 1] - means[:, 0]) * gap).sum() / 2) <= 5.0 + 1e-4
+    assert torch.isfinite(head.weight).all()
+    assert Local(dataset).quality(Finetune(epochs=1)(model, Local(dataset), Plan(precision="fp32"))) >= 0.9
