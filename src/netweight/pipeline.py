@@ -35,6 +35,8 @@ from netweight.train import Reporter, Silent
 
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
 _WORTH_IT = 0.9
+# A student that gets less than this part of the time box is not worth training.
+_LEAST = 12
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,8 @@ def climb(builder: Builder) -> Search:
     rungs = ladder(teacher.depth)
     search = Search(rungs, builder.told(rungs))
     while (rung := search.ask()) is not None:
-        if builder.clock.left < 0 and len(search.points) >= 3:
-            builder.reporter.note(f"the time limit is reached; {rung.name} and what follows it are not tried")
+        if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
+            builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")
             break
         search.tell(builder.point(rung))
     return search

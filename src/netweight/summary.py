@@ -93,7 +93,7 @@ def lines(folder: Path) -> list[tuple[str, str]]:
     measured, registration, final = measurements_of(folder), certificate.registration, certificate.final
     point, metric = manifest.task.point, manifest.task.metric
     drop = final.drop
-    sure = 100 * (1 - registration.level)
+    sure = 100 * registration.confidence
     said = {
         "certified": f"CERTIFIED: {metric} drops by less than {registration.max_drop:g} points",
         "not certified": f"NOT CERTIFIED: a drop of {registration.max_drop:g} points in {metric} is not excluded",
