@@ -8,6 +8,7 @@ What `netweight optimize` must not take more than twice the time of, and what it
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def main() -> None:
     dev = data.dev
     logits = logits_of(model, model.encoder.encode(dev.text, dev.pair)).numpy()
     quality = float(task.quality(task.outcomes(logits, task.targets(dev.label or ()))))
+    path = Path(__file__).parent / "results" / "finetune.json"
+    kept = {"seconds": round(seconds), "epochs": given.epochs, "quality": quality}
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(f"{given.epochs:g} epochs of full fine-tuning: {seconds:.0f} s, {task.metric} {quality:.4f} on dev")
 
 

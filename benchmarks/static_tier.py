@@ -7,6 +7,7 @@ interleaved, each at its best batch size, tokenization included.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import time
@@ -51,8 +52,9 @@ def main() -> None:
     )
     assert peer.stdin
     assert peer.stdout
-    while peer.stdout.readline().strip() != "ready":
+    while not (line := peer.stdout.readline()).startswith("ready"):
         pass
+    print(f"model2vec: accuracy {float(line.split()[1]):.4f}")
 
     def theirs(batch: int) -> float:
         print(batch, file=peer.stdin, flush=True)
@@ -71,7 +73,11 @@ def main() -> None:
         print(
             f"{name}: {statistics.median(found):,.0f} texts/s ({min(found):,.0f} to {max(found):,.0f}), batch {batch}"
         )
-    print(f"ratio, median over rounds: {statistics.median(a / b for a, b in pairs):.2f}")
+    ratio = statistics.median(a / b for a, b in pairs)
+    print(f"ratio, median over rounds: {ratio:.2f}")
+    kept = {"accuracy": right / len(rows), "peer_accuracy": float(line.split()[1]), "ratio": ratio}
+    path = Path(__file__).parent / "results" / "static_tier.json"
+    path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_inspect_for_people(say: Say, shop: Shop) -> None:
     said = say("inspect", shop.folder)
     assert said.status == 0
     words = " ".join(said.out.split())
-    assert "CERTIFIED: accuracy drops by less than 5 points (97.5 % confidence, 500 rows that no search saw)" in words
+    assert "CERTIFIED: accuracy drops by less than 5 points (95 % confidence, 500 rows that no search saw)" in words
     assert shop.result.certificate.shipped.name in words
     assert "$" in words
 
@@ -206,7 +206,7 @@ def test_demo_uses_the_sample(say: Say, shop: Shop, tmp_path: Path, monkeypatch:
     assert "CERTIFIED" in said.out
     assert (given["seed"], given["out"]) == (3, tmp_path / "demo.nw")
     texts = [set(given[name].text) for name in ("train", "dev", "certify")]
-    assert [len(given[name]) for name in ("train", "dev", "certify")] == [4000, 1600, 5000]
+    assert [len(given[name]) for name in ("train", "dev", "certify")] == [3000, 1200, 5000]
     assert not texts[0] & texts[2]
 
 

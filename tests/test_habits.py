@@ -165,7 +165,7 @@ from pathlib import Path
 summary.verify(Path(folder), rows)
 summary.write_report(Path(folder), Path(out).with_name("report.html"), rows)
 try:
-    netweight.pipeline
+    netweight.optimize
 except netweight.NetweightError as problem:
     assert "pip install 'netweight[train]'" in str(problem), problem
 else:
