@@ -50,6 +50,9 @@ def main() -> None:
     ):
         said = subprocess.run([*NETWEIGHT, *command], check=True, capture_output=True, text=True).stdout
         found[key] = json.loads(said)
+    journal = out.with_name(f"{out.name}.run") / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    found["costs"] = next(line["value"] for line in reversed(lines) if line["key"].startswith("costs"))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{given.name}-seed{given.seed}.json"
     if seconds is None and path.exists():

@@ -143,10 +143,28 @@ def page() -> str:
             said = run["inspect"]["certificate"]
             parts.append(f"Metric {said['metric']}, {said['rows']:,} certify rows. {verdict(run)}.\n")
             parts.append(table(run))
+    parts.append(profile(found[0]))
     notes = RESULTS / "notes.md"
     if notes.exists():
         parts.append(notes.read_text(encoding="utf-8"))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def profile(run: Run) -> str:
+    """Where a cascade's time goes, from the job's own costs."""
+    tiers, costs = run["inspect"]["tiers"], run["costs"]
+    lines = [
+        "## Where the time goes\n",
+        f"Seed {run['seed']}, microseconds per row in batches, as the job measured its tiers:\n",
+    ]
+    lines += ["| part | alone | share of rows | together |", "|---|---|---|---|"]
+    parts = [("tokenization", costs[""][0], 1.0)]
+    reached = 1.0
+    for tier in tiers:
+        parts.append((tier["name"], costs[f"{tier['name']} {tier['engine']}"][0], reached))
+        reached -= tier["answered"]
+    lines += [f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} |" for n, c, share in parts]
+    return "\n".join(lines) + "\n"
 
 
 def side_rows(found: list[Run]) -> list[str]:
