@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from statistics import NormalDist
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from hypothesis import strategies as st
 
 from netweight import search
 from netweight.certify import fit_temperature
+from netweight.data import Rows
+from netweight.job import Job, Options, Tables, prepare
 from netweight.measure import Cost
 from netweight.search import SHARES, Choice, Planned, Point, Search, choices, judged, ladder, plan
 from netweight.task import Classify, Score
@@ -240,3 +244,13 @@ def test_steps_that_save_next_to_nothing_are_left_out() -> None:
     steps = [planned(100.0 - 0.01 * i, 0.9 - 0.01 * i) for i in range(9)] + [planned(50.0, 0.5)]
     assert [c.choice.cost for c in plan(steps)] == [100.0, 50.0]
     assert plan([]) == ()
+
+
+def test_macro_f1_gives_way_where_its_test_would_be_refused() -> None:
+    rare = Rows(tuple(f"text {i}" for i in range(200)), tuple("b" if i < 10 else "a" for i in range(200)))
+    job = Job(Tables(rare))
+    with TemporaryDirectory() as folder:
+        _, task, notes = prepare(job, Path(folder))
+        _, asked, _ = prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
+    assert (task.metric, asked.metric) == ("accuracy", "macro-f1")
+    assert any("needs 25 certify rows of each label, and the rarest can expect 2" in note for note in notes)

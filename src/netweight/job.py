@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from netweight.certify.compare import CLASS_ROWS
 from netweight.data import Columns, Dataset, Rows, read, split
 from netweight.errors import OptionError
 from netweight.search import Minimise
@@ -91,6 +93,19 @@ class Job:
         }
 
 
+def _testable(task: Task, data: Dataset) -> tuple[Task, str]:
+    """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training."""
+    if task.metric == "macro-f1":
+        counts = Counter(data.train.label)
+        expected = min(counts.values()) / len(data.train) * len(data.certify)
+        if expected < CLASS_ROWS:
+            return replace(task, metric="accuracy"), (
+                f"though labels are not balanced: the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, "
+                f"and the rarest can expect {expected:.0f}"
+            )
+    return task, "by the balance of the labels"
+
+
 def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
     """Read and split the tables; bad rows go to `folder`. Returns sentences about what was set aside as well."""
     tables, notes = job.tables, []
@@ -116,5 +131,6 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
     )
     task = task_for(data.train.label or (), job.options.task, job.options.metric)
     if job.options.metric is None:
-        notes.append(f"The metric is {task.metric}, by the balance of the labels.")
+        task, why = _testable(task, data)
+        notes.append(f"The metric is {task.metric}, {why}.")
     return data, task, (*notes, *data.notes)
