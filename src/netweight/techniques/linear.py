@@ -43,7 +43,9 @@ class LinearFloor:
         idf = np.log((1 + n) / (1 + documents)) + 1
         # Each occurrence counts by itself, in the sum and in the norm: the formula that the engine uses.
         norm = np.sqrt(np.bincount(where, idf[columns] ** 2, minlength=n)).clip(min=1e-6)
-        matrix = csr_matrix((idf[columns] / norm[where], (where, columns)), (n, width))
+        # A column that no row has keeps the weight zero; left out, the solver's vectors are a fraction as long.
+        seen = np.flatnonzero(documents)
+        matrix = csr_matrix((idf[columns] / norm[where], (where, columns)), (n, width))[:, seen]
         targets = model.task.targets(rows.label or ())
         if isinstance(model.task, Classify):
             fitted = LogisticRegression(C=self.strength, max_iter=60, tol=1e-3).fit(matrix, targets, rows.weight)
@@ -60,7 +62,8 @@ class LinearFloor:
             coefficients, bias = fitted.coef_[None, :], np.array([fitted.intercept_])
         network = Linear(vocabulary, self.buckets, model.task.outputs)
         with torch.no_grad():
-            network.table.copy_(torch.from_numpy(coefficients.T.copy()))
+            network.table.zero_()
+            network.table[torch.from_numpy(seen)] = torch.from_numpy(coefficients.T.astype(np.float32))
             network.weight.copy_(torch.from_numpy(idf))
             network.bias.copy_(torch.from_numpy(bias))
         return model.with_network(network)
