@@ -27,7 +27,7 @@ from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
 from netweight.measure import Cost
 from netweight.model import Base, Model
-from netweight.network import Transformer
+from netweight.network import Pooling, Transformer
 from netweight.pipeline import Result, optimize, store_of
 from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
@@ -58,23 +58,35 @@ def tiny_encoder(max_length: int = 32, more: Sequence[str] = ()) -> TextEncoder:
     return TextEncoder(tokenizer.to_str(), max_length)
 
 
+# What each family calls the sizes; causal ones pool the last token. Key heads are fewer than query heads in Qwen3.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"pad_token_id": 0},
+    "distilbert": {"dim": 32, "n_heads": 4, "hidden_dim": 64},
+    "modernbert": {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 16},
+    "gpt2": {"n_embd": 32, "n_head": 4, "n_inner": 64, "n_positions": 40},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+}
+
+
 def tiny_model(
     task: Task | None = None, family: str = "bert", layers: int = 2, seed: int = 0, more: Sequence[str] = ()
 ) -> Model:
     encoder = tiny_encoder(more=more)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40}
+    names = {"distilbert": "n_layers", "gpt2": "n_layer"}
     config = AutoConfig.for_model(
         family,
         vocab_size=encoder.vocabulary,
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=40,
+        **{names.get(family, "num_hidden_layers"): layers},
+        **({} if family in names else sizes),
+        **FAMILIES[family],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         task = task or Classify(("bad", "good"))
-        network = Transformer(AutoModel.from_config(config), task.outputs, "mean").eval()
+        pooling: Pooling = "last" if family in ("gpt2", "qwen3") else "mean"
+        network = Transformer(AutoModel.from_config(config), task.outputs, pooling).eval()
     return Model(network, encoder, task, Base("tiny"))
 
 

@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netweight.errors import ModelError
+from netweight.layers import put
 from netweight.model import Model, Range
 from netweight.network import Linear, Static, Transformer
 from netweight.techniques.quantize import OUT
@@ -247,21 +248,16 @@ def lowered(model: Model) -> nn.Module:
         cast(Any, network.backbone).set_attn_implementation(_ATTENTION)
     for name, module in list(network.named_modules()):
         if isinstance(module, GELUActivation):
-            _replace(network, name, Gelu())
+            put(network, name, Gelu())
     for name, given in model.ranges.items():
         if not name.endswith(OUT):
             linear = cast(nn.Linear, network.get_submodule(name))
-            _replace(network, name, QuantizedLinear(linear, given, model.ranges.get(name + OUT)))
+            put(network, name, QuantizedLinear(linear, given, model.ranges.get(name + OUT)))
     if model.ranges:
         for name, module in list(network.named_modules()):
             if isinstance(module, nn.Embedding) and module.weight.numel() > 100_000:
-                _replace(network, name, QuantizedEmbedding(module))
+                put(network, name, QuantizedEmbedding(module))
     return network
-
-
-def _replace(network: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(parent), leaf, new)
 
 
 def _onnx(model: Model) -> bytes:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel
 
 from netweight.errors import ModelError
 from netweight.features import BIGRAM_A, BIGRAM_B
+from netweight.layers import describe, make, plain, put
 
 Pooling = Literal["mean", "first", "last"]
 
@@ -37,12 +38,17 @@ class Network(nn.Module):
 
 
 class Transformer(Network):
-    """A pretrained backbone, pooling over tokens, and a linear head."""
+    """A pretrained backbone, pooling over tokens, and a linear head.
+
+    `edits` notes what techniques put in the place of the backbone's own modules, so that the spec can repeat it.
+    """
 
     def __init__(self, backbone: nn.Module, outputs: int, pooling: Pooling) -> None:
         super().__init__()
+        plain(backbone)
         self.backbone = backbone
         self.pooling = pooling
+        self.edits: dict[str, dict[str, Any]] = {}
         self.config = cast(Any, backbone).config
         self._takes_types = bool(getattr(self.config, "type_vocab_size", 0))
         self.head = nn.Linear(self.config.hidden_size, outputs)
@@ -70,13 +76,32 @@ class Transformer(Network):
             raise ModelError(f"{self.config.model_type} keeps its {depth} layers in no single list; it cannot be cut.")
         return found[0]
 
+    def replace(self, name: str, new: nn.Module) -> None:
+        """Put a module in the place of the one of this name. Raises ModelError where it could not be rebuilt."""
+        self.edits = {**self.edits, name: describe(new)}
+        put(self, name, new)
+
+    def set_attribute(self, name: str, value: int) -> None:
+        """Set a number that a module keeps beside its parameters."""
+        self.edits = {**self.edits, name: {"kind": "attribute", "value": value}}
+        where, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(where), leaf, value)
+
+    def edit(self, edits: dict[str, dict[str, Any]]) -> None:
+        """Repeat noted edits; the modules they make have fresh weights."""
+        for name, given in edits.items():
+            if given.get("kind") == "attribute":
+                self.set_attribute(name, int(given["value"]))
+            else:
+                self.replace(name, make(given))
+
     def spec(self) -> dict[str, Any]:
-        config = self.config.to_dict()
         return {
             "network": "transformer",
-            "config": config,
+            "config": self.config.to_dict(),
             "pooling": self.pooling,
             "outputs": self.head.out_features,
+            "edits": self.edits,
         }
 
 
@@ -179,11 +204,10 @@ def build(spec: dict[str, Any]) -> Network:
         return Linear(**options)
     if spec.get("network") == "transformer":
         config = dict(options["config"])
-        return Transformer(
-            AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config)),
-            options["outputs"],
-            options["pooling"],
-        )
+        backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        network = Transformer(backbone, options["outputs"], options["pooling"])
+        network.edit(options["edits"])
+        return network
     raise ModelError(f"unknown network {spec.get('network')!r}; this version knows transformer, static and linear.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -58,6 +59,7 @@ def shallower(network: Transformer, layers: int) -> Transformer:
     chosen = np.arange(layers) * depth // layers
     new = copy.deepcopy(network)
     stack = new.layers()
+    prefix = next(name for name, module in new.named_modules() if module is stack)
     kept = nn.ModuleList([stack[int(i)] for i in chosen])
     for module in new.backbone.modules():
         for name, child in module.named_children():
@@ -69,4 +71,21 @@ def shallower(network: Transformer, layers: int) -> Transformer:
             if hasattr(part, "layer_idx"):
                 part.layer_idx = position  # type: ignore[assignment]
     new.config.num_hidden_layers = layers
+    if getattr(new.config, "layer_types", None):
+        new.config.layer_types = [network.config.layer_types[int(i)] for i in chosen]
+    moved = {f"{prefix}.{old}.": f"{prefix}.{position}." for position, old in enumerate(chosen)}
+    new.edits = _moved(network.edits, prefix, moved)
     return new
+
+
+def _moved(edits: dict[str, dict[str, Any]], prefix: str, moved: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Edits of a network whose layers were renumbered; those of layers that are gone are dropped."""
+    found = {}
+    for name, edit in edits.items():
+        if not name.startswith(f"{prefix}."):
+            found[name] = edit
+            continue
+        old = next((old for old in moved if name.startswith(old)), None)
+        if old is not None:
+            found[moved[old] + name[len(old) :]] = edit
+    return found

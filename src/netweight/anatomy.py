@@ -1,0 +1,162 @@
+"""Where a transformer layer keeps what: which linear layers make heads and neurons, in every family that is supported.
+
+A block's attention is a few linear layers whose outputs are heads, and one that reads them; its feed-forward network
+is one or two whose outputs are neurons, and one that reads those. Some families fuse several into one matrix: its
+outputs are then `groups` stretches, one behind the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from netweight.errors import ModelError
+from netweight.network import Transformer
+
+
+@dataclass(frozen=True)
+class Names:
+    """Names inside a layer; `qkv_groups` and `up_groups` count what one matrix holds."""
+
+    qkv: tuple[str, ...]
+    out: str
+    up: tuple[str, ...]
+    down: str
+    qkv_groups: int = 1
+    up_groups: int = 1
+
+
+_FAMILIES = (
+    # BERT, RoBERTa, XLM-R
+    Names(
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.output.dense",
+        ("intermediate.dense",),
+        "output.dense",
+    ),
+    # DistilBERT
+    Names(("attention.q_lin", "attention.k_lin", "attention.v_lin"), "attention.out_lin", ("ffn.lin1",), "ffn.lin2"),
+    # ModernBERT
+    Names(("attn.Wqkv",), "attn.Wo", ("mlp.Wi",), "mlp.Wo", 3, 2),
+    # GPT-2
+    Names(("attn.c_attn",), "attn.c_proj", ("mlp.c_fc",), "mlp.c_proj", 3),
+    # Qwen3, Llama
+    Names(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "self_attn.o_proj",
+        ("mlp.gate_proj", "mlp.up_proj"),
+        "mlp.down_proj",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer. `heads` counts what can be removed by itself: where several query heads share a key head, they go
+    together. All names are those of the whole network's modules."""
+
+    name: str
+    qkv: tuple[str, ...]
+    out: str
+    up: tuple[str, ...]
+    down: str
+    heads: int
+    neurons: int
+    qkv_groups: int
+    up_groups: int
+
+
+def blocks(network: Transformer) -> list[Block]:
+    """Every layer, from the first. Raises ModelError for a family whose layers are built otherwise."""
+    prefix = next(name for name, m in network.named_modules() if m is network.layers())
+    return [_block(network, f"{prefix}.{i}") for i in range(len(network.layers()))]
+
+
+def _block(network: Transformer, at: str) -> Block:
+    layer = network.get_submodule(at)
+    names = next((n for n in _FAMILIES if all(_has(layer, part) for part in (*n.qkv, n.out, *n.up, n.down))), None)
+    if names is None:
+        raise ModelError(
+            f"the layers of {network.config.model_type} are built in a way that Netweight cannot cut; "
+            "BERT, RoBERTa, DistilBERT, ModernBERT, GPT-2 and Qwen3 are known."
+        )
+    attention = layer.get_submodule(names.qkv[0].rpartition(".")[0])
+    width = int(getattr(attention, "attention_head_size", 0) or getattr(attention, "head_dim", 0))
+    outputs = [out_features(layer.get_submodule(name)) for name in (*names.qkv, *names.up)]
+    heads = outputs[min(1, len(names.qkv) - 1)] // (width * names.qkv_groups)
+    return Block(
+        at,
+        tuple(f"{at}.{name}" for name in names.qkv),
+        f"{at}.{names.out}",
+        tuple(f"{at}.{name}" for name in names.up),
+        f"{at}.{names.down}",
+        heads,
+        outputs[-1] // names.up_groups,
+        names.qkv_groups,
+        names.up_groups,
+    )
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    try:
+        layer.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def out_features(module: nn.Module) -> int:
+    """Width of what a linear layer, or what stands for one, gives."""
+    found = getattr(module, "out_features", None)
+    return int(found if found is not None else module.up.out_features)  # type: ignore[union-attr,arg-type]
+
+
+def keep_heads(network: Transformer, block: Block, kept: Tensor) -> None:
+    """Remove all heads of a block but those of these numbers, in place."""
+    for name in block.qkv:
+        _keep_outputs(network, name, block.qkv_groups, block.heads, kept)
+    _keep_inputs(network, block.out, block.heads, kept)
+    attention = block.out.rpartition(".")[0]
+    if hasattr(network.get_submodule(attention), "split_size"):
+        # GPT-2 takes queries, keys and values apart by this.
+        width = out_features(network.get_submodule(block.qkv[0])) // block.qkv_groups
+        network.set_attribute(f"{attention}.split_size", width)
+
+
+def keep_neurons(network: Transformer, block: Block, kept: Tensor) -> None:
+    """Remove all neurons of a block's feed-forward network but those of these numbers, in place."""
+    for name in block.up:
+        _keep_outputs(network, name, block.up_groups, block.neurons, kept)
+    _keep_inputs(network, block.down, block.neurons, kept)
+
+
+def _linear(network: Transformer, name: str) -> nn.Linear:
+    module = network.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"{name} is a {type(module).__name__}; cut heads and neurons before layers are factored.")
+    return module
+
+
+def _keep_outputs(network: Transformer, name: str, groups: int, units: int, kept: Tensor) -> None:
+    old = _linear(network, name)
+    weight = old.weight.detach().unflatten(0, (groups, units, -1))[:, kept].flatten(0, 2)
+    bias = None if old.bias is None else old.bias.detach().unflatten(0, (groups, units, -1))[:, kept].flatten()
+    network.replace(name, _filled(weight, bias))
+
+
+def _keep_inputs(network: Transformer, name: str, units: int, kept: Tensor) -> None:
+    old = _linear(network, name)
+    weight = old.weight.detach().unflatten(1, (units, -1))[:, kept].flatten(1)
+    network.replace(name, _filled(weight, None if old.bias is None else old.bias.detach()))
+
+
+def _filled(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    new = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if bias is not None:
+            cast(Tensor, new.bias).copy_(bias)
+    return new
