@@ -118,3 +118,18 @@ def test_layers_run_on_integers_in_onnx_runtime(tmp_path: Path) -> None:
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul") for kind in kinds) == 16
     assert "MatMul" not in kinds
+
+
+def test_a_pruned_network_is_a_smaller_file_and_says_the_same() -> None:
+    model = tiny_model()
+    dense = export(model)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.ndim == 2 and parameter.numel() > 500:
+                parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.9] = 0
+    exported = export(model)
+    assert exported.options == {"packed": True}
+    assert len(exported.data) < len(dense.data) - 0.7 * model.bytes
+    engine = tier_engine(Tier("tier", exported.kind, "file", exported.options), exported.data, model.encoder.pad, 1)
+    tokens = model.encoder.encode(["the zip was broken", "lovely"])
+    np.testing.assert_allclose(engine.logits(tokens, 2), logits_of(model, tokens), atol=1e-5)

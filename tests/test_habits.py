@@ -18,7 +18,7 @@ from conftest import Shop, many_rows, tiny_base, write_table
 SOURCE = Path(netweight.__file__).parent
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
-    ("errors", "data", "task", "encode", "features"),
+    ("errors", "packing", "data", "task", "encode", "features"),
     ("layers", "network", "anatomy", "model", "loss", "train", "track", "run", "techniques", "export"),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
     ("store", "search", "job", "baselines", "build", "pipeline", "bench"),

@@ -10,6 +10,7 @@ import copy
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -29,14 +30,20 @@ from netweight.errors import ModelError
 from netweight.layers import put
 from netweight.model import Model, Range
 from netweight.network import Linear, Static, Transformer
+from netweight.packing import packed_file
 from netweight.techniques.quantize import OUT
 
 Kind = Literal["static", "onnx"]
 
+# An ONNX file is packed where that leaves so little of it; weights of fewer bytes are left where they are.
+_WORTH_PACKING = 0.9
+_SMALL = 1024
+
 
 @dataclass(frozen=True)
 class Exported:
-    """One tier's file: `data` is safetensors (static) or ONNX bytes; `options` are what its engine must know."""
+    """One tier's file: `data` is safetensors (static) or ONNX, packed where that pays; `options` are what its engine
+    must know."""
 
     kind: Kind
     data: bytes
@@ -51,7 +58,12 @@ def export(model: Model) -> Exported:
     if isinstance(network, Linear):
         return _linear(network)
     if isinstance(network, Transformer):
-        return Exported("onnx", _onnx(model), {})
+        proto = _onnx(model)
+        data = proto.SerializeToString()
+        small = packed_file(data, list(_weights(proto, data)))
+        if len(small) < _WORTH_PACKING * len(data):
+            return Exported("onnx", small, {"packed": True})
+        return Exported("onnx", data, {})
     raise ModelError(f"no engine runs a {type(network).__name__}.")
 
 
@@ -85,6 +97,16 @@ def _int8(table: Tensor) -> dict[str, NDArray[Any]]:
     values = table.numpy().astype(np.float32)
     scale = np.maximum(np.abs(values).max(axis=1), 1e-12) / 127
     return {"table": np.rint(values / scale[:, None]).astype(np.int8), "scale": scale.astype(np.float32)}
+
+
+def _weights(proto: onnx.ModelProto, data: bytes) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Where the weights stand in a serialised model."""
+    at = 0
+    for held in proto.graph.initializer:
+        if len(held.raw_data) >= _SMALL:
+            at = data.index(held.raw_data, at)
+            yield at, np.frombuffer(held.raw_data, onnx.helper.tensor_dtype_to_np_dtype(held.data_type))
+            at += len(held.raw_data)
 
 
 # --- ONNX ---
@@ -260,7 +282,7 @@ def lowered(model: Model) -> nn.Module:
     return network
 
 
-def _onnx(model: Model) -> bytes:
+def _onnx(model: Model) -> onnx.ModelProto:
     network = lowered(model)
     rows, length = 2, 8
     example = tuple(torch.ones(rows, length, dtype=torch.int32) for _ in range(3))
@@ -283,6 +305,6 @@ def _onnx(model: Model) -> bytes:
                 torch.ops.netweight.from_int8.default: _dq,
             },
         )
-    proto = cast(Any, program).model_proto
+    proto = cast(onnx.ModelProto, cast(Any, program).model_proto)
     onnx.checker.check_model(proto)
-    return cast(bytes, proto.SerializeToString())
+    return proto

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as bars
 
 from netweight.encode import TextEncoder
-from netweight.errors import MissingExtra, ModelError
+from netweight.errors import CorruptArtifact, MissingExtra, ModelError
 from netweight.network import Network, Pooling, Transformer, build, tensors
+from netweight.packing import packed, unpacked
 from netweight.task import Task, task_from_dict
 
 STARTER = "starter"
@@ -102,9 +101,10 @@ class Model:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `model.json`, `tokenizer.json` and `model.safetensors`; the header last."""
+        """Write `model.json`, `tokenizer.json` and `model.safetensors` (pruned weights take a bit); the header last."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.clone() for k, v in tensors(self.network).items()}, folder / "model.safetensors")
+        held = packed({name: value.numpy() for name, value in tensors(self.network).items()})
+        (folder / "model.safetensors").write_bytes(held)
         (folder / "tokenizer.json").write_text(self.encoder.definition, encoding="utf-8")
         header = folder / "model.json.new"
         header.write_text(json.dumps(self._header()), encoding="utf-8")
@@ -117,8 +117,9 @@ class Model:
             header = json.loads((folder / "model.json").read_text(encoding="utf-8"))
             definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
             network = build(header["spec"])
-            network.load_state_dict(load_file(folder / "model.safetensors"))
-        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as problem:
+            held, _ = unpacked((folder / "model.safetensors").read_bytes())
+            network.load_state_dict({name: torch.tensor(value) for name, value in held.items()})
+        except (OSError, KeyError, ValueError, RuntimeError, CorruptArtifact) as problem:
             raise ModelError(f"{folder} holds no complete saved model: {problem}") from problem
         network.eval()
         ranges = {name: Range(low, high, bits) for name, (low, high, bits) in header["ranges"].items()}

@@ -18,6 +18,7 @@ from netweight.engine.base import Outputs, TierEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, OptionError
+from netweight.packing import unpacked_file
 from netweight.task import Floats, Prediction, ScorePrediction, Task
 
 # Rows that a transformer takes at a time: larger batches pad more and leave the cache. A static tier pads nothing.
@@ -113,6 +114,8 @@ def _tier(path: Path, manifest: Manifest, tier: Tier, threads: int) -> TierEngin
 
 def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
     """The engine that runs a tier's file."""
+    if tier.options.get("packed"):
+        data = unpacked_file(data)
     if tier.engine == "static":
         return StaticEngine(data, tier.options)
     if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
