@@ -21,7 +21,7 @@ GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
     ("layers", "network", "anatomy", "model", "loss", "train", "track", "run", "techniques", "export"),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
-    ("store", "search", "job", "baselines", "build", "pipeline", "bench"),
+    ("store", "search", "choose", "job", "baselines", "build", "pipeline", "bench"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}
@@ -179,7 +179,7 @@ assert not {"torch", "transformers", "pandas"} & set(sys.modules)
     assert [label for label, _, _ in found] == [p.label for p in here]  # type: ignore[union-attr]
     assert [tier for _, _, tier in found] == [p.tier for p in here]
     assert [c for _, c, _ in found] == pytest.approx([p.confidence for p in here], abs=1e-5)  # type: ignore[union-attr]
-    assert {"static", "full-int8"} >= {tier for _, _, tier in found}
+    assert {tier for _, _, tier in found} <= {tier.name for tier in netweight.load(shop.folder, 1).tiers}
 
 
 def test_the_watch_sees_a_connection() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from netweight.certify.compare import CLASS_ROWS
+from netweight.choose import Minimise
 from netweight.data import Columns, Dataset, Rows, read, split
 from netweight.errors import OptionError
-from netweight.search import Minimise
 from netweight.task import Task, task_for
 
 Source = str | Path | Rows

@@ -20,6 +20,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
+from netweight.choose import Minimise, Planned, choices, judged, plan
 from netweight.data import Columns, Rows
 from netweight.engine import Engine, load
 from netweight.engine.cascade import cascade
@@ -27,7 +28,7 @@ from netweight.errors import CertificateError
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
-from netweight.search import Minimise, Planned, Point, Search, choices, judged, ladder, plan
+from netweight.search import Point, Search, ladder
 from netweight.store import DEV, LOOKS, Store
 from netweight.task import Floats
 from netweight.techniques import describe

@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight import search
+from netweight import choose
+from netweight.artifact import Tier
 from netweight.certify import fit_temperature
+from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, plan
 from netweight.data import Rows
+from netweight.engine import cascade as engine
 from netweight.job import Job, Options, Tables, prepare
 from netweight.measure import Cost
-from netweight.search import SHARES, Choice, Planned, Point, Search, choices, judged, ladder, plan
+from netweight.search import Point, Search, ladder
 from netweight.task import Classify, Score
 from netweight.techniques import Distill, Quantize
 
@@ -124,7 +127,7 @@ def test_the_strong_temperature_is_fitted_on_the_rows_that_reach_it() -> None:
     [("cost", (3.0, 31.0), 3.0, 30.0), ("latency", (30.0, 310.0), 30.0, 300.0), ("size", (100.0, 1000.0), 1100.0, 0.0)],
 )
 def test_costs_worked_out_by_hand(
-    minimise: search.Minimise, alone: tuple[float, ...], base: float, each: float
+    minimise: choose.Minimise, alone: tuple[float, ...], base: float, each: float
 ) -> None:
     cheap, strong, targets = two()
     found = choices([cheap, strong], COSTS, TASK, CALIBRATE, targets, minimise)
@@ -142,6 +145,44 @@ def test_scores_have_no_cascades_and_ties_one_threshold() -> None:
     assert len(choices([flat, strong], COSTS, TASK, CALIBRATE, np.zeros(N, int), "cost")) == 3
     even = {"": Cost(1.0, 1.0), "cheap": Cost(2.0, 2.0), "strong": Cost(2.0, 2.0)}
     assert len(choices([cheap, strong], even, TASK, CALIBRATE, np.zeros(N, int), "cost")) == 2
+
+
+def three() -> tuple[list[Point], dict[str, Cost], np.ndarray]:
+    rng = np.random.default_rng(3)
+    targets = rng.integers(0, 3, N)
+    truth = np.eye(3)[targets]
+    points = [point(f"p{i}", truth * (0.7 + i) + rng.normal(size=(N, 3)), 10 * i, 1 + i / 10) for i in range(3)]
+    costs = {"": Cost(1.0, 10.0)} | {f"p{i}": Cost(10.0**i, 20.0) for i in range(3)}
+    return points, costs, targets
+
+
+def test_a_choice_answers_as_the_engine_will() -> None:
+    points, costs, targets = three()
+    found = choices(points, costs, TASK, CALIBRATE, targets, "cost")
+    assert {len(c.points) for c in found} == {1, 2, 3}
+    for choice in found:
+        tiers = [
+            Tier(p.name, "static", "", {}, temperature, threshold)
+            for p, temperature, threshold in zip(choice.points, choice.temperatures, choice.thresholds)
+        ]
+        said = engine.cascade(TASK, tiers, N, lambda i, rows, choice=choice: choice.points[i].logits[rows])  # type: ignore[misc]
+        assert (said.logits == choice.logits).all()
+        assert choice.answered == pytest.approx([(said.tier == i).mean() for i in range(len(tiers))])
+        reach = np.cumsum(choice.answered[::-1])[::-1]
+        assert choice.cost == pytest.approx(1 + sum(r * costs[p.name].row for r, p in zip(reach, choice.points)))
+    longest = [c for c in found if len(c.points) == 3]
+    assert all([p.name for p in c.points] == ["p0", "p1", "p2"] for c in longest), "from cheap to strong"
+    first = longest[0]
+    assert first.answered[0] == pytest.approx(1 - FIRST[0], abs=0.05)
+    assert first.answered[2] == pytest.approx(FIRST[0] * SECOND[0], abs=0.05)
+    assert first.name == f"p0 > p1 > p2 ({100 * (1 - first.answered[0]):.0f} %, {100 * first.answered[2]:.0f} %)"
+
+
+def test_three_tiers_only_where_each_is_better_than_the_last() -> None:
+    points, costs, targets = three()
+    worse = point("p1", -points[1].logits)
+    found = choices([points[0], worse, points[2]], costs, TASK, CALIBRATE, targets, "cost")
+    assert max(len(c.points) for c in found) == 2
 
 
 # --- judged ---
@@ -211,7 +252,7 @@ CANDIDATES = st.lists(
 @given(CANDIDATES)
 def test_plans_go_from_safest_to_cheapest_along_the_front(candidates: list[Planned]) -> None:
     found = plan(candidates)
-    assert 1 <= len(found) <= search._MOST
+    assert 1 <= len(found) <= choose._MOST
     for one, other in pairwise(found):
         assert one.choice.cost > other.choice.cost
         assert one.chance > other.chance
@@ -223,10 +264,10 @@ def test_plans_go_from_safest_to_cheapest_along_the_front(candidates: list[Plann
             assert not (cheaper and other.chance == kept.chance)
             assert not (likelier and other.choice.cost == kept.choice.cost)
     assert found[0].chance == max(c.chance for c in candidates), "the safest candidate is the first"
-    hopeful = [c for c in candidates if c.chance >= search._HOPELESS]
+    hopeful = [c for c in candidates if c.chance >= choose._HOPELESS]
     if hopeful:
-        assert all(c.chance >= search._HOPELESS for c in found)
-        if len(found) < search._MOST:
+        assert all(c.chance >= choose._HOPELESS for c in found)
+        if len(found) < choose._MOST:
             assert found[-1].choice.cost == min(c.choice.cost for c in hopeful), "the cheapest hope is tested"
     else:
         assert len(found) == 1

@@ -1,0 +1,203 @@
+"""What the points of a search are worth, alone and as cascades, and in which order the certificate should test them.
+
+`choices` makes every single model, every cascade of two and the promising ones of three; `judged` predicts from dev
+whether each would pass; `plan` keeps those worth testing, safest to cheapest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight.certify import fit_temperature
+from netweight.measure import Cost
+from netweight.search import Point
+from netweight.task import Floats, Ints, Task
+
+Minimise = Literal["cost", "latency", "size"]
+
+# Shares of dev handed to the stronger tier. The certificate walks down this list until it fails, so steps need to be
+# small only where they save much.
+SHARES = (0.7, 0.55, 0.45, 0.37, 0.3, 0.25, 0.21, 0.17, 0.14, 0.11, 0.09, 0.07, 0.05, 0.03)
+# With a third tier: shares handed on by the first, and by the second of what it got.
+FIRST, SECOND = (0.55, 0.37, 0.25, 0.17, 0.11, 0.07), (0.5, 0.3, 0.15)
+# Rows that a temperature is fitted on at least.
+_FITTED = 50
+_RESAMPLES = 200
+_MOST = 16  # candidates in a plan
+_STEP = 0.95  # a candidate must be at least 5 % cheaper than the one before
+_HOPELESS = 0.02  # predicted chance of passing below which testing is a waste
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to answer: a point alone, or cheap points that hand their least confident rows to stronger ones.
+
+    `temperatures` and `thresholds` are per tier, `answered` the share of dev that each answers, `cost` in seconds (of a
+    row, or of a single request) or in bytes. logits (n, outputs) are what it says on dev.
+    """
+
+    points: tuple[Point, ...]
+    temperatures: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    answered: tuple[float, ...]
+    cost: float
+    logits: NDArray[np.float32] = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """For people: `static`, or `static > half-int8 (12 %)`."""
+        if len(self.points) == 1:
+            return self.points[0].name
+        handed = [sum(self.answered[i:]) for i in range(1, len(self.points))]
+        shares = ", ".join(f"{100 * share:.0f} %" for share in handed)
+        return f"{' > '.join(p.name for p in self.points)} ({shares})"
+
+
+def choices(
+    points: Sequence[Point], costs: Mapping[str, Cost], task: Task, calibrate: slice, targets: Ints, minimise: Minimise
+) -> list[Choice]:
+    """Every point alone, every cascade of two at each share of `SHARES`, and cascades of three points of the front.
+
+    Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it, so that they do not depend on
+    labels. The temperature of every tier but the first is fitted on the calibrate rows that reach it; `targets` (n,)
+    are for all dev.
+    """
+    compose = _Composer(costs, task, calibrate, targets, minimise)
+    found = [compose((p,), ()) for p in points]
+    if not task.confident:
+        return found
+    by_cost = sorted(points, key=lambda p: costs[p.name].row)
+    for pair in itertools.permutations(points, 2):
+        if costs[pair[0].name].row < costs[pair[1].name].row:
+            found += compose.distinct(pair, [(share,) for share in SHARES])
+    for three in itertools.combinations(_front(by_cost, task, targets), 3):
+        if costs[three[0].name].row < costs[three[1].name].row < costs[three[2].name].row:
+            found += compose.distinct(three, list(itertools.product(FIRST, SECOND)))
+    return found
+
+
+def _front(by_cost: Sequence[Point], task: Task, targets: Ints) -> list[Point]:
+    """Points that are better on dev than every cheaper one."""
+    kept: list[Point] = []
+    best = -math.inf
+    for point in by_cost:
+        quality = float(task.quality(task.outcomes(point.logits, targets)))
+        if quality > best:
+            kept.append(point)
+            best = quality
+    return kept
+
+
+@dataclass(frozen=True)
+class _Composer:
+    """Makes a choice of points, each handing on a share of what reaches it."""
+
+    costs: Mapping[str, Cost]
+    task: Task
+    calibrate: slice
+    targets: Ints
+    minimise: Minimise
+
+    def distinct(self, points: tuple[Point, ...], shares: Sequence[tuple[float, ...]]) -> list[Choice]:
+        """The cascades at these shares; ties in confidence may make two of them the same."""
+        made = [self(points, each) for each in shares]
+        return list({choice.thresholds: choice for choice in reversed(made)}.values())[::-1]
+
+    def __call__(self, points: tuple[Point, ...], shares: tuple[float, ...]) -> Choice:
+        n = len(self.targets)
+        known = np.zeros(n, bool)
+        known[self.calibrate] = True
+        reaches, logits = np.ones(n, bool), points[0].logits
+        temperatures, thresholds, reached = [], [], []
+        for i, point in enumerate(points):
+            temperature = point.temperature
+            rows = reaches & known
+            if i and rows.sum() >= _FITTED:
+                temperature = fit_temperature(point.logits[rows], self.targets[rows], self.task)
+            logits = np.where(reaches[:, None], point.logits, logits)
+            temperatures.append(temperature)
+            reached.append(float(reaches.mean()))
+            threshold = 0.0
+            if i < len(shares):
+                sure = self.task.confidence(point.logits, temperature)
+                threshold = float(np.quantile(sure[rows], shares[i])) if rows.any() else 0.0
+                reaches = reaches & (sure < threshold)
+            thresholds.append(threshold)
+        answered = tuple(a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True))
+        cost = _cost(points, reached, self.costs, self.minimise)
+        return Choice(points, tuple(temperatures), tuple(thresholds), answered, cost, logits)
+
+
+def _cost(points: Sequence[Point], reached: Sequence[float], costs: Mapping[str, Cost], minimise: Minimise) -> float:
+    """What is minimised; `reached` is the share of rows that gets to each tier."""
+    if minimise == "size":
+        return float(sum(p.bytes for p in points))
+    each = [(costs[p.name].row if minimise == "cost" else costs[p.name].single) for p in points]
+    first = costs[""].row if minimise == "cost" else costs[""].single
+    return first + sum(c * share for c, share in zip(each, reached, strict=True))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A choice with its drop on dev (in units of quality) and the predicted chance that it passes the certificate."""
+
+    choice: Choice
+    quality: float
+    drop: float
+    chance: float
+
+
+def judged(
+    found: Sequence[Choice],
+    reference: Floats,
+    targets: Ints | Floats,
+    task: Task,
+    margin: float,
+    rows: int,
+    level: float,
+) -> list[Planned]:
+    """Predicts each choice's chance to pass at `level` with `rows` certify rows.
+
+    The drop on dev and its standard error (paired bootstrap, seeded) are carried over to the size of certify. A drop
+    below zero counts as zero: no student is better than its reference by more than luck.
+    """
+    n = len(targets)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _RESAMPLES).astype(np.float64)
+    base = task.outcomes(reference, targets)
+    at, spread = float(task.quality(base)), task.quality(base, weights)
+    z = NormalDist().inv_cdf(1 - level)
+    result = []
+    for choice in found:
+        outcomes = task.outcomes(choice.logits, targets)
+        quality = float(task.quality(outcomes))
+        error = float((spread - task.quality(outcomes, weights)).std())
+        # Two models that agree on all of dev may still differ on one row in n.
+        error = math.sqrt((error**2 + 1 / n**2) * n / rows)
+        drop = at - quality
+        chance = NormalDist().cdf((margin - max(drop, 0.0)) / error - z)
+        result.append(Planned(choice, quality, drop, chance))
+    return result
+
+
+def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
+    """The candidates to test, safest to cheapest: none is both dearer and less likely to pass than another."""
+    by_cost = sorted(candidates, key=lambda c: (c.choice.cost, -c.chance))
+    front: list[Planned] = []
+    for candidate in by_cost:
+        if not front or candidate.chance > front[-1].chance:
+            front.append(candidate)
+    worth = [c for c in front if c.chance >= _HOPELESS] or front[-1:]
+    worth.reverse()
+    kept = worth[:1]
+    for candidate in worth[1:]:
+        if candidate.choice.cost < _STEP * kept[-1].choice.cost or candidate is worth[-1]:
+            kept.append(candidate)
+    return tuple(kept[:_MOST])
