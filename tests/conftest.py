@@ -146,7 +146,14 @@ COSTS = {"": 1e-6, "linear": 1e-6, "static": 2e-6, "half-int8": 5e-5, "third-int
 
 def fixed_costs(tiers: Iterable[str], *_: object) -> dict[str, Cost]:
     """Stands for `measure.tier_costs`, so that no choice depends on how busy the machine is."""
-    return {name: Cost(COSTS[name.split(" ")[0]], 2 * COSTS[name.split(" ")[0]]) for name in ("", *tiers)}
+
+    def cost(name: str) -> float:
+        kind, _, number = name.split(" ")[0].partition("-")
+        if kind in ("static", "encoder") and number:  # trials
+            return (2e-6 if kind == "static" else 5e-5) * (1 + int(number[0]) / 100)
+        return COSTS[name.split(" ")[0]]
+
+    return {name: Cost(cost(name), 2 * cost(name)) for name in ("", *tiers)}
 
 
 def quick_measuring(patch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
     ("layers", "network", "anatomy", "model", "loss", "train", "track", "run", "techniques", "export"),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
-    ("store", "search", "choose", "job", "baselines", "build", "pipeline", "bench"),
+    ("store", "search", "trials", "choose", "job", "baselines", "build", "pipeline", "bench"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

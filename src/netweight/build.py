@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from netweight import measure
 from netweight.artifact import Tier
 from netweight.certify import fit_temperature
 from netweight.data import Dataset
@@ -24,10 +25,11 @@ from netweight.model import Model, pretrained
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.search import Point, Rung
-from netweight.store import Store
+from netweight.store import TRIALS, Store
 from netweight.task import Task
 from netweight.techniques import Finetune, Recipe
 from netweight.train import Plan, Reporter
+from netweight.trials import Trial, Trials
 
 TEACHER = "teacher"
 _TEACHER_SHARE = 0.45  # of the time box
@@ -58,7 +60,7 @@ class Builder:
 
     def __post_init__(self) -> None:
         self._run = Local(self.data, self.store.folder / "work")
-        self._models: dict[str, Model] = {}
+        self.rungs: dict[str, Rung] = {}
 
     @cached_property
     def dev_targets(self) -> NDArray[Any]:
@@ -95,13 +97,15 @@ class Builder:
         """Dev, encoded once."""
         return self.teacher.encoder.encode(self.data.dev.text, self.data.dev.pair)
 
-    def model(self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float) -> Model:
+    def model(
+        self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, plan: Plan | None = None
+    ) -> Model:
         """The model of a recipe: from the store, or made now and kept there."""
         folder = self.store.model_folder(name)
         if self.store.get(f"model {name}") is not None:
             return Model.load(folder)
         began = time.monotonic()
-        plan = Plan(seed=self.job.options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
+        plan = replace(plan or Plan(), seed=self.job.options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
         model = base()
         for step in recipe:
             model = step(model, self._run, plan)
@@ -115,9 +119,10 @@ class Builder:
     def point(self, rung: Rung) -> Point:
         """The rung's point: from the store, or made now."""
         name = rung.name
+        self.rungs[name] = rung
         known = self.store.get(f"point {name}")
         if known is None:
-            model = self.model(name, lambda: self.teacher, rung.recipe, self.clock.left * rung.share)
+            model = self.model(name, lambda: self.teacher, rung.recipe, self.clock.left * rung.share, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)
             engine = self.run_tier(name, exported.kind, exported.options)
@@ -143,7 +148,29 @@ class Builder:
 
     def told(self, rungs: tuple[Rung, ...]) -> list[Point]:
         """The points that an earlier process finished."""
-        return [self.point(rung) for rung in rungs if self.store.get(f"point {rung.name}") is not None]
+        return [self.point(rung) for rung in rungs if self.made(rung.name)]
+
+    def trials(self) -> Trials | None:
+        """What proposes rungs beyond the ladder, told of what is finished already; None where effort is quick."""
+        if self.job.options.effort == "quick":
+            return None
+        kept = [Trial(**value) for value in self.store.values("trial ")]
+        done = [(trial, self.point(trial.rung(self.teacher.depth))) for trial in kept if self.made(trial.name)]
+        path, options = self.store.folder / TRIALS, self.job.options
+        return Trials(path, self.teacher.depth, options.effort, options.seed, self.disagreement, done)
+
+    def keep(self, trial: Trial) -> None:
+        """Write down what a trial is before it is made."""
+        if self.store.get(f"trial {trial.name}") is None:
+            self.store.put(f"trial {trial.name}", asdict(trial))
+
+    def made(self, name: str) -> bool:
+        """Whether a point is there."""
+        return self.store.get(f"point {name}") is not None
+
+    def disagreement(self, point: Point) -> float:
+        """Share of dev rows on which a point says something else than the teacher (scores: 1 - agreement)."""
+        return 1 - measure.quality(self.task, point.logits, self.teacher_dev, self.dev_targets)[1]
 
     def quality(self, logits: NDArray[np.float32]) -> float:
         """The metric on dev."""

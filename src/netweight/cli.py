@@ -70,6 +70,9 @@ def optimize(
     ] = None,
     minimise: Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")] = "cost",
     time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
+    effort: Annotated[
+        Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")
+    ] = "quick",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
@@ -105,6 +108,7 @@ def optimize(
             seconds=seconds,
             threads=threads,
             seed=seed,
+            effort=effort,
             reporter=reporter,
         )
     _print_summary(result.folder)

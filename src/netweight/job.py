@@ -6,13 +6,14 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from netweight.certify.compare import CLASS_ROWS
 from netweight.choose import Minimise
 from netweight.data import Columns, Dataset, Rows, read, split
 from netweight.errors import OptionError
 from netweight.task import Task, task_for
+from netweight.trials import Effort
 
 Source = str | Path | Rows
 TaskKind = Literal["classify", "score"]
@@ -56,7 +57,8 @@ class Options:
     """How a job is done.
 
     model: `starter`, a folder or a Hub id. metric: None picks one by the balance of the labels. seconds: the time box
-    of the whole job; training is shortened to fit. threads: for training and for every engine.
+    of the whole job; training is shortened to fit. threads: for training and for every engine. effort: "quick" walks
+    the ladder, "standard" adds a few trials with other options, "thorough" many.
     """
 
     task: TaskKind = "classify"
@@ -66,8 +68,11 @@ class Options:
     seconds: float = 1200.0
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     seed: int = 0
+    effort: Effort = "quick"
 
     def __post_init__(self) -> None:
+        if self.effort not in get_args(Effort):
+            raise OptionError(f"effort is {self.effort!r}; use quick, standard or thorough.")
         if self.threads < 1:
             raise OptionError(f"threads is {self.threads}; use 1 or more.")
         if self.seconds < 10:

@@ -33,6 +33,7 @@ from netweight.store import DEV, LOOKS, Store
 from netweight.task import Floats
 from netweight.techniques import describe
 from netweight.train import Reporter, Silent
+from netweight.trials import Effort, undominated
 
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
 _WORTH_IT = 0.9
@@ -72,6 +73,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     seconds: float = 1200.0,
     threads: int | None = None,
     seed: int = 0,
+    effort: Effort = "quick",
     reporter: Reporter | None = None,
 ) -> Result:
     """The lightest model that provably still does the job, saved as the artifact `out`.
@@ -81,12 +83,13 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
             What is not given is cut from train.
         text, label, pair, group, slices: names of columns; `group` rows never span splits.
         max_drop: points of quality that may be lost, held at `confidence`.
+        effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
 
     Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError.
     """
     columns = Columns(text, label, pair, group, slices=tuple(slices))
-    options = Options(task, metric, model, seconds=seconds, seed=seed)
+    options = Options(task, metric, model, seconds=seconds, seed=seed, effort=effort)
     job = Job(
         Tables(train, columns, dev, certify, pool),
         Budget(max_drop, confidence, minimise),
@@ -108,7 +111,7 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
         store.write(DEV, _lines(data.dev))
         builder = Builder(job, data, task, store, reporter, clock)
         search = climb(builder)
-        ranked = Ranked(builder, search.points)
+        ranked = Ranked(builder, _worth(builder, search.points))
         return _finish(builder, ranked, out, notes)
 
 
@@ -130,13 +133,23 @@ def climb(builder: Builder) -> Search:
     teacher = builder.teacher
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
     rungs = ladder(teacher.depth)
-    search = Search(rungs, builder.told(rungs))
+    trials = builder.trials()
+    search = Search(rungs, builder.told(rungs), trials)
     while (rung := search.ask()) is not None:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")
             break
+        if trials is not None and trials.asked is not None:
+            builder.keep(trials.asked)
         search.tell(builder.point(rung))
     return search
+
+
+def _worth(builder: Builder, points: Mapping[str, Point]) -> dict[str, Point]:
+    """The ladder's points, and of the others those that nothing beats."""
+    always = {rung.name for rung in ladder(builder.teacher.depth)}
+    good = {point.name for point in undominated(points.values(), builder.disagreement)}
+    return {name: point for name, point in points.items() if name in always | good}
 
 
 class Ranked:
@@ -361,11 +374,11 @@ def _command(job: Job) -> str:
     budget, options = job.budget, job.options
     given = [f"--max-drop {budget.max_drop:g}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
     given += [f"--model {options.model}"] if options.model == "starter" else []
+    given += [f"--effort {options.effort}"] if options.effort != "quick" else []
     return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
-    rungs = {rung.name: rung for rung in ladder(builder.teacher.depth)}
     options, data = builder.job.options, builder.data
     return {
         "data": {
@@ -385,7 +398,7 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
             "sha256": builder.teacher.base.digest,
         },
         "teacher": builder.teacher.digest,
-        "recipes": {p.name: describe(rungs[p.name].recipe) for p in shipped.planned.choice.points},
+        "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
         "seed": options.seed,
         "max_drop": builder.job.budget.max_drop,
         "minimise": builder.job.budget.minimise,

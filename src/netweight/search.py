@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from netweight.techniques import Distill, LinearFloor, Quantize, Recipe, Static
+from netweight.train import Plan
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder. `share` of the time that is left may go into it."""
+    """A recipe under a name. `share` of the time that is left may go into it; `plan` holds what its techniques leave
+    to the plan."""
 
     name: str
     recipe: Recipe
     share: float
+    plan: Plan = field(default_factory=Plan)
 
 
 def ladder(depth: int) -> tuple[Rung, ...]:
@@ -51,17 +54,30 @@ class Point:
     logits: NDArray[np.float32] = field(repr=False)
 
 
-class Search:
-    """Walks the ladder; a rung that was told is not asked for again."""
+class More(Protocol):
+    """Who proposes rungs beyond the ladder."""
 
-    def __init__(self, rungs: Sequence[Rung], told: Iterable[Point] = ()) -> None:
+    def ask(self) -> Rung | None: ...
+    def tell(self, point: Point) -> None: ...
+
+
+class Search:
+    """Walks the ladder, then asks `more`; a rung that was told is not asked for again."""
+
+    def __init__(self, rungs: Sequence[Rung], told: Iterable[Point] = (), more: More | None = None) -> None:
         self._rungs = tuple(rungs)
+        self._more = more
         self.points: dict[str, Point] = {point.name: point for point in told}
 
     def ask(self) -> Rung | None:
-        """The next rung to try; None where all were told."""
-        return next((rung for rung in self._rungs if rung.name not in self.points), None)
+        """The next rung to try; None where nothing is left."""
+        first = next((rung for rung in self._rungs if rung.name not in self.points), None)
+        if first is not None or self._more is None:
+            return first
+        return self._more.ask()
 
     def tell(self, point: Point) -> None:
         """What a rung gave."""
         self.points[point.name] = point
+        if self._more is not None and point.name not in {rung.name for rung in self._rungs}:
+            self._more.tell(point)

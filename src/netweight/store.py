@@ -5,6 +5,7 @@
     NAME.safetensors   tables of numbers that a journal line refers to
     looks.jsonl        registrations on certify splits
     dev.jsonl          the dev rows, for `netweight bench`
+    trials.db          what Optuna was told, for its dashboard; made again where it is missing
 
 A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.
 """
@@ -32,6 +33,7 @@ JOURNAL = "journal.jsonl"
 LOOKS = "looks.jsonl"
 DEV = "dev.jsonl"
 MODELS = "models"
+TRIALS = "trials.db"
 
 
 class Store:
@@ -101,6 +103,10 @@ class Store:
     def get(self, key: str) -> Any:
         """A finished piece of work, or None."""
         return self._held.get(key)
+
+    def values(self, prefix: str) -> list[Any]:
+        """The finished pieces of work whose key begins so, in their order."""
+        return [value for key, value in self._held.items() if key.startswith(prefix)]
 
     def put(self, key: str, value: Any) -> None:
         """Append a finished piece of work; it is on disk when this returns."""

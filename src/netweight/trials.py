@@ -1,0 +1,238 @@
+"""The search beyond the ladder: Optuna proposes recipes, short trials first, and the best are made in full.
+
+Two objectives: disagreement with the reference on dev, and bytes of the exported file, which for an encoder grow as its
+work does. (Times are measured later, interleaved, for the points that are there.) Successive halving (Jamieson and
+Talwalkar, 2016) with two rungs: a proposal trains for a third of its epochs, and the best of their kind then in full.
+
+A proposal depends only on what was told before and on the seed. So a search that was killed asks again for what it had
+asked, and its SQLite file, which `optuna-dashboard` reads, may be deleted: it is made again from what is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from netweight.errors import OptionError
+from netweight.search import Point, Rung
+from netweight.techniques import Distill, Quantize, Recipe, Static
+from netweight.train import Plan
+
+Effort = Literal["quick", "standard", "thorough"]
+Kind = Literal["static", "encoder"]
+
+# Short trials of each kind at most, and how many of each kind are then made in full.
+_SHORT: dict[Effort, int] = {"quick": 0, "standard": 3, "thorough": 24}
+_FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
+_SHORTENED = 3
+_STARTUP = 4  # random proposals before Optuna's model takes over
+_FLAT = 6  # short trials of a kind in a row that move no front before its search is called flat
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A proposal: the `number`-th of its kind, and whether it is to be trained for a third of its epochs only."""
+
+    kind: Kind
+    number: int
+    short: bool
+    params: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Of its rung and its point."""
+        return f"{self.kind}-{self.number}{'-short' if self.short else ''}"
+
+    def rung(self, depth: int) -> Rung:
+        """What the proposal comes to. Raises OptionError where its options are not those of the search's space."""
+        if set(self.params) != set(space(self.kind, depth)):
+            raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
+        given = dict(self.params)
+        given["epochs"] = given["epochs"] / (_SHORTENED if self.short else 1)
+        plan = Plan(schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"))
+        recipe: Recipe
+        if self.kind == "static":
+            recipe = (Static(**given | {"buckets": 2 ** given["buckets"]}),)
+        else:
+            plan = replace(plan, batch_size=given.pop("batch_size"))
+            recipe = (Distill(**given), Quantize())
+        return Rung(self.name, recipe, 0.5, plan)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A finished short trial and what it gave."""
+
+    trial: Trial
+    disagreement: float
+    bytes: int
+
+
+class Trials:
+    """Proposes rungs of one job.
+
+    Args:
+        path: the SQLite file.
+        depth: layers of the teacher.
+        effort: how many trials.
+        disagreement: of a point with the reference on dev, in [0, 1].
+        done: trials that earlier processes finished, in their order, with their points.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        depth: int,
+        effort: Effort,
+        seed: int,
+        disagreement: Callable[[Point], float],
+        done: Sequence[tuple[Trial, Point]] = (),
+    ) -> None:
+        self.depth, self.effort, self.seed = depth, effort, seed
+        self._disagreement = disagreement
+        self._asked: Trial | None = None
+        self._made = {trial.name for trial, _ in done}
+        self.told: dict[Kind, list[Told]] = {kind: [] for kind in get_args(Kind)}
+        for trial, point in done:
+            if trial.short:
+                self.told[trial.kind].append(Told(trial, disagreement(point), point.bytes))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _quiet():
+            self._studies = {kind: self._study(path, kind) for kind in self.told}
+
+    def _study(self, path: Path, kind: Kind) -> optuna.Study:
+        study = optuna.create_study(
+            storage=f"sqlite:///{path}", study_name=kind, directions=["minimize", "minimize"], load_if_exists=True
+        )
+        for trial in study.get_trials(states=[TrialState.RUNNING]):
+            study.tell(trial.number, state=TrialState.FAIL)
+        known = len(study.get_trials(states=[TrialState.COMPLETE]))
+        for one in self.told[kind][known:]:
+            values = [one.disagreement, float(one.bytes)]
+            where = space(kind, self.depth)
+            study.add_trial(create_trial(values=values, params=dict(one.trial.params), distributions=where))
+        return study
+
+    def ask(self) -> Rung | None:
+        """The next rung: short trials of the kinds in turn, then the best of them in full; None at the end."""
+        if self._asked is None:
+            self._asked = self._short() or self._full()
+        return None if self._asked is None else self._asked.rung(self.depth)
+
+    def _short(self) -> Trial | None:
+        for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
+            told = self.told[kind]
+            if len(told) < _SHORT[self.effort] and not _flat(told):
+                with _quiet():
+                    study = self._studies[kind]
+                    study.sampler = optuna.samplers.TPESampler(
+                        seed=1000 * self.seed + len(told), n_startup_trials=_STARTUP, multivariate=True
+                    )
+                    return Trial(kind, len(told) + 1, True, study.ask(space(kind, self.depth)).params)
+        return None
+
+    def _full(self) -> Trial | None:
+        for kind, told in self.told.items():
+            for i in self.best(kind):
+                trial = Trial(kind, i + 1, False, told[i].trial.params)
+                if trial.name not in self._made:
+                    return trial
+        return None
+
+    @property
+    def asked(self) -> Trial | None:
+        """What is being made."""
+        return self._asked
+
+    def tell(self, point: Point) -> None:
+        """What the rung that was asked for gave. Raises ValueError for another one."""
+        trial = self._asked
+        if trial is None or trial.name != point.name:
+            raise ValueError(f"{point.name} was not asked for.")
+        self._asked = None
+        self._made.add(trial.name)
+        if trial.short:
+            one = Told(trial, self._disagreement(point), point.bytes)
+            self.told[trial.kind].append(one)
+            with _quiet():
+                study = self._studies[trial.kind]
+                running = study.get_trials(states=[TrialState.RUNNING])
+                study.tell(running[-1].number, [one.disagreement, float(one.bytes)])
+
+    def best(self, kind: Kind) -> list[int]:
+        """Which short trials of a kind deserve to be made in full: by front, then by disagreement."""
+        told = self.told[kind]
+        left, order = list(range(len(told))), []
+        while left:
+            front = [i for i in left if not any(_dominates(told[j], told[i]) for j in left)]
+            order += sorted(front, key=lambda i: told[i].disagreement)
+            left = [i for i in left if i not in front]
+        return order[: _FULL[self.effort]]
+
+
+def _dominates(one: Told, other: Told) -> bool:
+    a, b = (one.disagreement, one.bytes), (other.disagreement, other.bytes)
+    return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+
+def _flat(told: Sequence[Told]) -> bool:
+    """Whether none of the last trials was on the front when it was told."""
+    late = range(max(0, len(told) - _FLAT), len(told))
+    return len(told) > _FLAT and all(any(_dominates(one, told[i]) for one in told[:i]) for i in late)
+
+
+def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
+    """What may be proposed."""
+    shared: dict[str, BaseDistribution] = {
+        "temperature": CategoricalDistribution([1.0, 2.0, 4.0]),
+        "schedule": CategoricalDistribution(["cosine", "linear"]),
+    }
+    if kind == "static":
+        return shared | {
+            "width": CategoricalDistribution([128, 256, 384]),
+            "buckets": IntDistribution(14, 17),
+            "epochs": IntDistribution(20, 60, step=10),
+            "splice": CategoricalDistribution([4.0, 8.0, 12.0]),
+            "learning_rate": FloatDistribution(2e-3, 1e-2, log=True),
+            "token_dropout": FloatDistribution(0.1, 0.3, step=0.1),
+            "batch_size": CategoricalDistribution([64, 128, 256]),
+        }
+    return shared | {
+        "layers": IntDistribution(1, max(1, depth - 1)),
+        "epochs": IntDistribution(4, 9),
+        "splice": CategoricalDistribution([2.0, 4.0, 8.0]),
+        "learning_rate": FloatDistribution(1e-4, 6e-4, log=True),
+        "token_dropout": FloatDistribution(0.0, 0.2, step=0.1),
+        "batch_size": CategoricalDistribution([32, 64]),
+        "optimizer": CategoricalDistribution(["adamw", "adam"]),
+    }
+
+
+def undominated(points: Iterable[Point], disagreement: Callable[[Point], float]) -> list[Point]:
+    """Points that no other one of their engine beats in both disagreement and bytes: the rest is not worth timing."""
+    held = [(point, disagreement(point)) for point in points]
+    return [
+        p
+        for p, d in held
+        if not any(
+            o.engine == p.engine and (e, o.bytes) != (d, p.bytes) and e <= d and o.bytes <= p.bytes for o, e in held
+        )
+    ]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's own lines on standard error."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

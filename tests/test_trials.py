@@ -1,0 +1,175 @@
+"""Trials depend on what was told and on the seed, whatever was killed in between; the best are made in full."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import optuna
+import pytest
+
+from conftest import Shop, again, journal, store_of
+from netweight.errors import OptionError
+from netweight.search import Point, Rung, Search
+from netweight.store import TRIALS
+from netweight.techniques import Distill, Quantize, Static
+from netweight.trials import _FLAT, _FULL, _SHORT, Effort, Kind, Told, Trial, Trials, _flat, space, undominated
+
+DEPTH = 6
+
+
+def made(rung: Rung) -> Point:
+    """A made-up outcome that depends on the recipe alone: more epochs agree more, more layers weigh more."""
+    first = rung.recipe[0]
+    if isinstance(first, Static):
+        size, wrong = first.buckets * first.width // 1000, 0.1 + 1 / first.epochs + first.learning_rate
+    else:
+        assert isinstance(first, Distill)
+        size, wrong = 1000 * first.layers, 0.3 / first.layers + 0.1 / first.epochs + first.learning_rate
+    return Point(rung.name, "static", {}, "", size, 1.0, np.array([[wrong]], np.float32))
+
+
+def disagreement(point: Point) -> float:
+    return float(point.logits[0, 0])
+
+
+def trials(path: Path, effort: Effort, done: list[tuple[Trial, Point]] | None = None, seed: int = 0) -> Trials:
+    return Trials(path, DEPTH, effort, seed, disagreement, done or [])
+
+
+def walk(made_trials: Trials) -> list[tuple[Trial, Point]]:
+    found = []
+    while (rung := made_trials.ask()) is not None:
+        assert made_trials.ask() == rung, "asking changes nothing"
+        assert made_trials.asked is not None
+        found.append((made_trials.asked, made(rung)))
+        made_trials.tell(found[-1][1])
+    return found
+
+
+@pytest.mark.parametrize("effort", ["standard", "thorough"])
+def test_short_trials_first_then_the_best_in_full(tmp_path: Path, effort: Effort) -> None:
+    driven = trials(tmp_path / TRIALS, effort)
+    found = [trial for trial, _ in walk(driven)]
+    short = [trial for trial in found if trial.short]
+    assert found[: len(short)] == short
+    for kind in get_args(Kind):
+        told = driven.told[kind]
+        assert 0 < len(told) <= _SHORT[effort]
+        full = [trial for trial in found[len(short) :] if trial.kind == kind]
+        assert [trial.number - 1 for trial in full] == driven.best(kind)
+        assert len(full) == min(_FULL[effort], len(told))
+        first = full[0].number - 1
+        assert not any(
+            one.disagreement < told[first].disagreement and one.bytes <= told[first].bytes for one in told
+        ), "the first to be made in full is on the front"
+        for trial in full:
+            assert trial.params == told[trial.number - 1].trial.params
+
+
+def test_a_short_trial_has_a_third_of_the_epochs(tmp_path: Path) -> None:
+    driven = trials(tmp_path / TRIALS, "standard")
+    for trial, _ in walk(driven):
+        recipe = trial.rung(DEPTH).recipe
+        epochs = recipe[0].epochs  # type: ignore[attr-defined]
+        assert epochs == pytest.approx(trial.params["epochs"] / (3 if trial.short else 1))
+        assert isinstance(recipe[-1], Static if trial.kind == "static" else Quantize)
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
+    tmp_path: Path, forget: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SHORT, "standard", 2)
+    whole = walk(trials(tmp_path / "whole" / TRIALS, "standard"))
+    path = tmp_path / "killed" / TRIALS
+    done: list[tuple[Trial, Point]] = []
+    while True:
+        driven = trials(path, "standard", done)
+        rung = driven.ask()
+        if rung is None:
+            break
+        assert driven.asked is not None
+        done.append((driven.asked, made(rung)))
+        if len(done) % 2:  # every other time it was killed between asking and telling
+            driven.tell(done[-1][1])
+        if forget:
+            path.unlink()
+    assert [trial for trial, _ in done] == [trial for trial, _ in whole]
+
+
+def test_optuna_holds_what_was_told(tmp_path: Path) -> None:
+    path = tmp_path / TRIALS
+    found = walk(trials(path, "standard"))
+    for kind in get_args(Kind):
+        study = optuna.load_study(storage=f"sqlite:///{path}", study_name=kind)
+        values = [t.values for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
+        wanted = [[disagreement(p), float(p.bytes)] for t, p in found if t.kind == kind and t.short]
+        assert np.allclose(values, wanted)
+    assert walk(trials(tmp_path / "again", "standard", seed=1))[0][0].params != found[0][0].params
+
+
+def test_a_flat_search_ends() -> None:
+    def told(wrong: float) -> Told:
+        return Told(Trial("static", 1, True, {}), wrong, 10)
+
+    better = [told(0.5 - i / 100) for i in range(20)]
+    assert not _flat(better)
+    assert not _flat([told(0.1), *[told(0.2)] * (_FLAT - 1)])
+    assert _flat([told(0.1), *[told(0.2)] * _FLAT])
+
+
+def test_what_nothing_beats_is_kept() -> None:
+    def point(name: str, wrong: float, size: int, engine: str = "onnx") -> Point:
+        return Point(name, engine, {}, "", size, 1.0, np.array([[wrong]], np.float32))
+
+    points = [
+        point("a", 0.1, 10),
+        point("b", 0.2, 10),
+        point("c", 0.2, 5),
+        point("d", 0.3, 20, "static"),
+        point("e", 0.1, 10),
+    ]
+    assert [p.name for p in undominated(points, disagreement)] == ["a", "c", "d", "e"]
+
+
+def test_search_walks_the_ladder_then_the_trials(tmp_path: Path) -> None:
+    rungs = [Rung("one", (Static(),), 0.5), Rung("two", (Static(),), 0.5)]
+    search = Search(rungs, (), trials(tmp_path / TRIALS, "standard"))
+    seen = []
+    while (rung := search.ask()) is not None:
+        seen.append(rung.name)
+        search.tell(made(rung))
+    assert seen[:2] == ["one", "two"]
+    assert len(seen) == 2 + 2 * (_SHORT["standard"] + _FULL["standard"])
+
+
+def test_refusals(tmp_path: Path) -> None:
+    driven = trials(tmp_path / TRIALS, "standard")
+    with pytest.raises(ValueError, match="static-9 was not asked for"):
+        driven.tell(made(Rung("static-9", (Static(),), 0.5)))
+    with pytest.raises(OptionError, match="trial static-1 was proposed by another version"):
+        Trial("static", 1, False, {"width": 1}).rung(DEPTH)
+    assert set(space("encoder", 1))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_with_more_effort_goes_on_from_the_ladder(
+    shop: Shop, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SHORT, "standard", 1)
+    before = journal(copied)
+    result = again(shop, copied, effort="standard")
+    after = journal(copied)
+    assert all(after[key] == value for key, value in before.items()), "nothing was made twice"
+    names = {key for key in after if key.startswith("point ")}
+    assert {"point static-1-short", "point encoder-1-short"} <= names
+    assert sum(key.startswith("trial ") for key in after) == 2 * (1 + _FULL["standard"])
+    assert result.certificate.verdict == "certified"
+    # A finished search is not searched again, and what is derived may be deleted.
+    (store_of(copied) / TRIALS).unlink()
+    again(shop, copied, effort="standard")
+    assert journal(copied) == after
+    with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
+        again(shop, tmp_path / "other.nw", effort="lazy")
