@@ -11,8 +11,9 @@ import pytest
 
 from conftest import Shop, again, journal, store_of
 from netweight.errors import OptionError
+from netweight.model import Model
 from netweight.search import Point, Rung, Search
-from netweight.store import TRIALS
+from netweight.store import MODELS, TRIALS
 from netweight.techniques import Distill, Quantize, Static
 from netweight.trials import _FLAT, _FULL, _SHORT, Effort, Kind, Told, Trial, Trials, _flat, space, undominated
 
@@ -167,6 +168,10 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert {"point static-1-short", "point encoder-1-short"} <= names
     assert sum(key.startswith("trial ") for key in after) == 2 * (1 + _FULL["standard"])
     assert result.certificate.verdict == "certified"
+    # What a recipe begins with is kept by itself, for others that begin so.
+    before, quantized = (Model.load(store_of(copied) / MODELS / name) for name in after["steps encoder-1"])
+    assert quantized.ranges
+    assert not before.ranges
     # A finished search is not searched again, and what is derived may be deleted.
     (store_of(copied) / TRIALS).unlink()
     again(shop, copied, effort="standard")

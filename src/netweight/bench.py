@@ -138,6 +138,11 @@ def _rows(folder: Path, source: str | None, columns: Columns) -> Rows:
     """The rows of a table, or the dev rows that the job kept."""
     if source is not None:
         return read(source, columns, label_required=columns.label is not None).rows
+    return dev_rows(folder)
+
+
+def dev_rows(folder: Path) -> Rows:
+    """The dev rows that the job kept. Raises StoreError where they are gone."""
     path = store_of(folder) / DEV
     if not path.exists():
         raise StoreError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,12 +27,17 @@ from netweight.run.local import logits_of
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
 from netweight.task import Task
-from netweight.techniques import Finetune, Recipe
-from netweight.train import Plan, Reporter
+from netweight.techniques import Finetune, Recipe, Technique, describe
+from netweight.train import Plan, Reporter, fit_digest
 from netweight.trials import Trial, Trials
 
 TEACHER = "teacher"
 _TEACHER_SHARE = 0.45  # of the time box
+
+
+def part(recipe: Sequence[Technique], plan: Plan) -> str:
+    """Name of what the first steps of a recipe give."""
+    return f"part-{fit_digest({'recipe': describe(tuple(recipe)), 'plan': plan.describe()})[:16]}"
 
 
 class Clock:
@@ -100,15 +105,19 @@ class Builder:
     def model(
         self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, plan: Plan | None = None
     ) -> Model:
-        """The model of a recipe: from the store, or made now and kept there."""
+        """The model of a recipe: from the store, or made now and kept there, and so is what each step but the last
+        gives: recipes that begin alike share it."""
         folder = self.store.model_folder(name)
         if self.store.get(f"model {name}") is not None:
             return Model.load(folder)
         began = time.monotonic()
-        plan = replace(plan or Plan(), seed=self.job.options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
-        model = base()
-        for step in recipe:
-            model = step(model, self._run, plan)
+        plan = plan or Plan()
+        *first, last = recipe
+        model = self.model(part(first, plan), base, tuple(first), seconds, plan) if first else base()
+        options = self.job.options
+        model = last(
+            model, self._run, replace(plan, seed=options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
+        )
         self.store.discard(name)
         model.save(folder)
         # What every later run loads is what was saved, whether this process was killed or not.
@@ -129,8 +138,8 @@ class Builder:
             logits = engine.logits(self.dev_tokens, 32)
             temperature = 1.0
             if self.task.confident:
-                part = self.calibrate
-                temperature = fit_temperature(logits[part], self.dev_targets[part], self.task)
+                rows = self.calibrate
+                temperature = fit_temperature(logits[rows], self.dev_targets[rows], self.task)
             self.store.write_arrays(f"points/{name}", {"logits": logits})
             known = {
                 "engine": exported.kind,
@@ -139,6 +148,8 @@ class Builder:
                 "bytes": len(exported.data),
                 "temperature": temperature,
             }
+            steps = [part(rung.recipe[:i], rung.plan) for i in range(1, len(rung.recipe))]
+            self.store.put(f"steps {name}", [*steps, name])
             self.store.put(f"point {name}", known)
         point = Point(name, **known, logits=self.store.read_arrays(f"points/{name}")["logits"])
         self.reporter.note(

@@ -168,15 +168,8 @@ def bench(
     if as_json:
         print(report.to_json())
         return
-    table = Table(box=None, pad_edge=False)
-    head, *rest = report.rows()
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left", overflow="fold")
-    for row in rest:
-        table.add_row(*row)
-    console = Console()
-    console.print(table, markup=False, highlight=False)
-    console.print(report.sentence, markup=False, highlight=False)
+    _print_table(report.rows())
+    Console().print(report.sentence, markup=False, highlight=False)
 
 
 @app.command()
@@ -188,6 +181,38 @@ def inspect(folder: Folder, as_json: AsJson = False) -> None:
         print(json.dumps(summary(folder), ensure_ascii=False, indent=1))
     else:
         _print_summary(folder)
+
+
+@app.command()
+def explain(folder: Folder, threads: Threads = None, as_json: AsJson = False) -> None:
+    """What each step bought in quality, bytes and time, and what was tried and not taken. Needs DIR.run."""
+    from netweight.explain import explain as run
+
+    found = run(folder, threads)
+    if as_json:
+        print(found.to_json())
+        return
+    for sentence in found.sentences:
+        print(sentence)
+
+
+@app.command()
+def evaluate(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts.")],
+    suite: Annotated[Path, typer.Option(help="TOML: [[scenario]] with name, data, and maybe text, label, pair.")],
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score artifacts over several scenarios and say where they are worst."""
+    from netweight.evaluate import evaluate as run
+    from netweight.evaluate import suite as read
+
+    found = run(folders, read(suite), threads)
+    if as_json:
+        print(found.to_json())
+        return
+    _print_table(found.rows())
+    print(found.sentence)
 
 
 @app.command()
@@ -230,6 +255,16 @@ def _seconds(given: str) -> float:
     if not found:
         raise OptionError(f"a time limit is a number with s, m or h, such as 90s or 20m; given was {given!r}.")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 60}[found[2]]
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    head, *rest = rows
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rest:
+        table.add_row(*row)
+    Console().print(table, markup=False, highlight=False)
 
 
 def _print_summary(folder: Path) -> None:

@@ -104,6 +104,10 @@ class Store:
         """A finished piece of work, or None."""
         return self._held.get(key)
 
+    def keys(self, prefix: str) -> list[str]:
+        """Keys that begin so, in their order."""
+        return [key for key in self._held if key.startswith(prefix)]
+
     def values(self, prefix: str) -> list[Any]:
         """The finished pieces of work whose key begins so, in their order."""
         return [value for key, value in self._held.items() if key.startswith(prefix)]

@@ -1,0 +1,108 @@
+"""What each step bought, and scores over scenarios: against what the engines themselves say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import Say, Shop, store_of, write_table
+from netweight import artifact
+from netweight.engine import load
+from netweight.errors import OptionError, StoreError
+from netweight.evaluate import Scenario, evaluate, suite
+from netweight.explain import explain
+from netweight.store import JOURNAL
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Say) -> None:
+    found = explain(copied, 1)
+    manifest = artifact.read_manifest(copied)
+    recipes = manifest.provenance["recipes"]
+    teacher, *steps, whole = found.steps
+    assert [s.tier for s in steps] == [t.name for t in manifest.tiers for _ in recipes[t.name]]
+    assert [s.done.split(" ")[0] for s in steps] == [r["technique"] for t in manifest.tiers for r in recipes[t.name]]
+    assert teacher.bytes == shop.result.measurements.reference.bytes
+    assert teacher.quality == pytest.approx(shop.result.measurements.reference.quality)
+    assert whole.quality == pytest.approx(shop.result.measurements.shipped.quality)
+    assert whole.bytes == artifact.size(copied, manifest)
+    points = {m.name: m for m in shop.result.measurements.candidates}
+    for tier in manifest.tiers:
+        last = [s for s in steps if s.tier == tier.name][-1]
+        assert (last.bytes, last.quality) == (points[tier.name].bytes, pytest.approx(points[tier.name].quality))
+    assert {t.name for t in found.tried} == set(points) - {t.name for t in manifest.tiers}
+    assert all(t.quality == pytest.approx(points[t.name].quality) for t in found.tried)
+
+    said = say("explain", copied, "--threads", "1")
+    assert said.status == 0
+    assert said.out.count("\n") == len(found.sentences)
+    assert said.out.startswith("The teacher reaches accuracy ")
+    assert "points" in said.out
+    assert json.loads(say("explain", copied, "--json").out)["metric"] == "accuracy"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_does_not_know_cannot_explain(copied: Path) -> None:
+    path = store_of(copied) / JOURNAL
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if '"steps ' not in line]
+    path.write_text("".join(kept), encoding="utf-8")
+    with pytest.raises(StoreError, match="does not say how tier .* was made"):
+        explain(copied, 1)
+
+
+def written(folder: Path, shop: Shop) -> Path:
+    write_table(folder / "dev.tsv", shop.dev)
+    write_table(folder / "few.tsv", shop.certify.take(range(40)))
+    path = folder / "suite.toml"
+    path.write_text(
+        '[[scenario]]\nname = "dev"\ndata = "dev.tsv"\n[[scenario]]\nname = "few"\ndata = "few.tsv"\ntext = "text"\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_matrix_of_artifacts_and_scenarios(shop: Shop, made: Path, tmp_path: Path, say: Say) -> None:
+    path = written(tmp_path, shop)
+    scenarios = suite(path)
+    assert scenarios == (Scenario("dev", str(tmp_path / "dev.tsv")), Scenario("few", str(tmp_path / "few.tsv")))
+    found = evaluate([shop.folder, made], scenarios, 1)
+    assert [(c.artifact, c.scenario) for c in found.cells] == [
+        (str(f), s) for f in (shop.folder, made) for s in ("dev", "few")
+    ]
+    right = [p.label == label for p, label in zip(load(made, 1).predict(shop.dev.text), shop.dev.label)]  # type: ignore[union-attr,arg-type]
+    assert found.cells[2].quality == pytest.approx(sum(right) / len(right))
+    assert found.worst.quality == min(c.quality for c in found.cells)
+    said = say("evaluate", made, "--suite", path, "--threads", "1")
+    assert said.status == 0
+    assert "worst: " in said.out
+    assert json.loads(say("evaluate", made, "--suite", path, "--json").out)["worst"]["scenario"] in ("dev", "few")
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("a = [", "cannot be read"),
+        ("", r"has no \[\[scenario\]\]"),
+        ('[[scenario]]\nname = "a"', "scenario 1 of .* needs name and data"),
+        ('[[scenario]]\nname = "a"\ndata = "b"\ncolour = "c"', "has unknown colour"),
+        ('[[scenario]]\nname = "a"\ndata = "b"\n[[scenario]]\nname = "a"\ndata = "b"', "two scenarios of one name"),
+    ],
+)
+def test_bad_suites_are_refused(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(OptionError, match=match):
+        suite(path)
+    with pytest.raises(OptionError, match="cannot be read"):
+        suite(tmp_path / "none.toml")
+
+
+def test_artifacts_of_different_metrics_are_not_compared(shop: Shop, made: Path, tmp_path: Path) -> None:
+    manifest = artifact.read_manifest(made)
+    stored = manifest.to_dict()
+    stored["task"]["metric"] = "macro-f1"
+    (made / artifact.MANIFEST).write_bytes(artifact.sealed(stored))
+    with pytest.raises(OptionError, match="these have accuracy and macro-f1"):
+        evaluate([shop.folder, made], suite(written(tmp_path, shop)), 1)
