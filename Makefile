@@ -6,6 +6,7 @@
 #   make test [ARGS='-m slow']     the tests
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
+#   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs size
+.PHONY: help setup demo test lint docs lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -61,6 +62,11 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 	$(BIN)/python scripts/results.py
+
+# torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
+lock:
+	uv pip compile pyproject.toml --extra train --extra openvino --extra dev --universal --constraint constraints.txt \
+		--no-header --no-annotate --no-emit-index-url --quiet | grep -Ev '^(cuda|nvidia|triton)' > requirements.lock
 
 size:
 	@$(PYTHON) scripts/size.py

@@ -16,6 +16,7 @@ import netweight
 from conftest import Shop, many_rows, tiny_base, write_table
 
 SOURCE = Path(netweight.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
@@ -253,3 +254,17 @@ def test_importing_training_changes_nothing_more_than_its_libraries_do() -> None
     first = "import torch, transformers, onnx, onnxscript, safetensors, sklearn.linear_model, torch.onnx"
     then = "import netweight.pipeline, netweight.bench, netweight.cli, netweight.testing, netweight.demo"
     python(_STATE.format(first=first, then=then + "; assert 'pytest' not in sys.modules"))
+
+
+def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
+    def pins(name: str) -> dict[str, str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        pairs = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+        return {package.lower().replace("_", "-"): version for package, version in pairs}
+
+    locked, constrained = pins("requirements.lock"), pins("constraints.txt")
+    assert {"torch", "transformers", "onnxruntime", "openvino", "pytest"} <= set(locked)
+    both = set(locked) & set(constrained)
+    assert {name: locked[name] for name in both} == {name: constrained[name] for name in both}
+    # What the lock has beyond the constraints is for other platforms.
+    assert set(locked) - both <= {"colorama", "httpx2-jsfetch", "setuptools"}
