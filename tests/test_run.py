@@ -52,10 +52,10 @@ def test_features_equal_a_plain_loop(rows: list[list[int]], buckets: int) -> Non
 @given(st.lists(st.lists(st.integers(4, 90), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(0, 9))
 def test_spliced_rows_begin_like_one_row_and_end_like_another(rows: list[list[int]], seed: int) -> None:
     given_rows = [[2, *row, 3] for row in rows]
-    made = spliced(tokens_of(given_rows), 20, seed)
+    made = spliced(tokens_of(given_rows), 20, 400_000, seed)
     longest = max(map(len, given_rows))
     assert len(made) == 20
-    assert made.ids.tolist() == spliced(tokens_of(given_rows), 20, seed).ids.tolist(), "not deterministic"
+    assert made.ids.tolist() == spliced(tokens_of(given_rows), 20, 400_000, seed).ids.tolist(), "not deterministic"
     for i in range(20):
         new = made.ids[made.offsets[i] : made.offsets[i + 1]].tolist()
         assert 2 <= len(new) <= longest
@@ -68,9 +68,9 @@ def test_spliced_rows_begin_like_one_row_and_end_like_another(rows: list[list[in
 
 
 def test_pairs_are_not_spliced_and_long_rows_are_fewer() -> None:
-    assert len(spliced(tokens_of([[2, 5, 3]], types=1), 10, 0)) == 0
-    assert len(spliced(tokens_of([]), 10, 0)) == 0
-    assert len(spliced(tokens_of([[2, *[7] * 998, 3]]), 10_000, 0)) == 400
+    assert len(spliced(tokens_of([[2, 5, 3]], types=1), 10, 400_000, 0)) == 0
+    assert len(spliced(tokens_of([]), 10, 400_000, 0)) == 0
+    assert len(spliced(tokens_of([[2, *[7] * 998, 3]]), 10_000, 400_000, 0)) == 400
 
 
 def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dataset: Dataset) -> None:

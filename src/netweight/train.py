@@ -60,8 +60,8 @@ class Plan:
     `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
     100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
-    beginning of one row and the end of another; they have no label, so only a loss with teachers can use them. An epoch
-    then takes as many steps as without them, and draws from all.
+    beginning of one row and the end of another, `spliced_tokens` of tokens at most; they have no label, so only a loss
+    with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
     `seconds` bounds the fit: after a few steps the number of epochs is lowered, once, to what fits, and the schedule
     with it. `patience` counts epochs without a better select quality; None keeps the last weights and evaluates
     nothing.
@@ -79,6 +79,7 @@ class Plan:
     precision: Precision = "auto"
     token_dropout: float = 0.0
     splice: float = 0.0
+    spliced_tokens: int = 400_000
     patience: int | None = None
     seconds: float | None = None
     seed: int = 0
@@ -96,6 +97,7 @@ class Plan:
             "clip": self.clip >= 0,
             "token_dropout": 0 <= self.token_dropout < 1,
             "splice": self.splice >= 0,
+            "spliced_tokens": self.spliced_tokens >= 0,
             "precision": self.precision in ("auto", "fp32", "bf16"),
         }
         for name, fine in checks.items():

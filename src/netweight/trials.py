@@ -32,6 +32,8 @@ Kind = Literal["static", "encoder"]
 _SHORT: dict[Effort, int] = {"quick": 0, "standard": 3, "thorough": 24}
 _FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
 _SHORTENED = 3
+# More than the ladder allows itself: what is labelled once serves every trial of its kind.
+_SPLICED_TOKENS = 1_500_000
 _STARTUP = 4  # random proposals before Optuna's model takes over
 _FLAT = 6  # short trials of a kind in a row that move no front before its search is called flat
 
@@ -56,7 +58,9 @@ class Trial:
             raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
         given = dict(self.params)
         given["epochs"] = given["epochs"] / (_SHORTENED if self.short else 1)
-        plan = Plan(schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"))
+        plan = Plan(
+            schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"), spliced_tokens=_SPLICED_TOKENS
+        )
         recipe: Recipe
         if self.kind == "static":
             recipe = (Static(**given | {"buckets": 2 ** given["buckets"]}),)

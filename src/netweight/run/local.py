@@ -23,7 +23,6 @@ from netweight.task import Classify
 from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
-_SPLICED = 400_000
 
 
 class Local:
@@ -48,8 +47,8 @@ class Local:
         if plan.splice:
             if not teachers:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
-            added = spliced(tokens, round(plan.splice * len(tokens)), plan.seed)
-            key = {"splice": plan.splice, "seed": plan.seed}
+            added = spliced(tokens, round(plan.splice * len(tokens)), plan.spliced_tokens, plan.seed)
+            key = {"spliced": len(added), "seed": plan.seed}
             said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
             plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))
@@ -132,14 +131,14 @@ def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     return out
 
 
-def spliced(tokens: Tokens, count: int, seed: int) -> Tokens:
+def spliced(tokens: Tokens, count: int, most: int, seed: int) -> Tokens:
     """Rows made of the beginning of one row and the end of another, cut at random; none where rows are pairs.
 
-    Fewer than `count` where they would hold more than `_SPLICED` tokens: labelling them must not outlast training.
+    Fewer than `count` where they would hold more than `most` tokens: labelling them must not outlast training.
     """
     if not len(tokens) or tokens.types.any():
         return tokens.take(np.zeros(0, np.int64))
-    count = min(count, int(_SPLICED / max(1.0, float(tokens.lengths.mean()))))
+    count = min(count, int(most / max(1.0, float(tokens.lengths.mean()))))
     rng = np.random.default_rng([seed, 2])
     first, second = rng.integers(0, len(tokens), (2, count))
     # At least the first token of one and the last of the other stay: [CLS] and [SEP].
