@@ -32,7 +32,7 @@ CERTIFICATE = "certificate.json"
 OUTCOMES = "outcomes.json"
 MEASUREMENTS = "measurements.json"
 REPORT = "report.html"
-_SUFFIX = {"static": "safetensors", "onnx": "onnx"}
+_SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
 _HEX = b"0" * 64
 _MANIFEST_MOST = 16 * 2**20
@@ -43,8 +43,8 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 class Tier:
     """One model of an artifact.
 
-    `engine` is static, onnx or openvino. A row whose confidence, after dividing the logits by `temperature`, is below
-    `threshold` goes to the next tier; the last tier answers whatever is left.
+    `engine` is static, onnx, exits or openvino. A row whose confidence, after dividing the logits by `temperature`, is
+    below `threshold` goes to the next tier; the last tier answers whatever is left.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Manifest:
 
 def tier_file(position: int, name: str, engine: str) -> str:
     """Path of a tier's file inside the folder."""
-    return f"tiers/{position}-{name}.{_SUFFIX['static' if engine == 'static' else 'onnx']}"
+    return f"tiers/{position}-{name}.{_SUFFIX.get(engine, 'onnx')}"
 
 
 def hashed(manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:

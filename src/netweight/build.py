@@ -19,6 +19,7 @@ from netweight.data import Dataset
 from netweight.encode import Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
+from netweight.engine.exits import ExitsEngine, thresholds
 from netweight.export import export
 from netweight.job import Job
 from netweight.model import Model, pretrained
@@ -33,6 +34,8 @@ from netweight.trials import Trial, Trials
 
 TEACHER = "teacher"
 _TEACHER_SHARE = 0.45  # of the time box
+# Share of rows that may leave an encoder early with another label than the last layer's.
+_EXIT_TOLERANCE = 0.005
 
 
 def part(recipe: Sequence[Technique], plan: Plan) -> str:
@@ -134,7 +137,10 @@ class Builder:
             model = self.model(name, lambda: self.teacher, rung.recipe, self.clock.left * rung.share, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)
-            engine = self.run_tier(name, exported.kind, exported.options)
+            options = exported.options
+            if exported.kind == "exits":
+                options = {"thresholds": self.exit_thresholds(name, options)}
+            engine = self.run_tier(name, exported.kind, options)
             logits = engine.logits(self.dev_tokens, 32)
             temperature = 1.0
             if self.task.confident:
@@ -143,7 +149,7 @@ class Builder:
             self.store.write_arrays(f"points/{name}", {"logits": logits})
             known = {
                 "engine": exported.kind,
-                "options": exported.options,
+                "options": options,
                 "file": hashlib.sha256(exported.data).hexdigest(),
                 "bytes": len(exported.data),
                 "temperature": temperature,
@@ -193,6 +199,14 @@ class Builder:
         return tier_engine(
             tier, self.store.read(f"points/{name}.bin"), self.teacher.encoder.pad, self.job.options.threads
         )
+
+    def exit_thresholds(self, name: str, options: Any) -> list[float]:
+        """Thresholds of an encoder's exits, from the calibrate rows."""
+        engine = ExitsEngine(
+            self.store.read(f"points/{name}.bin"), options, self.teacher.encoder.pad, self.job.options.threads
+        )
+        stages = engine.stages(self.dev_tokens, 32)
+        return thresholds([stage[self.calibrate] for stage in stages], _EXIT_TOLERANCE)
 
     def with_engine(self, point: Point, engine: str) -> Point:
         """The same file under another engine: its own logits on dev."""

@@ -10,8 +10,9 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -29,11 +30,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from netweight.errors import ModelError
 from netweight.layers import put
 from netweight.model import Model, Range
-from netweight.network import Linear, Static, Transformer
-from netweight.packing import packed_file
+from netweight.network import Exits, Linear, Static, Transformer
+from netweight.packing import packed, packed_file
 from netweight.techniques.quantize import OUT
 
-Kind = Literal["static", "onnx"]
+Kind = Literal["static", "onnx", "exits"]
 
 # An ONNX file is packed where that leaves so little of it; weights of fewer bytes are left where they are.
 _WORTH_PACKING = 0.9
@@ -57,8 +58,10 @@ def export(model: Model) -> Exported:
         return _static(network)
     if isinstance(network, Linear):
         return _linear(network)
+    if isinstance(network, Exits):
+        return _exits(model)
     if isinstance(network, Transformer):
-        proto = _onnx(model)
+        proto = _onnx(lowered(model), model.encoder.max_length)
         data = proto.SerializeToString()
         small = packed_file(data, list(_weights(proto, data)))
         if len(small) < _WORTH_PACKING * len(data):
@@ -256,8 +259,12 @@ def _plain_mask(*args: Any, **options: Any) -> Tensor | None:
     if real is None or options.get("mask_function") is not bidirectional_mask_function:
         return cast("Tensor | None", eager_mask(*args, **options))
     dtype = options.get("dtype", torch.float32)
+    return _added(real, dtype)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     hidden = torch.full((), torch.finfo(dtype).min, dtype=dtype)
-    return torch.where(real.bool()[:, None, None, :], torch.zeros((), dtype=dtype), hidden)
+    return torch.where(mask.bool()[:, None, None, :], torch.zeros((), dtype=dtype), hidden)
 
 
 def lowered(model: Model) -> nn.Module:
@@ -282,11 +289,15 @@ def lowered(model: Model) -> nn.Module:
     return network
 
 
-def _onnx(model: Model) -> onnx.ModelProto:
-    network = lowered(model)
+def _onnx(network: nn.Module, max_length: int, width: int = 0, hidden: bool = False) -> onnx.ModelProto:
+    """A graph of a network over token ids, or, with `width`, over hidden states of that width and a mask; `hidden`:
+    hidden states are an output as well."""
     rows, length = 2, 8
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", max=max_length)
+    # Each its own tensor: one that is given twice would become one input.
     example = tuple(torch.ones(rows, length, dtype=torch.int32) for _ in range(3))
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", max=model.encoder.max_length)
+    if width:
+        example = (torch.zeros(rows, length, width), example[1])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -296,9 +307,9 @@ def _onnx(model: Model) -> onnx.ModelProto:
             dynamo=True,
             verbose=False,
             opset_version=18,
-            input_names=["ids", "mask", "types"],
-            output_names=["logits"],
-            dynamic_shapes=({0: batch, 1: tokens},) * 3,
+            input_names=["hidden", "mask"] if width else ["ids", "mask", "types"],
+            output_names=["logits", "states"] if hidden else ["logits"],
+            dynamic_shapes=({0: batch, 1: tokens},) * len(example),
             custom_translation_table={
                 torch.ops.netweight.fake_uint8.default: _qdq,
                 torch.ops.netweight.fake_int8.default: _qdq_signed,
@@ -308,3 +319,51 @@ def _onnx(model: Model) -> onnx.ModelProto:
     proto = cast(onnx.ModelProto, cast(Any, program).model_proto)
     onnx.checker.check_model(proto)
     return proto
+
+
+class _First(nn.Module):
+    """Token ids to the logits of the first exit and the hidden states that it read."""
+
+    def __init__(self, network: Exits) -> None:
+        super().__init__()
+        self.network = network
+        del network.layers()[network.after[0] :]
+
+    def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.network.states(ids, mask, types)
+        return self.network.heads[0](self.network.pooled(hidden, mask)), hidden
+
+
+class _Next(nn.Module):
+    """Hidden states of one exit to the logits, and the hidden states, of the next."""
+
+    def __init__(self, layers: Sequence[nn.Module], network: Exits, head: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.layers, self.head, self.last = nn.ModuleList(layers), head, last
+        self._pooled = network.pooled
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        added = _added(mask, hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, added)
+        logits = self.head(self._pooled(hidden, mask))
+        return (logits,) if self.last else (logits, hidden)
+
+
+def _exits(model: Model) -> Exported:
+    """One file with a graph for each stretch of layers between exits."""
+    network = cast(Exits, lowered(model))
+    stack, ends = list(network.layers()), (*network.after, len(network.layers()))
+    most, width = model.encoder.max_length, network.config.hidden_size
+    graphs = []
+    for i, (start, end) in enumerate(pairwise(ends)):
+        last = end == ends[-1]
+        stretch = _Next(stack[start:end], network, network.head if last else network.heads[i + 1], last)
+        graphs.append(_onnx(stretch.eval(), most, width, not last))
+    graphs.insert(0, _onnx(_First(network).eval(), most, hidden=True))
+    stages = {}
+    for i, proto in enumerate(graphs):
+        data = proto.SerializeToString()
+        stages[str(i)] = np.frombuffer(packed_file(data, list(_weights(proto, data))), np.uint8)
+    # Until thresholds are fitted on dev, nothing exits early.
+    return Exported("exits", packed(stages), {"thresholds": [2.0] * len(network.after)})

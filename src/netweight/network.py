@@ -5,6 +5,7 @@ Each one describes itself in a plain `spec`, so that it can be rebuilt without p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from netweight.errors import ModelError
+from netweight.errors import ModelError, OptionError
 from netweight.features import BIGRAM_A, BIGRAM_B
 from netweight.layers import describe, make, plain, put
 
@@ -55,8 +56,15 @@ class Transformer(Network):
 
     def features(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         """Pooled hidden states (n, hidden)."""
+        return self.pooled(self.states(ids, mask, types), mask)
+
+    def states(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        """Hidden states (n, length, hidden)."""
         kinds = {"token_type_ids": types.long()} if self._takes_types else {}
-        hidden: Tensor = self.backbone(input_ids=ids.long(), attention_mask=mask.long(), **kinds).last_hidden_state
+        return cast(Tensor, self.backbone(input_ids=ids.long(), attention_mask=mask.long(), **kinds).last_hidden_state)
+
+    def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """One vector (n, hidden) of hidden states (n, length, hidden)."""
         if self.pooling == "first":
             return hidden[:, 0]
         if self.pooling == "last":
@@ -103,6 +111,43 @@ class Transformer(Network):
             "outputs": self.head.out_features,
             "edits": self.edits,
         }
+
+
+class Exits(Transformer):
+    """A transformer that can also answer from the hidden states after some of its layers, each by a head of its own
+    (Teerapittayanon et al., BranchyNet, 2016; Xin et al., DeeBERT, ACL 2020).
+
+    `after` counts layers, ascending. `forward` gives the last exit's logits, `stages` those of all, first to last.
+    """
+
+    def __init__(self, backbone: nn.Module, outputs: int, pooling: Pooling, after: Sequence[int]) -> None:
+        super().__init__(backbone, outputs, pooling)
+        self.after = tuple(after)
+        if not self.after or not self.after[0] > 0 or sorted(set(self.after)) != list(self.after):
+            raise OptionError(f"exits after layers {self.after}: name some layers, ascending, from 1 on.")
+        if self.after[-1] >= len(self.layers()):
+            depth = len(self.layers())
+            raise OptionError(f"an exit after layer {self.after[-1]} of {depth} is none; choose an earlier one.")
+        self.heads = nn.ModuleList([nn.Linear(self.config.hidden_size, outputs) for _ in self.after])
+
+    def stages(self, ids: Tensor, mask: Tensor, types: Tensor) -> list[Tensor]:
+        """Logits (n, outputs) of every exit, the last layer's at the end."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, given: Any, out: Tensor) -> None:
+            seen.append(out)
+
+        layers = self.layers()
+        handles = [layers[i - 1].register_forward_hook(keep) for i in self.after]
+        try:
+            last = self.forward(ids, mask, types)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [*(head(self.pooled(h, mask)) for head, h in zip(self.heads, seen, strict=True)), last]
+
+    def spec(self) -> dict[str, Any]:
+        return super().spec() | {"network": "exits", "after": list(self.after)}
 
 
 class Static(Network):
@@ -202,13 +247,16 @@ def build(spec: dict[str, Any]) -> Network:
         return Static(**options)
     if spec.get("network") == "linear":
         return Linear(**options)
-    if spec.get("network") == "transformer":
+    if spec.get("network") in ("transformer", "exits"):
         config = dict(options["config"])
         backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
         network = Transformer(backbone, options["outputs"], options["pooling"])
+        if spec["network"] == "exits":
+            network = Exits(backbone, options["outputs"], options["pooling"], options["after"])
         network.edit(options["edits"])
         return network
-    raise ModelError(f"unknown network {spec.get('network')!r}; this version knows transformer, static and linear.")
+    known = "transformer, exits, static and linear"
+    raise ModelError(f"unknown network {spec.get('network')!r}; this version knows {known}.")
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from netweight import artifact
 from netweight.artifact import Manifest, Tier
 from netweight.encode import TextEncoder, Tokens
 from netweight.engine.base import Outputs, TierEngine
+from netweight.engine.exits import ExitsEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, OptionError
@@ -118,6 +119,8 @@ def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
         data = unpacked_file(data)
     if tier.engine == "static":
         return StaticEngine(data, tier.options)
+    if tier.engine == "exits":
+        return ExitsEngine(data, tier.options, pad, threads)
     if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
         return OpenvinoEngine(data, pad, threads)
     if tier.engine == "openvino":
@@ -128,4 +131,5 @@ def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
         )
     if tier.engine in ("onnx", "openvino"):
         return OnnxEngine(data, pad, threads)
-    raise ArtifactError(f"tier {tier.name!r} wants engine {tier.engine!r}; this version has static, onnx and openvino.")
+    known = "static, onnx, exits and openvino"
+    raise ArtifactError(f"tier {tier.name!r} wants engine {tier.engine!r}; this version has {known}.")

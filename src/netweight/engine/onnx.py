@@ -14,24 +14,27 @@ from netweight.errors import MissingExtra
 _INPUTS = ("ids", "mask", "types")
 
 
+def session(data: bytes, threads: int) -> Any:
+    """An ONNX Runtime session on the CPU."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle workers that spin would steal the core that tokenizes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The fused kernel for x + y and its norm takes six times as long as an addition and a norm (1.32, AVX-512),
+    # a sixth of an int8 encoder's time.
+    slow = ["SkipLayerNormFusion"]
+    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=slow)
+
+
 class OnnxEngine:
     """ONNX Runtime on the CPU."""
 
     def __init__(self, data: bytes, pad: int, threads: int) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle workers that spin would steal the core that tokenizes.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The fused kernel for x + y and its norm takes six times as long as an addition and a norm (1.32, AVX-512),
-        # a sixth of an int8 encoder's time.
-        slow = ["SkipLayerNormFusion"]
-        self._session = ort.InferenceSession(
-            data, options, providers=["CPUExecutionProvider"], disabled_optimizers=slow
-        )
+        self._session = session(data, threads)
         self._takes = {i.name for i in self._session.get_inputs()}
         self._pad = pad
         self._width = self._session.get_outputs()[0].shape[-1]

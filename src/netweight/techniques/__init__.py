@@ -2,9 +2,10 @@
 
 from netweight.techniques.base import Recipe, Technique, describe
 from netweight.techniques.distill import Distill
+from netweight.techniques.exits import EarlyExit
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.static import Static
 
-__all__ = ["Distill", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]
+__all__ = ["Distill", "EarlyExit", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from netweight.errors import OptionError
+from netweight.errors import ModelError, OptionError
 from netweight.loss import SoftTargets
 from netweight.model import Model
-from netweight.network import Transformer
+from netweight.network import Exits, Transformer
 from netweight.run import Run
 from netweight.techniques.base import transformer
 from netweight.techniques.finetune import freeze_embeddings
@@ -53,6 +53,8 @@ class Distill:
 
 def shallower(network: Transformer, layers: int) -> Transformer:
     """A copy with `layers` evenly spaced layers, the first among them; widths stay as they are."""
+    if isinstance(network, Exits):
+        raise ModelError("a model with exits cannot lose layers; distil first, then add exits.")
     depth = len(network.layers())
     if not 1 <= layers <= depth:
         raise OptionError(f"cannot keep {layers} layers of {depth}; choose 1 to {depth}.")

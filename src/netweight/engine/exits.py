@@ -1,0 +1,93 @@
+"""An encoder with early exits: a row leaves after the first stretch of layers that is sure of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight.encode import Tokens
+from netweight.engine.onnx import session
+from netweight.errors import CorruptArtifact
+from netweight.packing import unpacked, unpacked_file
+
+Floats = NDArray[np.float32]
+Index = NDArray[np.int64]
+_INPUTS = ("ids", "mask", "types")
+
+
+class ExitsEngine:
+    """ONNX Runtime over the stages that `export` wrote.
+
+    A row leaves at stage i where the largest of its softmax shares is at least `thresholds[i]`. Stages see each row
+    with fixed ranges and its own mask, so where it leaves does not depend on its batch.
+    """
+
+    def __init__(self, data: bytes, options: Mapping[str, Any], pad: int, threads: int) -> None:
+        stages, _ = unpacked(data)
+        self._thresholds = [float(t) for t in options["thresholds"]]
+        if len(stages) != len(self._thresholds) + 1:
+            raise CorruptArtifact(f"{len(stages)} stages need one threshold less, not {len(self._thresholds)}.")
+        self._sessions = [session(unpacked_file(stages[name].tobytes()), threads) for name in sorted(stages, key=int)]
+        self._pad = pad
+        self._width = self._sessions[-1].get_outputs()[0].shape[-1]
+
+    def logits(self, tokens: Tokens, batch: int) -> Floats:
+        """(n, outputs) in the order of `tokens`, each row from the exit that it took."""
+        out = np.zeros((len(tokens), self._width), np.float32)
+        for rows in tokens.buckets(batch):
+            for _, left, found in self._run(tokens, rows, self._thresholds):
+                out[left] = found
+        return out
+
+    def stages(self, tokens: Tokens, batch: int) -> list[Floats]:
+        """What every exit says of every row: (n, outputs) for each."""
+        out = [np.zeros((len(tokens), self._width), np.float32) for _ in self._sessions]
+        for rows in tokens.buckets(batch):
+            for i, left, found in self._run(tokens, rows, [np.inf] * len(self._thresholds)):
+                out[i][left] = found
+        return out
+
+    def _run(self, tokens: Tokens, rows: Index, thresholds: list[float]) -> list[tuple[int, Index, Floats]]:
+        """Stage, rows and logits of all that each stage was asked about; later entries supersede earlier ones."""
+        given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
+        found = []
+        for i, stage in enumerate(self._sessions):
+            takes = {x.name for x in stage.get_inputs()}
+            logits, *hidden = stage.run(None, {name: value for name, value in given.items() if name in takes})
+            found.append((i, rows, logits))
+            if not hidden:
+                break
+            on = np.flatnonzero(sure(logits) < thresholds[i])
+            if not len(on):
+                break
+            rows = rows[on]
+            given = {"hidden": hidden[0][on], "mask": given["mask"][on]}
+        return found
+
+
+def sure(logits: Floats) -> NDArray[np.float64]:
+    """Largest softmax share of each row (n,)."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return np.asarray(1 / shifted.sum(axis=1))
+
+
+def thresholds(stages: list[Floats], tolerance: float) -> list[float]:
+    """For each exit but the last, the lowest threshold at which rows that leave there and say something else than the
+    last exit are at most the share `tolerance` of all rows; 2.0 where no row may leave."""
+    n, last = len(stages[-1]), stages[-1].argmax(axis=1)
+    inside, found = np.ones(n, bool), []
+    for logits in stages[:-1]:
+        confidence, wrong = sure(logits), logits.argmax(axis=1) != last
+        order = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind="stable")]
+        errors = np.cumsum(wrong[order])
+        allowed = np.flatnonzero(errors <= tolerance * n)
+        # Rows of equal confidence leave together or stay together.
+        count = int(allowed[-1]) + 1 if len(allowed) else 0
+        while 0 < count < len(order) and confidence[order[count]] == confidence[order[count - 1]]:
+            count -= 1
+        found.append(float(confidence[order[count - 1]]) if count else 2.0)
+        inside &= confidence < found[-1]
+    return found
