@@ -2,9 +2,22 @@
 
 from netweight.techniques.base import Recipe, Technique, describe
 from netweight.techniques.distill import Distill
+from netweight.techniques.factor import Factor
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
+from netweight.techniques.prune import Prune
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.static import Static
 
-__all__ = ["Distill", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]
+__all__ = [
+    "Distill",
+    "Factor",
+    "Finetune",
+    "LinearFloor",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Static",
+    "Technique",
+    "describe",
+]
