@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import prune as reference
+from transformers import AutoConfig, AutoModel
 
 from conftest import FAMILIES, tiny_model, tiny_rows
 from netweight.data import Dataset, Rows
@@ -51,7 +52,7 @@ def absent(model: Model) -> dict[str, Tensor]:
 
 
 def local(train: Rows) -> Local:
-    return Local(Dataset(train, train, train, Sealed(train)))
+    return Local(Dataset(train, train, train, Sealed(tiny_rows(10))))
 
 
 class Watched(Local):
@@ -294,8 +295,10 @@ def test_healing_brings_the_model_closer_and_reads_rows_without_labels(model: Mo
     assert isinstance(loss, SoftTargets)
     assert loss.unlabelled
     assert loss.teachers[0].digest == model.digest
-    gap = [float((logits_of(m, tokens) - logits_of(model, tokens)).square().mean()) for m in (hurt, healed)]
-    assert gap[1] < 0.3 * gap[0], gap
+    # Only differences of logits count: the teacher's have a large common part.
+    wanted, *found = (logits_of(m, tokens).diff(dim=1) for m in (model, hurt, healed))
+    gap = [float((said - wanted).square().mean()) for said in found]
+    assert gap[1] < 0.5 * gap[0], gap
     assert all(p.requires_grad for p in healed.network.parameters())
 
 
@@ -303,7 +306,9 @@ def test_files_shrink_and_int8_ones_do_so_too(dataset: Dataset, tmp_path: Path) 
     from netweight.engine.onnx import OnnxEngine
     from netweight.packing import unpacked_file
 
-    model = tiny_model()
+    sizes = {"hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("bert", vocab_size=25, max_position_embeddings=40, **sizes)
+    model = tiny_model().with_network(Transformer(AutoModel.from_config(config), 2, "mean").eval())
     run = Local(dataset)
     made = Prune(0.9, epochs=0)(model, run, PLAN)
     linear = sum(4 * weight.numel() for weight in weights(model).values())
