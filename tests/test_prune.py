@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -334,6 +335,16 @@ def test_nothing_outside_is_touched(model: Model, dataset: Dataset) -> None:
     torch.manual_seed(3)
     Prune(0.5, importance="taylor", epochs=0.5)(model, Local(dataset), PLAN)
     assert torch.equal(torch.rand(1), wanted)
+
+
+def test_the_pages_code_runs(model: Model, dataset: Dataset) -> None:
+    page = Path(__file__).resolve().parents[1] / "docs" / "techniques" / "prune.md"
+    run = local(tiny_rows(24))
+    scope: dict[str, Any] = {"model": model, "run": run, "plan": PLAN}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page.name, "exec"), scope)
+    assert zeros(layer_linears(net(scope["pruned"]))) == pytest.approx(0.7, abs=1e-4)
+    assert zeros(layer_linears(net(scope["pattern"]))) == 0.5
 
 
 # --- penalties ---
