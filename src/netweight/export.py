@@ -248,7 +248,7 @@ def _plain_attention(
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     shares = torch.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
-    if any(isinstance(m, QuantizedLinear) and isinstance(m.out, Signed) for m in module.children()):
+    if any(isinstance(m, QuantizedLinear) and isinstance(m.out, Signed) for m in module.modules()):
         shares = _SHARES(shares)
     return torch.matmul(shares, value).transpose(1, 2).contiguous(), None
 

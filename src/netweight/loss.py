@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netweight.errors import ModelError
 from netweight.model import Model
 from netweight.task import Classify, Score
 
@@ -78,6 +80,51 @@ class SoftTargets:
         if self.hard:
             loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
         return loss
+
+
+Penalty = Literal["l1", "l2", "group"]
+
+
+@dataclass(frozen=True)
+class Penalized:
+    """Another loss plus `strength` times a penalty on the weights of these names, each a matrix (outputs, inputs).
+
+    "l1" is the sum of |w| (Tibshirani, 1996), "l2" the sum of w^2 (ridge, Hoerl and Kennard, 1970), "group" the sum
+    over rows of sqrt(inputs) * ||row||_2 (group lasso, Yuan and Lin, 2006). All are sums, as in those papers, so a
+    strength weighs more on a larger network. Raises ModelError where the network has not all of the weights.
+    """
+
+    loss: Loss
+    penalty: Penalty
+    strength: float
+    names: tuple[str, ...]
+
+    @property
+    def teachers(self) -> tuple[Model, ...]:
+        return self.loss.teachers
+
+    @property
+    def unlabelled(self) -> bool:
+        return self.loss.unlabelled
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        # A run may have wrapped the network, as DistributedDataParallel does.
+        held = {name.removeprefix("module."): parameter for name, parameter in network.named_parameters()}
+        lacking = [name for name in self.names if name not in held]
+        if lacking:
+            raise ModelError(f"a penalty names {lacking[0]}, which the network does not have.")
+        added = torch.stack([penalty(held[name], self.penalty) for name in self.names]).sum()
+        return self.loss(network, batch) + self.strength * added
+
+
+def penalty(weight: Tensor, kind: Penalty) -> Tensor:
+    """The penalty of one matrix (outputs, inputs), a scalar; see `Penalized`."""
+    if kind == "l1":
+        return weight.abs().sum()
+    if kind == "l2":
+        return weight.square().sum()
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return lengths.sum() * math.sqrt(weight.shape[1])
 
 
 def matching(task: Classify | Score, logits: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:

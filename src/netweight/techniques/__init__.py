@@ -3,9 +3,23 @@
 from netweight.techniques.base import Recipe, Technique, describe
 from netweight.techniques.distill import Distill
 from netweight.techniques.exits import EarlyExit
+from netweight.techniques.factor import Factor
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
+from netweight.techniques.prune import Prune
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.static import Static
 
-__all__ = ["Distill", "EarlyExit", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]
+__all__ = [
+    "Distill",
+    "EarlyExit",
+    "Factor",
+    "Finetune",
+    "LinearFloor",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Static",
+    "Technique",
+    "describe",
+]

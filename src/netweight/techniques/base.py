@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any, Protocol
 
+from torch import nn
+
 from netweight.errors import ModelError
 from netweight.model import Model
 from netweight.network import Transformer
@@ -34,3 +36,11 @@ def transformer(model: Model, who: str) -> Transformer:
     if not isinstance(model.network, Transformer):
         raise ModelError(f"{who} works on a transformer; this model's network is {type(model.network).__name__}.")
     return model.network
+
+
+def layer_linears(network: Transformer) -> dict[str, nn.Linear]:
+    """Linear layers of the transformer's layers by name. Embeddings, a pooler whose output nobody reads, and the head
+    are none of them. Raises ModelError where the layers are in no single list."""
+    stack = network.layers()
+    prefix = next(name for name, module in network.named_modules() if module is stack)
+    return {f"{prefix}.{name}": m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}

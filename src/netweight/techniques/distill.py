@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from netweight.errors import ModelError, OptionError
-from netweight.loss import SoftTargets
+from netweight.loss import Loss, SoftTargets
 from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
@@ -49,6 +49,14 @@ class Distill:
         new = run.fit(student, loss, plan, f"distil {self.layers} layers")
         freeze_embeddings(transformer(new, "Distill"), False)
         return new
+
+
+def heal(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:
+    """A student that an edit has hurt, trained on. Its token tables stay as they are, as in `Distill`."""
+    freeze_embeddings(transformer(student, label), True)
+    new = run.fit(student, loss, plan, label)
+    freeze_embeddings(transformer(new, label), False)
+    return new
 
 
 def shallower(network: Transformer, layers: int) -> Transformer:

@@ -92,7 +92,7 @@ class Histogram:
 def points(network: nn.Module) -> list[str]:
     """Where ranges are taken: the input of every linear layer, and the output of those that attention multiplies."""
     names = list(linears(network))
-    return names + [name + OUT for name in names if name.rpartition(".")[2] in _FACTORS]
+    return names + [name + OUT for name in names if name.removesuffix(".up").rpartition(".")[2] in _FACTORS]
 
 
 def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
