@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,8 @@ class SoftTargets:
     """Distillation from a teacher's outputs (Hinton, Vinyals and Dean, 2015), mixed with the labels.
 
     loss = (1 - hard) * T^2 * KL(teacher / T, student / T) + hard * supervised, the second over labelled rows only.
-    For scores the first term is the squared difference of the outputs.
+    For scores the first term is the squared difference of the outputs. Several teachers are one whose logits are the
+    mean of theirs, or, with `combine` "confidence", the mean weighted in each row by each one's largest probability.
     """
 
     task: Classify | Score
@@ -70,14 +71,22 @@ class SoftTargets:
     temperature: float = 2.0
     hard: float = 0.0
     unlabelled: bool = True
+    combine: Literal["mean", "confidence"] = "mean"
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         logits = network(batch.ids, batch.mask, batch.types).float()
-        target = torch.stack([t.float() for t in batch.teachers]).mean(dim=0)
+        said = torch.stack([t.float() for t in batch.teachers])
+        target = said.mean(dim=0) if self.combine == "mean" else confident(said)
         loss = matching(self.task, logits, target, batch.weight, self.temperature)
         if self.hard:
             loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
         return loss
+
+
+def confident(said: Tensor) -> Tensor:
+    """Mean over teachers of logits (teachers, n, outputs), weighted in each row by each one's largest probability."""
+    weight = said.softmax(dim=-1).amax(dim=-1, keepdim=True)
+    return (said * weight).sum(dim=0) / weight.sum(dim=0)
 
 
 def matching(task: Classify | Score, logits: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:
