@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import FAMILIES, tiny_encoder, tiny_model, tiny_rows
+from netweight.anatomy import blocks, keep_neurons
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, Loss, SoftTargets, confident
@@ -387,3 +388,16 @@ def test_refused_models(model: Model, dataset: Dataset) -> None:
     net(odd).layers()[0].attention.self.query_of_another = nn.Identity()  # type: ignore[union-attr]
     with pytest.raises(ModelError, match="built in a way that Netweight cannot cut"), watched(net(odd), ("relations",)):
         pass
+
+
+def test_a_narrower_student_learns_from_what_it_was_cut_from(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    """What a technique that cuts neurons leaves is a model like any other, with its teacher's tables."""
+    narrow = model.copy()
+    for block in blocks(net(narrow)):
+        keep_neurons(net(narrow), block, torch.arange(24))
+    made = matching(("logits", "hidden", "attention"), layers=None, teachers=(model,))(narrow, Local(dataset), PLAN)
+    assert [block.neurons for block in blocks(net(made))] == [24, 24]
+    tables = [m.network.backbone.embeddings.word_embeddings.weight for m in (made, model)]  # type: ignore[union-attr]
+    assert torch.equal(*tables)  # type: ignore[arg-type]
+    made.save(tmp_path)
+    assert Model.load(tmp_path).digest == made.digest != narrow.digest

@@ -251,6 +251,32 @@ def label(
     print(done.sentence, file=sys.stderr)
 
 
+@app.command()
+def select(
+    folder: Folder,
+    source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
+    count: Annotated[int, typer.Option(help="Rows to choose.")],
+    out: Annotated[Path, typer.Option(help="Table of the chosen rows, with an empty column label to fill in.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    method: Annotated[
+        Literal["badge", "coreset", "entropy", "margin"], typer.Option(help="Both, coverage, or uncertainty.")
+    ] = "badge",
+    seed: Annotated[int, typer.Option(help="The same seed chooses the same rows.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Choose the rows of a pool whose labels would help most."""
+    from netweight.active import select_with
+    from netweight.data import Columns, read, rows_file, write_rows
+    from netweight.engine import load
+
+    file = rows_file(out)
+    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    chosen = select_with(load(folder, threads), rows, count, seed, method)
+    write_rows(file, rows.take(chosen))
+    print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
+
+
 def _seconds(given: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", given.strip())
     if not found:

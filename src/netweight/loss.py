@@ -83,6 +83,38 @@ class SoftTargets:
         return loss
 
 
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Labels for labelled rows, and the teacher's own labels for unlabelled ones of which it is sure (Lee, 2013).
+
+    A row counts where the largest of softmax(teacher / temperature) is at least `floor`, and then as much as `weights`
+    says for its pseudo-label. Its target is that label alone, or with `soft` the whole distribution. The loss is the
+    weighted mean of cross entropies over all rows that count.
+    """
+
+    task: Classify
+    teachers: tuple[Model, ...] = field(repr=False)
+    floor: float
+    weights: tuple[float, ...]
+    temperature: float = 1.0
+    soft: bool = False
+    unlabelled: bool = True
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        logits = network(batch.ids, batch.mask, batch.types).float()
+        said = (batch.teachers[0].float() / self.temperature).softmax(dim=1)
+        sure, label = said.max(dim=1)
+        known = batch.targets >= 0
+        kept = ~known & (sure >= self.floor)
+        target = torch.where(known, batch.targets, label)
+        per_row = F.cross_entropy(logits, target, reduction="none")
+        if self.soft:
+            per_row = torch.where(known, per_row, F.cross_entropy(logits, said, reduction="none"))
+        counts = torch.tensor(self.weights, device=logits.device)[label]
+        weight = batch.weight * torch.where(known, 1.0, kept * counts)
+        return (per_row * weight).sum() / weight.sum().clamp(min=1e-12)
+
+
 def confident(said: Tensor) -> Tensor:
     """Mean over teachers of logits (teachers, n, outputs), weighted in each row by each one's largest probability."""
     weight = said.softmax(dim=-1).amax(dim=-1, keepdim=True)

@@ -5,6 +5,7 @@ from netweight.techniques.distill import Distill
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
 from netweight.techniques.quantize import Quantize
+from netweight.techniques.selftrain import SelfTrain
 from netweight.techniques.static import Static
 
-__all__ = ["Distill", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]
+__all__ = ["Distill", "Finetune", "LinearFloor", "Quantize", "Recipe", "SelfTrain", "Static", "Technique", "describe"]
