@@ -347,3 +347,17 @@ def test_the_command(served: Served, say: Say, tmp_path: Path) -> None:
     refused = say(*words[:-1], tmp_path / "gone" / "x.csv")
     assert (refused.status, "of the output does not exist" in refused.err) == (1, True)
     assert served.texts().total() == 4
+
+
+def test_the_code_of_the_page_runs(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLM_API_KEY", KEY)
+    text = (Path(__file__).parents[1] / "docs" / "techniques" / "llm-teacher.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)).replace("https://llm.example/v1", served.url)
+    code = code.replace("some-model", "plain")
+    labelled = replace(pool(4), label=WANTED[:4])
+    names: dict[str, Any] = {"select": labelled, "pool": pool(6), "train": labelled}
+    exec(code, names)
+    assert names["right"] == 1.0
+    assert names["more"].label == WANTED[:4] + WANTED
+    assert names["said"].known == 4

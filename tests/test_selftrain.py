@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,3 +190,19 @@ def test_refusals(pooled: Dataset, dataset: Dataset) -> None:
     static = Static(width=4, buckets=8, epochs=1)(model, Local(dataset), PLAN)
     with pytest.raises(ModelError, match="SelfTrain works on a transformer"):
         QUICK(static, Local(pooled), PLAN)
+
+
+@pytest.mark.parametrize("page", ["distill", "semi-supervised"])
+def test_the_code_of_the_pages_runs(
+    page: str, pooled: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[1] / "docs" / "techniques" / f"{page}.md").read_text(encoding="utf-8")
+    few = replace(pooled, train=pooled.train.take(range(16)))
+    model = Finetune(epochs=20, learning_rate=2e-3)(tiny_model(), Local(few), PLAN)
+    names = {"data": few, "run": Local(few), "plan": PLAN, "model": model}
+    names |= {"teacher": tiny_model(layers=3), "other": tiny_model(seed=5, layers=1)}
+    # One name space for a page: its later blocks go on from the first.
+    exec("\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL)), names)
+    assert ("small" in names) == (page == "distill")
+    assert (tmp_path / "todo.csv").exists() == (page == "semi-supervised")
