@@ -136,7 +136,7 @@ def test_labelling_stops_when_predictions_settle() -> None:
         settled(rounds, 0.9, 0)
 
 
-def test_refusals(dataset: Dataset, shop: Shop) -> None:
+def test_refusals(dataset: Dataset) -> None:
     model, rows = tiny_model(), tiny_rows(10)
     with pytest.raises(OptionError, match="cannot choose 11 rows of 10 distinct ones"):
         select(model, rows, 11)
@@ -171,5 +171,15 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
     confidence = np.array([p.confidence for p in said_of])  # type: ignore[union-attr]
     assert confidence[sure].max() <= np.delete(confidence, sure).min() + 1e-9
     assert say(*words[:-1], tmp_path / "todo.docx").status == 1
-    code = f"import sys; sys.argv[1:] = {[str(w) for w in words]!r}\nfrom netweight.cli import main\nmain()\nassert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = f"""
+import sys
+sys.argv[1:] = {[str(w) for w in words]!r}
+from netweight.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"

@@ -19,7 +19,7 @@ from netweight.anatomy import blocks, keep_neurons
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, Loss, SoftTargets, confident
-from netweight.matching import Match, attention_maps, hidden_states, mapped, relations, watched
+from netweight.matching import Match, Matching, attention_maps, hidden_states, mapped, relations, watched
 from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local
@@ -95,6 +95,8 @@ def test_hidden_states_by_hand() -> None:
     mask = torch.tensor([[1, 1, 0]])
     # Squares 4 and 1 over two tokens of two columns; the teacher's mean square is (1 + 1 + 9 + 1) / 4 = 3.
     assert hidden_states(student, teacher, mask).tolist() == pytest.approx([(4 + 1) / 4 / 3])
+    both = hidden_states(*(torch.cat([x, 5 * x + 1]) for x in (student, teacher)), mask.expand(2, -1))
+    assert both[0].item() == pytest.approx(5 / 12), "a row does not depend on its neighbours"
     assert hidden_states(7 * student, 7 * teacher, mask).tolist() == pytest.approx([(4 + 1) / 4 / 3])
 
 
@@ -242,6 +244,16 @@ def test_what_is_matched_comes_closer(match: Match, model: Model, dataset: Datas
     assert after < 0.8 * before
 
 
+def test_half_precision(model: Model, dataset: Dataset) -> None:
+    few = replace(dataset, train=dataset.train.take(range(16)))
+    half, full = (
+        matching(("logits", *INSIDE))(model, Local(few), replace(PLAN, precision=p)) for p in ("bf16", "fp32")
+    )
+    for one, other in zip(half.network.parameters(), full.network.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
+    assert half.digest != full.digest
+
+
 def test_projections_are_trained_and_dropped(dataset: Dataset, tmp_path: Path) -> None:
     teacher, student = sized(32, 4), sized(16, 2, layers=1)
     technique = matching(("logits", "hidden", "relations"), layers=None, teachers=(teacher,), relation_heads=2)
@@ -378,6 +390,8 @@ def test_refused_models(model: Model, dataset: Dataset) -> None:
         replace(plain, teachers=(tiny_model(Score(0.0, 1.0)),))(model, run, PLAN)
     with pytest.raises(ModelError, match="4 attention maps and its teacher layer 2"):
         replace(plain, teachers=(sized(32, 2),), match="attention")(model, run, PLAN)
+    with pytest.raises(ModelError, match="where one process holds all of a transformer"):
+        Matching(SoftTargets(model.task, (model,)), ("hidden",), (0,), 1, 1.0)(nn.Identity(), None)  # type: ignore[arg-type]
     static = Static(width=4, buckets=8, epochs=1)(model, run, PLAN)
     with pytest.raises(ModelError, match="inside works on a transformer"):
         replace(plain, teachers=(static,), match="hidden")(model, run, PLAN)

@@ -37,7 +37,7 @@ class Matching:
 
     hidden     |W h - t|^2 / |t|^2 of each student layer h and its teacher layer t, meaned over layers; W is a learned
                projection where widths differ, else the identity (PKD, Sun et al., 2019; TinyBERT, Jiao et al., 2020).
-               Dividing by the teacher's mean square makes one scale fit models of any size.
+               Dividing by the teacher's mean square in the row makes one scale fit models of any size.
     attention  KL of the student's attention maps from the teacher's, meaned over heads and layers (MiniLM, Wang et
                al., 2020, there of the last layer only). The student's attention dropout is off meanwhile: a map with
                holes is no distribution.
@@ -96,15 +96,14 @@ class Matching:
 
 
 def hidden_states(student: Tensor, teacher: Tensor, mask: Tensor, projection: nn.Module | None = None) -> Tensor:
-    """Squared difference of hidden states (n, length, width) relative to the teacher's mean square: (n,)."""
+    """Squared difference of hidden states (n, length, width) relative to the teacher's mean square in the row: (n,)."""
     given = student if projection is None else projection(student)
     if given.shape != teacher.shape:
         raise ModelError(
             f"hidden states of {given.shape[-1]} and {teacher.shape[-1]} columns were matched without a projection."
         )
-    real = mask.bool()
-    size = teacher[real].square().mean().clamp(min=_TINY)
-    return _over_tokens((given - teacher).square().mean(dim=-1) / size, mask)
+    size = _over_tokens(teacher.square().mean(dim=-1), mask).clamp(min=_TINY)
+    return _over_tokens((given - teacher).square().mean(dim=-1), mask) / size
 
 
 def attention_maps(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
@@ -195,7 +194,12 @@ def twin(network: Transformer) -> Transformer:
 
 def _inner(network: nn.Module) -> Transformer:
     """The transformer, which a run may have wrapped."""
-    return next(module for module in network.modules() if isinstance(module, Transformer))
+    found = next((module for module in network.modules() if isinstance(module, Transformer)), None)
+    if found is None:
+        raise ModelError(
+            "the inside of a network can be matched where one process holds all of a transformer; here is none."
+        )
+    return found
 
 
 def mapped(layers: LayerMap, student: int, teacher: int) -> tuple[int, ...]:
