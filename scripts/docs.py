@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
-COMMANDS = ("", "optimize", "predict", "bench", "inspect", "verify", "report", "demo")
+COMMANDS = ("", "optimize", "predict", "bench", "inspect", "verify", "report", "label", "select", "demo")
 
 
 def page() -> str:

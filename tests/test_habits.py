@@ -20,9 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
-    ("layers", "network", "anatomy", "model", "loss", "train", "track", "run", "techniques", "export"),
+    (
+        "layers",
+        "network",
+        "anatomy",
+        "model",
+        "loss",
+        "matching",
+        "llm",
+        "train",
+        "track",
+        "run",
+        "techniques",
+        "export",
+    ),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary", "evaluate"),
-    ("store", "search", "trials", "choose", "job", "baselines", "build", "pipeline", "bench", "explain"),
+    ("active", "store", "search", "trials", "choose", "job", "baselines", "build", "pipeline", "bench", "explain"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

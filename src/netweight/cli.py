@@ -250,6 +250,62 @@ def report(
     print(f"wrote {path}")
 
 
+@app.command()
+def label(
+    source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
+    labels: Annotated[str, typer.Option(help="The labels, with commas between them.")],
+    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as https://host/v1.")],
+    model: Annotated[str, typer.Option(help="As the endpoint names it.")],
+    limit: Annotated[int, typer.Option(help="Distinct texts to ask at most, those of earlier runs included.")],
+    out: Annotated[Path, typer.Option(help="Table of the rows that got a label. OUT.cache.jsonl keeps the answers.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    token_limit: Annotated[int | None, typer.Option(help="Tokens to pay for at most.")] = None,
+    instructions: Annotated[str, typer.Option(help="What the labels mean.")] = "Classify the text.",
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+) -> None:
+    """Let a large language model label a table. Run again with the same --out: no text is asked twice."""
+    from netweight.data import Columns, read, rows_file, write_rows
+    from netweight.llm import LLMTeacher, label_pool
+    from netweight.task import Classify
+
+    file = rows_file(out)
+    teacher = LLMTeacher(url, model, key_env, instructions, concurrency=concurrency)
+    task = Classify(tuple(name.strip() for name in labels.split(",")))
+    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    cache = out.with_name(f"{out.name}.cache.jsonl")
+    done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
+    write_rows(file, done.rows)
+    print(done.sentence, file=sys.stderr)
+
+
+@app.command()
+def select(
+    folder: Folder,
+    source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
+    count: Annotated[int, typer.Option(help="Rows to choose.")],
+    out: Annotated[Path, typer.Option(help="Table of the chosen rows, with an empty column label to fill in.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    method: Annotated[
+        Literal["badge", "coreset", "entropy", "margin"], typer.Option(help="Both, coverage, or uncertainty.")
+    ] = "badge",
+    seed: Annotated[int, typer.Option(help="The same seed chooses the same rows.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Choose the rows of a pool whose labels would help most."""
+    from netweight.active import select_with
+    from netweight.data import Columns, read, rows_file, write_rows
+    from netweight.engine import load
+
+    file = rows_file(out)
+    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    chosen = select_with(load(folder, threads), rows, count, seed, method)
+    write_rows(file, rows.take(chosen))
+    print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
+
+
 def _seconds(given: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", given.strip())
     if not found:

@@ -9,6 +9,7 @@
     ├── ArtifactError          a folder is not an artifact that this version reads
     │   └── CorruptArtifact    a file differs from its recorded hash
     ├── StoreError             a run store belongs to another job, or is damaged
+    ├── EndpointError          a service over HTTP refuses, is not there, or keeps failing
     ├── CertificateError       a certificate cannot be made or does not hold
     └── MissingExtra           an optional dependency is not installed
 
@@ -62,6 +63,10 @@ class CorruptArtifact(ArtifactError):
 
 class StoreError(NetweightError):
     """A run store belongs to another job, or is damaged."""
+
+
+class EndpointError(NetweightError):
+    """A service over HTTP refuses, is not there, or keeps failing."""
 
 
 class CertificateError(NetweightError):

@@ -64,7 +64,8 @@ class SoftTargets:
     """Distillation from a teacher's outputs (Hinton, Vinyals and Dean, 2015), mixed with the labels.
 
     loss = (1 - hard) * T^2 * KL(teacher / T, student / T) + hard * supervised, the second over labelled rows only.
-    For scores the first term is the squared difference of the outputs.
+    For scores the first term is the squared difference of the outputs. Several teachers are one whose logits are the
+    mean of theirs, or, with `combine` "confidence", the mean weighted in each row by each one's largest probability.
     """
 
     task: Classify | Score
@@ -72,10 +73,12 @@ class SoftTargets:
     temperature: float = 2.0
     hard: float = 0.0
     unlabelled: bool = True
+    combine: Literal["mean", "confidence"] = "mean"
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         logits = network(batch.ids, batch.mask, batch.types).float()
-        target = torch.stack([t.float() for t in batch.teachers]).mean(dim=0)
+        said = torch.stack([t.float() for t in batch.teachers])
+        target = said.mean(dim=0) if self.combine == "mean" else confident(said)
         loss = matching(self.task, logits, target, batch.weight, self.temperature)
         if self.hard:
             loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
@@ -125,6 +128,44 @@ def penalty(weight: Tensor, kind: Penalty) -> Tensor:
         return weight.square().sum()
     lengths: Tensor = torch.linalg.vector_norm(weight, dim=1)
     return lengths.sum() * math.sqrt(weight.shape[1])
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """Labels for labelled rows, and the teacher's own labels for unlabelled ones of which it is sure (Lee, 2013).
+
+    A row counts where the largest of softmax(teacher / temperature) is at least `floor`, and then as much as `weights`
+    says for its pseudo-label. Its target is that label alone, or with `soft` the whole distribution. The loss is the
+    weighted mean of cross entropies over all rows that count.
+    """
+
+    task: Classify
+    teachers: tuple[Model, ...] = field(repr=False)
+    floor: float
+    weights: tuple[float, ...]
+    temperature: float = 1.0
+    soft: bool = False
+    unlabelled: bool = True
+
+    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
+        logits = network(batch.ids, batch.mask, batch.types).float()
+        said = (batch.teachers[0].float() / self.temperature).softmax(dim=1)
+        sure, label = said.max(dim=1)
+        known = batch.targets >= 0
+        kept = ~known & (sure >= self.floor)
+        target = torch.where(known, batch.targets, label)
+        per_row = F.cross_entropy(logits, target, reduction="none")
+        if self.soft:
+            per_row = torch.where(known, per_row, F.cross_entropy(logits, said, reduction="none"))
+        counts = torch.tensor(self.weights, device=logits.device)[label]
+        weight = batch.weight * torch.where(known, 1.0, kept * counts)
+        return (per_row * weight).sum() / weight.sum().clamp(min=1e-12)
+
+
+def confident(said: Tensor) -> Tensor:
+    """Mean over teachers of logits (teachers, n, outputs), weighted in each row by each one's largest probability."""
+    weight = said.softmax(dim=-1).amax(dim=-1, keepdim=True)
+    return (said * weight).sum(dim=0) / weight.sum(dim=0)
 
 
 def matching(task: Classify | Score, logits: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:

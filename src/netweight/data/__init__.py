@@ -5,7 +5,7 @@ from netweight.data.read import Loaded, read, suggest
 from netweight.data.rows import Dataset, Rows, Sealed, concat, normalise
 from netweight.data.split import split
 from netweight.data.stream import Chunk, Stream, stream
-from netweight.data.write import Writer
+from netweight.data.write import Writer, rows_file, write_rows
 
 __all__ = [
     "BadRow",
@@ -20,8 +20,10 @@ __all__ = [
     "concat",
     "normalise",
     "read",
+    "rows_file",
     "split",
     "stream",
     "suggest",
     "write_quarantine",
+    "write_rows",
 ]

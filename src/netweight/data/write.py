@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from netweight.data.check import Unusable, cell_text
 from netweight.data.files import File, Format, arrow, atomic, file_of
+from netweight.data.rows import Rows
 from netweight.data.stream import Chunk, Stream
 from netweight.data.table import DelimitedTable, JsonTable, LinesTable
 from netweight.errors import OptionError
@@ -84,6 +85,26 @@ class Writer:
         self._sink.write([(*row, *more) for row, more in zip(chunk.rows, zip(*columns, strict=True), strict=True)])
         self.rows += len(chunk)
         self.bad += len(chunk.unusable)
+
+
+def rows_file(path: str | Path) -> File:
+    """Where `write_rows` can write. Raises OptionError for another format and a folder that does not exist."""
+    file = file_of(Path(path))
+    if file.format == "parquet" or file.compressed:
+        raise OptionError(f"rows are written as .csv, .tsv or .jsonl, not as {file.path.name}.")
+    if not file.path.parent.is_dir():
+        raise OptionError(f"the folder {file.path.parent} of the output does not exist; create it first.")
+    return file
+
+
+def write_rows(file: File, rows: Rows) -> None:
+    """A table of some rows, all or nothing: row (the number in the source), text, pair where there is one, and label,
+    empty where there is none."""
+    pair = {} if rows.pair is None else {"pair": rows.pair}
+    columns = {"row": map(str, rows.number), "text": rows.text, **pair, "label": rows.label or ("",) * len(rows)}
+    with atomic(file.path) as raw:
+        sink = _Json(raw, [*columns]) if file.format == "jsonl" else _Delimited(raw, [*columns], file.format)
+        sink.write(list(zip(*columns.values(), strict=True)))
 
 
 class _Sink(Protocol):

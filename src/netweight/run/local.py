@@ -69,8 +69,12 @@ class Local:
         return new
 
     def reduce(self, model: Model, statistic: Statistic, limit: int | None = None) -> dict[str, Tensor]:
-        """The statistic over the training rows (over `limit` of them, evenly spaced)."""
-        source = _Source(self._encoded(model.encoder, False), self.data.train, model, ())
+        """The statistic over the training rows (over `limit` of them, evenly spaced).
+
+        Where it has `unlabelled` set, the pool's rows stand behind them.
+        """
+        unlabelled = bool(getattr(statistic, "unlabelled", False))
+        source = _Source(self._encoded(model.encoder, unlabelled), self.data.train, model, ())
         n = len(source)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).astype(np.int64)
         chosen = chosen[np.argsort(source.tokens.lengths[chosen], kind="stable")]

@@ -8,6 +8,7 @@ from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
 from netweight.techniques.prune import Prune
 from netweight.techniques.quantize import Quantize
+from netweight.techniques.selftrain import SelfTrain
 from netweight.techniques.static import Static
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Recipe",
+    "SelfTrain",
     "Static",
     "Technique",
     "describe",

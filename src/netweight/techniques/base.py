@@ -24,11 +24,17 @@ Recipe = tuple[Technique, ...]
 
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
-    """A recipe as plain values: class name and options of each step."""
+    """A recipe as plain values: class name and options of each step; a model among them by its digest."""
     return [
-        {"technique": type(step).__name__, **{f.name: getattr(step, f.name) for f in fields(step)}}  # type: ignore[arg-type]
+        {"technique": type(step).__name__, **{f.name: _plain(getattr(step, f.name)) for f in fields(step)}}  # type: ignore[arg-type]
         for step in recipe
     ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(one) for one in value)
+    return value.digest if isinstance(value, Model) else value
 
 
 def transformer(model: Model, who: str) -> Transformer:

@@ -1,23 +1,26 @@
 """A shallower student: some of the teacher's own layers, trained on the teacher's outputs.
 
 Layer selection as in DistilBERT (Sanh et al., 2019) and Shleifer and Rush (2020); soft targets as in
-Hinton, Vinyals and Dean (2015).
+Hinton, Vinyals and Dean (2015). With other teachers the student may be any model, and may match their inside too.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Loss, SoftTargets
+from netweight.loss import Batch, Loss, SoftTargets
+from netweight.matching import LayerMap, Match, Matching, mapped, project, unproject
 from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
+from netweight.task import Classify
 from netweight.techniques.base import transformer
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan
@@ -29,26 +32,130 @@ class Distill:
 
     The token tables stay frozen. `splice` is the plan's: synthetic rows that the teacher labels. On BANKING77 they
     lifted the agreement of three layers with the teacher from 94.1 to 95.2 % at the same number of steps.
+
+    `teachers` are other models than the given one, for the same task; `layers=None` then trains the given model as it
+    is, however it was made: cut narrower, or from scratch. Several are combined by the mean of their logits, or
+    weighted in each row by their "confidence" (after Kwon et al., ICASSP 2020, who weigh by entropy).
+
+    `match` says what is matched, one or several: the teacher's outputs ("logits"), its hidden states, attention maps,
+    or relations (`netweight.matching.Matching` has the formulas). `match_weight` scales all but the first, `layer_map`
+    says which teacher layer each student layer looks at, `relation_heads` into how many parts queries, keys and values
+    are cut. Projections between widths are trained with the student and then dropped.
+
+    `freeze_embeddings`: None freezes the token tables where they are the teacher's own.
     """
 
-    layers: int = 3
+    layers: int | None = 3
     epochs: float = 6.0
     learning_rate: float = 2e-4
     temperature: float = 2.0
     hard: float = 0.1
     token_dropout: float = 0.1
     splice: float = 4.0
+    match: Match | tuple[Match, ...] = "logits"
+    match_weight: float = 1.0
+    layer_map: LayerMap = "uniform"
+    relation_heads: int = 12
+    teachers: tuple[Model, ...] = field(default=(), repr=False)
+    combine: Literal["mean", "confidence"] = "mean"
+    freeze_embeddings: bool | None = None
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        student = model.with_network(shallower(transformer(model, "Distill"), self.layers))
-        network = transformer(student, "Distill")
-        freeze_embeddings(network, True)
-        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
+        given, teachers = transformer(model, "Distill"), self.teachers or (model,)
+        self._check(model, teachers)
+        network = copy.deepcopy(given) if self.layers is None else shallower(given, self.layers)
+        student = model.with_network(network)
+        freeze_embeddings(network, self._frozen(network, teachers[0]))
+        loss = self._loss(student, teachers, plan.seed)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
         plan = replace(plan, splice=self.splice)
-        new = run.fit(student, loss, plan, f"distil {self.layers} layers")
-        freeze_embeddings(transformer(new, "Distill"), False)
-        return new
+        new = run.fit(student, loss, plan, f"distil {student.depth} layers")
+        trained = transformer(new, "Distill")
+        freeze_embeddings(trained, False)
+        unproject(trained)
+        return new.with_network(trained)
+
+    @property
+    def _matched(self) -> tuple[Match, ...]:
+        return self.match if isinstance(self.match, tuple) else (self.match,)
+
+    def _loss(self, student: Model, teachers: tuple[Model, ...], seed: int) -> Loss:
+        targets = SoftTargets(student.task, teachers, self.temperature, self.hard, combine=self.combine)
+        if self._matched == ("logits",):
+            return targets
+        network, teacher = transformer(student, "Distill"), transformer(teachers[0], "matching a teacher's inside")
+        layers = tuple(range(student.depth))
+        if {"hidden", "attention"} & set(self._matched):
+            layers = mapped(self.layer_map, student.depth, teachers[0].depth)
+        if "hidden" in self._matched:
+            project(network, teacher, seed)
+        loss = Matching(targets, self._matched, layers, self.relation_heads, self.match_weight)
+        _try(loss, student)
+        return loss
+
+    def _frozen(self, network: Transformer, teacher: Model) -> bool:
+        if self.freeze_embeddings is not None:
+            return self.freeze_embeddings
+        own, known = _tables(network), _tables(teacher.network)
+        return all(any(torch.equal(one, other) for other in known) for one in own)
+
+    def _check(self, model: Model, teachers: tuple[Model, ...]) -> None:
+        matched = set(self._matched)
+        unknown = matched - set(get_args(Match))
+        if unknown or not matched:
+            raise OptionError(f"match is {self.match!r}; use one or several of {', '.join(get_args(Match))}.")
+        if self.combine not in ("mean", "confidence"):
+            raise OptionError(f"combine is {self.combine!r}; use mean or confidence.")
+        if self.layers is None and not self.teachers:
+            raise OptionError(
+                "layers=None trains the given model as it is, so it needs teachers; else say how many layers."
+            )
+        inside = matched - {"logits"}
+        if inside and len(teachers) > 1:
+            raise OptionError(f"{', '.join(sorted(inside))} of {len(teachers)} teachers cannot be matched; give one.")
+        for teacher in teachers:
+            self._check_teacher(model, teacher, bool(inside))
+        needs = {
+            "temperature": "logits" in matched,
+            "match_weight": bool(inside),
+            "layer_map": bool(inside & {"hidden", "attention"}),
+            "relation_heads": "relations" in inside,
+            "combine": len(teachers) > 1 and isinstance(model.task, Classify),
+        }
+        for option in fields(self):
+            if not needs.get(option.name, True) and getattr(self, option.name) != option.default:
+                raise OptionError(
+                    f"{option.name}={getattr(self, option.name)!r} does not apply to match={self.match!r} "
+                    f"with {len(teachers)} teacher(s) and a task of kind {model.task.kind}; leave it out."
+                )
+        if self.match_weight <= 0 or self.relation_heads < 1:
+            raise OptionError("match_weight must be above 0, and relation_heads 1 or more.")
+
+    def _check_teacher(self, model: Model, teacher: Model, inside: bool) -> None:
+        # The metric does not change what outputs mean.
+        if {**teacher.task.to_dict(), "metric": ""} != {**model.task.to_dict(), "metric": ""}:
+            raise ModelError(
+                "a teacher has another task than the model: other labels, or another scale; train it on the same rows."
+            )
+        if (self.splice or inside) and teacher.encoder.fingerprint != model.encoder.fingerprint:
+            raise ModelError(
+                "a teacher has another tokenizer than the model, so it reads other tokens: "
+                "set splice=0 and match only logits."
+            )
+
+
+def _tables(network: nn.Module) -> list[Tensor]:
+    return [module.weight for module in network.modules() if isinstance(module, nn.Embedding)]
+
+
+def _try(loss: Loss, student: Model) -> None:
+    """Ask the loss of one short row, so that what does not fit together is refused before anything is computed."""
+    ids = torch.tensor([student.encoder.specials or (0,)])
+    outputs = tuple(torch.zeros(1, student.task.outputs) for _ in loss.teachers)
+    one = torch.ones(1, dtype=torch.long if isinstance(student.task, Classify) else torch.float)
+    with torch.no_grad():
+        student.network.eval()
+        loss(student.network, Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), 0 * one, torch.ones(1), outputs))
 
 
 def heal(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:

@@ -1,0 +1,185 @@
+"""Choosing rows to label: against brute force and the papers' own formulas; and when to stop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import cohen_kappa_score
+
+from conftest import Say, Shop, many_rows, tiny_encoder, tiny_model, tiny_rows, write_table
+from netweight import load
+from netweight.active import (
+    badge,
+    choose,
+    distinct,
+    hashed,
+    k_center,
+    kappa,
+    select,
+    select_with,
+    settled,
+    uncertainty,
+)
+from netweight.data import Columns, Dataset, Rows, read
+from netweight.errors import ModelError, OptionError
+from netweight.run import Local
+from netweight.run.local import logits_of
+from netweight.task import Score, softmax
+from netweight.techniques import Static
+from netweight.train import Plan
+
+METHODS = ("entropy", "margin", "coreset", "badge")
+
+
+def some(n: int, seed: int = 0, labels: int = 3, width: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return softmax(2 * rng.normal(size=(n, labels))), rng.normal(size=(n, width))
+
+
+def test_uncertainty_by_hand() -> None:
+    p = np.array([[0.5, 0.5, 0.0], [0.6, 0.2, 0.2], [1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(uncertainty(p, "margin"), [1.0, 0.6, 0.0], atol=1e-12)
+    wanted = [np.log(2), -0.6 * np.log(0.6) - 0.4 * np.log(0.2), 0.0]
+    np.testing.assert_allclose(uncertainty(p, "entropy"), wanted, atol=1e-12)
+    # The two disagree about which row is the least certain.
+    assert choose(p, p, 1, 0, "entropy").tolist() == [1]
+    assert choose(p, p, 1, 0, "margin").tolist() == [0]
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.integers(1, 4))
+def test_greedy_centres_cover_within_twice_the_best(seed: int, count: int) -> None:
+    _, x = some(9, seed, width=2)
+    far = np.linalg.norm(x[:, None] - x[None], axis=2)
+    radius = lambda centres: far[:, list(centres)].min(axis=1).max()  # noqa: E731
+    best = min(radius(c) for c in combinations(range(9), count))
+    chosen = k_center(x, count, seed)
+    assert len(set(chosen.tolist())) == count
+    assert radius(chosen) <= 2 * best + 1e-9
+
+
+def test_badge_draws_by_the_distance_of_gradients() -> None:
+    """Frequencies of the second row follow the squared distances of embeddings that are made in full."""
+    p, x = some(6)
+    gradients = np.einsum("nk,nd->nkd", p - np.eye(3)[p.argmax(1)], x).reshape(6, -1)
+    first = int(np.square(gradients).sum(axis=1).argmax())
+    wanted = np.square(gradients - gradients[first]).sum(axis=1)
+    wanted /= wanted.sum()
+    draws = np.array([badge(p, x, 2, seed) for seed in range(3000)])
+    assert (draws[:, 0] == first).all()
+    found = np.bincount(draws[:, 1], minlength=6) / len(draws)
+    assert np.abs(found - wanted).max() < 4 * np.sqrt(0.25 / len(draws))
+
+
+def test_badge_takes_every_row_once_even_where_nothing_differs() -> None:
+    p, x = np.tile([[1.0, 0.0]], (5, 1)), np.ones((5, 2))
+    assert sorted(badge(p, x, 5, 0).tolist()) == [0, 1, 2, 3, 4]
+    p, x = some(7)
+    assert sorted(badge(p, x, 7, 0).tolist()) == list(range(7))
+    assert sorted(k_center(np.ones((4, 2)), 4, 1).tolist()) == [0, 1, 2, 3]
+
+
+def test_hashed_rows_keep_products() -> None:
+    encoder, rows = tiny_encoder(), tiny_rows(40)
+    wide, narrow = hashed(encoder, rows, 4096), hashed(encoder, rows, 256)
+    np.testing.assert_allclose(np.linalg.norm(narrow, axis=1), 1.0)
+    assert np.abs(wide @ wide.T - narrow @ narrow.T).max() < 0.35
+    same = hashed(encoder, Rows(("great zip", "great zip", "torn coat")))
+    assert same[0] @ same[1] == pytest.approx(1.0)
+    # The frame [CLS] and [SEP] is all that two such rows share.
+    assert same[0] @ same[2] < 0.6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_selecting_with_a_model(method: str) -> None:
+    model, rows = tiny_model(), tiny_rows(40)
+    doubled = Rows((*rows.text, *rows.text))
+    chosen = select(model, doubled, 5, 1, method)  # type: ignore[arg-type]
+    assert chosen.tolist() == select(model, doubled, 5, 1, method).tolist()  # type: ignore[arg-type]
+    assert len({doubled.keys()[i] for i in chosen}) == 5
+    assert set(chosen.tolist()) <= set(distinct(doubled).tolist())
+    if method in ("entropy", "margin"):
+        logits = logits_of(model, model.encoder.encode(rows.text)).numpy()
+        gaps = np.abs(softmax(logits)[:, 0] - 0.5)
+        assert gaps[chosen].max() <= np.delete(gaps, chosen).max()
+        assert gaps[chosen[0]] == pytest.approx(gaps.min(), abs=1e-6)
+
+
+def test_agreement_is_cohens_kappa() -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.integers(0, 4, (2, 200))
+    two[:120] = one[:120]
+    assert kappa(one, two) == pytest.approx(cohen_kappa_score(one, two))
+    assert kappa(["a", "b"], ["a", "b"]) == kappa(["a", "a"], ["a", "a"]) == 1.0
+    with pytest.raises(OptionError, match="given were 2 and 3 labels"):
+        kappa([1, 2], [1, 2, 3])
+
+
+def test_labelling_stops_when_predictions_settle() -> None:
+    rng = np.random.default_rng(0)
+    final = rng.integers(0, 3, 500)
+    rounds = []
+    for share in (0.5, 0.8, 0.9, 1.0, 1.0, 1.0, 1.0):
+        now = final.copy()
+        now[int(500 * share) :] = rng.integers(0, 3, 500 - int(500 * share))
+        rounds.append(now)
+    assert [settled(rounds[: i + 1]) for i in range(7)] == [False] * 6 + [True]
+    assert settled(rounds[:4], threshold=0.5, window=1)
+    with pytest.raises(OptionError, match="window is 0 and threshold 0.9"):
+        settled(rounds, 0.9, 0)
+
+
+def test_refusals(dataset: Dataset) -> None:
+    model, rows = tiny_model(), tiny_rows(10)
+    with pytest.raises(OptionError, match="cannot choose 11 rows of 10 distinct ones"):
+        select(model, rows, 11)
+    with pytest.raises(OptionError, match="unknown method 'luck'; use one of entropy, margin"):
+        select(model, rows, 1, method="luck")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="method 'badge' needs probabilities, and scores have none"):
+        select(tiny_model(Score()), rows, 1)
+    assert len(select(tiny_model(Score()), rows, 2, method="coreset")) == 2
+    static = Static(width=4, buckets=8, epochs=1)(model, Local(dataset), Plan())
+    with pytest.raises(ModelError, match="selection needs pooled features; Static has none"):
+        select(static, rows, 1)
+
+
+def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> None:
+    rows = many_rows(60, seed=5)
+    table, out = write_table(tmp_path / "pool.tsv", rows.unlabelled()), tmp_path / "todo.csv"
+    words = ["select", shop.folder, table, "--text", "text", "--count", 8, "--out", out]
+    said = say(*words, "--seed", 3)
+    assert said.status == 0, said.err
+    assert said.err.endswith(f"wrote 8 of 60 rows to {out}\n")
+    chosen = select_with(load(shop.folder, 1), read(table, Columns("text"), label_required=False).rows, 8, 3)
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "row,text,label"
+    assert [int(line.split(",")[0]) for line in lines[1:]] == [i + 1 for i in chosen]
+    assert all(line.endswith(",") for line in lines[1:])
+    # Filled in by a person, it is a table to train on; a row that was left out is quarantined.
+    out.write_text("\n".join([lines[0], *(f"{line}good" for line in lines[1:-1]), lines[-1]]), encoding="utf-8")
+    loaded = read(out, Columns("text", "label"))
+    assert (len(loaded.rows), len(loaded.bad)) == (7, 1)
+    sure = select_with(load(shop.folder, 1), rows, 8, method="margin")
+    said_of = load(shop.folder, 1).predict(rows.text)
+    confidence = np.array([p.confidence for p in said_of])  # type: ignore[union-attr]
+    assert confidence[sure].max() <= np.delete(confidence, sure).min() + 1e-9
+    assert say(*words[:-1], tmp_path / "todo.docx").status == 1
+    code = f"""
+import sys
+sys.argv[1:] = {[str(w) for w in words]!r}
+from netweight.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "False\n"
