@@ -5,6 +5,18 @@ from netweight.techniques.distill import Distill
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
 from netweight.techniques.quantize import Quantize
+from netweight.techniques.shrink import LatencyTable, Shrink
 from netweight.techniques.static import Static
 
-__all__ = ["Distill", "Finetune", "LinearFloor", "Quantize", "Recipe", "Static", "Technique", "describe"]
+__all__ = [
+    "Distill",
+    "Finetune",
+    "LatencyTable",
+    "LinearFloor",
+    "Quantize",
+    "Recipe",
+    "Shrink",
+    "Static",
+    "Technique",
+    "describe",
+]
