@@ -7,9 +7,11 @@ from netweight.techniques.linear import LinearFloor
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.shrink import LatencyTable, Shrink
 from netweight.techniques.static import Static
+from netweight.techniques.vocab import FactorEmbedding, Vocab
 
 __all__ = [
     "Distill",
+    "FactorEmbedding",
     "Finetune",
     "LatencyTable",
     "LinearFloor",
@@ -18,5 +20,6 @@ __all__ = [
     "Shrink",
     "Static",
     "Technique",
+    "Vocab",
     "describe",
 ]
