@@ -138,7 +138,7 @@ def _with_rows(network: Transformer, ids: list[int], place: dict[int, int], pad:
 
 
 def smaller(definition: str, keep: set[int]) -> tuple[str, list[int]]:
-    """A tokenizer.json with the tokens of these ids and those that it cannot do without, and the old id of each new one.
+    """A tokenizer.json with the tokens of these ids and those that it cannot do without, and each new token's old id.
 
     Added tokens, the unknown token, those that post-processing adds, and the pieces of last resort stay. New ids are in
     the order of the old ones.
