@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor
 
 from conftest import FAMILIES, tiny_model
+from netweight import bench, measure
 from netweight.anatomy import blocks, keep_hidden, stream
 from netweight.data import Dataset
+from netweight.encode import Tokens
 from netweight.errors import ModelError, OptionError
+from netweight.export import Exported
 from netweight.layers import LowRank
 from netweight.loss import Batch, matching
 from netweight.model import Model
@@ -25,8 +30,9 @@ from netweight.network import Transformer
 from netweight.run import Local
 from netweight.run.local import _Source, logits_of
 from netweight.task import Score
-from netweight.techniques import Finetune, LatencyTable, Shrink, Static
+from netweight.techniques import Finetune, LatencyTable, Quantize, Shrink, Static
 from netweight.techniques.distill import with_layers
+from netweight.techniques.quantize import points
 from netweight.techniques.shrink import GateGradients, Worth, cheapest, magnitude, ranked, top
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
@@ -286,6 +292,49 @@ def test_a_speedup_chooses_the_same_for_each_layer(model: Model, dataset: Datase
     ((heads, neurons),) = {(b.heads, b.neurons) for b in blocks(net(cut))}
     assert 10 * heads + neurons <= (10 * 4 + 64) / 2
     assert LatencyTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Stands for an engine; takes what the made-up table says."""
+
+    model: Model
+
+    def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
+        raise AssertionError("nothing is timed here")
+
+    @property
+    def seconds(self) -> float:
+        return 3 + sum(10.0 * b.heads + b.neurons for b in blocks(net(self.model)))
+
+
+def test_a_latency_table(model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def seconds(engines: Mapping[str, Timed], tokens: Tokens) -> dict[str, float]:
+        assert tokens.lengths.tolist() == [16] * 8
+        seen.extend(engines.values())
+        return {name: engine.seconds for name, engine in engines.items()}
+
+    monkeypatch.setattr(bench, "export", lambda model: Exported("onnx", model, {}))  # type: ignore[arg-type]
+    monkeypatch.setattr(bench, "tier_engine", lambda tier, data, pad, threads: Timed(data))
+    monkeypatch.setattr(measure, "seconds", seconds)
+    table = bench.block_latency(model, (2,), (16, 32), length=16, batch=8)
+    assert table == table_of((2, 4), (16, 32, 64), outside=3.0)
+    assert all(not timed.model.ranges for timed in seen)
+    bench.block_latency(Quantize(rows=8)(model, Local(dataset), PLAN), (2,), (16,), length=16, batch=8)
+    assert all(timed.model.ranges.keys() == set(points(timed.model.network)) for timed in seen[-4:])
+    with pytest.raises(OptionError, match="a block has 1 to 4 heads and 1 to 64 neurons, not"):
+        bench.block_latency(model, (5,), (16,))
+    with pytest.raises(OptionError, match="a latency table needs at least two layers of one size"):
+        bench.block_latency(tiny_model(layers=1), (2,), (16,))
+
+
+@pytest.mark.slow
+def test_a_latency_table_is_measured(model: Model) -> None:
+    table = bench.block_latency(model, (2,), (64,), length=8, batch=4)
+    assert (table.heads, table.neurons) == ((2, 4), (64,))
+    assert all(seconds > 0 for row in table.seconds for seconds in row)
 
 
 def test_refusals(model: Model, dataset: Dataset) -> None:

@@ -120,7 +120,7 @@ texts = st.lists(st.one_of(words, st.text(max_size=6)), max_size=8).map(" ".join
 
 
 @pytest.mark.parametrize("kind", range(len(MAKERS)), ids=lambda i: MAKERS[i].__name__)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data(), text=texts)
 def test_kept_texts_keep_their_tokens(kind: int, data: st.DataObject, text: str) -> None:
     old = TextEncoder(definition(kind), 1024)
@@ -336,6 +336,7 @@ def test_factors_are_the_weighted_best(model: Model, pooled: Dataset) -> None:
 # --- int8 behind both ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [None, 32], ids=["trimmed", "factored"])
 def test_large_tables_are_int8_in_the_file(rank: int | None, dataset: Dataset) -> None:
     more = [f"w{i}" for i in range(4000)]
