@@ -77,12 +77,12 @@ def test_no_class_weighs_more_than_its_cap(counts: list[tuple[int, int]], balanc
 
 def test_what_is_counted(pooled: Dataset) -> None:
     model = sure_model()
-    counts = Local(pooled).reduce(model, Sure(2, 0.5, 1.0))
+    counts = Local(pooled).reduce(model, Sure(2, 0.5, 1.0), unlabelled=True)
     assert counts["labels"].tolist() == [12, 12]
     assert counts["unlabelled"] == 60
     assert counts["pseudo"].sum() == 60, "the largest of two probabilities is never below a half"
-    fewer = Local(pooled).reduce(model, Sure(2, 0.9, 1.0))["pseudo"].sum()
-    assert Local(pooled).reduce(model, Sure(2, 0.9, 4.0))["pseudo"].sum() < fewer < 60
+    fewer = Local(pooled).reduce(model, Sure(2, 0.9, 1.0), unlabelled=True)["pseudo"].sum()
+    assert Local(pooled).reduce(model, Sure(2, 0.9, 4.0), unlabelled=True)["pseudo"].sum() < fewer < 60
 
 
 def test_contract(pooled: Dataset, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_collapse_is_refused_or_ends_it(pooled: Dataset, monkeypatch: pytest.Mon
 
     technique = replace(QUICK, rounds=3, drift=0.49)
     start, notes = sure_model(), Notes()
-    assert Local(pooled).reduce(start, Sure(2, 0.5, 1.0))["pseudo"].min() > 6
+    assert Local(pooled).reduce(start, Sure(2, 0.5, 1.0), unlabelled=True)["pseudo"].min() > 6
     made = technique(start, Collapsing(pooled), replace(PLAN, reporter=notes))
     assert made.digest == sure_model(bias=9.0).digest
     assert len(notes.said) == 1

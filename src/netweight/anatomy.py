@@ -53,6 +53,11 @@ _FAMILIES = (
 )
 
 
+# Norms over the width of one head, inside attention.
+_NORMS_OF_HEADS = ("q_norm", "k_norm")
+_POOLER = "pooler.dense"
+
+
 @dataclass(frozen=True)
 class Block:
     """One layer. `heads` counts what can be removed by itself: where several query heads share a key head, they go
@@ -131,6 +136,87 @@ def keep_neurons(network: Transformer, block: Block, kept: Tensor) -> None:
     for name in block.up:
         _keep_outputs(network, name, block.up_groups, block.neurons, kept)
     _keep_inputs(network, block.down, block.neurons, kept)
+
+
+def norms(network: Transformer) -> dict[str, nn.Module]:
+    """The norms over the residual stream, by name: every one but those that some families have inside attention."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if (isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("RMSNorm"))
+        and name.rpartition(".")[2] not in _NORMS_OF_HEADS
+    }
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Everything that holds a unit of the residual stream, by name: tables and norms have a column for it, `reads`
+    take it in, `writes` give it out."""
+
+    width: int
+    tables: tuple[str, ...]
+    norms: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+
+def stream(network: Transformer) -> Stream:
+    """Where the residual stream is. Raises ModelError where a module holds it that is none of the known ones."""
+    parts, width = blocks(network), network.head.in_features
+    pooler = [f"backbone.{_POOLER}"] if _has(network.backbone, _POOLER) else []
+    found = Stream(
+        width,
+        tuple(name for name, m in network.named_modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width),
+        tuple(norms(network)),
+        (*(name for block in parts for name in (*block.qkv, *block.up)), *pooler, "head"),
+        (*(name for block in parts for name in (block.out, block.down)), *pooler),
+    )
+    known = {*found.tables, *found.norms, *found.reads, *found.writes}
+    for name, module in network.named_modules():
+        holds = any(True for _ in module.parameters(recurse=False)) and name.rpartition(".")[2] not in _NORMS_OF_HEADS
+        if holds and name not in known:
+            raise ModelError(
+                f"{name} holds hidden units in a way that Netweight cannot cut; cut the hidden width before layers "
+                "are factored, or keep all of it."
+            )
+    return found
+
+
+def keep_hidden(network: Transformer, kept: Tensor) -> None:
+    """Remove all units of the residual stream but those of these numbers, in place.
+
+    Heads keep their width, and the config its own: families derive the width of heads from it.
+    """
+    found = stream(network)
+    for name in found.tables:
+        table = cast(nn.Embedding, network.get_submodule(name)).weight.detach()
+        network.replace(name, nn.Embedding.from_pretrained(table[:, kept], freeze=False))
+    for name in found.norms:
+        network.replace(name, _narrower(name, network.get_submodule(name), kept))
+    for name in found.reads:
+        _keep_inputs(network, name, found.width, kept)
+    for name in found.writes:
+        _keep_outputs(network, name, 1, found.width, kept)
+
+
+def _narrower(name: str, norm: nn.Module, kept: Tensor) -> nn.Module:
+    """A norm over fewer units."""
+    weight, bias = cast(Tensor, norm.weight).detach(), cast("Tensor | None", getattr(norm, "bias", None))
+    new: nn.LayerNorm | nn.RMSNorm
+    if isinstance(norm, nn.LayerNorm):
+        new = nn.LayerNorm(len(kept), norm.eps, bias=bias is not None)
+    else:
+        eps = float(getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None) or 1e-6)
+        probe = torch.linspace(-1.0, 2.0, len(weight))
+        # Some families scale by 1 + weight under the same name.
+        if not torch.allclose(norm(probe), torch.nn.functional.rms_norm(probe, weight.shape, weight, eps), atol=1e-5):
+            raise ModelError(f"{name} is a {type(norm).__name__}, which is no plain RMSNorm; keep its hidden width.")
+        new = nn.RMSNorm(len(kept), eps)
+    with torch.no_grad():
+        cast(Tensor, new.weight).copy_(weight[kept])
+        if bias is not None:
+            cast(Tensor, new.bias).copy_(bias.detach()[kept])
+    return new
 
 
 def _linear(network: Transformer, name: str) -> nn.Linear:

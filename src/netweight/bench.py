@@ -1,22 +1,37 @@
-"""Measure an artifact again, with baselines beside it in the same run."""
+"""Measure an artifact again, with baselines beside it in the same run; and what one block of a model takes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import nn
+
 from netweight import artifact, measure
+from netweight.anatomy import blocks, keep_heads, keep_neurons
+from netweight.artifact import Tier
 from netweight.baselines import baseline
 from netweight.build import TEACHER
 from netweight.data import Columns, Rows, read
+from netweight.encode import Tokens
 from netweight.engine import Engine, load
-from netweight.errors import StoreError
+from netweight.engine.base import TierEngine
+from netweight.engine.cascade import tier_engine
+from netweight.errors import OptionError, StoreError
+from netweight.export import export
 from netweight.measure import Machine, Measurement
-from netweight.model import Model
+from netweight.model import Model, Range
 from netweight.pipeline import store_of
 from netweight.store import DEV, Store
+from netweight.techniques import LatencyTable
+from netweight.techniques.base import transformer
+from netweight.techniques.distill import with_layers
+from netweight.techniques.quantize import points
+from netweight.techniques.vocab import token_table
 
 
 @dataclass(frozen=True)
@@ -155,3 +170,55 @@ def dev_rows(folder: Path) -> Rows:
 def _paired(path: Path) -> bool:
     with path.open(encoding="utf-8") as file:
         return "pair" in json.loads(file.readline())
+
+
+# Tokens that a timed table has: a gather takes as long from a few rows, and the files are written sooner.
+_TIMED_ROWS = 64
+
+
+def block_latency(
+    model: Model, heads: Sequence[int], neurons: Sequence[int], *, length: int = 32, batch: int = 32, threads: int = 1
+) -> LatencyTable:
+    """Time one block with each number of `heads` and `neurons` in ONNX Runtime, on a batch of rows of `length` tokens.
+
+    In fp32; in int8 where the model has ranges. What is outside of the blocks comes from one layer against two. The
+    model's own numbers are measured too. Raises OptionError for more heads or neurons than there are, for layers of
+    several sizes, and for a single layer.
+    """
+    whole = transformer(model, "a latency table")
+    sizes = {(block.heads, block.neurons) for block in blocks(whole)}
+    if len(sizes) > 1 or len(whole.layers()) < 2:
+        raise OptionError(
+            f"a latency table needs at least two layers of one size; these are {len(whole.layers())}: {sizes}."
+        )
+    ((most_heads, most_neurons),) = sizes
+    heads, neurons = (tuple(sorted({*heads, most_heads})), tuple(sorted({*neurons, most_neurons})))
+    if heads[0] < 1 or neurons[0] < 1 or heads[-1] > most_heads or neurons[-1] > most_neurons:
+        raise OptionError(
+            f"a block has 1 to {most_heads} heads and 1 to {most_neurons} neurons, not {heads} and {neurons}."
+        )
+    engines = {f"{h} x {n}": _timed(model, [0], h, n, threads) for h in heads for n in neurons}
+    engines["two"] = _timed(model, [0, 1], most_heads, most_neurons, threads)
+    ids = np.arange(batch * length, dtype=np.int32) % min(_TIMED_ROWS, model.encoder.vocabulary)
+    tokens = Tokens(ids, np.zeros(len(ids), np.uint8), np.arange(batch + 1) * length)
+    taken = measure.seconds(engines, tokens)
+    outside = max(0.0, 2 * taken[f"{most_heads} x {most_neurons}"] - taken["two"])
+    rows = tuple(tuple(max(1e-9, taken[f"{h} x {n}"] - outside) for n in neurons) for h in heads)
+    return LatencyTable(heads, neurons, rows, outside)
+
+
+def _timed(model: Model, layers: Sequence[int], heads: int, neurons: int, threads: int) -> TierEngine:
+    """An engine of some of the model's layers, cut to these sizes."""
+    network = with_layers(transformer(model, "a latency table"), layers)
+    name, table = token_table(network)
+    network.replace(name, nn.Embedding.from_pretrained(table.weight.detach()[:_TIMED_ROWS]))
+    for block in blocks(network):
+        if heads < block.heads:
+            keep_heads(network, block, torch.arange(heads))
+        if neurons < block.neurons:
+            keep_neurons(network, block, torch.arange(neurons))
+    # How long integers take does not depend on what they stand for.
+    ranges = dict.fromkeys(points(network), Range(-1.0, 1.0)) if model.ranges else {}
+    exported = export(replace(model, network=network, ranges=ranges))
+    tier = Tier("timed", exported.kind, "timed", exported.options)
+    return tier_engine(tier, exported.data, model.encoder.pad, threads)

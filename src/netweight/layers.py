@@ -98,6 +98,11 @@ def describe(module: nn.Module) -> dict[str, Any]:
         kind = "masked linear" if isinstance(module, MaskedLinear) else "linear"
         inputs, outputs, bias = module.in_features, module.out_features, module.bias is not None
         return {"kind": kind, "inputs": inputs, "outputs": outputs, "bias": bias}
+    if isinstance(module, nn.LayerNorm):
+        width, bias = module.normalized_shape[-1], cast("Tensor | None", module.bias) is not None
+        return {"kind": "layer norm", "width": width, "eps": module.eps, "bias": bias}
+    if isinstance(module, nn.RMSNorm):
+        return {"kind": "rms norm", "width": module.normalized_shape[-1], "eps": module.eps}
     if isinstance(module, nn.Embedding):
         return {"kind": "embedding", "rows": module.num_embeddings, "width": module.embedding_dim}
     raise ModelError(
@@ -118,6 +123,10 @@ def make(given: dict[str, Any]) -> nn.Module:
         return MaskedLinear(given["inputs"], given["outputs"], given["bias"])
     if kind == "linear":
         return nn.Linear(given["inputs"], given["outputs"], given["bias"])
+    if kind == "layer norm":
+        return nn.LayerNorm(given["width"], given["eps"], bias=given["bias"])
+    if kind == "rms norm":
+        return nn.RMSNorm(given["width"], given["eps"])
     if kind == "embedding":
         return nn.Embedding(given["rows"], given["width"])
     raise ModelError(f"unknown kind of layer {kind!r} in a stored network.")

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from netweight.data import Rows
-from netweight.encode import TextEncoder
+from netweight.encode import TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.errors import ArtifactError, OptionError
 from netweight.task import Floats, Ints, Prediction, ScorePrediction, Task
@@ -289,6 +289,18 @@ def tier_costs(
                 single[name].append(time.perf_counter() - began)
     # The first turn warms up.
     return {name: Cost(statistics.median(spent[name][1:]), statistics.median(single[name][20:])) for name in spent}
+
+
+def seconds(engines: Mapping[str, TierEngine], tokens: Tokens, *, rounds: int = 10 * _ROUNDS) -> dict[str, float]:
+    """Median seconds that each engine takes for all of these tokens as one batch; rounds are interleaved."""
+    spent: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds + 1):
+        for name, engine in engines.items():
+            began = time.perf_counter()
+            engine.logits(tokens, len(tokens))
+            spent[name].append(time.perf_counter() - began)
+    # The first round warms up.
+    return {name: statistics.median(taken[1:]) for name, taken in spent.items()}
 
 
 _FRESH = """

@@ -32,8 +32,10 @@ class Run(Protocol):
         """A trained copy of `model`; parameters that do not require gradients stay as they are."""
         ...
 
-    def reduce(self, model: Model, statistic: Statistic, limit: int | None = None) -> dict[str, Tensor]:
-        """The statistic over the training rows, or over `limit` of them."""
+    def reduce(
+        self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
+    ) -> dict[str, Tensor]:
+        """The statistic over the training rows, or over `limit` of them; with `unlabelled` over the pool as well."""
         ...
 
 

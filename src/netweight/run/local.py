@@ -47,6 +47,8 @@ class Local:
         if plan.splice:
             if not teachers:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
+            if any(t.encoder.fingerprint != model.encoder.fingerprint for t in loss.teachers):
+                raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
             added = spliced(tokens, round(plan.splice * len(tokens)), plan.spliced_tokens, plan.seed)
             key = {"spliced": len(added), "seed": plan.seed}
             said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
@@ -68,12 +70,10 @@ class Local:
         fit(new.network, source, loss, plan, evaluate=lambda: self.quality(new), checkpoint=checkpoint, label=label)
         return new
 
-    def reduce(self, model: Model, statistic: Statistic, limit: int | None = None) -> dict[str, Tensor]:
-        """The statistic over the training rows (over `limit` of them, evenly spaced).
-
-        Where it has `unlabelled` set, the pool's rows stand behind them.
-        """
-        unlabelled = bool(getattr(statistic, "unlabelled", False))
+    def reduce(
+        self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
+    ) -> dict[str, Tensor]:
+        """The statistic over the training rows and, with `unlabelled`, the pool (over `limit` rows, evenly spaced)."""
         source = _Source(self._encoded(model.encoder, unlabelled), self.data.train, model, ())
         n = len(source)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).astype(np.int64)

@@ -9,19 +9,25 @@ from netweight.techniques.linear import LinearFloor
 from netweight.techniques.prune import Prune
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.selftrain import SelfTrain
+from netweight.techniques.shrink import LatencyTable, Shrink
 from netweight.techniques.static import Static
+from netweight.techniques.vocab import FactorEmbedding, Vocab
 
 __all__ = [
     "Distill",
     "EarlyExit",
     "Factor",
+    "FactorEmbedding",
     "Finetune",
+    "LatencyTable",
     "LinearFloor",
     "Prune",
     "Quantize",
     "Recipe",
     "SelfTrain",
+    "Shrink",
     "Static",
     "Technique",
+    "Vocab",
     "describe",
 ]

@@ -7,6 +7,7 @@ Hinton, Vinyals and Dean (2015). With other teachers the student may be any mode
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
@@ -173,11 +174,15 @@ def shallower(network: Transformer, layers: int) -> Transformer:
     depth = len(network.layers())
     if not 1 <= layers <= depth:
         raise OptionError(f"cannot keep {layers} layers of {depth}; choose 1 to {depth}.")
-    chosen = np.arange(layers) * depth // layers
+    return with_layers(network, [int(i) for i in np.arange(layers) * depth // layers])
+
+
+def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:
+    """A copy with the layers of these numbers, in this order; widths stay as they are."""
     new = copy.deepcopy(network)
     stack = new.layers()
     prefix = next(name for name, module in new.named_modules() if module is stack)
-    kept = nn.ModuleList([stack[int(i)] for i in chosen])
+    kept = nn.ModuleList([stack[i] for i in chosen])
     for module in new.backbone.modules():
         for name, child in module.named_children():
             if child is stack:
@@ -187,9 +192,9 @@ def shallower(network: Transformer, layers: int) -> Transformer:
             # Decoders index their key-value cache by this number.
             if hasattr(part, "layer_idx"):
                 part.layer_idx = position  # type: ignore[assignment]
-    new.config.num_hidden_layers = layers
+    new.config.num_hidden_layers = len(chosen)
     if getattr(new.config, "layer_types", None):
-        new.config.layer_types = [network.config.layer_types[int(i)] for i in chosen]
+        new.config.layer_types = [network.config.layer_types[i] for i in chosen]
     moved = {f"{prefix}.{old}.": f"{prefix}.{position}." for position, old in enumerate(chosen)}
     new.edits = _moved(network.edits, prefix, moved)
     return new

@@ -53,7 +53,7 @@ class SelfTrain:
         self._check(model)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
         for number in range(1, self.rounds + 1):
-            counts = run.reduce(model, Sure(model.task.outputs, self.floor, self.temperature))
+            counts = run.reduce(model, Sure(model.task.outputs, self.floor, self.temperature), unlabelled=True)
             problem = self._problem(model.task, counts)
             if problem and number == 1:
                 raise ModelError(f"self-training cannot start: {problem}")
@@ -113,7 +113,6 @@ class Sure:
     outputs: int
     floor: float
     temperature: float
-    unlabelled: bool = True
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
