@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from netweight.errors import ModelError
 from netweight.features import BIGRAM_A, BIGRAM_B
@@ -60,13 +61,19 @@ class Transformer(Network):
         if self.pooling == "first":
             return hidden[:, 0]
         if self.pooling == "last":
-            last = mask.long().sum(dim=1) - 1
+            # Not the number of tokens less one: token dropout leaves holes.
+            last = (mask.long() * torch.arange(hidden.shape[1], device=hidden.device)).amax(dim=1)
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         return cast(Tensor, self.head(self.features(ids, mask, types)))
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only what stands before them."""
+        return causal(self.config)
 
     def layers(self) -> nn.ModuleList:
         """The stack of transformer layers. Raises ModelError where it is not one plain list."""
@@ -209,6 +216,15 @@ def build(spec: dict[str, Any]) -> Network:
         network.edit(options["edits"])
         return network
     raise ModelError(f"unknown network {spec.get('network')!r}; this version knows transformer, static and linear.")
+
+
+def causal(config: Any) -> bool:
+    """Whether in a backbone of this configuration tokens see only what stands before them: GPT-2, Qwen3, not BERT."""
+    if getattr(config, "is_decoder", False):
+        return True
+    kind = config.model_type
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return generates and getattr(config, "use_bidirectional_attention", None) is not True
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:
