@@ -25,15 +25,20 @@ from netweight.job import Job
 from netweight.model import Model, pretrained
 from netweight.run import Local
 from netweight.run.local import logits_of
+from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
 from netweight.task import Task
-from netweight.techniques import Finetune, Recipe, Technique, describe
+from netweight.techniques import Finetune, Pretrain, Recipe, Technique, describe
 from netweight.train import Plan, Reporter, fit_digest
 from netweight.trials import Trial, Trials
 
 TEACHER = "teacher"
+PRETRAINED = "pretrained"
 _TEACHER_SHARE = 0.45  # of the time box
+_PRETRAINED_SHARE = 0.6  # of the teacher's, where there is nothing to start from
+# Random weights stand steps ten times as long as pretrained ones; the time box cuts the epochs to what fits.
+_FROM_SCRATCH = Pretrain(epochs=40, learning_rate=1e-3), Finetune(learning_rate=5e-4)
 # Share of rows that may leave an encoder early with another label than the last layer's.
 _EXIT_TOLERANCE = 0.005
 
@@ -83,10 +88,21 @@ class Builder:
     @cached_property
     def teacher(self) -> Model:
         """The fine-tuned reference."""
-        base = lambda: pretrained(  # noqa: E731
-            self.job.options.model, self.task, self.job.options.max_length, self.job.options.seed
-        )
-        return self.model(TEACHER, base, (Finetune(),), self.clock.left * _TEACHER_SHARE)
+        options, seconds = self.job.options, self.clock.left * _TEACHER_SHARE
+        if options.model == SCRATCH:
+            first, then = _FROM_SCRATCH
+            part = seconds * _PRETRAINED_SHARE
+            return self.model(
+                TEACHER, lambda: self.model(PRETRAINED, self._scratch, (first,), part), (then,), seconds - part
+            )
+        base = lambda: pretrained(options.model, self.task, options.max_length, options.seed)  # noqa: E731
+        return self.model(TEACHER, base, (Finetune(),), seconds)
+
+    def _scratch(self) -> Model:
+        """A model that knows the words of train and pool, and nothing else."""
+        rows = [self.data.train, *([self.data.pool] if self.data.pool is not None else [])]
+        texts = [text for part in rows for text in (*part.text, *(part.pair or ()))]
+        return scratch(texts, self.task, max_length=self.job.options.max_length, seed=self.job.options.seed)
 
     @cached_property
     def teacher_dev(self) -> NDArray[np.float32]:

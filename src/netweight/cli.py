@@ -62,7 +62,7 @@ def optimize(
     pool: Annotated[str | None, typer.Option(help="Rows without labels, to distil on.")] = None,
     group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
-    model: Annotated[str, typer.Option(help="starter, a folder, or a Hub id.")] = "starter",
+    model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
     max_drop: Annotated[float, typer.Option(help="Points of quality that may be lost.")] = 1.0,
     confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
     metric: Annotated[

@@ -150,12 +150,13 @@ class TextEncoder:
             found = self._tokenizer.encode_batch_fast(rows)
         except (TypeError, ValueError, UnicodeEncodeError) as problem:
             raise OptionError(f"texts must be strings of valid Unicode, one pair text for each: {problem}") from problem
-        ids = [row.ids for row in found]
+        # Tokenizers that add nothing around a text give an empty one no token; a network needs one to look at.
+        ids = [row.ids or [self.pad] for row in found]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
         if pairs is None:
             types = np.zeros(len(flat), np.uint8)
         else:
-            types = np.fromiter(chain.from_iterable(row.type_ids for row in found), np.uint8, len(flat))
+            types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(flat))
         return Tokens(flat, types, offsets)

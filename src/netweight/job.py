@@ -56,9 +56,10 @@ class Tables:
 class Options:
     """How a job is done.
 
-    model: `starter`, a folder or a Hub id. metric: None picks one by the balance of the labels. seconds: the time box
-    of the whole job; training is shortened to fit. threads: for training and for every engine. effort: "quick" walks
-    the ladder, "standard" adds a few trials with other options, "thorough" many.
+    model: `starter`, a folder, a Hub id, or `scratch`: random weights, pretrained on the texts of train and pool.
+    metric: None picks one by the balance of the labels. seconds: the time box of the whole job; training is shortened
+    to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
+    with other options, "thorough" many.
     """
 
     task: TaskKind = "classify"

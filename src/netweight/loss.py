@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -48,15 +48,26 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Supervised:
-    """Cross entropy for classification (with label smoothing), squared error for scores; weighted mean over rows."""
+    """Cross entropy for classification (with label smoothing), squared error for scores; weighted mean over rows.
+
+    `class_weights`, one for each label, multiply the rows' own weights.
+    """
 
     task: Classify | Score
     smoothing: float = 0.0
     teachers: tuple[Model, ...] = ()
     unlabelled: bool = False
+    class_weights: tuple[float, ...] | None = None
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        return supervised(self.task, network(batch.ids, batch.mask, batch.types), batch, self.smoothing)
+        return self.of(network(batch.ids, batch.mask, batch.types), batch)
+
+    def of(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of logits (n, outputs) that are known already."""
+        if self.class_weights is not None:
+            weights = torch.tensor(self.class_weights, device=batch.weight.device)
+            batch = replace(batch, weight=batch.weight * weights[batch.targets.clamp(min=0)])
+        return supervised(self.task, logits, batch, self.smoothing)
 
 
 @dataclass(frozen=True)

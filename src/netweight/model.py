@@ -24,7 +24,7 @@ from transformers.utils import logging as bars
 
 from netweight.encode import TextEncoder
 from netweight.errors import CorruptArtifact, MissingExtra, ModelError
-from netweight.network import Network, Pooling, Transformer, build, tensors
+from netweight.network import Network, Pooling, Transformer, build, causal, tensors
 from netweight.packing import packed, unpacked
 from netweight.task import Task, task_from_dict
 
@@ -154,10 +154,19 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
     network.eval()
-    limit = min(max_length, getattr(config, "max_position_embeddings", None) or max_length)
+    limit = min(max_length, positions(backbone) or max_length)
     weights = folder / "model.safetensors"
     digest = _sha256(weights) if weights.exists() else ""
-    return Model(network, _encoder(folder, limit), task, Base(name, _licence(folder), digest))
+    return Model(network, _encoder(folder, limit, config), task, Base(name, _licence(folder), digest))
+
+
+def positions(backbone: Any) -> int | None:
+    """The longest row in tokens that a backbone takes; None where nothing limits it."""
+    stated = getattr(backbone.config, "max_position_embeddings", None)
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    # RoBERTa and XLM-R number the tokens from behind the padding id.
+    before = getattr(table, "padding_idx", None)
+    return stated if stated is None or before is None else stated - before - 1
 
 
 @contextmanager
@@ -203,10 +212,14 @@ def _download(name: str) -> Path:
         ) from problem
 
 
-def _encoder(folder: Path, max_length: int) -> TextEncoder:
+def _encoder(folder: Path, max_length: int, config: Any) -> TextEncoder:
     definition = folder / "tokenizer.json"
     if definition.exists():
-        return TextEncoder(definition.read_text(encoding="utf-8"), max_length)
+        encoder = TextEncoder(definition.read_text(encoding="utf-8"), max_length)
+        # RoBERTa and XLM-R tell padding from tokens by the id that their configuration names.
+        stated = getattr(config, "pad_token_id", None)
+        known = isinstance(stated, int) and 0 <= stated < encoder.vocabulary
+        return TextEncoder(encoder.definition, max_length, stated) if known and stated != encoder.pad else encoder
     # Without any file transformers makes a tokenizer up that knows no word.
     if not any(path for pattern in _VOCABULARIES for path in folder.glob(pattern)):
         raise ModelError(f"{folder} has no tokenizer: none of tokenizer.json, {', '.join(_VOCABULARIES)} is there.")
@@ -219,10 +232,12 @@ def _encoder(folder: Path, max_length: int) -> TextEncoder:
 
 def _pooling(folder: Path, config: Any) -> Pooling:
     stated = folder / "1_Pooling" / "config.json"
-    if stated.exists() and json.loads(stated.read_text(encoding="utf-8")).get("pooling_mode_cls_token"):
-        return "first"
-    names = " ".join(getattr(config, "architectures", None) or [])
-    return "last" if "CausalLM" in names or "LMHead" in names else "mean"
+    modes = json.loads(stated.read_text(encoding="utf-8")) if stated.exists() else {}
+    known: tuple[tuple[str, Pooling], ...] = (("cls_token", "first"), ("lasttoken", "last"), ("mean_tokens", "mean"))
+    for mode, pooling in known:
+        if modes.get(f"pooling_mode_{mode}"):
+            return pooling
+    return "last" if causal(config) else "mean"
 
 
 def _licence(folder: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from netweight.errors import ModelError, OptionError
 from netweight.features import BIGRAM_A, BIGRAM_B
@@ -68,7 +69,8 @@ class Transformer(Network):
         if self.pooling == "first":
             return hidden[:, 0]
         if self.pooling == "last":
-            last = mask.long().sum(dim=1) - 1
+            # Not the number of tokens less one: token dropout leaves holes.
+            last = (mask.long() * torch.arange(hidden.shape[1], device=hidden.device)).amax(dim=1)
             # Not len(hidden): the exporter would take the number of rows for a constant.
             return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
@@ -76,6 +78,11 @@ class Transformer(Network):
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         return cast(Tensor, self.head(self.features(ids, mask, types)))
+
+    @property
+    def causal(self) -> bool:
+        """Whether tokens see only what stands before them."""
+        return causal(self.config)
 
     def layers(self) -> nn.ModuleList:
         """The stack of transformer layers. Raises ModelError where it is not one plain list."""
@@ -258,6 +265,15 @@ def build(spec: dict[str, Any]) -> Network:
         return network
     known = "transformer, exits, static and linear"
     raise ModelError(f"unknown network {spec.get('network')!r}; this version knows {known}.")
+
+
+def causal(config: Any) -> bool:
+    """Whether in a backbone of this configuration tokens see only what stands before them: GPT-2, Qwen3, not BERT."""
+    if getattr(config, "is_decoder", False):
+        return True
+    kind = config.model_type
+    generates = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return generates and getattr(config, "use_bidirectional_attention", None) is not True
 
 
 def tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -373,7 +373,7 @@ def _command(job: Job) -> str:
     """What made the artifact, without names of files: those are the shop's own."""
     budget, options = job.budget, job.options
     given = [f"--max-drop {budget.max_drop:g}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
-    given += [f"--model {options.model}"] if options.model == "starter" else []
+    given += [f"--model {options.model}"] if options.model in ("starter", "scratch") else []
     given += [f"--effort {options.effort}"] if options.effort != "quick" else []
     return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 

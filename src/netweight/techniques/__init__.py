@@ -6,6 +6,7 @@ from netweight.techniques.exits import EarlyExit
 from netweight.techniques.factor import Factor
 from netweight.techniques.finetune import Finetune
 from netweight.techniques.linear import LinearFloor
+from netweight.techniques.pretrain import Pretrain
 from netweight.techniques.prune import Prune
 from netweight.techniques.quantize import Quantize
 from netweight.techniques.selftrain import SelfTrain
@@ -21,6 +22,7 @@ __all__ = [
     "Finetune",
     "LatencyTable",
     "LinearFloor",
+    "Pretrain",
     "Prune",
     "Quantize",
     "Recipe",

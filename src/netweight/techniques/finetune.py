@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from netweight.errors import ModelError
-from netweight.loss import Batch, Supervised
+from netweight.errors import ModelError, OptionError
+from netweight.loss import Batch, Loss, Supervised
 from netweight.model import Model
 from netweight.network import Network, Transformer
+from netweight.objectives import Adversarial, RDrop, drops_out
 from netweight.run import Run
 from netweight.task import Classify
 from netweight.techniques.base import transformer
+from netweight.techniques.lora import adapt, merge
 from netweight.train import Plan
 
 # Largest mean gap between the logits of a class and of its nearest neighbour that a probe starts from: 99.3 % sure.
@@ -22,6 +24,10 @@ _GAP = 5.0
 
 # Rows that the probe is fitted on: enough for a common covariance, and for the means of many classes.
 _PROBE_ROWS, _PROBE_ROWS_PER_CLASS = 2000, 100
+
+
+Trained = Literal["full", "head", "lora"]
+Regularizer = Literal["none", "r-drop", "adversarial"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Finetune:
     up by a random head: linear discriminant analysis for labels, ridge regression for scores. Both need only sums
     over rows. `freeze_embeddings` halves the time of a step on CPU: the token table is most of a small
     encoder's parameters, and few of its rows occur in a batch.
+
+    `train`: "full", the "head" alone, or "lora", adapters of `rank` (8) and `alpha` (twice the rank) beside all linear
+    layers of the backbone, which are added to them in the end. `class_weights`: rows count by the inverse frequency of
+    their label. `regularizer`: "r-drop" at `kl_weight` (1.0) or "adversarial" at `epsilon` (1.0).
     """
 
     epochs: float = 5.0
@@ -39,18 +49,100 @@ class Finetune:
     probe: bool = True
     freeze_embeddings: bool = True
     smoothing: float = 0.0
+    train: Trained = "full"
+    rank: int | None = None
+    alpha: float | None = None
+    class_weights: bool = False
+    regularizer: Regularizer = "none"
+    kl_weight: float | None = None
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("train", Trained), ("regularizer", Regularizer)):
+            if getattr(self, name) not in get_args(kinds):
+                raise OptionError(f"unknown {name} {getattr(self, name)!r}; use {', '.join(get_args(kinds))}.")
+        if self.train != "full" and not self.freeze_embeddings:
+            raise OptionError(f"train={self.train!r} keeps the embeddings as they are; leave freeze_embeddings out.")
+        belongs = {
+            "rank": ("train", "lora"),
+            "alpha": ("train", "lora"),
+            "kl_weight": ("regularizer", "r-drop"),
+            "epsilon": ("regularizer", "adversarial"),
+        }
+        for name, (option, value) in belongs.items():
+            given = getattr(self, name)
+            if given is not None and getattr(self, option) != value:
+                raise OptionError(f"{name} is for {option}={value!r}; with {getattr(self, option)!r} leave it out.")
+            if given is not None and not given > 0:
+                raise OptionError(f"{name} is {given}; use a number above 0.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         new = model.copy()
         network = transformer(new, "Finetune")
+        loss = self._loss(new, network, run)
         if self.probe:
             rows = max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs)
             set_probe(network, run.reduce(new, Moments(model.task), rows), model.task)
-        freeze_embeddings(network, self.freeze_embeddings)
+        self._freeze(network, plan)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
-        new = run.fit(new, Supervised(model.task, self.smoothing), plan, "fine-tune")
-        freeze_embeddings(transformer(new, "Finetune"), False)
+        new = run.fit(new, loss, plan, "fine-tune")
+        trained = transformer(new, "Finetune")
+        if self.train == "lora":
+            merge(trained)
+        if self.train == "full":
+            freeze_embeddings(trained, False)
+        else:
+            trained.requires_grad_(True)
         return new
+
+    def _freeze(self, network: Transformer, plan: Plan) -> None:
+        if self.train == "full":
+            freeze_embeddings(network, self.freeze_embeddings)
+            return
+        network.backbone.requires_grad_(False)
+        if self.train == "lora":
+            rank = 8 if self.rank is None else self.rank
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(plan.seed)
+                adapt(network, rank, 2.0 * rank if self.alpha is None else self.alpha)
+            network.head.requires_grad_(True)
+
+    def _loss(self, model: Model, network: Transformer, run: Run) -> Loss:
+        weights = None
+        if not isinstance(model.task, Classify):
+            for name in ("class_weights", "smoothing"):
+                if getattr(self, name):
+                    raise OptionError(f"{name} is for classification; this model predicts scores: leave it out.")
+        elif self.class_weights:
+            weights = inverse_frequencies(run.reduce(model, LabelCounts(model.task.outputs))["rows"])
+        loss = Supervised(model.task, self.smoothing, class_weights=weights)
+        if self.regularizer == "adversarial":
+            return Adversarial(loss, 1.0 if self.epsilon is None else self.epsilon)
+        if self.regularizer == "r-drop":
+            if not drops_out(network):
+                raise OptionError(
+                    f"r-drop compares two passes under dropout, and this {network.config.model_type} has none; set a "
+                    "dropout in its configuration, or use regularizer 'adversarial'."
+                )
+            return RDrop(loss, 1.0 if self.kl_weight is None else self.kl_weight)
+        return loss
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """Rows of each label (labels,)."""
+
+    labels: int
+    combine: Literal["sum", "max"] = "sum"
+
+    def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
+        return {"rows": torch.bincount(batch.targets[batch.targets >= 0], minlength=self.labels).double()}
+
+
+def inverse_frequencies(counts: Tensor) -> tuple[float, ...]:
+    """A weight for each label, proportional to 1 / count, with mean 1."""
+    weights = 1 / counts.clamp(min=1)
+    return tuple((weights / weights.mean()).tolist())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Models from nothing but a shop's own texts: a tokenizer trained on them, and a backbone with random weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModel
+
+from netweight.encode import TextEncoder
+from netweight.errors import DataError, OptionError
+from netweight.model import Base, Model
+from netweight.network import Transformer, causal
+from netweight.task import Task
+
+Family = Literal["bert", "roberta", "xlm-roberta", "distilbert", "modernbert", "gpt2", "qwen3"]
+
+SCRATCH = "scratch"
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_PAD, _CLS, _SEP = 0, 2, 3
+_END = "<|endoftext|>"
+_LEAST = 260  # the 256 bytes, and what stands for no text
+
+
+def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call names them one by one)
+    texts: Sequence[str],
+    task: Task,
+    *,
+    family: Family = "bert",
+    vocabulary: int = 8000,
+    layers: int = 4,
+    hidden: int = 256,
+    heads: int = 4,
+    max_length: int = 128,
+    seed: int = 0,
+) -> Model:
+    """A backbone with random weights and a zero head for `task`, and a tokenizer that knows these texts.
+
+    Encoders get WordPiece under BERT's rules, which take Chinese apart into characters; GPT-2 and Qwen3 get byte-level
+    BPE with an end token behind every text. The same texts and seed give the same model. It knows nothing yet: see
+    `techniques.Pretrain`.
+
+    Args:
+        texts: what the tokenizer is trained on; texts in the same order.
+        vocabulary: tokens at most.
+        layers, hidden, heads: of the backbone; feed-forward layers have four times `hidden`, gated ones twice.
+        max_length: tokens kept per row.
+
+    Raises:
+        OptionError: an unknown family, or sizes that do not go together.
+        DataError: there is no text.
+    """
+    if family not in get_args(Family):
+        raise OptionError(f"family {family!r} cannot be made from scratch; use {', '.join(get_args(Family))}.")
+    if min(layers, hidden, heads) < 1 or hidden % (2 * heads):
+        raise OptionError(
+            f"{layers} layers of width {hidden} with {heads} heads do not go together; use at least one layer, and a "
+            "width that is an even multiple of the heads."
+        )
+    if vocabulary < _LEAST:
+        raise OptionError(f"a vocabulary of {vocabulary} is too small; use {_LEAST} tokens or more.")
+    if not any(text.strip() for text in texts):
+        raise DataError("a tokenizer cannot be trained without texts; all of them are empty.")
+    config = AutoConfig.for_model(family, **_sizes(family, layers, hidden, heads, max_length))
+    tokenizer = byte_pairs(texts, vocabulary) if causal(config) else word_pieces(texts, vocabulary)
+    encoder = TextEncoder(tokenizer.to_str(), max_length)
+    config.vocab_size = encoder.vocabulary
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Transformer(AutoModel.from_config(config), task.outputs, "last" if causal(config) else "mean")
+    torch.nn.init.zeros_(network.head.weight)
+    torch.nn.init.zeros_(network.head.bias)
+    return Model(network.eval(), encoder, task, Base(SCRATCH, "none: made from the rows alone"))
+
+
+def _sizes(family: Family, layers: int, hidden: int, heads: int, max_length: int) -> dict[str, Any]:
+    """What each family calls them. Ids are those of the tokenizers below."""
+    if family == "gpt2":
+        sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden, "n_positions": max_length}
+        return {**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    if family == "distilbert":
+        sizes = {"n_layers": layers, "dim": hidden, "n_heads": heads, "hidden_dim": 4 * hidden}
+        return {**sizes, "max_position_embeddings": max_length, "pad_token_id": _PAD}
+    usual: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "intermediate_size": (2 if family in ("modernbert", "qwen3") else 4) * hidden,
+        # RoBERTa numbers its tokens from behind the padding id.
+        "max_position_embeddings": max_length + (_PAD + 1 if family in ("roberta", "xlm-roberta") else 0),
+        "pad_token_id": _PAD,
+    }
+    if family == "qwen3":
+        ends = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
+        return {**usual, **ends, "num_key_value_heads": heads, "head_dim": hidden // heads}
+    usual |= {"bos_token_id": _CLS, "eos_token_id": _SEP}
+    return {**usual, "cls_token_id": _CLS, "sep_token_id": _SEP} if family == "modernbert" else usual
+
+
+def word_pieces(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """WordPiece over BERT's normaliser and pre-tokeniser (Devlin et al., 2019), with [CLS] and [SEP] around texts."""
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    alphabet, seen = _characters(texts, normalizer, splitter, vocabulary - len(_SPECIAL))
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = normalizer, splitter
+    # The trainer numbers pieces such as ##a in the order of a hash table, which differs from run to run, and breaks
+    # ties between merges by these numbers. Named as special tokens they have fixed ones.
+    fixed = [*_SPECIAL, *alphabet, *seen]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary,
+        special_tokens=fixed,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    trained.train_from_iterator(texts, trainer)
+    made = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizer, splitter
+    made.decoder = decoders.WordPiece()
+    made.add_special_tokens(list(_SPECIAL))
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", _CLS), ("[SEP]", _SEP)],
+    )
+    return made
+
+
+def _characters(texts: Sequence[str], normalizer: Any, splitter: Any, room: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, sorted, and those of them that stand inside words, as ##a: at most `room`."""
+    counts: Counter[str] = Counter()
+    inside: set[str] = set()
+    for text in texts:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            counts.update(word)
+            inside.update(word[1:])
+    kept, taken = [], 0
+    for character in sorted(counts, key=lambda c: (-counts[c], c)):
+        taken += 1 + (character in inside)
+        if taken > room:
+            break
+        kept.append(character)
+    return sorted(kept), [f"##{character}" for character in sorted(kept) if character in inside]
+
+
+def byte_pairs(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE (Radford et al., GPT-2, 2019), with an end token behind every text."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary, special_tokens=[_END], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    made.post_processor = processors.TemplateProcessing(
+        single=f"$A {_END}", pair=f"$A {_END} $B:1 {_END}:1", special_tokens=[(_END, 0)]
+    )
+    return made
