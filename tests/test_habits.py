@@ -19,7 +19,20 @@ SOURCE = Path(netweight.__file__).parent
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
-    ("layers", "network", "anatomy", "model", "quantizer", "loss", "train", "track", "run", "techniques", "lower", "export"),
+    (
+        "layers",
+        "network",
+        "anatomy",
+        "model",
+        "quantizer",
+        "loss",
+        "train",
+        "track",
+        "run",
+        "techniques",
+        "lower",
+        "export",
+    ),
     ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
     ("store", "search", "job", "baselines", "build", "pipeline", "bench"),
     ("samples", "demo", "progress", "cli", "testing"),

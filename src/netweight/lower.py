@@ -13,7 +13,7 @@ from typing import Any, cast
 import onnx
 import torch
 from onnxscript import FLOAT, INT8, UINT8, opset18
-from onnxscript.values import Opset
+from onnxscript.values import Op, Opset
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,10 +75,11 @@ def _matmul_nbits(
     outputs). `zero` has no element where it is the middle."""
     inputs, outputs = sizes
     values = unpacked(held, bits).float().reshape(outputs, -1, block)
-    middle = unpacked(zero, bits).float() if zero.numel() else torch.tensor(2.0 ** (bits - 1))
-    middle = middle[:, : values.shape[1], None] if zero.numel() else middle
-    weight = ((values - middle) * scale[:, :, None]).reshape(outputs, -1)[:, :inputs]
-    return x @ weight.T
+    middle = torch.full_like(scale, 2 ** (bits - 1)).reshape(outputs, -1)
+    if zero.numel():
+        middle = unpacked(zero.reshape(outputs, -1), bits).float()[:, : values.shape[1]]
+    weight = ((values - middle[:, :, None]) * scale.reshape(outputs, -1, 1)).reshape(outputs, -1)[:, :inputs]
+    return F.linear(x, weight)
 
 
 @_matmul_nbits.register_fake
@@ -91,7 +92,7 @@ def packed(values: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return values.to(torch.uint8)
     pairs = F.pad(values, (0, values.shape[-1] % 2)).unflatten(-1, (-1, 2)).to(torch.uint8)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    return cast(Tensor, pairs[..., 0] | (pairs[..., 1] << 4))
 
 
 def unpacked(held: Tensor, bits: int) -> Tensor:
@@ -102,7 +103,28 @@ def unpacked(held: Tensor, bits: int) -> Tensor:
 # --- what they are in ONNX ---
 
 _OP: Any = opset18  # its stubs know no value that is a constant
-_MICROSOFT: Any = Opset("com.microsoft", 1)
+
+
+def _matmul_nbits_schema() -> onnx.defs.OpSchema:
+    """The part of ONNX Runtime's operator that is used here; the onnx package knows nothing of it."""
+    given = onnx.defs.OpSchema.FormalParameter
+    kinds = [("F", ["tensor(float)"], ""), ("B", ["tensor(uint8)"], "")]
+    maybe = onnx.defs.OpSchema.FormalParameterOption.Optional
+    return onnx.defs.OpSchema(
+        "MatMulNBits",
+        "com.microsoft",
+        1,
+        inputs=[given("A", "F"), given("B", "B"), given("scales", "F"), given("zero_points", "B", param_option=maybe)],
+        outputs=[given("Y", "F")],
+        type_constraints=kinds,
+        attributes=[
+            onnx.defs.OpSchema.Attribute(name, onnx.defs.OpSchema.AttrType.INT)
+            for name in ("K", "N", "bits", "block_size", "accuracy_level")
+        ],
+    )
+
+
+_MATMUL_NBITS: Any = Op(Opset("com.microsoft", 1), "MatMulNBits", _matmul_nbits_schema())
 
 
 def _qdq(x: FLOAT, scale: float, zero: int) -> FLOAT:
@@ -130,7 +152,7 @@ def _nbits(x: FLOAT, held: UINT8, scale: FLOAT, zero: UINT8, sizes: list[int], b
     inputs, outputs = sizes
     # Level 4 would be quicker, but rounds inputs to int8: this is the form whose inputs are not.
     options = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 1}
-    return cast(FLOAT, _MICROSOFT.MatMulNBits(*given, **options))
+    return cast(FLOAT, _MATMUL_NBITS(*given, **options))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -190,15 +212,16 @@ class QuantizedLinear(nn.Module):
         held = integers(linear.weight, scale, zero, spec).reshape(linear.weight.shape)
         self.register_buffer("weight", held.T.contiguous())
         self.register_buffer("weight_scale", _flat(scale))
-        self.register_buffer("weight_zero", None if spec.symmetric else _flat(zero).to(torch.int8))
+        self.around = not spec.symmetric
+        self.register_buffer("weight_zero", _flat(zero).to(torch.int8) if self.around else None)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.given(x)
-        if self.weight_zero is None:
-            weight = torch.ops.netweight.from_int8(self.weight, self.weight_scale)
-        else:
+        if self.around:
             weight = torch.ops.netweight.from_int8_around(self.weight, self.weight_scale, self.weight_zero)
+        else:
+            weight = torch.ops.netweight.from_int8(self.weight, self.weight_scale)
         y = torch.matmul(x, weight)
         return cast(Tensor, self.out(y if self.bias is None else y + cast(Tensor, self.bias)))
 
@@ -230,14 +253,13 @@ class WeightOnlyLinear(nn.Module):
         every = scale.reshape(outputs if scale.numel() > 1 else 1, -1)
         where = zero.short().reshape(every.shape).expand(shape) + middle
         self.register_buffer("held", packed(held, self.bits))
-        self.register_buffer("scale", every.expand(shape).contiguous())
-        self.register_buffer("zero", torch.empty(0, dtype=torch.uint8) if spec.symmetric else packed(where, self.bits))
+        self.register_buffer("scale", every.expand(shape).flatten())
+        nothing = torch.empty(0, dtype=torch.uint8)
+        self.register_buffer("zero", nothing if spec.symmetric else packed(where, self.bits).flatten())
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.netweight.matmul_nbits(
-            x, self.held, self.scale, self.zero, self.sizes, self.bits, self.block
-        )
+        y = torch.ops.netweight.matmul_nbits(x, self.held, self.scale, self.zero, self.sizes, self.bits, self.block)
         return cast(Tensor, y if self.bias is None else y + cast(Tensor, self.bias))
 
 

@@ -56,8 +56,8 @@ class Range:
 class Weights:
     """How a layer's weights are quantized: what shares a scale, whether zero lies in the middle, where to clip.
 
-    `group`: inputs that share one, for granularity "group". `steps`: learned scales, one for each that there is; without
-    them scales follow from the weights by `clip`.
+    `group`: inputs that share one, for granularity "group". `steps`: learned scales, one for each that there is; where
+    there is none, scales follow from the weights by `clip`.
     """
 
     bits: int = 8

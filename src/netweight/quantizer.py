@@ -32,12 +32,12 @@ def affine(given: Range) -> tuple[float, int]:
 
 def symmetric(given: Range) -> float:
     """Scale of signed integers around zero over a range."""
-    return max(-given.low, given.high, 1e-8) / (2 ** (given.bits - 1) - 1)
+    return max(-given.low, given.high, 1e-8) / limits(given.bits)[1]
 
 
 def limits(bits: int) -> tuple[int, int]:
     """The smallest and the largest signed integer of so many bits."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
 def grouped(weight: Tensor, spec: Weights) -> Tensor:
@@ -103,6 +103,13 @@ def fake(weight: Tensor, spec: Weights) -> Tensor:
     """What the weights (outputs, inputs) become when they are rounded and brought back."""
     scale, zero = grid(weight, spec)
     return ungrouped(rounded(grouped(weight, spec), scale, zero, *limits(spec.bits)), weight.shape)
+
+
+def held_bytes(shape: torch.Size, spec: Weights) -> int:
+    """Bytes of the weights' integers and of their scales as they are stored, without zero points."""
+    outputs, inputs = shape
+    rows = {"tensor": 1, "channel": outputs, "group": outputs * -(-inputs // max(1, spec.group))}[spec.granularity]
+    return -(-outputs * inputs * spec.bits // 8) + rows * (2 if spec.granularity == "group" else 4)
 
 
 # --- rounding ---

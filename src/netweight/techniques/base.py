@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, Protocol
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol, cast
 
 from netweight.errors import ModelError
 from netweight.model import Model
@@ -24,9 +24,14 @@ Recipe = tuple[Technique, ...]
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
     """A recipe as plain values: class name and options of each step."""
     return [
-        {"technique": type(step).__name__, **{f.name: getattr(step, f.name) for f in fields(step)}}  # type: ignore[arg-type]
+        {"technique": type(step).__name__, **{f.name: _plain(getattr(step, f.name)) for f in fields(step)}}  # type: ignore[arg-type]
         for step in recipe
     ]
+
+
+def _plain(option: Any) -> Any:
+    """An option as it is; one that is a technique itself, described."""
+    return describe((cast(Technique, option),))[0] if is_dataclass(option) else option
 
 
 def transformer(model: Model, who: str) -> Transformer:

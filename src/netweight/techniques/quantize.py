@@ -1,4 +1,4 @@
-"""Static int8 and less: ranges of every linear layer's input, from a pass or two over some rows, and weights in few bits.
+"""Static int8 and less: ranges of every linear layer's input, from a pass or two over some rows; weights in few bits.
 
 Affine quantization as in Jacob et al. (CVPR 2018): activations per tensor and asymmetric, weights, unless asked
 otherwise, per output channel and symmetric. Ranges and specs are kept on the model; `export` lowers them to
@@ -71,7 +71,7 @@ class Quantize:
                 raise OptionError(f"unknown {name} {getattr(self, name)!r} of Quantize; use {' or '.join(allowed)}.")
         if self.method not in get_args(Method):
             raise OptionError(f"unknown calibration {self.method!r}; use {', '.join(get_args(Method))}.")
-        if self.activations == "dynamic":
+        if self.activations == "dynamic":  # type: ignore[comparison-overlap]
             raise OptionError(
                 "dynamic activations take ranges from each batch, so that labels depend on a row's neighbours; "
                 "use static or none. `netweight bench` has ONNX Runtime's dynamic int8 to compare with."
@@ -82,7 +82,9 @@ class Quantize:
             if not 2 <= getattr(self, name) <= 8:
                 raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
         if (self.granularity == "group") != (self.group is not None):
-            raise OptionError(f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size.")
+            raise OptionError(
+                f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size."
+            )
         if self.group is not None and self.group not in GROUPS:
             raise OptionError(f"a group of {self.group} inputs has no kernel; use {', '.join(map(str, GROUPS))}.")
         self._check_activations()
