@@ -44,8 +44,13 @@ def packed(arrays: Mapping[str, NDArray[Any]], **more: Any) -> bytes:
     for name, array in arrays.items():
         forms[name] = form_of(array)
         held |= _stored(name, np.ascontiguousarray(array), forms[name])
-    header = {"forms": {name: asdict(form) for name, form in forms.items()}, "more": more}
+    header = {"forms": {name: _described(form) for name, form in forms.items()}, "more": more}
     return save(held, {_HEADER: json.dumps(header)})
+
+
+def _described(form: Form) -> dict[str, Any]:
+    """What a header says of a form; `half` where it holds, so that files without are those of older versions."""
+    return {name: value for name, value in asdict(form).items() if name != "half" or value}
 
 
 def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from netweight.model import Range, Weights
@@ -200,17 +202,16 @@ def entropy_range(counts: Tensor, low: float, high: float, bits: int) -> tuple[f
     `low` = -`high`: the search is for one threshold of |x|, with 2^(bits - 1) levels below it, as in TensorRT.
     """
     half = len(counts) // 2
-    size = counts[half:] + counts[:half].flip(0)
+    size = (counts[half:] + counts[:half].flip(0)).double().numpy()
     levels = 2 ** (bits - 1)
     best, at = float("inf"), len(size)
     for kept in range(levels, len(size) + 1):
-        p = size[:kept].clone()
+        p = size[:kept].copy()
         seen = p > 0
-        level = torch.arange(kept) * levels // kept
-        mass = torch.zeros(levels, dtype=size.dtype).index_add_(0, level, p)
-        share = torch.zeros(levels, dtype=size.dtype).index_add_(0, level, seen.to(size.dtype))
+        level = np.arange(kept) * levels // kept
+        mass, bins = np.bincount(level, p, levels), np.bincount(level, seen, levels)
         # A level's mass is spread evenly over those of its bins in which anything lies.
-        q = (mass / share.clamp(min=1))[level] * seen
+        q = (mass / np.maximum(bins, 1))[level] * seen
         p[-1] += size[kept:].sum()
         divergence = _divergence(p, q)
         if divergence < best:
@@ -219,10 +220,10 @@ def entropy_range(counts: Tensor, low: float, high: float, bits: int) -> tuple[f
     return -threshold, threshold
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
+def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     """KL(p || q) of two histograms; infinite where q lacks what p has."""
-    p, q = p / p.sum(), q / q.sum()
     there = p > 0
-    if bool((q[there] == 0).any()):
+    if not (q[there] > 0).all():
         return float("inf")
-    return float((p[there] * (p[there] / q[there]).log()).sum())
+    p, q = p[there] / p.sum(), q[there] / q.sum()
+    return float((p * np.log(p / q)).sum())

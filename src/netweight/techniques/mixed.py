@@ -83,12 +83,13 @@ class Sensitivity:
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         given = (batch.ids, batch.mask, batch.types)
-        wanted, found = network(*given), {}
+        # In double, for harms that fp32 would round away.
+        wanted, found = network(*given).double(), {}
         for name, each in self.specs:
             weight = network.get_parameter(f"{name}.weight")
             for spec in each:
-                got = functional_call(network, {f"{name}.weight": fake(weight, spec)}, given)
-                mean = matching(self.task, got, wanted, batch.weight, 1.0)
+                got: Tensor = functional_call(network, {f"{name}.weight": fake(weight, spec)}, given)
+                mean = matching(self.task, got.double(), wanted, batch.weight, 1.0)
                 found[f"{name}/{spec.bits}"] = (mean * batch.weight.sum()).double()
         return found
 

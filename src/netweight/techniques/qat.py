@@ -140,7 +140,7 @@ class Rounding(nn.Module):
 
     def range(self) -> Range:
         """The range from which a lowered layer gets this scale and zero point."""
-        scale, zero = float(self.step.scale()), float(cast(Tensor, self.zero))
+        scale, zero = float(self.step.scale().detach()), float(cast(Tensor, self.zero))
         top = self.ends[1]
         return Range(-top * scale if self.signed else -zero * scale, (top - zero) * scale, self.bits)
 
