@@ -22,7 +22,7 @@ from netweight.export import lowered
 from netweight.layers import Activate, Activation
 from netweight.loss import matching
 from netweight.model import Model, Range, Weights
-from netweight.quantizer import affine, learned
+from netweight.quantizer import affine, held_bytes, learned
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import (
@@ -65,8 +65,13 @@ def distance(model: Model, to: Model, dataset: Dataset) -> float:
 
 @pytest.fixture(scope="module")
 def taught() -> Model:
-    """One layer that knows the rows, so that its outputs lie apart and rounding costs something."""
-    return Finetune(epochs=4, learning_rate=2e-3)(tiny_model(layers=1), Local(rows_of()), PLAN)
+    """One layer that knows the rows, so that its outputs lie apart and rounding costs something; without dropout, whose
+    noise is larger than what rounding does to so small a model."""
+    made = Finetune(epochs=4, learning_rate=2e-3)(tiny_model(layers=1), Local(rows_of()), PLAN)
+    for module in made.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return made
 
 
 # --- gradients ---
@@ -144,7 +149,7 @@ def test_what_was_trained_is_what_is_lowered(dataset: Dataset) -> None:
 def test_training_beats_rounding_afterwards(bits: int, taught: Model, dataset: Dataset) -> None:
     start = Quantize(rows=40, weight_bits=bits, weight_clip="mse", method="mse", activation_bits=bits)
     after = start(taught, Local(dataset), PLAN)
-    aware = QuantizeAware(start, epochs=4, learning_rate=1e-3, temperature=1.0, hard=0.0, token_dropout=0.0)
+    aware = QuantizeAware(start, epochs=4, learning_rate=3e-4, temperature=1.0, hard=0.0, token_dropout=0.0)
     made = aware(taught, Local(dataset), PLAN)
     assert distance(made, taught, dataset) < 0.7 * distance(after, taught, dataset)
 
@@ -209,14 +214,14 @@ def test_bits_go_where_they_matter(taught: Model, dataset: Dataset) -> None:
     specs = tuple((name, tuple(Weights(b) for b in (2, 8))) for name in layers)
     harm = run.reduce(model, Sensitivity(model.task, specs), 40)
     assert replace(model).digest == before
-    name = next(iter(layers))
+    name = max(layers, key=lambda n: float(harm[f"{n}/2"]))
     assert float(harm[f"{name}/8"]) < float(harm[f"{name}/2"])
     alone = replace(model, weights={name: Weights(2)})
     assert float(harm[f"{name}/2"]) / 40 == pytest.approx(
-        distance_over(alone, model, [dataset.train.text[i] for i in np.linspace(0, 79, 40).astype(int)]), rel=1e-3
+        distance_over(alone, model, [dataset.train.text[i] for i in np.linspace(0, 79, 40).astype(int)]), rel=0.02
     )
     small = MixedBits(budget=4000, rows=20, quantize=Quantize(activations="none"))(model, run, PLAN)
-    assert {b.bits for b in small.weights.values()} <= {2, 3}
+    assert sum(held_bytes(layers[name].weight.shape, spec) for name, spec in small.weights.items()) <= 4000
 
 
 def distance_over(model: Model, to: Model, texts: list[str]) -> float:
