@@ -1,7 +1,7 @@
 """A trained model becomes the files that an engine runs.
 
-Transformers become ONNX; ranges and bit-widths on the model become QuantizeLinear and DequantizeLinear around
-each linear layer, whether they came from calibration or from training. Static and linear models become tables.
+Transformers become ONNX; ranges and weights' specs on the model become the modules of `lower`, whether they came from
+calibration or from training. Static and linear models become tables.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnxscript import FLOAT, INT8, opset18
 from safetensors.numpy import save
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netweight.errors import ModelError
 from netweight.layers import put
-from netweight.model import Model, Range
+from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
+from netweight.model import Model, Range, Weights
 from netweight.network import Exits, Linear, Static, Transformer
 from netweight.packing import packed, packed_file
 from netweight.techniques.quantize import OUT
@@ -39,6 +38,8 @@ Kind = Literal["static", "onnx", "exits"]
 # An ONNX file is packed where that leaves so little of it; weights of fewer bytes are left where they are.
 _WORTH_PACKING = 0.9
 _SMALL = 1024
+# Tables of fewer values stay in fp32, unless the model says otherwise.
+_LARGE_TABLE = 100_000
 
 
 @dataclass(frozen=True)
@@ -115,114 +116,6 @@ def _weights(proto: onnx.ModelProto, data: bytes) -> Iterator[tuple[int, NDArray
 # --- ONNX ---
 
 
-@torch.library.custom_op("netweight::fake_uint8", mutates_args=())
-def _fake_uint8(x: Tensor, scale: float, zero: int) -> Tensor:
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
-
-
-@_fake_uint8.register_fake
-def _(x: Tensor, scale: float, zero: int) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("netweight::fake_int8", mutates_args=())
-def _fake_int8(x: Tensor, scale: float) -> Tensor:
-    return (x / scale).round().clamp(-128, 127).mul(scale)
-
-
-@_fake_int8.register_fake
-def _(x: Tensor, scale: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("netweight::from_int8", mutates_args=())
-def _from_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    return weight.to(torch.float32) * scale
-
-
-@_from_int8.register_fake
-def _(weight: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(weight, dtype=torch.float32)
-
-
-_OP: Any = opset18  # its stubs know no value that is a constant
-
-
-def _qdq(x: FLOAT, scale: float, zero: int) -> FLOAT:
-    s = _OP.Constant(value_float=scale)
-    z = _OP.Cast(_OP.Constant(value_int=zero), to=onnx.TensorProto.UINT8)
-    return cast(FLOAT, _OP.DequantizeLinear(_OP.QuantizeLinear(x, s, z), s, z))
-
-
-def _qdq_signed(x: FLOAT, scale: float) -> FLOAT:
-    s = _OP.Constant(value_float=scale)
-    z = _OP.Cast(_OP.Constant(value_int=0), to=onnx.TensorProto.INT8)
-    return cast(FLOAT, _OP.DequantizeLinear(_OP.QuantizeLinear(x, s, z), s, z))
-
-
-def _dq(weight: INT8, scale: FLOAT) -> FLOAT:
-    return cast(FLOAT, _OP.DequantizeLinear(weight, scale, axis=1))
-
-
-class Unsigned(nn.Module):
-    """Rounds to uint8 with a zero point: layer inputs, which lean to one side."""
-
-    def __init__(self, given: Range) -> None:
-        super().__init__()
-        self.scale = max(given.high - given.low, 1e-8) / 255
-        self.zero = int(min(255, max(0, round(-given.low / self.scale))))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.netweight.fake_uint8(x, self.scale, self.zero))
-
-
-class Signed(nn.Module):
-    """Rounds to int8 around zero: attention's factors. With zero points OpenVINO turned them back to fp32."""
-
-    def __init__(self, given: Range) -> None:
-        super().__init__()
-        self.scale = max(-given.low, given.high, 1e-8) / 127
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, torch.ops.netweight.fake_int8(x, self.scale))
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer as integer arithmetic sees it: uint8 inputs, int8 weights with a scale per output channel.
-
-    Its output is rounded too where it has a range, which is where the next product is one of integers.
-    """
-
-    def __init__(self, linear: nn.Linear, given: Range, out: Range | None) -> None:
-        super().__init__()
-        self.given = Unsigned(given)
-        self.out = nn.Identity() if out is None else Signed(out)
-        weight = linear.weight.detach().T.contiguous()
-        scale = weight.abs().amax(dim=0).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale).round().to(torch.int8))
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.matmul(self.given(x), torch.ops.netweight.from_int8(self.weight, self.weight_scale))
-        return cast(Tensor, self.out(y if self.bias is None else y + cast(Tensor, self.bias)))
-
-
-class QuantizedEmbedding(nn.Module):
-    """An embedding table in int8 with a scale for each row."""
-
-    def __init__(self, table: nn.Embedding) -> None:
-        super().__init__()
-        scale = table.weight.detach().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-        self.register_buffer("rows", (table.weight.detach() / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        # `embedding` exports as Gather; indexing would as GatherND, which neither engine is quick at.
-        rows = F.embedding(ids, cast(Tensor, self.rows)).to(torch.float32)
-        return rows * F.embedding(ids, cast(Tensor, self.scale))
-
-
 class Gelu(nn.Module):
     """x (1 + erf(x / sqrt(2))) / 2, with the products in the order that ONNX Runtime fuses."""
 
@@ -268,7 +161,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lowered(model: Model) -> nn.Module:
-    """The network with every layer that has a range replaced by its quantized form; the input is untouched."""
+    """The network with every layer that has a range or a spec in its quantized form; the input is untouched."""
     network = copy.deepcopy(model.network)
     network.eval()
     if isinstance(network, Transformer) and getattr(network.backbone, "_supports_sdpa", False):
@@ -278,15 +171,24 @@ def lowered(model: Model) -> nn.Module:
     for name, module in list(network.named_modules()):
         if isinstance(module, GELUActivation):
             put(network, name, Gelu())
-    for name, given in model.ranges.items():
-        if not name.endswith(OUT):
-            linear = cast(nn.Linear, network.get_submodule(name))
-            put(network, name, QuantizedLinear(linear, given, model.ranges.get(name + OUT)))
-    if model.ranges:
+    if model.ranges or model.weights:
         for name, module in list(network.named_modules()):
-            if isinstance(module, nn.Embedding) and module.weight.numel() > 100_000:
-                put(network, name, QuantizedEmbedding(module))
+            new = _quantized(model, name, module)
+            if new is not None:
+                put(network, name, new)
     return network
+
+
+def _quantized(model: Model, name: str, module: nn.Module) -> nn.Module | None:
+    """The form of a layer that has a range or a spec; None where it stays."""
+    given, spec = model.ranges.get(name), model.weights.get(name, Weights())
+    if isinstance(module, nn.Embedding) and (name in model.weights or module.weight.numel() > _LARGE_TABLE):
+        return QuantizedEmbedding(module, spec)
+    if isinstance(module, nn.Linear) and given is not None:
+        return QuantizedLinear(module, given, model.ranges.get(name + OUT), spec)
+    if isinstance(module, nn.Linear) and name in model.weights:
+        return WeightOnlyLinear(module, spec)
+    return None
 
 
 def _onnx(network: nn.Module, max_length: int, width: int = 0, hidden: bool = False) -> onnx.ModelProto:
@@ -310,11 +212,7 @@ def _onnx(network: nn.Module, max_length: int, width: int = 0, hidden: bool = Fa
             input_names=["hidden", "mask"] if width else ["ids", "mask", "types"],
             output_names=["logits", "states"] if hidden else ["logits"],
             dynamic_shapes=({0: batch, 1: tokens},) * len(example),
-            custom_translation_table={
-                torch.ops.netweight.fake_uint8.default: _qdq,
-                torch.ops.netweight.fake_int8.default: _qdq_signed,
-                torch.ops.netweight.from_int8.default: _dq,
-            },
+            custom_translation_table=TRANSLATIONS,
         )
     proto = cast(onnx.ModelProto, cast(Any, program).model_proto)
     onnx.checker.check_model(proto)

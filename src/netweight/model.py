@@ -13,10 +13,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -45,7 +45,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Range:
-    """Range of a layer's input, and the bit-width that it and the layer's weights are quantized to."""
+    """Range of a layer's input (or output), and the bits that it is quantized to."""
 
     low: float
     high: float
@@ -53,18 +53,39 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """How a layer's weights are quantized: what shares a scale, whether zero lies in the middle, where to clip.
+
+    `group`: inputs that share one, for granularity "group". `steps`: learned scales, one for each that there is; where
+    there is none, scales follow from the weights by `clip`.
+    """
+
+    bits: int = 8
+    granularity: Literal["channel", "tensor", "group"] = "channel"
+    group: int = 0
+    symmetric: bool = True
+    clip: Literal["minmax", "mse"] = "minmax"
+    steps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
 class Model:
-    """Network + text encoder + task (+ ranges, once a technique set them)."""
+    """Network + text encoder + task (+ ranges and weights' specs, once a technique set them).
+
+    A layer with a range and no spec has 8-bit weights, symmetric, one scale a channel. A layer with a spec and no range
+    is quantized in its weights only.
+    """
 
     network: Network
     encoder: TextEncoder
     task: Task
     base: Base
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    weights: Mapping[str, Weights] = field(default_factory=dict)
 
     def with_network(self, network: Network) -> Model:
-        """The same model around another network; ranges of the old one are dropped."""
-        return replace(self, network=network, ranges={})
+        """The same model around another network; what quantization knew of the old one is dropped."""
+        return replace(self, network=network, ranges={}, weights={})
 
     def copy(self) -> Model:
         """A model whose network may be trained without touching this one."""
@@ -90,6 +111,8 @@ class Model:
         return sum(value.numel() * value.element_size() for value in tensors(self.network).values())
 
     def _header(self) -> dict[str, Any]:
+        # Left out where there are none: models keep the digests that they had before there were any.
+        weights = {"weights": {name: asdict(w) for name, w in sorted(self.weights.items())}} if self.weights else {}
         return {
             "spec": self.network.spec(),
             "task": self.task.to_dict(),
@@ -98,6 +121,7 @@ class Model:
             "tokenizer": hashlib.sha256(self.encoder.definition.encode()).hexdigest(),
             "base": [self.base.name, self.base.licence, self.base.digest],
             "ranges": {name: [r.low, r.high, r.bits] for name, r in sorted(self.ranges.items())},
+            **weights,
         }
 
     def save(self, folder: Path) -> None:
@@ -123,8 +147,12 @@ class Model:
             raise ModelError(f"{folder} holds no complete saved model: {problem}") from problem
         network.eval()
         ranges = {name: Range(low, high, bits) for name, (low, high, bits) in header["ranges"].items()}
+        weights = {
+            name: Weights(**{**given, "steps": tuple(given["steps"])})
+            for name, given in header.get("weights", {}).items()
+        }
         encoder = TextEncoder(definition, header["max_length"], header["pad"])
-        return Model(network, encoder, task_from_dict(header["task"]), Base(*header["base"]), ranges)
+        return Model(network, encoder, task_from_dict(header["task"]), Base(*header["base"]), ranges, weights)
 
 
 def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> Model:

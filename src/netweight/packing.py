@@ -1,4 +1,5 @@
-"""Arrays in as few bytes as their values need, without loss: zeros as a bitmask, small integers in 1 to 7 bits.
+"""Arrays in as few bytes as their values need, without loss: zeros as a bitmask, small integers in 1 to 7 bits, and
+in two bytes floats that fp16 holds.
 
 Nothing computes on packed arrays. They make files small; an engine unpacks them once, when it loads. So a pruned or
 4-bit model is smaller on disk and exactly as fast as before.
@@ -26,13 +27,14 @@ _HEADER = "netweight"
 @dataclass(frozen=True)
 class Form:
     """How one array is stored. `bits` of each value above `low` (0: as it is); `sparse`: of the values that are not
-    zero, beside a bitmask that says where they stand."""
+    zero, beside a bitmask that says where they stand; `half`: in fp16."""
 
     dtype: str
     shape: tuple[int, ...]
     bits: int = 0
     low: int = 0
     sparse: bool = False
+    half: bool = False
 
 
 def packed(arrays: Mapping[str, NDArray[Any]], **more: Any) -> bytes:
@@ -42,8 +44,13 @@ def packed(arrays: Mapping[str, NDArray[Any]], **more: Any) -> bytes:
     for name, array in arrays.items():
         forms[name] = form_of(array)
         held |= _stored(name, np.ascontiguousarray(array), forms[name])
-    header = {"forms": {name: asdict(form) for name, form in forms.items()}, "more": more}
+    header = {"forms": {name: _described(form) for name, form in forms.items()}, "more": more}
     return save(held, {_HEADER: json.dumps(header)})
+
+
+def _described(form: Form) -> dict[str, Any]:
+    """What a header says of a form; `half` where it holds, so that files without are those of older versions."""
+    return {name: value for name, value in asdict(form).items() if name != "half" or value}
 
 
 def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -90,14 +97,25 @@ def unpacked_file(data: bytes) -> bytes:
 def form_of(array: NDArray[Any]) -> Form:
     """The smallest form: of all values or of those that are not zero, in as few bits as their spread needs."""
     dtype, shape = array.dtype.str, array.shape
+    half = _fits_half(array)
     present = array[array != 0] if _without_minus_zero(array) else array.reshape(-1)
     best, least = Form(dtype, shape), array.nbytes
     for sparse, values in ((False, array.reshape(-1)), (True, present)):
         bits, low = _bits(values)
-        size = (len(values) * (bits or 8 * array.itemsize) + 7) // 8 + sparse * ((array.size + 7) // 8)
+        each = bits or (16 if half else 8 * array.itemsize)
+        size = (len(values) * each + 7) // 8 + sparse * ((array.size + 7) // 8)
         if size < least and (not sparse or present.size < array.size):
-            best, least = Form(dtype, shape, bits, low, sparse), size
+            best, least = Form(dtype, shape, bits, low, sparse, half), size
     return best
+
+
+def _fits_half(array: NDArray[Any]) -> bool:
+    """Whether fp16 holds every value, bit for bit."""
+    if array.dtype != np.float32:
+        return False
+    with np.errstate(over="ignore"):
+        again = array.astype(np.float16).astype(np.float32)
+    return again.tobytes() == array.tobytes()
 
 
 def _without_minus_zero(array: NDArray[Any]) -> bool:
@@ -120,7 +138,9 @@ def _stored(name: str, array: NDArray[Any], form: Form) -> dict[str, NDArray[Any
     if form.bits:
         small = (values.astype(np.int16) - form.low).astype(np.uint8)
         values = np.packbits(np.unpackbits(small[:, None], axis=1, bitorder="little", count=form.bits))
-    held[name] = values if form.bits or form.sparse else array
+    if form.half:
+        values = values.astype(np.float16)
+    held[name] = values if form.bits or form.sparse or form.half else array
     return held
 
 

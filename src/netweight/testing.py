@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -44,9 +44,7 @@ _CLOSE = 1e-4  # of the largest value: what predicted scores may move by when su
 
 def fresh_digest(model: Model) -> str:
     """The model's digest, computed now: the one on the model is remembered from the first time it was asked."""
-    from netweight.model import Model
-
-    return Model(model.network, model.encoder, model.task, model.base, model.ranges).digest
+    return replace(model).digest
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ class TechniqueContract:
         tier = Tier("tier", exported.kind, "file", exported.options)
         engine = tier_engine(tier, exported.data, made.encoder.pad, 1)
         tokens = made.encoder.encode(self.texts, self.pairs)
-        network = lowered(made) if made.ranges else made.network
+        network = lowered(made) if made.ranges or made.weights else made.network
         with torch.no_grad():
             padded = tokens.padded(np.arange(len(tokens)), made.encoder.pad)
             wanted = network(*map(torch.from_numpy, padded)).numpy()

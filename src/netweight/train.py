@@ -88,6 +88,11 @@ class Plan:
     reporter: Reporter = field(default_factory=Silent, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.precision == "fp16":  # type: ignore[comparison-overlap]
+            raise OptionError(
+                "precision fp16 needs its losses scaled against underflow, and few processors multiply fp16; use bf16, "
+                "which has the range of fp32."
+            )
         checks = {
             "epochs": self.epochs > 0,
             "batch_size": self.batch_size >= 1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, Protocol
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol, cast
 
 from torch import nn
 
@@ -31,10 +31,13 @@ def describe(recipe: Recipe) -> list[dict[str, Any]]:
     ]
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_plain(one) for one in value)
-    return value.digest if isinstance(value, Model) else value
+def _plain(option: Any) -> Any:
+    """An option as plain values: a model by its digest, a technique described."""
+    if isinstance(option, tuple):
+        return tuple(_plain(one) for one in option)
+    if isinstance(option, Model):
+        return option.digest
+    return describe((cast(Technique, option),))[0] if is_dataclass(option) else option
 
 
 def transformer(model: Model, who: str) -> Transformer:

@@ -1,28 +1,33 @@
-"""Static int8: ranges of every linear layer's input, from one pass over some rows.
+"""Static int8 and less: ranges of every linear layer's input, from a pass or two over some rows; weights in few bits.
 
-Affine quantization as in Jacob et al. (CVPR 2018): activations per tensor and asymmetric, weights per output
-channel and symmetric. The ranges are kept on the model; `export` lowers them to QuantizeLinear and
-DequantizeLinear, whose result does not depend on the batch a row happens to be in.
+Affine quantization as in Jacob et al. (CVPR 2018): activations per tensor and asymmetric, weights, unless asked
+otherwise, per output channel and symmetric. Ranges and specs are kept on the model; `export` lowers them to
+QuantizeLinear and DequantizeLinear, whose result does not depend on the batch a row happens to be in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from netweight.errors import OptionError
 from netweight.loss import Batch
-from netweight.model import Model, Range
+from netweight.model import Model, Range, Weights
 from netweight.network import Network
+from netweight.quantizer import entropy_range, mse_range, percentile_range
 from netweight.run import Run
 from netweight.techniques.base import transformer
 from netweight.train import Plan
 
 _BINS = 2048
+_CHOICES = {"granularity": ("channel", "tensor", "group"), "weight_clip": ("minmax", "mse")}
+
+# Group sizes of which ONNX Runtime has a kernel.
+GROUPS = (16, 32, 64, 128, 256)
 
 # Ranges of a layer's output bear its name and this.
 OUT = "/out"
@@ -32,29 +37,108 @@ OUT = "/out"
 _FACTORS = ("query", "key", "value", "q_lin", "k_lin", "v_lin")
 
 
+Method = Literal["minmax", "percentile", "mse", "entropy"]
+
+
 @dataclass(frozen=True)
 class Quantize:
-    """Calibrate every linear layer of a transformer on `rows` training rows.
+    """Round every linear layer of a transformer, and its token tables, to few bits; calibrated on `rows` rows.
 
-    `method`: "minmax" takes the extremes, "percentile" cuts `1 - percentile` of the values off at each end.
+    `method` finds the range of a layer's input: "minmax" takes the extremes, "percentile" cuts `1 - percentile` of the
+    values off at each end, "mse" takes the range with the least squared error, "entropy" the one with the least KL
+    divergence (Migacz, GTC 2017). `activations` "none" rounds weights only, and calibrates nothing.
+
+    `weight_bits` of each weight, 2 to 8; what shares a scale is an output channel, the tensor, or a `group` of inputs
+    (with activations "none", since no integer kernel has groups). `weight_clip` "mse" looks for the scale with the
+    least squared error.
     """
 
-    method: Literal["minmax", "percentile"] = "percentile"
+    method: Method = "percentile"
     percentile: float = 0.99999
     rows: int = 300
+    weight_bits: int = 8
+    granularity: Literal["channel", "tensor", "group"] = "channel"
+    group: int | None = None
+    symmetric: bool = True
+    weight_clip: Literal["minmax", "mse"] = "minmax"
+    activations: Literal["static", "none"] = "static"
+    activation_bits: int = 8
+    table_bits: int = 8
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"unknown {name} {getattr(self, name)!r} of Quantize; use {' or '.join(allowed)}.")
+        if self.method not in get_args(Method):
+            raise OptionError(f"unknown calibration {self.method!r}; use {', '.join(get_args(Method))}.")
+        if self.activations == "dynamic":  # type: ignore[comparison-overlap]
+            raise OptionError(
+                "dynamic activations take ranges from each batch, so that labels depend on a row's neighbours; "
+                "use static or none. `netweight bench` has ONNX Runtime's dynamic int8 to compare with."
+            )
+        if self.activations not in ("static", "none"):
+            raise OptionError(f"unknown activations {self.activations!r}; use static or none.")
+        for name in ("weight_bits", "activation_bits", "table_bits"):
+            if not 2 <= getattr(self, name) <= 8:
+                raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
+        if (self.granularity == "group") != (self.group is not None):
+            raise OptionError(
+                f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size."
+            )
+        if self.group is not None and self.group not in GROUPS:
+            raise OptionError(f"a group of {self.group} inputs has no kernel; use {', '.join(map(str, GROUPS))}.")
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.activations == "static":
+            if self.granularity == "group":
+                raise OptionError("no integer kernel has groups; use granularity 'channel', or activations 'none'.")
+            if self.method != "percentile" and self.percentile != Quantize.percentile:
+                raise OptionError(f"percentile does not apply to calibration {self.method!r}; leave it out.")
+            return
+        for name in ("method", "percentile", "rows", "activation_bits"):
+            if getattr(self, name) != getattr(Quantize, name):
+                raise OptionError(f"{name} does not apply where activations are not quantized; leave it out.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Quantize")
-        if self.method not in ("minmax", "percentile"):
-            raise OptionError(f"unknown calibration {self.method!r}; use minmax or percentile.")
+        ranges = self._ranges(model, run) if self.activations == "static" else {}
+        return replace(model, ranges=ranges, weights=self.specs(network))
+
+    def specs(self, network: nn.Module) -> dict[str, Weights]:
+        """What is noted of each layer's weights; nothing for what a range alone implies."""
+        spec = Weights(self.weight_bits, self.granularity, self.group or 0, self.symmetric, self.weight_clip)
+        found = {} if self.activations == "static" and spec == Weights() else dict.fromkeys(linears(network), spec)
+        if self.table_bits < 8:
+            table = Weights(self.table_bits, clip=self.weight_clip)
+            found |= {n: table for n, m in network.named_modules() if isinstance(m, nn.Embedding)}
+        return found
+
+    def _ranges(self, model: Model, run: Run) -> dict[str, Range]:
+        names = points(model.network)
         extremes = run.reduce(model, Extremes(), self.rows)
-        ranges = {name: (-float(extremes[f"{name}/low"]), float(extremes[f"{name}/high"])) for name in points(network)}
+        ends = {name: (-float(extremes[f"{name}/low"]), float(extremes[f"{name}/high"])) for name in names}
+        if self.method == "entropy":
+            ends = {name: (-max(-low, high), max(-low, high)) for name, (low, high) in ends.items()}
+        if self.method != "minmax":
+            counts = run.reduce(model, Histogram(tuple(ends.items())), self.rows)
+            clipped = {name: self._clipped(counts[name], name, *ends[name]) for name in names}
+            if self.method == "entropy":
+                # The threshold is one of |x|; values of one sign need no room for the other.
+                clipped = {
+                    name: (max(low, -float(extremes[f"{name}/low"])), min(high, float(extremes[f"{name}/high"])))
+                    for name, (low, high) in clipped.items()
+                }
+            ends = clipped
+        bits = self.activation_bits
+        return {name: Range(min(low, 0.0), max(high, 0.0), bits) for name, (low, high) in ends.items()}
+
+    def _clipped(self, counts: Tensor, name: str, low: float, high: float) -> tuple[float, float]:
         if self.method == "percentile":
-            counts = run.reduce(model, Histogram(tuple(ranges.items())), self.rows)
-            ranges = {name: trimmed(counts[name], *ends, self.percentile) for name, ends in ranges.items()}
-        return replace(
-            model, ranges={name: Range(min(low, 0.0), max(high, 0.0)) for name, (low, high) in ranges.items()}
-        )
+            return percentile_range(counts, low, high, self.percentile)
+        if self.method == "mse":
+            return mse_range(counts, low, high, self.activation_bits, around_zero=name.endswith(OUT))
+        return entropy_range(counts, low, high, self.activation_bits)
 
 
 def linears(network: nn.Module) -> dict[str, nn.Linear]:
@@ -116,12 +200,3 @@ def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return seen
-
-
-def trimmed(counts: Tensor, low: float, high: float, keep: float) -> tuple[float, float]:
-    """The range that holds the share `keep` of a histogram at each end."""
-    below = counts.cumsum(0) / counts.sum()
-    width = (high - low) / len(counts)
-    first = int((below > 1 - keep).nonzero()[0])
-    last = int((below >= keep).nonzero()[0])
-    return low + first * width, low + (last + 1) * width

@@ -1,0 +1,392 @@
+"""Quantization: grids and clips against closed forms, lowering against its pure functions, engines against both."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from conftest import FAMILIES, tiny_model
+from netweight.data import Dataset
+from netweight.errors import ModelError, OptionError
+from netweight.export import export, lowered
+from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
+from netweight.lower import packed as nibbles
+from netweight.lower import unpacked as bytes_of
+from netweight.model import Model, Range, Weights
+from netweight.quantizer import (
+    affine,
+    entropy_range,
+    fake,
+    grid,
+    grouped,
+    held_bytes,
+    mse_range,
+    percentile_range,
+    ungrouped,
+)
+from netweight.run import Local
+from netweight.run.local import logits_of
+from netweight.techniques import Half, Quantize, SwapActivation, Technique
+from netweight.techniques.quantize import Method, linears
+from netweight.testing import TechniqueContract
+from netweight.train import Plan
+
+PLAN = Plan(batch_size=16, precision="fp32")
+SPECS = st.builds(
+    Weights,
+    bits=st.integers(2, 8),
+    granularity=st.sampled_from(["channel", "tensor"]),
+    symmetric=st.booleans(),
+    clip=st.sampled_from(["minmax", "mse"]),
+)
+GROUPED = st.builds(
+    Weights, st.integers(2, 8), st.just("group"), st.sampled_from([16, 32, 64]), st.booleans(), st.just("minmax")
+)
+
+
+def some(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+# --- grids ---
+
+
+@settings(max_examples=30)
+@given(st.one_of(SPECS, GROUPED), st.integers(0, 99))
+def test_rounding_moves_no_weight_by_more_than_half_a_step(spec: Weights, seed: int) -> None:
+    weight = some(5, 24, seed)
+    scale, _ = grid(weight, spec)
+    moved = grouped(fake(weight, spec) - weight, spec).abs()
+    steps = 0.5 if spec.symmetric else 1.0  # a zero point is itself rounded, and may cost the end a half
+    if spec.clip == "minmax":
+        assert bool((moved <= steps * scale * (1.01 if spec.group else 1.0001)).all())
+    else:
+        plain = fake(weight, replace(spec, clip="minmax"))
+        assert float((fake(weight, spec) - weight).square().sum()) <= float((plain - weight).square().sum()) + 1e-6
+    # What is rounded stays where it is.
+    held = set(torch.unique(grouped(fake(weight, spec), spec)[0]).tolist())
+    assert len(held) <= 2**spec.bits
+
+
+def test_groups_fill_up_and_come_back() -> None:
+    weight = some(3, 40)
+    rows = grouped(weight, Weights(4, "group", 32))
+    assert rows.shape == (6, 32)
+    assert torch.equal(ungrouped(rows, weight.shape), weight)
+    assert held_bytes(weight.shape, Weights(4, "group", 32)) == 60 + 6 * 2
+    assert held_bytes(weight.shape, Weights(3)) == 45 + 3 * 4
+    assert held_bytes(weight.shape, Weights(8, "tensor")) == 120 + 4
+
+
+def test_finer_grids_are_closer() -> None:
+    weight = some(8, 64) * torch.logspace(-1, 1, 64)
+    errors = [
+        float((fake(weight, spec) - weight).square().mean())
+        for spec in (Weights(4, "tensor"), Weights(4), Weights(4, "group", 16), Weights(8, "group", 16))
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_range_holds_zero_exactly(bits: int) -> None:
+    scale, zero = affine(Range(-1.3, 2.9, bits))
+    assert scale == pytest.approx(4.2 / (2**bits - 1))
+    assert 0 <= zero < 2**bits
+    rounding = Unsigned(Range(-1.3, 2.9, bits))
+    x = torch.linspace(-3, 5, 999)
+    assert len(torch.unique(rounding(x))) == 2**bits
+    assert float(rounding(torch.zeros(1))) == 0
+    assert float((rounding(x) - x.clamp(*sorted(((0 - zero) * scale, (2**bits - 1 - zero) * scale)))).abs().max()) < (
+        0.5001 * scale
+    )
+    signed = Signed(Range(-1.0, 2.0, bits))
+    assert len(torch.unique(signed(x))) == 2**bits
+    assert signed.scale == pytest.approx(2 / (2 ** (bits - 1) - 1))
+
+
+# --- where to clip ---
+
+
+def gaussian(bins: int = 2048, reach: float = 8.0) -> torch.Tensor:
+    edges = torch.linspace(-reach, reach, bins + 1, dtype=torch.float64)
+    share: torch.Tensor = torch.special.ndtr(edges).diff()
+    return share
+
+
+@pytest.mark.parametrize(("bits", "best"), [(2, 1.71), (3, 2.15), (4, 2.55)])
+def test_least_squared_error_clips_a_gaussian_where_theory_does(bits: int, best: float) -> None:
+    # Optimal clips of a Gaussian: Banner, Nahshan and Soudry, NeurIPS 2019, table in section 3.
+    low, high = mse_range(gaussian(), -8.0, 8.0, bits)
+    assert (high - low) / 2 == pytest.approx(best, rel=0.12)
+
+
+def test_a_search_is_no_worse_than_all_it_could_try() -> None:
+    counts = torch.tensor([1.0, 9, 40, 5, 0, 0, 0, 1], dtype=torch.float64)
+
+    def error(low: float, high: float) -> float:
+        middle = -1 + (torch.arange(8) + 0.5) * 3 / 8
+        scale, zero = affine(Range(low, high, 2))
+        q = ((middle / scale).round() + zero).clamp(0, 3)
+        return float((((q - zero) * scale - middle).square() * counts).sum())
+
+    found = error(*mse_range(counts, -1.0, 2.0, 2))
+    one_end = [error(-r, 2.0) for r in np.linspace(0.1, 1, 128)] + [
+        error(-1.0, 2 * r) for r in np.linspace(0.1, 1, 128)
+    ]
+    assert found <= min(one_end) + 1e-9
+    assert found < error(-1.0, 2.0)
+    low, high = mse_range(counts, -1.0, 2.0, 2, around_zero=True)
+    assert low == pytest.approx(-high / 2)
+
+
+def slow_entropy(counts: list[float], high: float, bits: int) -> float:
+    """Migacz's procedure, with loops."""
+    half = len(counts) // 2
+    size = [counts[half + i] + counts[half - 1 - i] for i in range(half)]
+    levels, best, at = 2 ** (bits - 1), math.inf, half
+    for kept in range(levels, half + 1):
+        p, q = size[:kept], [0.0] * kept
+        for level in range(levels):
+            mine = [i for i in range(kept) if i * levels // kept == level]
+            there = [i for i in mine if p[i] > 0]
+            for i in there:
+                q[i] = sum(p[j] for j in mine) / len(there)
+        p[-1] += sum(size[kept:])
+        if any(a > 0 and b == 0 for a, b in zip(p, q)):
+            continue
+        total = sum(q)
+        found = sum(a / sum(p) * math.log(a / sum(p) / (b / total)) for a, b in zip(p, q) if a > 0)
+        if found < best:
+            best, at = found, kept
+    return high * at / half
+
+
+def test_least_divergence_is_that_of_the_loops() -> None:
+    rng = np.random.default_rng(0)
+    for values in (rng.normal(size=4000), rng.laplace(size=4000), rng.uniform(-1, 1, 4000), rng.exponential(size=4000)):
+        reach = float(np.abs(values).max())
+        counts, _ = np.histogram(values, 128, (-reach, reach))
+        found = entropy_range(torch.from_numpy(counts).double(), -reach, reach, 4)
+        assert found == pytest.approx((-found[1], slow_entropy(counts.tolist(), reach, 4)))
+    # One value far away is not worth the levels that it would cost.
+    values = np.append(rng.normal(size=4000), 12.0)
+    counts, _ = np.histogram(values, 512, (-12, 12))
+    assert entropy_range(torch.from_numpy(counts).double(), -12.0, 12.0, 5)[1] < 6
+
+
+def test_percentiles_cut_both_ends() -> None:
+    assert percentile_range(torch.ones(100), -1.0, 1.0, 0.9) == pytest.approx((-0.8, 0.8))
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_calibrations_end_within_the_extremes(method: Any, model: Model, dataset: Dataset) -> None:
+    run = Local(dataset)
+    wide = Quantize(method="minmax", rows=40)(model, run, PLAN)
+    made = Quantize(method=method, rows=40, activation_bits=5)(model, run, PLAN)
+    assert made.ranges.keys() == wide.ranges.keys()
+    for name, found in made.ranges.items():
+        assert found.bits == 5
+        assert wide.ranges[name].low - 1e-6 <= found.low <= 0 <= found.high <= wide.ranges[name].high + 1e-6
+    if method in ("mse", "entropy"):
+        assert any(found.high < 0.99 * wide.ranges[name].high for name, found in made.ranges.items())
+
+
+# --- lowering ---
+
+
+@settings(max_examples=30)
+@given(SPECS)
+def test_integer_layers_are_fake_ones(spec: Weights) -> None:
+    linear, x = nn.Linear(24, 7), some(3, 24)
+    layer = QuantizedLinear(linear, Range(-4, 4), None, spec)
+    wanted = F.linear(Unsigned(Range(-4, 4))(x), fake(linear.weight, spec), linear.bias)
+    torch.testing.assert_close(layer(x), wanted.detach(), atol=1e-5, rtol=1e-5)
+    assert layer.weight.dtype == torch.int8  # type: ignore[union-attr]
+
+
+@settings(max_examples=30)
+@given(st.one_of(SPECS, GROUPED), st.sampled_from([16, 24, 40, 64]))
+def test_weight_only_layers_are_fake_ones(spec: Weights, inputs: int) -> None:
+    linear, x = nn.Linear(inputs, 7, bias=False), some(3, inputs)
+    layer = WeightOnlyLinear(linear, spec)
+    torch.testing.assert_close(layer(x), F.linear(x, fake(linear.weight, spec)).detach(), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 15), min_size=1))
+def test_nibbles_come_back(values: list[int]) -> None:
+    held = nibbles(torch.tensor(values), 4)
+    assert len(held) == (len(values) + 1) // 2
+    assert bytes_of(held, 4)[: len(values)].tolist() == values
+
+
+def test_tables_take_their_bits() -> None:
+    table = nn.Embedding(9, 16)
+    held = QuantizedEmbedding(table, Weights(4))
+    assert int(held.rows.max()) <= 7  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(held(torch.arange(9)), fake(table.weight, Weights(4)).detach())
+
+
+class Side(nn.Module):
+    """Layers side by side, so that one export will do."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=1)
+
+
+def test_both_engines_multiply_by_few_bits() -> None:
+    import onnxruntime as ort
+
+    specs = (Weights(4, "group", 32), Weights(3, "group", 16, False), Weights(4, "group", 16, False), Weights(6))
+    layer, x = Side(*(WeightOnlyLinear(nn.Linear(40, 24), spec) for spec in specs)).eval(), some(4, 40)
+    made: Any = torch.onnx.export(
+        layer,
+        (x,),
+        dynamo=True,
+        verbose=False,
+        opset_version=18,
+        input_names=["x"],
+        dynamic_shapes=({0: torch.export.Dim("n")},),
+        custom_translation_table=TRANSLATIONS,
+    )
+    data = made.model_proto.SerializeToString()
+    assert [node.op_type for node in made.model_proto.graph.node] == [*4 * ["MatMulNBits", "Add"], "Concat"]
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    many = some(33, 40, 1)
+    np.testing.assert_allclose(session.run(None, {"x": many.numpy()})[0], layer(many), atol=1e-5)
+    one = np.concatenate([session.run(None, {"x": row[None].numpy()})[0] for row in many])
+    np.testing.assert_allclose(one, layer(many), atol=1e-5)
+    ov = pytest.importorskip("openvino")
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = ov.Core().compile_model(ov.Core().read_model(data), "CPU", hints)
+    np.testing.assert_allclose(compiled(many.numpy())[0], layer(many), atol=1e-5)
+
+
+# --- the technique ---
+
+FORMS = [
+    Quantize(rows=40, weight_bits=4, weight_clip="mse", method="mse"),
+    Quantize(activations="none", weight_bits=4, granularity="group", group=16, table_bits=4),
+    Half(),
+    SwapActivation("relu6", epochs=1),
+]
+MORE = [
+    Quantize(rows=40, symmetric=False, granularity="tensor", weight_bits=6),
+    Quantize(rows=40, weight_bits=2, activation_bits=6, method="entropy"),
+    Quantize(activations="none", weight_bits=3),
+    Quantize(activations="none", symmetric=False, granularity="group", group=64),
+]
+
+
+def contract(technique: Technique, model: Model, dataset: Dataset, folder: Path) -> None:
+    TechniqueContract(technique, model, lambda: Local(dataset), PLAN, dataset.train.text).check(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", FORMS + MORE, ids=lambda t: str(t)[:60])
+def test_contract(technique: Technique, dataset: Dataset, tmp_path: Path) -> None:
+    contract(technique, tiny_model(layers=1), dataset, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", FORMS, ids=lambda t: str(t)[:60])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "bert"])
+def test_contract_in_every_family(family: str, technique: Technique, dataset: Dataset, tmp_path: Path) -> None:
+    contract(technique, tiny_model(family=family, layers=1), dataset, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_quantized_whole(family: str, dataset: Dataset, tmp_path: Path) -> None:
+    model = tiny_model(family=family, layers=1)
+    made = Quantize(activations="none", weight_bits=4, granularity="group", group=16, table_bits=5)(
+        model, Local(dataset), PLAN
+    )
+    tokens = model.encoder.encode(dataset.train.text)
+    low = lowered(made)
+    assert not any(isinstance(m, nn.Linear | nn.Embedding) for m in low.backbone.modules())  # type: ignore[union-attr]
+    with torch.no_grad():
+        padded = tuple(map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))
+        few, plain = low(*padded), model.network(*padded)
+    assert 0 < float((few - plain).abs().max()) < 0.5 * float(plain.abs().max())
+    made.save(tmp_path)
+    again = Model.load(tmp_path)
+    assert (again.weights, again.digest) == (made.weights, made.digest)
+    assert made.digest != model.digest
+
+
+def test_the_default_notes_ranges_alone(model: Model, dataset: Dataset) -> None:
+    made = Quantize(rows=40)(model, Local(dataset), PLAN)
+    assert not made.weights
+    assert set(made.ranges) > set(linears(model.network))
+    assert "weights" not in made._header()
+    assert made.with_network(model.network).ranges == {}
+
+
+@pytest.mark.slow
+def test_few_bits_make_small_files(dataset: Dataset) -> None:
+    model = tiny_model(layers=1, more=[f"word{i}" for i in range(3000)])
+    dense = len(export(model).data)
+    few = Quantize(activations="none", weight_bits=4, granularity="group", group=32, table_bits=4)
+    small = export(few(model, Local(dataset), PLAN))
+    assert small.options == {"packed": True}
+    assert len(small.data) < dense - 0.8 * model.bytes
+    half = export(Half()(model, Local(dataset), PLAN))
+    assert len(half.data) < dense - 0.45 * model.bytes
+
+
+def test_half_rounds_and_saves_in_two_bytes(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    made = Half()(model, Local(dataset), PLAN)
+    made.save(tmp_path / "half")
+    model.save(tmp_path / "whole")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.7 * sizes[1]
+    tokens = model.encoder.encode(dataset.train.text)
+    torch.testing.assert_close(logits_of(made, tokens), logits_of(model, tokens), atol=2e-3, rtol=2e-3)
+    with torch.no_grad():
+        next(model.network.parameters())[0, 0] = 1e5
+    with pytest.raises(ModelError, match="holds 100000; fp16 ends at 65504"):
+        Half()(model, Local(dataset), PLAN)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"method": "magic"}, "unknown calibration 'magic'; use minmax, percentile, mse, entropy"),
+    ({"granularity": "row"}, "unknown granularity 'row' of Quantize; use channel or tensor or group"),
+    ({"weight_clip": "percentile"}, "unknown weight_clip 'percentile'"),
+    ({"activations": "dynamic"}, "dynamic activations take ranges from each batch"),
+    ({"activations": "bf16"}, "unknown activations 'bf16'; use static or none"),
+    ({"weight_bits": 1}, "weight_bits of Quantize is 1; use 2 to 8"),
+    ({"activation_bits": 16}, "activation_bits of Quantize is 16"),
+    ({"group": 32}, "granularity 'channel' does not go with group 32"),
+    ({"granularity": "group", "activations": "none"}, "granularity 'group' does not go with group None"),
+    ({"granularity": "group", "group": 48, "activations": "none"}, "a group of 48 inputs has no kernel; use 16, 32"),
+    ({"granularity": "group", "group": 32}, "no integer kernel has groups"),
+    ({"method": "mse", "percentile": 0.9}, "percentile does not apply to calibration 'mse'"),
+    ({"activations": "none", "rows": 5}, "rows does not apply where activations are not quantized"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=lambda v: str(v)[:50])
+def test_what_does_not_apply_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Quantize(**options)
+
+
+def test_training_in_fp16_is_refused() -> None:
+    with pytest.raises(OptionError, match="precision fp16 needs its losses scaled"):
+        Plan(precision="fp16")  # type: ignore[arg-type]
