@@ -13,17 +13,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight import choose
+from conftest import FAMILIES, tiny_model
+from netweight import choose, search
+from netweight.anatomy import blocks
 from netweight.artifact import Tier
 from netweight.certify import fit_temperature
 from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, plan
-from netweight.data import Rows
+from netweight.data import Dataset, Rows
 from netweight.engine import cascade as engine
+from netweight.errors import ModelError
 from netweight.job import Job, Options, Tables, prepare
+from netweight.layers import Activate
 from netweight.measure import Cost
-from netweight.search import Point, Search, ladder
+from netweight.run import Local
+from netweight.search import Point, Search, ladder, student
 from netweight.task import Classify, Score
-from netweight.techniques import Distill, Quantize
+from netweight.techniques import Distill, Quantize, Shrink
+from netweight.train import Plan
 
 TASK = Classify(("a", "b", "c"))
 N, SELECT = 600, 200
@@ -49,19 +55,45 @@ def two(seed: int = 0) -> tuple[Point, Point, np.ndarray]:
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 12, 22])
 def test_the_ladder_of_any_depth(depth: int) -> None:
-    rungs = ladder(depth)
+    teacher = tiny_model(layers=depth)
+    rungs = ladder(teacher)
     names = [rung.name for rung in rungs]
     assert len(set(names)) == len(names)
     assert {"linear", "full-int8", "static"} <= set(names[:3]), "the first three rungs are always made"
     assert all(0 < rung.share < 1 for rung in rungs)
-    students = [rung.recipe for rung in rungs if isinstance(rung.recipe[0], Distill)]
+    students = [rung.recipe for rung in rungs if isinstance(rung.recipe[0], Shrink)]
     kept = [recipe[0].layers for recipe in students]  # type: ignore[attr-defined]
     assert kept == sorted({max(1, depth // 3), max(1, depth // 2)} - {depth})
     assert all(isinstance(recipe[-1], Quantize) for recipe in students), "nothing but int8 encoders ships"
+    assert all(recipe[-2].teachers == (teacher,) for recipe in students)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_student_of_any_family(family: str, dataset: Dataset) -> None:
+    teacher = tiny_model(family=family)
+    made = teacher
+    for step in student(teacher, 1, distil=Distill(epochs=1)):
+        made = step(made, Local(dataset), Plan(batch_size=16, precision="fp32"))
+    assert made.depth == 1
+    assert made.ranges
+    block = blocks(made.network)[0]  # type: ignore[arg-type]
+    assert block.neurons == 32
+    assert any(isinstance(m, Activate) for m in made.network.modules())
+
+
+def test_a_student_where_nothing_can_be_cut_has_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(network: object) -> None:
+        raise ModelError("no")
+
+    monkeypatch.setattr(search, "blocks", refuse)
+    teacher = tiny_model()
+    assert [type(step) for step in student(teacher, 1)] == [Distill, Quantize]
+    monkeypatch.undo()
+    assert [type(s) for s in student(teacher, 2, 1.0, None)] == [Distill, Quantize], "and where nothing is to be cut"
 
 
 def test_ask_and_tell_walk_the_ladder_once() -> None:
-    rungs = ladder(6)
+    rungs = ladder(tiny_model(layers=6))
     driven = Search(rungs)
     seen = []
     while (rung := driven.ask()) is not None:

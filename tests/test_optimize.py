@@ -162,7 +162,7 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     assert len(kept) == len(lines) - 2
     path.write_text("".join(kept), encoding="utf-8")
     fourth = Rung("half-int8", (Distill(layers=1), Quantize()), 0.5)
-    monkeypatch.setattr(optimize_module, "ladder", lambda depth: (*ladder(depth), fourth))
+    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher), fourth))
     monkeypatch.setattr(build.Clock, "left", property(lambda self: -1.0))
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}

@@ -188,9 +188,9 @@ class Builder:
         if self.job.options.effort == "quick":
             return None
         kept = [Trial(**value) for value in self.store.values("trial ")]
-        done = [(trial, self.point(trial.rung(self.teacher.depth))) for trial in kept if self.made(trial.name)]
+        done = [(trial, self.point(trial.rung(self.teacher))) for trial in kept if self.made(trial.name)]
         path, options = self.store.folder / TRIALS, self.job.options
-        return Trials(path, self.teacher.depth, options.effort, options.seed, self.disagreement, done)
+        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, done)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""

@@ -132,7 +132,7 @@ def climb(builder: Builder) -> Search:
     """Walk the ladder, as far as the time box allows; the first three rungs are always made."""
     teacher = builder.teacher
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
-    rungs = ladder(teacher.depth)
+    rungs = ladder(teacher)
     trials = builder.trials()
     search = Search(rungs, builder.told(rungs), trials)
     while (rung := search.ask()) is not None:
@@ -147,7 +147,7 @@ def climb(builder: Builder) -> Search:
 
 def _worth(builder: Builder, points: Mapping[str, Point]) -> dict[str, Point]:
     """The ladder's points, and of the others those that nothing beats."""
-    always = {rung.name for rung in ladder(builder.teacher.depth)}
+    always = {rung.name for rung in ladder(builder.teacher)}
     good = {point.name for point in undominated(points.values(), builder.disagreement)}
     return {name: point for name, point in points.items() if name in always | good}
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netweight.techniques import Distill, LinearFloor, Quantize, Recipe, Static
+from netweight.anatomy import blocks
+from netweight.errors import ModelError
+from netweight.layers import Activation
+from netweight.model import Model
+from netweight.techniques import Distill, LinearFloor, Quantize, Recipe, Shrink, Static, SwapActivation
+from netweight.techniques.base import transformer
 from netweight.train import Plan
 
 
@@ -24,18 +29,45 @@ class Rung:
     plan: Plan = field(default_factory=Plan)
 
 
-def ladder(depth: int) -> tuple[Rung, ...]:
+def ladder(teacher: Model) -> tuple[Rung, ...]:
     """From the trivial floor to the full encoder in int8, in the order in which they are tried: what is cheap to make,
     or decides most, comes first."""
+    depth = teacher.depth
     layers = sorted({max(1, depth // 3), max(1, depth // 2)} - {depth})
     names = {depth // 2: "half", depth // 3: "third"}
-    students = [Rung(f"{names.get(n, n)}-int8", (Distill(layers=n), Quantize()), 0.5) for n in layers]
+    students = [Rung(f"{names.get(n, n)}-int8", student(teacher, n), 0.5) for n in layers]
     return (
         Rung("linear", (LinearFloor(),), 0.2),
         Rung("full-int8", (Quantize(),), 0.2),
         Rung("static", (Static(),), 0.3),
         *students,
     )
+
+
+def student(
+    teacher: Model,
+    layers: int,
+    neurons: float = 0.5,
+    activation: Activation | None = "relu",
+    distil: Distill | None = None,
+) -> Recipe:
+    """Some of the teacher's layers with a share of their neurons and a cheaper activation function, trained on the
+    teacher, in int8. In families whose layers cannot be cut, only whole layers go.
+
+    Half of the neurons and ReLU cost three layers of MiniLM nothing on BANKING77's dev rows (agreement with the teacher
+    95.4 %, 95.2 % with all neurons and GELU) and take almost half of an int8 encoder's time away.
+    """
+    distil = distil or Distill()
+    try:
+        width = min(block.neurons for block in blocks(transformer(teacher, "a student")))
+    except ModelError:
+        return replace(distil, layers=layers), Quantize()
+    # Kernels work in blocks of 32; a share of few neurons is cut more finely.
+    multiple = max(1, min(32, width // 8))
+    cut = Shrink(neurons=neurons, layers=layers, spacing="even", importance="magnitude", multiple=multiple, epochs=0)
+    steps: Recipe = (cut,) if (layers, neurons) != (teacher.depth, 1.0) else ()
+    steps += (SwapActivation(activation, epochs=0),) if activation else ()
+    return *steps, replace(distil, layers=None, teachers=(teacher,)), Quantize()
 
 
 @dataclass(frozen=True)

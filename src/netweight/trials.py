@@ -21,8 +21,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from netweight.errors import OptionError
-from netweight.search import Point, Rung
-from netweight.techniques import Distill, Quantize, Recipe, Static
+from netweight.model import Model
+from netweight.search import Point, Rung, student
+from netweight.techniques import Distill, Recipe, Static
 from netweight.train import Plan
 
 Effort = Literal["quick", "standard", "thorough"]
@@ -52,9 +53,9 @@ class Trial:
         """Of its rung and its point."""
         return f"{self.kind}-{self.number}{'-short' if self.short else ''}"
 
-    def rung(self, depth: int) -> Rung:
+    def rung(self, teacher: Model) -> Rung:
         """What the proposal comes to. Raises OptionError where its options are not those of the search's space."""
-        if set(self.params) != set(space(self.kind, depth)):
+        if set(self.params) != set(space(self.kind, teacher.depth)):
             raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
         given = dict(self.params)
         given["epochs"] = given["epochs"] / (_SHORTENED if self.short else 1)
@@ -66,7 +67,8 @@ class Trial:
             recipe = (Static(**given | {"buckets": 2 ** given["buckets"]}),)
         else:
             plan = replace(plan, batch_size=given.pop("batch_size"))
-            recipe = (Distill(**given), Quantize())
+            shape = {name: given.pop(name) for name in ("layers", "neurons", "activation")}
+            recipe = student(teacher, **shape, distil=Distill(**given))
         return Rung(self.name, recipe, 0.5, plan)
 
 
@@ -84,7 +86,7 @@ class Trials:
 
     Args:
         path: the SQLite file.
-        depth: layers of the teacher.
+        teacher: what students are made of and trained on.
         effort: how many trials.
         disagreement: of a point with the reference on dev, in [0, 1].
         done: trials that earlier processes finished, in their order, with their points.
@@ -93,13 +95,13 @@ class Trials:
     def __init__(
         self,
         path: Path,
-        depth: int,
+        teacher: Model,
         effort: Effort,
         seed: int,
         disagreement: Callable[[Point], float],
         done: Sequence[tuple[Trial, Point]] = (),
     ) -> None:
-        self.depth, self.effort, self.seed = depth, effort, seed
+        self.teacher, self.effort, self.seed = teacher, effort, seed
         self._disagreement = disagreement
         self._asked: Trial | None = None
         self._made = {trial.name for trial, _ in done}
@@ -120,7 +122,7 @@ class Trials:
         known = len(study.get_trials(states=[TrialState.COMPLETE]))
         for one in self.told[kind][known:]:
             values = [one.disagreement, float(one.bytes)]
-            where = space(kind, self.depth)
+            where = space(kind, self.teacher.depth)
             study.add_trial(create_trial(values=values, params=dict(one.trial.params), distributions=where))
         return study
 
@@ -128,7 +130,7 @@ class Trials:
         """The next rung: short trials of the kinds in turn, then the best of them in full; None at the end."""
         if self._asked is None:
             self._asked = self._short() or self._full()
-        return None if self._asked is None else self._asked.rung(self.depth)
+        return None if self._asked is None else self._asked.rung(self.teacher)
 
     def _short(self) -> Trial | None:
         for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
@@ -139,7 +141,7 @@ class Trials:
                     study.sampler = optuna.samplers.TPESampler(
                         seed=1000 * self.seed + len(told), n_startup_trials=_STARTUP, multivariate=True
                     )
-                    return Trial(kind, len(told) + 1, True, study.ask(space(kind, self.depth)).params)
+                    return Trial(kind, len(told) + 1, True, study.ask(space(kind, self.teacher.depth)).params)
         return None
 
     def _full(self) -> Trial | None:
@@ -210,6 +212,8 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
         }
     return shared | {
         "layers": IntDistribution(1, max(1, depth - 1)),
+        "neurons": FloatDistribution(0.25, 1.0, step=0.25),
+        "activation": CategoricalDistribution(["relu", "hardswish", None]),
         "epochs": IntDistribution(4, 9),
         "splice": CategoricalDistribution([2.0, 4.0, 8.0]),
         "learning_rate": FloatDistribution(1e-4, 6e-4, log=True),

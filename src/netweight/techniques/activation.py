@@ -38,7 +38,8 @@ class SwapActivation:
 
     "relu" and "relu6" need one or two comparisons a value where GELU needs an error function, and leave zeros
     (Mirzadeh et al., ICLR 2024); "hardswish" is piecewise quadratic (Howard et al., ICCV 2019). Ranges are
-    dropped, since they are those of the old functions: quantize afterwards.
+    dropped, since they are those of the old functions: quantize afterwards. `epochs=0` leaves the healing to what
+    follows.
     """
 
     kind: Activation = "relu"
@@ -58,6 +59,8 @@ class SwapActivation:
         network = transformer(student, "SwapActivation")
         for name in activating(network):
             network.replace(name, Activate(self.kind))
+        if not self.epochs:
+            return student
         freeze_embeddings(network, True)
         plan = replace(
             plan,
