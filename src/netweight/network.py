@@ -63,7 +63,8 @@ class Transformer(Network):
         if self.pooling == "last":
             # Not the number of tokens less one: token dropout leaves holes.
             last = (mask.long() * torch.arange(hidden.shape[1], device=hidden.device)).amax(dim=1)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+            # Not len(hidden): the exporter would take the number of rows for a constant.
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
