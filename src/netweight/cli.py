@@ -76,15 +76,10 @@ def optimize(
 ) -> None:
     """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
     from netweight.pipeline import optimize as run
-    from netweight.pipeline import store_of
     from netweight.progress import Bar
-    from netweight.track import Tracked, trackers
 
     seconds = _seconds(time_limit)
-    with (
-        Bar(Console(stderr=True)) as bar,
-        Tracked(bar, trackers([t.value for t in track or ()], store_of(out))) as reporter,
-    ):
+    with Bar(Console(stderr=True)) as bar:
         result = run(
             train,
             out=out,
@@ -105,7 +100,8 @@ def optimize(
             seconds=seconds,
             threads=threads,
             seed=seed,
-            reporter=reporter,
+            reporter=bar,
+            track=[t.value for t in track or ()],
         )
     _print_summary(result.folder)
 

@@ -31,6 +31,8 @@ from netweight.search import Minimise, Planned, Point, Search, choices, judged, 
 from netweight.store import DEV, LOOKS, Store
 from netweight.task import Floats
 from netweight.techniques import describe
+from netweight.track import Name as Tracker
+from netweight.track import Tracked, trackers
 from netweight.train import Reporter, Silent
 
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
@@ -72,6 +74,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     threads: int | None = None,
     seed: int = 0,
     reporter: Reporter | None = None,
+    track: Sequence[Tracker] = (),
 ) -> Result:
     """The lightest model that provably still does the job, saved as the artifact `out`.
 
@@ -81,8 +84,9 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         text, label, pair, group, slices: names of columns; `group` rows never span splits.
         max_drop: points of quality that may be lost, held at `confidence`.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
+        track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
 
-    Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError.
+    Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
     """
     columns = Columns(text, label, pair, group, slices=tuple(slices))
     options = Options(task, metric, model, seconds=seconds, seed=seed)
@@ -91,7 +95,8 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         Budget(max_drop, confidence, minimise),
         options if threads is None else replace(options, threads=threads),
     )
-    return run(job, Path(out), reporter or Silent())
+    with Tracked(reporter or Silent(), trackers(track, store_of(Path(out)))) as told:
+        return run(job, Path(out), told)
 
 
 def run(job: Job, out: Path, reporter: Reporter) -> Result:
