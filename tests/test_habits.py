@@ -20,8 +20,8 @@ SOURCE = Path(netweight.__file__).parent
 GROUPS = (
     ("errors", "packing", "data", "task", "encode", "features"),
     ("layers", "network", "anatomy", "model", "loss", "train", "track", "run", "techniques", "export"),
-    ("artifact", "engine", "measure", "certify", "report", "predict", "summary"),
-    ("store", "search", "job", "baselines", "build", "pipeline", "bench"),
+    ("artifact", "engine", "convert", "measure", "certify", "report", "predict", "summary"),
+    ("store", "search", "job", "baselines", "build", "pipeline", "bench", "litert", "deliver"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

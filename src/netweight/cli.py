@@ -46,6 +46,14 @@ class Against(StrEnum):
     openvino_int8 = "openvino-int8"
 
 
+class Runtime(StrEnum):
+    """Formats of other runtimes."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    litert = "litert"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -169,6 +177,24 @@ def bench(
     console = Console()
     console.print(table, markup=False, highlight=False)
     console.print(report.sentence, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[Runtime, typer.Option(help="LiteRT needs DIR.run and the extra litert.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    source: Annotated[
+        str | None, typer.Option("--input", help="A table to compare on; without it, the job's dev rows.")
+    ] = None,
+    text: Text = "text",
+    pair: MaybePair = None,
+) -> None:
+    """Write an artifact for another runtime, and compare what was written with the artifact."""
+    from netweight.deliver import export as run
+
+    for sentence in run(folder, to.value, out, source, text=text, pair=pair).sentences:
+        print(sentence)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepar
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Minimise, Planned, Point, Search, choices, judged, ladder, plan
-from netweight.store import DEV, LOOKS, Store
+from netweight.store import DEV, LOOKS, Store, store_of
 from netweight.task import Floats
 from netweight.techniques import describe
 from netweight.track import Name as Tracker
@@ -114,11 +114,6 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
         search = climb(builder)
         ranked = Ranked(builder, search.points)
         return _finish(builder, ranked, out, notes)
-
-
-def store_of(out: Path) -> Path:
-    """The run store of an artifact's folder."""
-    return out.with_name(f"{out.name}.run")
 
 
 def _lines(rows: Rows) -> bytes:

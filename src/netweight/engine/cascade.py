@@ -118,6 +118,11 @@ def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
         data = unpacked_file(data)
     if tier.engine == "static":
         return StaticEngine(data, tier.options)
+    return encoder_engine(tier, data, pad, threads)
+
+
+def encoder_engine(tier: Tier, data: bytes, pad: int, threads: int) -> OnnxEngine | OpenvinoEngine:
+    """The engine that runs a transformer tier's ONNX file, unpacked."""
     if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
         return OpenvinoEngine(data, pad, threads)
     if tier.engine == "openvino":
