@@ -11,8 +11,6 @@ logits that are close; else nothing stays on disk.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -98,9 +96,7 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
     some = rows.take(range(min(ROWS, len(rows))))
     tokens = encoder.encode(some.text, some.pair)
     out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        new.chmod(0o755)
+    with artifact.staged(out) as new:
         (new / artifact.TOKENIZER).write_bytes(definition)
         tiers, compared = [], []
         for i, tier in enumerate(manifest.tiers):
@@ -115,8 +111,6 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
         if out.exists():
             out.rmdir()
         new.rename(out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return Converted(out, writer.format, tuple(compared))
 
 
