@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from tempfile import TemporaryDirectory

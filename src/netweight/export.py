@@ -306,10 +306,5 @@ def _onnx(model: Model) -> onnx.ModelProto:
             },
         )
     proto = cast(onnx.ModelProto, cast(Any, program).model_proto)
-    # An input that a causal model does not read (types) kept the example's fixed size and refused every other batch.
-    read = {name for node in proto.graph.node for name in node.input}
-    kept = [given for given in proto.graph.input if given.name in read]
-    del proto.graph.input[:]
-    proto.graph.input.extend(kept)
     onnx.checker.check_model(proto)
     return proto

@@ -61,7 +61,7 @@ class Transformer(Network):
             return hidden[:, 0]
         if self.pooling == "last":
             last = mask.long().sum(dim=1) - 1
-            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+            return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
