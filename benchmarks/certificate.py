@@ -1,6 +1,6 @@
 """How often a certificate is false: simulated candidates whose true drop is at least the margin, tested as in a job.
 
-    python benchmarks/certificate.py [--share 1.0] [--json FILE]
+    python benchmarks/certificate.py [--share 1.0] [--only TEXT] [--seed 0] [--json FILE]
 
 Each scenario is a distribution of rows whose true drops are known. "selected" ones also simulate what comes before the
 test: five hand-over thresholds of a cascade are chosen on dev rows and ordered safest to cheapest, and a certificate is
@@ -257,10 +257,10 @@ def scenarios() -> list[tuple[str, str, int, int, Callable[[], Simulation]]]:
 
 
 def run(share: float = 1.0, only: str = "", seed: int = 0) -> list[Line]:
-    """All scenarios whose name contains `only`, with `share` of their simulations."""
+    """All scenarios whose "name method rows" contains `only`, with `share` of their simulations."""
     lines = []
     for name, method, rows, count, make in scenarios():
-        if only not in f"{name} {method}":
+        if only not in f"{name} {method} {rows}":
             continue
         start, rng, count = time.perf_counter(), np.random.default_rng(seed), max(1, round(count * share))
         simulate = make()
@@ -285,11 +285,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--share", type=float, default=1.0, help="share of the simulations to run")
-    parser.add_argument("--only", default="", help="scenarios whose name or method contains this")
+    parser.add_argument("--only", default="", help="scenarios whose name, method and rows contain this")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulations")
     parser.add_argument("--json", type=Path, help="also write the table there")
     options = parser.parse_args()
     print(f"{'scenario':36} method   rows    sims certified   false 99% limits        seconds    (%)")
-    lines = run(options.share, options.only)
+    lines = run(options.share, options.only, options.seed)
     if options.json:
         options.json.write_text(json.dumps([asdict(line) for line in lines], indent=1) + "\n", encoding="utf-8")
     if broken := [line.scenario for line in lines if not line.holds]:

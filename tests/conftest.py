@@ -264,6 +264,28 @@ def made(shop: Shop, tmp_path: Path) -> Path:
     return tmp_path / "made.nw"
 
 
+class Killed(Exception):
+    """What a `Killer` raises."""
+
+
+@dataclass
+class Killer:
+    """A reporter that ends a fit at step `at`, and remembers after which step the last fit went on."""
+
+    at: int
+    resumed_at: int = -1
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        self.resumed_at = done
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        if step == self.at:
+            raise Killed
+
+    def note(self, message: str) -> None:
+        pass
+
+
 @pytest.fixture
 def model() -> Model:
     return tiny_model()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -312,3 +313,42 @@ def test_the_digest_covers_what_answers_and_nothing_else() -> None:
     ]
     assert {m.digest for m in same} == {base.digest}
     assert len({m.digest for m in (base, *other)}) == 1 + len(other)
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(made: Path) -> None:
+    left = made.parent / f".{made.name}-saving-abcdefgh"
+    other = made.parent / f".{made.name}-settings"
+    for folder in (left, other):
+        (folder / "tiers").mkdir(parents=True)
+    linked = made.parent / f".{made.name}-saving-link"
+    linked.symlink_to(other)
+    save(made, manifest_of(), contents_of())
+    assert not left.exists()
+    assert (other / "tiers").exists()
+    assert linked.is_symlink()
+
+
+def test_a_save_that_is_still_going_on_is_left_alone(made: Path) -> None:
+    going = made.parent / f".{made.name}-saving-abcdefgh"
+    going.mkdir()
+    held = os.open(going, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    save(made, manifest_of(), contents_of())
+    assert going.exists()
+    os.close(held)
+    save(made, manifest_of(), contents_of())
+    assert not going.exists()
+
+
+def test_a_folder_of_tiers_that_is_a_link_is_refused(made: Path, tmp_path: Path) -> None:
+    (made / "tiers").rename(tmp_path / "elsewhere")
+    (made / "tiers").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CorruptArtifact, match="tiers is a link to elsewhere; copy the artifact again, with its files"):
+        check(made)
+    with pytest.raises(CorruptArtifact, match="is a link to elsewhere"):
+        load(made)
+
+
+def test_the_artifact_itself_may_be_a_link(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(made)
+    check(tmp_path / "current")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -327,3 +328,11 @@ def test_macro_f1_gives_way_where_its_test_would_be_refused() -> None:
         _, asked, _ = prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
     assert (task.metric, asked.metric) == ("accuracy", "macro-f1")
     assert any("needs 25 certify rows of each label, and the rarest can expect 2" in note for note in notes)
+
+
+def test_weights_that_no_certificate_counts_are_spoken_of(tmp_path: Path) -> None:
+    rows = Rows(tuple(f"text {i}" for i in range(400)), ("a", "b") * 200)
+    said = "Weights of rows count in training only: the certificate and every quality count each row once."
+    for weight, wanted in ((None, False), ((2.0,) * 400, True)):
+        _, _, notes = prepare(Job(Tables(replace(rows, weight=weight))), tmp_path)
+        assert (said in notes) is wanted

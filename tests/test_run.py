@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_model
+from conftest import Killed, Killer, tiny_model
 from netweight.data import Dataset
 from netweight.encode import Tokens
 from netweight.errors import OptionError
@@ -98,27 +98,11 @@ def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dat
 
 
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    class Killer:
-        at = 5
-
-        def start(self, label: str, steps: int, done: int) -> None:
-            self.resumed_at = done
-
-        def step(self, step: int, loss: float, rate: float) -> None:
-            if step == self.at:
-                raise Stop
-
-        def note(self, message: str) -> None:
-            pass
-
     technique = Static(width=8, buckets=64, epochs=3, batch_size=16, splice=1.0)
     whole = technique(model, Local(dataset), Plan())
-    killer = Killer()
+    killer = Killer(at=5)
     plan = Plan(checkpoint_every=0, reporter=killer)
-    with pytest.raises(Stop):
+    with pytest.raises(Killed):
         technique(model, Local(dataset, tmp_path), plan)
     killer.at = -1
     assert technique(model, Local(dataset, tmp_path), plan).digest == whole.digest

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import Killed, Killer, tiny_model
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
 from netweight.export import export
@@ -77,28 +77,11 @@ def test_finetuning_learns(model: Model, dataset: Dataset) -> None:
 
 
 def test_a_killed_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    class Killer:
-        def __init__(self) -> None:
-            self.at = 7
-
-        def start(self, label: str, steps: int, done: int) -> None:
-            self.resumed_at = done
-
-        def step(self, step: int, loss: float, rate: float) -> None:
-            if step == self.at:
-                raise Stop
-
-        def note(self, message: str) -> None:
-            pass
-
     technique = Finetune(epochs=3, learning_rate=1e-3)
     whole = technique(model, Local(dataset), PLAN)
-    killer = Killer()
+    killer = Killer(at=7)
     plan = Plan(batch_size=16, precision="fp32", checkpoint_every=0, reporter=killer)
-    with pytest.raises(Stop):
+    with pytest.raises(Killed):
         technique(model, Local(dataset, tmp_path), plan)
     killer.at = -1
     assert technique(model, Local(dataset, tmp_path), plan).digest == whole.digest

@@ -12,12 +12,15 @@ against its SHA-256 when read. Hashes detect corruption, not forgery.
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -35,6 +38,7 @@ REPORT = "report.html"
 _SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
 _HEX = b"0" * 64
+_STAGED = "-saving-"
 _MANIFEST_MOST = 16 * 2**20
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 
@@ -122,10 +126,8 @@ def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Man
     writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     manifest = hashed(manifest, contents)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new.chmod(0o755)
-        text = sealed(manifest.to_dict())
+    text = sealed(manifest.to_dict())
+    with staged(folder) as new:
         for name, data in [*sorted(contents.items()), (MANIFEST, text)]:
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,13 +138,45 @@ def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Man
         if not folder.exists():
             new.rename(folder)
         elif not _exchanged(new, folder):
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            folder.rename(old / "replaced")
-            new.rename(folder)
-            shutil.rmtree(old)
+            with staged(folder) as old:
+                folder.rename(old / "replaced")
+                new.rename(folder)
+    return manifest
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A hidden empty folder beside `folder`, locked, gone at the end; so are those that killed processes left there.
+
+    The lock, not a name, says whether a process still works in one: it ends with the process, whatever ended that.
+    """
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}{_STAGED}", dir=folder.parent))
+    held = os.open(new, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        new.chmod(0o755)
+        yield new
+        # Last, since until then a leftover may be all that there is of a replaced artifact.
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}{_STAGED}*"):
+            if left != new and left.is_dir() and not left.is_symlink():
+                _remove_unlocked(left)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    return manifest
+        os.close(held)
+
+
+def _remove_unlocked(folder: Path) -> None:
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # another process was quicker, or it is somebody else's
+        return
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(held)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -207,6 +241,9 @@ def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:
     path = folder / name
     if path.is_symlink() or not path.is_file():
         raise CorruptArtifact(f"{path} is missing or no plain file.")
+    for parent in PurePosixPath(name).parents:
+        if parent.name and (folder / parent).is_symlink():
+            raise CorruptArtifact(f"{folder / parent} is a link to elsewhere; copy the artifact again, with its files.")
     data = path.read_bytes()
     actual = hashlib.sha256(data).hexdigest()
     if actual != wanted:

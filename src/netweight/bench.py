@@ -16,17 +16,16 @@ from netweight.anatomy import blocks, keep_heads, keep_neurons
 from netweight.artifact import Tier
 from netweight.baselines import baseline
 from netweight.build import TEACHER
-from netweight.data import Columns, Rows, read
+from netweight.data import Columns
 from netweight.encode import Tokens
 from netweight.engine import Engine, load
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
-from netweight.errors import OptionError, StoreError
+from netweight.errors import OptionError
 from netweight.export import export
 from netweight.measure import Machine, Measurement
 from netweight.model import Model, Range
-from netweight.pipeline import store_of
-from netweight.store import DEV, Store
+from netweight.store import Store, rows_of, store_of
 from netweight.techniques import LatencyTable
 from netweight.techniques.base import transformer
 from netweight.techniques.distill import with_layers
@@ -110,12 +109,12 @@ def bench(
     engine = load(folder, threads)
     manifest = artifact.read_manifest(folder)
     count = threads or measure.cores()
-    rows = _rows(folder, source, Columns(text, label, pair))
+    rows = rows_of(folder, source, Columns(text, label, pair))
     engines: dict[str, tuple[Engine, int]] = {folder.name: (engine, artifact.size(folder, manifest))}
     if against:
         with Store(store_of(folder), None) as store:
             teacher = Model.load(store.model_folder(TEACHER))
-        calibration = _rows(folder, None, Columns())
+        calibration = rows_of(folder, None, Columns())
         for name in against:
             engines[name] = baseline(name, teacher, calibration, count)
     timings = measure.speed({name: e for name, (e, _) in engines.items()}, rows)
@@ -147,29 +146,6 @@ def bench(
             )
         )
     return Bench(measure.machine(count), task.metric, targets is not None, tuple(measured))
-
-
-def _rows(folder: Path, source: str | None, columns: Columns) -> Rows:
-    """The rows of a table, or the dev rows that the job kept."""
-    if source is not None:
-        return read(source, columns, label_required=columns.label is not None).rows
-    return dev_rows(folder)
-
-
-def dev_rows(folder: Path) -> Rows:
-    """The dev rows that the job kept. Raises StoreError where they are gone."""
-    path = store_of(folder) / DEV
-    if not path.exists():
-        raise StoreError(
-            f"{path} is not there: without the run store of `netweight optimize`, name a table with --input and "
-            "--text, and no baseline."
-        )
-    return read(path, Columns("text", "label", "pair" if _paired(path) else None)).rows
-
-
-def _paired(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        return "pair" in json.loads(file.readline())
 
 
 # Tokens that a timed table has: a gather takes as long from a few rows, and the files are written sooner.

@@ -46,6 +46,14 @@ class Against(StrEnum):
     openvino_int8 = "openvino-int8"
 
 
+class Runtime(StrEnum):
+    """Formats of other runtimes."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    litert = "litert"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -79,15 +87,10 @@ def optimize(
 ) -> None:
     """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
     from netweight.pipeline import optimize as run
-    from netweight.pipeline import store_of
     from netweight.progress import Bar
-    from netweight.track import Tracked, trackers
 
     seconds = _seconds(time_limit)
-    with (
-        Bar(Console(stderr=True)) as bar,
-        Tracked(bar, trackers([t.value for t in track or ()], store_of(out))) as reporter,
-    ):
+    with Bar(Console(stderr=True)) as bar:
         result = run(
             train,
             out=out,
@@ -109,7 +112,8 @@ def optimize(
             threads=threads,
             seed=seed,
             effort=effort,
-            reporter=reporter,
+            reporter=bar,
+            track=[t.value for t in track or ()],
         )
     _print_summary(result.folder)
 
@@ -170,6 +174,24 @@ def bench(
         return
     _print_table(report.rows())
     Console().print(report.sentence, markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[Runtime, typer.Option(help="LiteRT needs DIR.run and the extra litert.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    source: Annotated[
+        str | None, typer.Option("--input", help="A table to compare on; without it, the job's dev rows.")
+    ] = None,
+    text: Text = "text",
+    pair: MaybePair = None,
+) -> None:
+    """Write an artifact for another runtime, and compare what was written with the artifact."""
+    from netweight.deliver import export as run
+
+    for sentence in run(folder, to.value, out, source, text=text, pair=pair).sentences:
+        print(sentence)
 
 
 @app.command()

@@ -10,15 +10,14 @@ from typing import Any
 from netweight import artifact, measure
 from netweight.artifact import Manifest, Tier
 from netweight.baselines import teacher_engine
-from netweight.bench import dev_rows
 from netweight.build import TEACHER
+from netweight.data import Columns
 from netweight.engine import Engine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import StoreError
 from netweight.export import export
 from netweight.model import Model
-from netweight.pipeline import store_of
-from netweight.store import Store
+from netweight.store import Store, rows_of, store_of
 from netweight.task import Floats, Ints
 
 
@@ -104,7 +103,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
     """
     count = threads or measure.cores()
     engine, manifest = load(folder, count), artifact.read_manifest(folder)
-    rows = dev_rows(folder)
+    rows = rows_of(folder, None, Columns())
     with Store(store_of(folder), None) as store:
         teacher = Model.load(store.model_folder(TEACHER))
         engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher), teacher.bytes)]

@@ -139,4 +139,6 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
     if job.options.metric is None:
         task, why = _testable(task, data)
         notes.append(f"The metric is {task.metric}, {why}.")
+    if data.train.weight is not None or data.certify.rows.weight is not None:
+        notes.append("Weights of rows count in training only: the certificate and every quality count each row once.")
     return data, task, (*notes, *data.notes)

@@ -29,9 +29,11 @@ from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepar
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Point, Search, ladder
-from netweight.store import DEV, LOOKS, Store
+from netweight.store import DEV, LOOKS, Store, store_of
 from netweight.task import Floats
 from netweight.techniques import describe
+from netweight.track import Name as Tracker
+from netweight.track import Tracked, trackers
 from netweight.train import Reporter, Silent
 from netweight.trials import Effort, undominated
 
@@ -75,6 +77,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     seed: int = 0,
     effort: Effort = "quick",
     reporter: Reporter | None = None,
+    track: Sequence[Tracker] = (),
 ) -> Result:
     """The lightest model that provably still does the job, saved as the artifact `out`.
 
@@ -85,8 +88,9 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         max_drop: points of quality that may be lost, held at `confidence`.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
+        track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
 
-    Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError.
+    Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
     """
     columns = Columns(text, label, pair, group, slices=tuple(slices))
     options = Options(task, metric, model, seconds=seconds, seed=seed, effort=effort)
@@ -95,7 +99,8 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         Budget(max_drop, confidence, minimise),
         options if threads is None else replace(options, threads=threads),
     )
-    return run(job, Path(out), reporter or Silent())
+    with Tracked(reporter or Silent(), trackers(track, store_of(Path(out)))) as told:
+        return run(job, Path(out), told)
 
 
 def run(job: Job, out: Path, reporter: Reporter) -> Result:
@@ -113,11 +118,6 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
         search = climb(builder)
         ranked = Ranked(builder, _worth(builder, search.points))
         return _finish(builder, ranked, out, notes)
-
-
-def store_of(out: Path) -> Path:
-    """The run store of an artifact's folder."""
-    return out.with_name(f"{out.name}.run")
 
 
 def _lines(rows: Rows) -> bytes:

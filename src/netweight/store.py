@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from netweight.data import Columns, Rows, read
 from netweight.data.files import atomic
 from netweight.errors import StoreError
 
@@ -34,6 +35,29 @@ LOOKS = "looks.jsonl"
 DEV = "dev.jsonl"
 MODELS = "models"
 TRIALS = "trials.db"
+
+
+def store_of(out: Path) -> Path:
+    """The run store of an artifact's folder."""
+    return out.with_name(f"{out.name}.run")
+
+
+def rows_of(folder: Path, source: str | None, columns: Columns) -> Rows:
+    """The rows of a table, or the dev rows that the job of the artifact `folder` kept."""
+    if source is not None:
+        return read(source, columns, label_required=columns.label is not None).rows
+    path = store_of(folder) / DEV
+    if not path.exists():
+        raise StoreError(
+            f"{path} is not there: without the run store of `netweight optimize`, name a table with --input and "
+            "--text, and no baseline."
+        )
+    return read(path, Columns("text", "label", "pair" if _paired(path) else None)).rows
+
+
+def _paired(path: Path) -> bool:
+    with path.open(encoding="utf-8") as file:
+        return "pair" in json.loads(file.readline())
 
 
 class Store:

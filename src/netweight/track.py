@@ -1,18 +1,25 @@
-"""Training curves for TensorBoard, Weights & Biases (offline) and MLflow: reporters beside the progress bar."""
+"""Training curves for TensorBoard, Weights & Biases (offline) and MLflow: reporters beside the progress bar.
+
+None of them uses the network. Two would by themselves: MLflow tells its makers what is used, Weights & Biases what
+fails. Both read an environment variable when they are imported; it is set before that, unless its owner has set it.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
-from netweight.errors import MissingExtra
+from netweight.errors import MissingExtra, OptionError, did_you_mean
 from netweight.train import Reporter
 
 Name = Literal["tensorboard", "wandb", "mlflow"]
+
+_QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false"}
 
 
 class Tracker(Protocol):
@@ -52,12 +59,17 @@ class Tracked:
 
 
 def trackers(names: Sequence[Name], folder: Path) -> list[Tracker]:
-    """Trackers that write below `folder`; none of them uses the network. Raises MissingExtra."""
-    made: dict[Name, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-    return [made[name](folder / name) for name in names]
+    """Trackers that write below `folder`, each in a folder of its name. Raises OptionError or MissingExtra."""
+    made: dict[str, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+    for name in names:
+        if name not in made:
+            raise OptionError(f"there is no tracker {name!r}; use {', '.join(made)}.{did_you_mean(name, made)}")
+    return [made[name](folder / name) for name in dict.fromkeys(names)]
 
 
 def _needs(module: str, purpose: str) -> Any:
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -84,14 +96,23 @@ class WandB:
     """An offline run; `wandb sync` sends it when its owner wants to."""
 
     def __init__(self, folder: Path) -> None:
+        wandb = _needs("wandb", "tracking with Weights & Biases")
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("WANDB_SILENT", "true")
-        self._run = _needs("wandb", "tracking with Weights & Biases").init(
-            mode="offline", dir=str(folder), project="netweight"
+        # Neither the terminal's text nor anything of the machine or its repository goes into the run's files.
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
         )
+        self._run = wandb.init(mode="offline", dir=str(folder), project="netweight", settings=settings)
 
     def log(self, label: str, step: int, loss: float, rate: float) -> None:
-        """Loss and learning rate of a fit."""
+        """Loss and learning rate of a fit; `step` is a number beside them, since a run has one axis for all fits."""
         self._run.log({f"{label}/loss": loss, f"{label}/learning rate": rate, f"{label}/step": step})
 
     def close(self) -> None:
@@ -100,19 +121,23 @@ class WandB:
 
 
 class MLflow:
-    """A run in a local SQLite file."""
+    """A run in a local SQLite file: `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it."""
 
     def __init__(self, folder: Path) -> None:
+        mlflow = _needs("mlflow", "tracking with MLflow")
         folder.mkdir(parents=True, exist_ok=True)
-        self._client = _needs("mlflow", "tracking with MLflow").MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+        self._client = mlflow.MlflowClient(f"sqlite:///{folder.resolve() / 'mlflow.db'}")
         found = self._client.get_experiment_by_name("netweight")
-        experiment = found.experiment_id if found else self._client.create_experiment("netweight")
+        artifacts = (folder.resolve() / "artifacts").as_uri()
+        experiment = found.experiment_id if found else self._client.create_experiment("netweight", artifacts)
         self._run = self._client.create_run(experiment).info.run_id
 
     def log(self, label: str, step: int, loss: float, rate: float) -> None:
         """Loss and learning rate of a fit."""
-        self._client.log_metric(self._run, f"{label}.loss", loss, step=step)
-        self._client.log_metric(self._run, f"{label}.learning_rate", rate, step=step)
+        # MLflow refuses a metric's name with other characters than these.
+        label = re.sub(r"[^\w\-. :/]", "_", label, flags=re.ASCII)
+        self._client.log_metric(self._run, f"{label}/loss", loss, step=step)
+        self._client.log_metric(self._run, f"{label}/learning rate", rate, step=step)
 
     def close(self) -> None:
         """Mark the run as finished."""

@@ -121,6 +121,11 @@ def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
         return StaticEngine(data, tier.options)
     if tier.engine == "exits":
         return ExitsEngine(data, tier.options, pad, threads)
+    return encoder_engine(tier, data, pad, threads)
+
+
+def encoder_engine(tier: Tier, data: bytes, pad: int, threads: int) -> OnnxEngine | OpenvinoEngine:
+    """The engine that runs a transformer tier's ONNX file, unpacked."""
     if tier.engine == "openvino" and importlib.util.find_spec("openvino") is not None:
         return OpenvinoEngine(data, pad, threads)
     if tier.engine == "openvino":

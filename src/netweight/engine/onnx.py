@@ -35,7 +35,7 @@ class OnnxEngine:
 
     def __init__(self, data: bytes, pad: int, threads: int) -> None:
         self._session = session(data, threads)
-        self._takes = {i.name for i in self._session.get_inputs()}
+        self.takes = {i.name for i in self._session.get_inputs()}
         self._pad = pad
         self._width = self._session.get_outputs()[0].shape[-1]
 
@@ -43,7 +43,7 @@ class OnnxEngine:
         out = np.zeros((len(tokens), self._width), np.float32)
         for rows in tokens.buckets(batch):
             given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
-            out[rows] = self._session.run(None, {k: v for k, v in given.items() if k in self._takes})[0]
+            out[rows] = self._session.run(None, {k: v for k, v in given.items() if k in self.takes})[0]
         return out
 
 
@@ -70,7 +70,7 @@ class OpenvinoEngine:
         model = core.read_model(data)
         self._compiled: Any = core.compile_model(model, "CPU", hints)
         # An input also bears the names of what was folded into it (a cast, say), so `any_name` may be none of ours.
-        self._takes = {name for i in self._compiled.inputs for name in i.names} & set(_INPUTS)
+        self.takes = {name for i in self._compiled.inputs for name in i.names} & set(_INPUTS)
         self._pad = pad
         self._width = self._compiled.output(0).partial_shape[-1].get_length()
 
@@ -80,6 +80,6 @@ class OpenvinoEngine:
         out = np.zeros((len(tokens), self._width), np.float32)
         for rows in tokens.buckets(batch):
             given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
-            result = request.infer({k: v for k, v in given.items() if k in self._takes})
+            result = request.infer({k: v for k, v in given.items() if k in self.takes})
             out[rows] = result[self._compiled.output(0)]
         return out
