@@ -3,11 +3,11 @@
     make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs]
     .venv/bin/python benchmarks/bench.py --set banking77 --peer tfidf --seed 0
 
-Without a set or peer, all of them. Every cell uses the rows, the teacher and the threads of one Netweight job (made here
-where WORK holds none), and is timed in rounds that take turns with that job's artifact. A cell is a JSON file in
+Without a set or peer, all of them. Every cell uses the rows, the teacher and the threads of one Netweight job (made
+here where WORK holds none), and is timed in rounds that take turns with that job's artifact. A cell is a JSON file in
 benchmarks/results/cells/; one that is there is left alone, and so is every finished step under WORK. A peer with a
-requirements.txt lives in an environment of its own, made on first use; one that cannot be installed or run leaves a cell
-with its error.
+requirements.txt lives in an environment of its own, made on first use; one that cannot be installed or run leaves a
+cell with its error.
 
 The certificate is Netweight's own test of the peer against the same teacher. Its margin is the larger of 1.0 point and
 the least margin (in tenths of a point) with 80 % power if the true drop were 0, from what dev shows of the two and the

@@ -1,6 +1,6 @@
 """What every peer speaks. Needs the standard library and numpy.
 
-    PYTHONPATH=benchmarks/peers PYTHON benchmarks/peers/NAME/run.py train --data DIR --out DIR [--seed N] [--threads N] ...
+    PYTHONPATH=benchmarks/peers PYTHON benchmarks/peers/NAME/run.py train --data DIR --out DIR [--seed N] [--threads N]
     PYTHONPATH=benchmarks/peers PYTHON benchmarks/peers/NAME/run.py serve --data DIR --out DIR [--threads N]
 
 DATA holds train.jsonl and dev.jsonl (text, label), test.jsonl (text alone: the certify labels stay with the driver) and
@@ -9,10 +9,10 @@ task.json (labels in order, metric).
 `train` writes OUT/model/ (what must travel to serve), OUT/answers.npz with `dev` and `test`, scores (n, labels) of the
 model as it was loaded back, and last OUT/train.json (seconds, bytes, versions).
 
-`serve` loads the model and prints a line {"rows", "batches"}: how many distinct certify texts it holds, in an order that
-is the same for every peer, and the batch sizes that make sense. Then it answers each line {"start", "count", "batch"}
-with {"seconds"} for predicting that many texts from `start` on, going round, in batches of texts of about equal length;
-at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts; nothing is cached.
+`serve` loads the model and prints a line {"rows", "batches"}: how many distinct certify texts it holds, in an order
+that is the same for every peer, and the batch sizes that make sense. Then it answers each line {"start", "count",
+"batch"} with {"seconds"} for predicting that many texts from `start` on, going round, in batches of texts of about equal
+length; at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts; nothing is cached.
 """
 
 from __future__ import annotations
