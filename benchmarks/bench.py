@@ -341,7 +341,7 @@ def measured(shop: Shop, peer: str) -> dict[str, Any]:
     ours.train()
     served = {name: p.served() for name, p in {"netweight": ours, peer: one}.items()}
     try:
-        found["timing"] = interleaved(served)
+        found["timing"] = interleaved(served, trial=shop.given.quick)
     except RuntimeError as problem:
         raise Failed(f"serve: {problem}") from None
     finally:

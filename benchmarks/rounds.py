@@ -17,6 +17,7 @@ ROUNDS = 7
 _PILOT = 0.3  # seconds of each batch size in the pilot
 _ROUND = 1.0  # seconds of each process in each round
 _SINGLES, _TURN = 300, 10  # single requests, and how many of them in a turn
+_TRIAL = 10  # times fewer of them in a trial
 _PAUSE = 0.02  # seconds between turns, in which the other's threads fall asleep
 
 
@@ -70,7 +71,7 @@ class Served:
             self._process.wait()
 
 
-def interleaved(served: Mapping[str, Served]) -> dict[str, Any]:
+def interleaved(served: Mapping[str, Served], *, trial: bool = False) -> dict[str, Any]:
     """Timing of each process, and for each the first one's rate divided by its own: the median over rounds of pairs.
 
     Each works at its own best batch size; `rows_per_second` is the median over rounds; p50, p95 and p99 are
@@ -79,11 +80,11 @@ def interleaved(served: Mapping[str, Served]) -> dict[str, Any]:
     batches = {name: max(s.batches, key=s.rate) for name, s in served.items()}
     sizes = {name: min(s.rows, max(batches[name], int(_ROUND * s.rate(batches[name])))) for name, s in served.items()}
     rates: dict[str, list[float]] = {name: [] for name in served}
-    for turn in range(ROUNDS):
+    for turn in range(1 if trial else ROUNDS):
         for name, s in served.items():
             rates[name].append(sizes[name] / s.ask(turn * sizes[name], sizes[name], batches[name]))
     singles: dict[str, list[float]] = {name: [] for name in served}
-    for start in range(0, _SINGLES, _TURN):
+    for start in range(0, _SINGLES // _TRIAL if trial else _SINGLES, _TURN):
         for name, s in served.items():
             singles[name] += [1000 * seconds for seconds in s.ask(start, _TURN, 0)]
     first = rates[next(iter(rates))]

@@ -11,8 +11,9 @@ model as it was loaded back, and last OUT/train.json (seconds, bytes, versions).
 
 `serve` loads the model and prints a line {"rows", "batches"}: how many distinct certify texts it holds, in an order
 that is the same for every peer, and the batch sizes that make sense. Then it answers each line {"start", "count",
-"batch"} with {"seconds"} for predicting that many texts from `start` on, going round, in batches of texts of about equal
-length; at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts; nothing is cached.
+"batch"} with {"seconds"} for predicting that many texts from `start` on, going round, in batches of texts of about
+equal length; at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts; nothing is
+cached.
 """
 
 from __future__ import annotations
