@@ -1,4 +1,4 @@
-# The words of this project: setup demo test lint docs size
+# The words of this project: setup demo test lint docs bench size
 #
 #   make setup                     .venv with everything that training, serving and testing need
 #   make demo                      the main job on the built-in sample
@@ -6,6 +6,8 @@
 #   make test [ARGS='-m slow']     the tests
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
+#   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
+#                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -20,7 +22,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs size
+.PHONY: help setup demo test lint docs bench size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -61,6 +63,11 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 	$(BIN)/python scripts/results.py
+
+# Peers bring environments of their own, made under WORK on first use; a cell that is there is left alone.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(foreach s,$(SET),--set $(s)) $(foreach p,$(PEER),--peer $(p)) \
+		$(foreach s,$(SEED),--seed $(s)) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK)) $(ARGS)
 
 size:
 	@$(PYTHON) scripts/size.py

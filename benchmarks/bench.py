@@ -178,7 +178,7 @@ class Peer:
     @property
     def out(self) -> Path:
         """Its folder."""
-        return self.shop.folder / self.name
+        return self.shop.folder / "peers" / self.name
 
     @property
     def _script(self) -> Path:

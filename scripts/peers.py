@@ -57,7 +57,7 @@ def row(peer: str, cell: Cell | None) -> str:
         return f"| {title} | {said} |" + " |" * 9
     c, t, made = cell["certificate"], cell["timing"][peer], cell["made"]
     seconds = "" if made["seconds"] is None else f"{made['seconds']:,.0f} s"
-    ratio = "1" if peer == "netweight" else f"{t['ratio']:.2f}"
+    ratio = "1" if peer == "netweight" else f"{t['ratio']:.3g}"
     return (
         f"| {title} | {100 * c['quality']['value']:.2f} | {100 * c['drop']['value']:.2f}, at most "
         f"{100 * c['drop']['high']:.2f} | {c['margin']:.1f} | {c['verdict']} | {t['rows_per_second']:,.0f} | {ratio} | "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ Inputs = dict[str, NDArray[np.int32]]
 
 
 class Encoder:
-    """The teacher's tokenizer."""
+    """The teacher's tokenizer, from its folder or from one to which `keep_tokenizer` copied it."""
 
-    def __init__(self, teacher: Path) -> None:
-        kept = json.loads((teacher / "teacher.json").read_text(encoding="utf-8"))
-        self._tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
+    def __init__(self, folder: Path) -> None:
+        kept = json.loads((folder / "teacher.json").read_text(encoding="utf-8"))
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(kept["max_length"])
         self.pad, self.pooling = int(kept["pad"]), str(kept["pooling"])
@@ -37,12 +38,18 @@ class Encoder:
             yield rows, {"ids": ids, "mask": mask, "types": np.zeros(shape, np.int32)}
 
 
+def keep_tokenizer(options: Options) -> None:
+    """Put the teacher's tokenizer beside the model: it must travel too."""
+    assert options.teacher
+    for name in ("tokenizer.json", "teacher.json"):
+        shutil.copy(options.teacher / name, options.model / name)
+
+
 def onnx_predict(path: Path, options: Options) -> Predict:
     """An ONNX file on ONNX Runtime, as it comes."""
     import onnxruntime as ort
 
-    assert options.teacher
-    encoder, setting = Encoder(options.teacher), ort.SessionOptions()
+    encoder, setting = Encoder(options.model), ort.SessionOptions()
     setting.intra_op_num_threads = options.threads
     setting.inter_op_num_threads = 1
     # Else idle workers would go on spinning while the other process has its turn.
@@ -71,8 +78,7 @@ def openvino_predict(path: Path, options: Options) -> Predict:
     """An OpenVINO file, as it comes: the CPU plugin chooses precision and kernels."""
     import openvino as ov
 
-    assert options.teacher
-    encoder, (model, takes) = Encoder(options.teacher), openvino_model(path)
+    encoder, (model, takes) = Encoder(options.model), openvino_model(path)
     hints = {"INFERENCE_NUM_THREADS": options.threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = ov.Core().compile_model(model, "CPU", hints)
     request, width = compiled.create_infer_request(), len(options.labels)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from encoders import onnx_predict
+from encoders import keep_tokenizer, onnx_predict
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from protocol import Options, Predict, main
 
 
 def train(options: Options) -> None:
     """Quantize the weights; activations take their ranges from each batch."""
+    keep_tokenizer(options)
     assert options.teacher
     quantize_dynamic(
         options.teacher / "model.onnx", options.model / "model.onnx", per_channel=True, weight_type=QuantType.QInt8

@@ -8,12 +8,13 @@ from typing import Any
 import nncf
 import numpy as np
 import openvino as ov
-from encoders import Encoder, calibration, openvino_model, openvino_predict
+from encoders import Encoder, calibration, keep_tokenizer, openvino_model, openvino_predict
 from protocol import Options, Predict, main, quality
 
 
 def train(options: Options) -> None:
     """Calibrate on 300 train texts, hold the metric on dev."""
+    keep_tokenizer(options)
     assert options.teacher
     model, takes = openvino_model(options.teacher / "model.onnx")
     dev, metric = options.rows("dev"), options.task["metric"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import nncf
 import openvino as ov
-from encoders import calibration, openvino_model, openvino_predict
+from encoders import calibration, keep_tokenizer, openvino_model, openvino_predict
 from protocol import Options, Predict, main
 
 
 def train(options: Options) -> None:
     """Calibrate on 300 train texts."""
+    keep_tokenizer(options)
     assert options.teacher
     model, takes = openvino_model(options.teacher / "model.onnx")
     batches = calibration(options, takes)

@@ -16,7 +16,7 @@ from transformers import AutoModel
 def train(options: Options) -> None:
     """Nothing: the job trained it."""
     assert options.teacher
-    for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json"):
+    for name in ("model.safetensors", "head.safetensors", "config.json", "tokenizer.json", "teacher.json"):
         shutil.copy(options.teacher / name, options.model / name)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_pruning as tp
-from encoders import Encoder, onnx_predict
+from encoders import Encoder, keep_tokenizer, onnx_predict
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from protocol import Options, Predict, main
 from safetensors.torch import load_file
@@ -90,6 +90,7 @@ def finetune(model: Classifier, options: Options) -> None:
 
 def train(options: Options) -> None:
     """Prune, fine-tune, export, quantize."""
+    keep_tokenizer(options)
     assert options.teacher
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
