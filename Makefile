@@ -1,4 +1,4 @@
-# The words of this project: setup demo test lint docs size
+# The words of this project: setup demo test lint docs bench size
 #
 #   make setup                     .venv with everything that training, serving and testing need
 #   make demo                      the main job on the built-in sample
@@ -7,6 +7,8 @@
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
 #   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
+#   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
+#                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -21,7 +23,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs lock size
+.PHONY: help setup demo test lint docs bench lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -67,6 +69,11 @@ docs: $(INSTALLED)
 lock:
 	uv pip compile pyproject.toml --extra train --extra openvino --extra dev --universal --constraint constraints.txt \
 		--no-header --no-annotate --no-emit-index-url --quiet | grep -Ev '^(cuda|nvidia|triton)' > requirements.lock
+
+# Peers bring environments of their own, made under WORK on first use; a cell that is there is left alone.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py $(foreach s,$(SET),--set $(s)) $(foreach p,$(PEER),--peer $(p)) \
+		$(foreach s,$(SEED),--seed $(s)) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK)) $(ARGS)
 
 size:
 	@$(PYTHON) scripts/size.py

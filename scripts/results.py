@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peers
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -119,8 +121,8 @@ def extra(name: str) -> Run | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def page() -> str:
-    """docs/results.md."""
+def page() -> tuple[str, dict[str, str]]:
+    """docs/results.md, and the plots that it shows by file name."""
     found = runs("banking77")
     machine = found[0]["bench"]["machine"]
     parts = [
@@ -147,7 +149,10 @@ def page() -> str:
     notes = RESULTS / "notes.md"
     if notes.exists():
         parts.append(notes.read_text(encoding="utf-8"))
-    return "\n".join(parts).rstrip() + "\n"
+    beside, plots = peers.tables()
+    growth, more = peers.scaling()
+    parts += [*beside, peers.roofline(), *growth]
+    return "\n".join(parts).rstrip() + "\n", plots | more
 
 
 def profile(run: Run) -> str:
@@ -207,7 +212,8 @@ def table(run: Run) -> str:
 
 def main() -> int:
     """Write, or compare."""
-    wanted = {ROOT / "docs" / "results.md": page()}
+    text, plots = page()
+    wanted = {ROOT / "docs" / "results.md": text} | {ROOT / "docs" / name: plot for name, plot in plots.items()}
     for name, language in (("README.md", "en"), ("README.zh-CN.md", "zh")):
         text = (ROOT / name).read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)

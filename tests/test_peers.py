@@ -1,0 +1,181 @@
+"""The bench beside peers: its protocol, its margin, its driver on a peer that works and one that does not, its tables."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Shop
+from netweight.certify.compare import Pairs
+from netweight.certify.power import binary_power, normal_power
+from netweight.pipeline import store_of
+from netweight.task import Classify
+
+ROOT = Path(__file__).parents[1]
+
+# A peer that says what the first row's label is: no training, no packages.
+PEER = """
+import numpy as np
+from protocol import main
+
+def train(options):
+    (options.model / "label.txt").write_text(str(options.rows("train").label[0]))
+
+def load(options):
+    label, width = int((options.model / "label.txt").read_text()), len(options.labels)
+    print("a library prints")
+    return lambda texts, batch: np.tile(np.eye(width, dtype=np.float32)[label], (len(texts), 1))
+
+main(train, load, ("numpy",), (8, 32))
+"""
+BROKEN = "raise SystemExit('this peer is not for this machine')"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for folder in ("benchmarks", "scripts", "benchmarks/peers"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    for name in ("bench", "rounds", "peers", "protocol"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import bench as module  # type: ignore[import-not-found]
+
+    return module
+
+
+def pairs(task: Classify, n: int, lost: int, gained: int) -> Pairs:
+    """Outcomes of n rows of label 0 and 1 in turn."""
+    true = np.arange(n) % 2
+    reference, candidate = true.copy(), true.copy()
+    candidate[:lost] = 1 - candidate[:lost]
+    reference[lost : lost + gained] = 1 - reference[lost : lost + gained]
+    return Pairs(task, *(np.stack([said, true], axis=1).astype(float) for said in (reference, candidate)))
+
+
+def test_the_margin_is_the_least_with_power(bench: ModuleType) -> None:
+    task = Classify(("a", "b"))
+    found = bench.margin_of(task, pairs(task, 1000, 40, 40), 2000, 0.025)
+    assert found > 1.0
+    assert binary_power(0.08, 0.0, 2000, found / 100, 0.025) >= 0.8
+    assert binary_power(0.08, 0.0, 2000, found / 100 - 0.001, 0.025) < 0.8
+    assert bench.margin_of(task, pairs(task, 1000, 2, 2), 20000, 0.025) == 1.0, "never less than a point"
+    # Which of the two was better on dev must not matter.
+    assert found == bench.margin_of(task, pairs(task, 1000, 80, 0), 2000, 0.025)
+
+
+def test_the_margin_of_macro_f1_follows_the_bootstrap(bench: ModuleType) -> None:
+    task = Classify(("a", "b"), "macro-f1")
+    found = bench.margin_of(task, pairs(task, 1000, 50, 50), 1000, 0.025)
+    # For balanced labels the difference of macro-F1s has about the error of that of accuracies.
+    error = np.sqrt(0.1 / 1000)
+    assert (
+        normal_power(error * 0.85, 0.0, found / 100, 0.025) > 0.8 > normal_power(error * 1.15, 0.0, found / 100, 0.025)
+    )
+    assert bench.margin_of(task, pairs(task, 1000, 50, 50), 4000, 0.025) == pytest.approx(found / 2, abs=0.15)
+
+
+@pytest.fixture
+def given(bench: ModuleType, shop: Shop, tmp_path: Path) -> Any:
+    """A command line over the session's job, with a peer that works and one that does not."""
+    peers = tmp_path / "benchmarks" / "peers"
+    shutil.copytree(ROOT / "benchmarks" / "peers" / "netweight", peers / "netweight")
+    shutil.copy(ROOT / "benchmarks" / "peers" / "protocol.py", peers)
+    for name, text in (("constant", PEER), ("broken", BROKEN)):
+        (peers / name).mkdir()
+        (peers / name / "run.py").write_text(text, encoding="utf-8")
+    bench.HERE = tmp_path / "benchmarks"
+    data, work = tmp_path / "data", tmp_path / "runs"
+    (data / "made").mkdir(parents=True)
+    for name, rows in (("train", shop.train), ("dev", shop.dev), ("test", shop.certify)):
+        with gzip.open(data / "made" / f"{name}.csv.gz", "wt", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *zip(rows.text, rows.label or ())])
+    for source in (shop.folder, store_of(shop.folder)):
+        shutil.copytree(source, work / source.name.replace("made", "made-seed0"))
+    return bench.Given(data, work, work / "env", tmp_path / "cells", 1, "30m", 1.0, True, False)
+
+
+def test_a_peer_and_a_broken_one(
+    bench: ModuleType, shop: Shop, given: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rounds._PILOT", 0.001)
+    monkeypatch.setattr("rounds._PAUSE", 0.0)
+    monkeypatch.setattr("rounds._ROUND", 0.01)
+    shops: dict[tuple[str, int], Any] = {}
+    for peer in ("constant", "broken"):
+        bench.cell("made", peer, 0, given, shops)
+    fine, broken = (json.loads((given.results / f"made--{p}--seed0.json").read_text()) for p in ("constant", "broken"))
+    assert "this peer is not for this machine" in broken["error"]
+    assert "timing" not in broken
+    c, n = fine["certificate"], len(shop.result.certificate.registration.task.labels)  # type: ignore[union-attr]
+    assert c["reference"] == pytest.approx(shop.result.certificate.reference.value)
+    assert c["quality"]["value"] < 2 / n
+    assert c["verdict"] == "worse"
+    assert c["margin"] >= 1.0
+    assert fine["timing"]["constant"]["batch"] in (8, 32)
+    assert fine["timing"]["netweight"]["ratio"] == 1.0
+    said = capsys.readouterr().out
+    assert said.index("margin") < said.index("worse"), "the margin is known before the labels are"
+    held = (given.work / "made-seed0.peers" / "data" / "test.jsonl").read_text(encoding="utf-8")
+    assert "label" not in json.loads(held.splitlines()[0]), "peers never see certify labels"
+    before = (given.results / "made--constant--seed0.json").stat().st_mtime_ns
+    bench.cell("made", "constant", 0, given, {})
+    assert (given.results / "made--constant--seed0.json").stat().st_mtime_ns == before
+
+
+def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import peers  # type: ignore[import-not-found]
+
+    (tmp_path / "cells").mkdir()
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    text, plots = peers.tables()
+    assert "\n".join(text).count(peers.NOT_RUN) == len(bench.SETS)
+    assert not plots
+    timing = {"rows_per_second": 1234.5, "ratio": 0.5, "p50": 1.0, "p99": 2.0}
+    cell = {
+        "set": "banking77",
+        "peer": "tfidf",
+        "seed": 0,
+        "quick": False,
+        "machine": {"cpu": "a processor", "threads": 2},
+        "made": {"seconds": 3.0, "bytes": 4_000_000},
+        "certificate": {
+            "quality": {"value": 0.9},
+            "drop": {"value": 0.01, "high": 0.02},
+            "margin": 1.5,
+            "verdict": "not certified",
+            "reference": 0.91,
+            "metric": "accuracy",
+            "rows": 3075,
+        },
+        "timing": {"tfidf": timing},
+    }
+    failed = {"set": "banking77", "peer": "olive", "seed": 0, "quick": False, "error": "pip | said\nno"}
+    trial = cell | {"peer": "fasttext", "quick": True}
+    for one in (cell, failed, trial):
+        (tmp_path / "cells" / f"{one['peer']}.json").write_text(json.dumps(one))
+    page = "\n".join(peers.tables()[0])
+    assert "| TF-IDF + logistic regression | 90.00 | 1.00, at most 2.00 | 1.5 | not certified | 1,234 | 0.5 |" in page
+    assert "failed: pip / said no" in page
+    assert f"| fastText | {peers.NOT_RUN} |" in page, "a trial is no result"
+    assert "1,234" in page
+    assert list(peers.tables()[1]) == ["peers-banking77-seed0.svg"]
+
+
+def test_every_peer_has_a_script_a_title_and_pinned_requirements(bench: ModuleType) -> None:
+    import peers
+
+    for name in bench.PEERS:
+        folder = ROOT / "benchmarks" / "peers" / name
+        assert (folder / "run.py").exists(), name
+        assert name in peers.TITLES
+        wanted = folder / "requirements.txt"
+        if wanted.exists():
+            assert all("==" in line for line in wanted.read_text(encoding="utf-8").splitlines()), name
