@@ -1,0 +1,20 @@
+"""Write docs/techniques/compose.md: which technique works after which, found out by trying every pair (some minutes)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from test_compose import PAGE, table
+
+
+def main() -> None:
+    """Try them all."""
+    PAGE.write_text(table(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What works after what: every ordered pair of techniques, one step each, composes or is refused with a sentence.
+
+`scripts/compose.py` writes docs/techniques/compose.md from `table`; a slow test holds the page to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import FAMILIES, tiny_model, tiny_rows
+from netweight.data import Dataset
+from netweight.data.rows import Sealed
+from netweight.errors import NetweightError
+from netweight.export import export
+from netweight.model import Model
+from netweight.run import Local
+from netweight.run.local import logits_of
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    FactorEmbedding,
+    Finetune,
+    Half,
+    LinearFloor,
+    MixedBits,
+    Pretrain,
+    Prune,
+    Quantize,
+    QuantizeAware,
+    SelfTrain,
+    Shrink,
+    Static,
+    SwapActivation,
+    Technique,
+    Vocab,
+)
+from netweight.train import Plan
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "techniques" / "compose.md"
+PLAN = Plan(batch_size=32, precision="fp32")
+TECHNIQUES: tuple[Technique, ...] = (
+    Pretrain("contrastive", epochs=1),
+    Finetune(epochs=1),
+    Vocab(),
+    FactorEmbedding(rank=8),
+    Static(width=8, buckets=64, epochs=1, splice=1.0),
+    Distill(layers=1, epochs=1, splice=1.0),
+    Shrink(neurons=0.5, rows=16, epochs=1, splice=0.0),
+    Prune(sparsity=0.5, epochs=1),
+    Factor(rank=4, rows=16, epochs=1),
+    SwapActivation("relu", epochs=1),
+    EarlyExit((1,), epochs=1, splice=0.0),
+    SelfTrain(floor=0.5, epochs=1, drift=1.0),
+    Quantize(rows=16),
+    QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1),
+    MixedBits(mean_bits=5.0, rows=16),
+    Half(),
+    LinearFloor(buckets=64),
+)
+
+
+def few() -> Dataset:
+    rows = tiny_rows(80)
+    parts = [rows.take(range(a, b)) for a, b in ((0, 32), (32, 42), (42, 52), (52, 60), (60, 80))]
+    return Dataset(parts[0], parts[1], parts[2], Sealed(parts[3]), parts[4].unlabelled())
+
+
+@cache
+def first(family: str, technique: Technique) -> Model:
+    return technique(tiny_model(family=family, layers=3), Local(few()), PLAN)
+
+
+def outcome(family: str, one: Technique, two: Technique, folder: Path | None = None) -> str:
+    """Nothing where two works after one (and, with a folder, what comes of it is saved, loaded and exported); else the
+    sentence with which it was refused."""
+    try:
+        model = two(first(family, one), Local(few()), PLAN)
+    except NetweightError as refusal:
+        return str(refusal)
+    said = logits_of(model, model.encoder.encode(few().train.text))
+    assert said.isfinite().all()
+    if folder is not None:
+        model.save(folder)
+        assert torch.equal(logits_of(Model.load(folder), model.encoder.encode(few().train.text)), said)
+        assert export(model).data
+    return ""
+
+
+def name(technique: Technique) -> str:
+    return type(technique).__name__
+
+
+def table(family: str = "bert") -> str:
+    """The page: a matrix with a number for each sentence."""
+    sentences: dict[str, int] = {}
+    lines = [f"| first, then | {' | '.join(map(name, TECHNIQUES))} |", "|---" * (len(TECHNIQUES) + 1) + "|"]
+    for one in TECHNIQUES:
+        cells = []
+        for two in TECHNIQUES:
+            said = outcome(family, one, two)
+            cells.append(f"[{sentences.setdefault(said, len(sentences) + 1)}]" if said else "yes")
+        lines.append(f"| **{name(one)}** | {' | '.join(cells)} |")
+    notes = [f"- [{number}] {said}" for said, number in sentences.items()]
+    head = (
+        "# What works after what\n\nEvery ordered pair on one tiny BERT, one short step each: the row's technique first, "
+        "then the column's. What is refused is\nrefused with the sentence of its number. Written by `scripts/compose.py`.\n"
+    )
+    return "\n".join([head, *lines, "", *notes, ""])
+
+
+# What is usually done in this order.
+USUAL = [
+    (one, two)
+    for one in TECHNIQUES
+    for two in TECHNIQUES
+    if name(two) == "Quantize" or (name(one), name(two)) in {("Shrink", "SwapActivation"), ("Vocab", "Static")}
+]
+
+
+@pytest.mark.parametrize(("one", "two"), USUAL, ids=name)
+def test_usual_pairs(one: Technique, two: Technique) -> None:
+    said = outcome("bert", one, two)
+    assert not said or len(said.split()) > 5, "a refusal is a sentence"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", TECHNIQUES, ids=name)
+def test_every_pair_composes_or_says_why_not(one: Technique, tmp_path: Path) -> None:
+    for two in TECHNIQUES:
+        said = outcome("bert", one, two, tmp_path / name(two))
+        assert not said or len(said.split()) > 5, f"{name(one)} then {name(two)}: {said!r} is no sentence"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
+def test_every_family_takes_each_technique_once(family: str, tmp_path: Path) -> None:
+    refused = {}
+    for technique in TECHNIQUES:
+        try:
+            model = first(family, technique)
+        except NetweightError as refusal:
+            refused[name(technique)] = str(refusal)
+            continue
+        model.save(tmp_path / name(technique))
+        assert export(model).data
+    assert len(refused) <= 3, refused
+    assert all(len(said.split()) > 5 for said in refused.values()), refused
+
+
+@pytest.mark.slow
+def test_the_page_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == table(), "run scripts/compose.py and commit it"
+
+
+def test_the_same_pair_says_the_same() -> None:
+    one, two = Shrink(neurons=0.5, rows=16, epochs=0), Quantize(rows=16)
+    again = replace(two)
+    assert first("bert", one) is first("bert", replace(one)), "equal options are one technique"
+    assert two(first("bert", one), Local(few()), PLAN).digest == again(first("bert", one), Local(few()), PLAN).digest
