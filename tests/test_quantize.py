@@ -345,7 +345,7 @@ def test_few_bits_make_small_files(dataset: Dataset) -> None:
     few = Quantize(activations="none", weight_bits=4, granularity="group", group=32, table_bits=4)
     small = export(few(model, Local(dataset), PLAN))
     assert small.options == {"packed": True}
-    assert len(small.data) < dense - 0.8 * model.bytes
+    assert len(small.data) < dense - 0.75 * model.bytes
     half = export(Half()(model, Local(dataset), PLAN))
     assert len(half.data) < dense - 0.45 * model.bytes
 
