@@ -15,6 +15,7 @@ import csv
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from netweight.measure import cores, machine
+from netweight.pipeline import store_of
 
 TIMES = (1, 2, 5, 10)
 # Runs the command line and says how much memory it held at most. Not getrusage: what the parent held counts there.
@@ -97,6 +99,9 @@ def optimize_steps(given: argparse.Namespace) -> Iterator[tuple[int, Callable[[]
 
     def step(count: int) -> tuple[float, int]:
         table, out = given.work / f"scaling-{count}.csv", given.work / f"scaling-{count}.nw"
+        # What a killed step left would be resumed, and its seconds would say nothing.
+        for left in (out, store_of(out)):
+            shutil.rmtree(left, ignore_errors=True)
         write(table, columns, [rows[i] for i in order[:count]])
         words = ["optimize", table, "--dev", given.folder / "dev.csv.gz", "--certify", given.folder / "test.csv.gz"]
         words += ["--text", given.text, "--label", given.label, "--out", out, "--time-limit", given.limit]
