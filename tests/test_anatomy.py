@@ -67,7 +67,9 @@ def test_a_cut_is_what_silencing_is(family: str, tmp_path: Path) -> None:
     assert torch.equal(said(Model.load(tmp_path / "student")), said(student))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f in ("bert", "gpt2") else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_cut_network_exports(family: str) -> None:
     from netweight.engine.onnx import OnnxEngine
 

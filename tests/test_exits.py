@@ -35,7 +35,10 @@ def with_exits(dataset: Dataset, family: str = "bert", after: tuple[int, ...] = 
     return EarlyExit(after, epochs=1)(tiny_model(family=family, layers=layers), Local(dataset), PLAN)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize(
+    "family",
+    ["bert", pytest.param("roberta", marks=pytest.mark.slow), pytest.param("distilbert", marks=pytest.mark.slow)],
+)
 def test_contract(dataset: Dataset, tmp_path: Path, family: str) -> None:
     technique = EarlyExit((1,), epochs=1)
     model = tiny_model(family=family)

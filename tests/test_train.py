@@ -126,7 +126,7 @@ def fitted(plan: Plan, source: Numbers | None = None, loss: Any = None, **option
         ("warmup", -0.1),
         ("clip", -1.0),
         ("token_dropout", 1.0),
-        ("precision", "fp16"),
+        ("precision", "fp64"),
     ],
 )
 def test_plans_refuse_what_makes_no_sense(name: str, value: Any) -> None:
