@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 WORDS = {
-    "en": ("BANKING77, official test", "accuracy", "texts/s", "p50", "p99", "size", "artifact", "seed"),
-    "zh": ("BANKING77 官方测试集", "准确率", "条/秒", "p50", "p99", "大小", "工件", "种子"),
+    "en": ("BANKING77, official test", "accuracy", "texts/s", "p50", "p99", "size", "artifact", "seed", "commit"),
+    "zh": ("BANKING77 官方测试集", "准确率", "条/秒", "p50", "p99", "大小", "工件", "种子", "提交"),
 }
 NAMES = {
     "teacher": "fine-tuned MiniLM-L6, PyTorch",
@@ -66,7 +66,7 @@ def headline(language: str) -> str:
             f"{t['p99']:.2f} ms | {m['bytes'] / 1e6:.1f} MB |"
         )
     machine = run["bench"]["machine"]
-    said = f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}, {words[7]} {run['seed']}"
+    said = f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}, {words[7]} {run['seed']}, {words[8]} {machine['commit']}"
     command = "`benchmarks/real.py banking77 FOLDER`"
     if language == "zh":
         tail = f"{run['inspect']['certificate']['verdict']}。{said}。命令：{command}；全部数字见 [docs/results.md](docs/results.md)。"
@@ -137,7 +137,9 @@ def page() -> tuple[str, dict[str, str]]:
     parts += side_rows(found)
     parts.append("")
     for run in found:
-        parts.append(f"Seed {run['seed']}: ships `{' > '.join(measured(run)['artifact']['tiers'])}`; {verdict(run)}.\n")
+        parts.append(
+            f"Seed {run['seed']}, commit {run['bench']['machine']['commit']}: ships `{' > '.join(measured(run)['artifact']['tiers'])}`; {verdict(run)}.\n"
+        )
         parts.append(table(run))
     for name, title in (("womens_clothing", "Womens Clothing reviews"), ("bitext_support", "Bitext support intents")):
         for run in runs(name):
