@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import get_args
 
 from torch import nn
@@ -15,7 +15,7 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Run
 from netweight.techniques.base import transformer
-from netweight.techniques.finetune import freeze_embeddings
+from netweight.techniques.distill import heal, planned
 from netweight.train import Plan
 
 _KINDS = (
@@ -61,18 +61,8 @@ class SwapActivation:
             network.replace(name, Activate(self.kind))
         if not self.epochs:
             return student
-        freeze_embeddings(network, True)
-        plan = replace(
-            plan,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            token_dropout=self.token_dropout,
-            splice=self.splice,
-        )
         loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
-        new = run.fit(student, loss, plan, f"swap activations for {self.kind}")
-        freeze_embeddings(transformer(new, "SwapActivation"), False)
-        return new
+        return heal(student, loss, run, planned(plan, self), f"swap activations for {self.kind}")
 
 
 def activating(network: Transformer) -> list[str]:

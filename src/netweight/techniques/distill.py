@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -67,9 +67,7 @@ class Distill:
         student = model.with_network(network)
         freeze_embeddings(network, self._frozen(network, teachers[0]))
         loss = self._loss(student, teachers, plan.seed)
-        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
-        plan = replace(plan, splice=self.splice)
-        new = run.fit(student, loss, plan, f"distil {student.depth} layers")
+        new = run.fit(student, loss, planned(plan, self), f"distil {student.depth} layers")
         trained = transformer(new, "Distill")
         freeze_embeddings(trained, False)
         unproject(trained)
@@ -156,6 +154,30 @@ def _try(loss: Loss, student: Model) -> None:
     with torch.no_grad():
         student.network.eval()
         loss(student.network, Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), 0 * one, torch.ones(1), outputs))
+
+
+class Fitting(Protocol):
+    """Options of the fit that a technique ends with."""
+
+    @property
+    def epochs(self) -> float: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def token_dropout(self) -> float: ...
+    @property
+    def splice(self) -> float: ...
+
+
+def planned(plan: Plan, options: Fitting) -> Plan:
+    """The plan with a technique's own options."""
+    return replace(
+        plan,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        token_dropout=options.token_dropout,
+        splice=options.splice,
+    )
 
 
 def heal(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:

@@ -7,7 +7,7 @@ model's outputs, the later ones weighing more, as in Kaya, Hong and Dumitras (IC
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from netweight.network import Exits, Transformer
 from netweight.run import Run
 from netweight.task import Classify, Score
 from netweight.techniques.base import transformer
-from netweight.techniques.finetune import freeze_embeddings
+from netweight.techniques.distill import heal, planned
 from netweight.train import Plan
 
 # Families whose layers take hidden states and a mask, and whose last layer's output nothing follows.
@@ -53,18 +53,8 @@ class EarlyExit:
         if isinstance(network, Exits):
             raise ModelError("the model has exits already.")
         student = model.with_network(_with_exits(network, self.after))
-        freeze_embeddings(student.network, True)  # type: ignore[arg-type]
-        plan = replace(
-            plan,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            token_dropout=self.token_dropout,
-            splice=self.splice,
-        )
         loss = Staged(model.task, (model,), self.temperature, self.hard)
-        new = run.fit(student, loss, plan, f"exits after {', '.join(map(str, self.after))}")
-        freeze_embeddings(new.network, False)  # type: ignore[arg-type]
-        return new
+        return heal(student, loss, run, planned(plan, self), f"exits after {', '.join(map(str, self.after))}")
 
 
 def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:

@@ -22,7 +22,7 @@ from netweight.network import Transformer
 from netweight.quantizer import affine, grid, grouped, learned, limits, symmetric, ungrouped
 from netweight.run import Run
 from netweight.techniques.base import Technique, transformer
-from netweight.techniques.finetune import freeze_embeddings
+from netweight.techniques.distill import heal, planned
 from netweight.techniques.quantize import OUT, Quantize, linears
 from netweight.train import Plan
 
@@ -56,16 +56,8 @@ class QuantizeAware:
         if not (start.ranges or start.weights):
             raise OptionError(f"{type(self.start).__name__} quantizes nothing; start from Quantize or MixedBits.")
         student = model.with_network(faked(start, self.ranges == "learned"))
-        freeze_embeddings(transformer(student, "QuantizeAware"), True)
-        plan = replace(
-            plan,
-            epochs=self.epochs,
-            learning_rate=self.learning_rate,
-            token_dropout=self.token_dropout,
-            splice=self.splice,
-        )
         loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
-        return unfaked(run.fit(student, loss, plan, "quantization-aware training"), start)
+        return unfaked(heal(student, loss, run, planned(plan, self), "quantization-aware training"), start)
 
 
 def faked(model: Model, learn: bool) -> Transformer:
@@ -90,7 +82,6 @@ def faked(model: Model, learn: bool) -> Transformer:
 def unfaked(model: Model, start: Model) -> Model:
     """Plain layers again; what was learned of ranges and scales is noted on the model."""
     network = copy.deepcopy(transformer(model, "QuantizeAware"))
-    freeze_embeddings(network, False)
     ranges, weights = dict(start.ranges), dict(start.weights)
     for name, fake in list(network.named_modules()):
         if not isinstance(fake, FakeLinear):

@@ -24,8 +24,7 @@ from netweight.network import Network, Transformer
 from netweight.run import Run
 from netweight.task import Classify, Score
 from netweight.techniques.base import transformer
-from netweight.techniques.distill import with_layers
-from netweight.techniques.finetune import freeze_embeddings
+from netweight.techniques.distill import heal, planned, with_layers
 from netweight.train import Plan
 
 Importance = Literal["fisher", "taylor", "magnitude"]
@@ -105,12 +104,7 @@ class Shrink:
         student = model.with_network(new)
         if not self.epochs:
             return student
-        freeze_embeddings(new, True)
-        loss = SoftTargets(model.task, (model,), hard=0.1)
-        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
-        healed = run.fit(student, loss, replace(plan, splice=self.splice), "heal")
-        freeze_embeddings(transformer(healed, "Shrink"), False)
-        return healed
+        return heal(student, SoftTargets(model.task, (model,), hard=0.1), run, planned(plan, self), "heal")
 
     def _check(self, depth: int) -> None:
         for name in ("heads", "neurons", "hidden"):
