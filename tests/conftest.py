@@ -141,7 +141,16 @@ def write_table(path: Path, rows: Rows) -> Path:
     return path
 
 
-COSTS = {"": 1e-6, "linear": 1e-6, "static": 2e-6, "half-int8": 5e-5, "third-int8": 4e-5, "full-int8": 1e-4}
+COSTS = {
+    "exits": 3e-6,
+    "shared": 2e-4,
+    "": 1e-6,
+    "linear": 1e-6,
+    "static": 2e-6,
+    "half-int8": 5e-5,
+    "third-int8": 4e-5,
+    "full-int8": 1e-4,
+}
 
 
 def fixed_costs(tiers: Iterable[str], *_: object) -> dict[str, Cost]:

@@ -35,6 +35,14 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert {t.name for t in found.tried} == set(points) - {t.name for t in manifest.tiers}
     assert all(t.quality == pytest.approx(points[t.name].quality) for t in found.tried)
 
+    # Each tier's first step is compared with the teacher, later ones with the step before.
+    before = teacher
+    for i, (step, sentence) in enumerate(zip(steps, found.sentences[1:])):
+        before = teacher if i == 0 or steps[i - 1].tier != step.tier else steps[i - 1]
+        assert f"({100 * (step.quality - before.quality):+.2f} points)" in sentence
+        ratio = before.bytes / step.bytes
+        assert f"({ratio:.1f}x smaller)" in sentence or f"({1 / ratio:.1f}x larger)" in sentence
+
     said = say("explain", copied, "--threads", "1")
     assert said.status == 0
     assert said.out.count("\n") == len(found.sentences)

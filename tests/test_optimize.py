@@ -24,7 +24,7 @@ from netweight.pipeline import optimize, store_of
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL
-from netweight.techniques import Distill, Quantize
+from netweight.techniques import Distill, EarlyExit, Quantize
 from netweight.train import Silent
 
 optimize_module = sys.modules["netweight.pipeline"]
@@ -167,6 +167,33 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}
     assert any("the time limit is near; half-int8 and what follows it are not tried" in n for n in Notes.said)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exits = EarlyExit((1,), epochs=1, splice=0.0)
+    more = (Rung("exits", (exits, Quantize()), 0.5), Rung("shared", (exits, Quantize(method="minmax")), 0.5))
+    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher)[:3], *more))
+    # Whatever its dev quality: only a cascade that ends in the exits is left to choose.
+    usual = optimize_module.plan
+    monkeypatch.setattr(
+        optimize_module, "plan", lambda found: usual([c for c in found if c.choice.points[-1].name == "exits"])
+    )
+    base = tiny_base(tmp_path / "base", layers=2)
+    out = tmp_path / "made.nw"
+    result = again(shop, out, model=str(base), max_drop=40.0)
+    held = journal(out)
+    steps = held["steps exits"]
+    assert steps[0] == held["steps shared"][0], "recipes that begin alike share it"
+    assert len([key for key in held if key.startswith("model part-")]) == 1
+    tier = result.manifest.tiers[-1]
+    assert (tier.name, tier.engine) == ("exits", "exits")
+    (threshold,) = tier.options["thresholds"]
+    assert 0.5 <= threshold <= 1.0, "fitted on dev: some rows leave early"
+    assert len(load(out, 1).predict(shop.certify.text)) == len(shop.certify)
+    assert len(summary.verify(out, None)) == 2
 
 
 def scored(rows: Rows) -> Rows:
