@@ -234,6 +234,8 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
     cases: list[tuple[tuple[object, ...], str]] = [
         (("predict", tmp_path, table), "is no artifact: it has no manifest.json"),
         (("predict", made, table), "is damaged: its SHA-256 is"),
+        (("export", tmp_path, "--to", "onnx", "--out", tmp_path / "x"), "is no artifact: it has no manifest.json"),
+        (("explain", tmp_path), "is no artifact: it has no manifest.json"),
         (("predict", shop.folder, tmp_path / "row.tsv"), "Did you mean 'rows.tsv'?"),
         (("predict", shop.folder, table, "--text", "words"), "has no column 'words'"),
         (("predict", shop.folder, table, "--out", table), "is the input itself"),

@@ -378,12 +378,15 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     clock = itertools.count()
     monkeypatch.setattr(train.time, "monotonic", lambda: float(next(clock)))
     seen = Watcher()
-    # Two readings of the clock before the ninth step: eight steps took one second.
+    # The clock is read after steps 2, 8 and 24. By the second reading six steps took one second and three are left: 18
+    # more steps; by the third 16 steps took one second and two are left: 32 more.
     fitted(plan_of(epochs=100, seconds=5.0, schedule="linear", reporter=seen))
-    assert len(seen.rates) == 40
-    assert seen.starts == [("fit", 300, 0), ("fit", 40, 8)]
-    assert seen.notes == ["fit: 13.33 epochs fit into the time that is left"]
-    assert seen.rates[8:] == pytest.approx([0.1 * (40 - i) / 40 for i in range(8, 40)])
+    assert len(seen.rates) == 56
+    assert seen.starts == [("fit", 300, 0), ("fit", 26, 8), ("fit", 56, 24)]
+    said = "epochs fit into the time that is left"
+    assert seen.notes == [f"fit: 8.67 {said}", f"fit: 18.67 {said}"]
+    assert seen.rates[8:24] == pytest.approx([0.1 * (26 - i) / 26 for i in range(8, 24)])
+    assert seen.rates[24:] == pytest.approx([0.1 * (56 - i) / 56 for i in range(24, 56)])
     short = Watcher()
     fitted(plan_of(epochs=100, seconds=1e-9, reporter=short))
     assert len(short.rates) == 9, "one step after the eight that were timed"

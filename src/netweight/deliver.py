@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from netweight import convert
+from netweight.artifact import read_manifest
 from netweight.convert import Converted, Format, Writer
 from netweight.data import Columns
 from netweight.errors import MissingExtra, OptionError
@@ -27,6 +28,7 @@ def export(
     is made from the models in `folder`.run. Raises OptionError, ArtifactError, StoreError, MissingExtra.
     """
     folder, out = Path(folder), Path(out)
+    read_manifest(folder)  # before anything else is asked for: is there an artifact at all?
     writer = _writer(folder, to, threads)
     return convert.convert(folder, out, writer, rows_of(folder, source, Columns(text, None, pair)), threads)
 

@@ -32,6 +32,12 @@ Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
+# Steps after which a fit with a time box looks at the clock: what the first few cost is no guide (memory is taken,
+# kernels are chosen), and a machine that was busy for a moment must not decide the whole fit.
+_LOOKS = (2, 8, 24)
+_WORTH_SAYING = 0.05  # smaller changes of the number of epochs are let go
+
+
 class Reporter(Protocol):
     """Where a fit says how it goes: a progress bar, TensorBoard, a test."""
 
@@ -62,9 +68,9 @@ class Plan:
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
     beginning of one row and the end of another, `spliced_tokens` of tokens at most; they have no label, so only a loss
     with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
-    `seconds` bounds the fit: after a few steps the number of epochs is lowered, once, to what fits, and the schedule
-    with it. `patience` counts epochs without a better select quality; None keeps the last weights and evaluates
-    nothing.
+    `seconds` bounds the fit: after a few steps, and again after some more, the number of epochs becomes what fits, the
+    plan's at most, and the schedule with it. `patience` counts epochs without a better select quality; None keeps the
+    last weights and evaluates nothing.
     """
 
     epochs: float = 4.0
@@ -219,8 +225,8 @@ class _Loop:
         p, plan = self.progress, self.plan
         plan.reporter.start(label, self.steps, p.step)
         self.network.train()
-        saved = began = time.monotonic()
-        first = p.step
+        saved = began = mark = time.monotonic()
+        first = marked = p.step
         while p.step < self.steps:
             epoch, offset = divmod(p.step, self.per_epoch)
             if offset == 0 or p.step == first:
@@ -230,8 +236,11 @@ class _Loop:
             value, rate = self.update(groups[at : at + plan.accumulate])
             p.step += 1
             plan.reporter.step(p.step, value, rate)
-            if plan.seconds and not p.timed and p.step - first == 8:
-                self.fit_into(plan.seconds, (time.monotonic() - began) / 8, label)
+            if plan.seconds and not p.timed and p.step - first in _LOOKS:
+                now = time.monotonic()
+                if p.step - first > _LOOKS[0]:
+                    self.fit_into(plan.seconds - (now - began), (now - mark) / (p.step - marked), label)
+                mark, marked, p.timed = now, p.step, p.step - first == _LOOKS[-1]
             if p.step % self.per_epoch == 0 and self.stop_early():
                 break
             if self.checkpoint and time.monotonic() - saved > plan.checkpoint_every:
@@ -270,12 +279,14 @@ class _Loop:
         return total, rate
 
     def fit_into(self, seconds: float, per_step: float, label: str) -> None:
-        affordable = seconds / max(per_step, 1e-9) / self.per_epoch
-        self.progress.timed = True
-        if affordable < self.progress.epochs:
-            self.progress.epochs = max(affordable, 9 / self.per_epoch)
-            self.plan.reporter.note(f"{label}: {self.progress.epochs:.2f} epochs fit into the time that is left")
-            self.plan.reporter.start(label, self.steps, self.progress.step)
+        """As many of the plan's epochs as the seconds that are left allow; at least one more step."""
+        p = self.progress
+        affordable = max(p.step + seconds / max(per_step, 1e-9), p.step + 1) / self.per_epoch
+        epochs = min(affordable, self.plan.epochs)
+        if abs(epochs - p.epochs) > _WORTH_SAYING * p.epochs:
+            p.epochs = epochs
+            self.plan.reporter.note(f"{label}: {p.epochs:.2f} epochs fit into the time that is left")
+            self.plan.reporter.start(label, self.steps, p.step)
 
     def stop_early(self) -> bool:
         if self.evaluate is None:
