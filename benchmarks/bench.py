@@ -158,7 +158,7 @@ class Shop:
             rest = {"pooling": network.pooling, "max_length": model.encoder.max_length, "pad": model.encoder.pad}
             (folder / "teacher.json").write_text(json.dumps(rest), encoding="utf-8")
             exported = export(Model(network, model.encoder, model.task, model.base))
-            (folder / "model.onnx").write_bytes(exported.data)
+            (folder / "model.onnx").write_bytes(exported.plain)
             answers = {
                 name: logits_of(model, model.encoder.encode(rows.text)).numpy()
                 for name, rows in (("dev", self.data.dev), ("test", self.data.certify.rows))

@@ -126,7 +126,8 @@ def page() -> tuple[str, dict[str, str]]:
     found = runs("banking77")
     machine = found[0]["bench"]["machine"]
     parts = [
-        "# Results\n\nWritten by `make docs` from `benchmarks/results/`; no number here was typed.\n",
+        "# Results\n\nWritten by `make docs` from `benchmarks/results/`: tables from what commands stored, and beneath them notes, whose "
+        "numbers were read off the commands that they name.\n",
         f"Machine: {machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads; {machine['date']}. Shared and noisy: trust ratios, "
         "which come from interleaved rounds of one run.\n",
         "## BANKING77\n\n    .venv/bin/python benchmarks/real.py banking77 FOLDER --seed 0      (and 1, 2)\n\n"

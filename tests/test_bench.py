@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from conftest import Say, Shop, tiny_encoder, tiny_rows, write_table
+from conftest import Say, Shop, tiny_encoder, tiny_model, tiny_rows, write_table
 from netweight import artifact, bench, load, measure
-from netweight.baselines import nncf_int8
+from netweight.baselines import baseline, nncf_int8
 from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
+from netweight.export import export
+from netweight.run.local import logits_of
 from netweight.task import Classify
 
 ROWS = tiny_rows(9)
@@ -92,3 +95,16 @@ def test_measuring_says_what_is_wrong(tmp_path: Path) -> None:
         measure.from_dict({})
     with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded in a fresh process: .*it has no manifest.json"):
         measure.fresh(tmp_path, ROWS, 1, rounds=1)
+
+
+def test_a_sparse_teachers_file_is_unpacked_for_baselines() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            if parameter.ndim == 2 and parameter.numel() > 500:
+                parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.9] = 0
+    assert export(model).options == {"packed": True}
+    engine, size = baseline("onnx", model, ROWS, 1)
+    assert size == len(export(model).plain) > len(export(model).data)
+    tokens = model.encoder.encode(ROWS.text)
+    np.testing.assert_allclose(engine.run(tokens).logits, logits_of(model, tokens), atol=1e-5)

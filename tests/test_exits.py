@@ -23,7 +23,7 @@ from netweight.network import Exits
 from netweight.packing import packed
 from netweight.run import Local
 from netweight.task import Score
-from netweight.techniques import Distill, EarlyExit, Quantize
+from netweight.techniques import Distill, EarlyExit, Quantize, Shrink
 from netweight.techniques.exits import FAMILIES, Staged
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
@@ -140,5 +140,9 @@ def test_refusals(dataset: Dataset) -> None:
         EarlyExit()(model, run, PLAN)
     with pytest.raises(ModelError, match="a model with exits cannot lose layers"):
         Distill(layers=1)(model, run, PLAN)
+    with pytest.raises(ModelError, match="a model with exits cannot lose layers"):
+        Shrink(layers=1, rows=16, epochs=0)(model, run, PLAN)
+    with pytest.raises(ModelError, match="a model with exits keeps its hidden width"):
+        Shrink(hidden=0.5, rows=16, epochs=0)(model, run, PLAN)
     with pytest.raises(CorruptArtifact, match="1 stages need one threshold less, not 1"):
         ExitsEngine(packed({"0": np.zeros(3, np.uint8)}), {"thresholds": [0.5]}, 0, 1)

@@ -76,8 +76,7 @@ class Block:
 
 def blocks(network: Transformer) -> list[Block]:
     """Every layer, from the first. Raises ModelError for a family whose layers are built otherwise."""
-    prefix = next(name for name, m in network.named_modules() if m is network.layers())
-    return [_block(network, f"{prefix}.{i}") for i in range(len(network.layers()))]
+    return [_block(network, f"{network.stack}.{i}") for i in range(len(network.layers()))]
 
 
 def _block(network: Transformer, at: str) -> Block:

@@ -56,7 +56,7 @@ def baseline(name: str, model: Model, rows: Rows, threads: int) -> tuple[Engine,
     """
     if name == "teacher":
         return teacher_engine(model), model.bytes
-    plain = export(Model(model.network, model.encoder, model.task, model.base)).data
+    plain = export(Model(model.network, model.encoder, model.task, model.base)).plain
     pad = model.encoder.pad
     if name == "onnx":
         return _engine(model, name, OnnxEngine(plain, pad, threads)), len(plain)

@@ -30,7 +30,7 @@ from netweight.layers import put
 from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
 from netweight.model import Model, Range, Weights
 from netweight.network import Exits, Linear, Static, Transformer
-from netweight.packing import packed, packed_file
+from netweight.packing import packed, packed_file, unpacked_file
 from netweight.techniques.quantize import OUT
 
 Kind = Literal["static", "onnx", "exits"]
@@ -50,6 +50,11 @@ class Exported:
     kind: Kind
     data: bytes
     options: dict[str, Any]
+
+    @property
+    def plain(self) -> bytes:
+        """The file, unpacked."""
+        return unpacked_file(self.data) if self.options.get("packed") else self.data
 
 
 def export(model: Model) -> Exported:

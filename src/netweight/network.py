@@ -92,6 +92,12 @@ class Transformer(Network):
             raise ModelError(f"{self.config.model_type} keeps its {depth} layers in no single list; it cannot be cut.")
         return found[0]
 
+    @property
+    def stack(self) -> str:
+        """Name of the module that `layers` gives: those inside the layers begin with it and a dot."""
+        layers = self.layers()
+        return next(str(name) for name, module in self.named_modules() if module is layers)
+
     def replace(self, name: str, new: nn.Module) -> None:
         """Put a module in the place of the one of this name. Raises ModelError where it could not be rebuilt."""
         self.edits = {**self.edits, name: describe(new)}

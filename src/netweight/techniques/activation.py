@@ -67,9 +67,8 @@ class SwapActivation:
 
 def activating(network: Transformer) -> list[str]:
     """Names of the activation functions inside the layers. Raises ModelError where there is none that is known."""
-    stack = network.layers()
-    prefix = next(name for name, module in network.named_modules() if module is stack)
-    found = [name for name, m in network.named_modules() if name.startswith(f"{prefix}.") and isinstance(m, _KINDS)]
+    inside = f"{network.stack}."
+    found = [name for name, m in network.named_modules() if name.startswith(inside) and isinstance(m, _KINDS)]
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
     if not outer:
         raise ModelError(f"the layers of {network.config.model_type} hold no activation function that is known.")

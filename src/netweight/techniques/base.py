@@ -50,6 +50,5 @@ def transformer(model: Model, who: str) -> Transformer:
 def layer_linears(network: Transformer) -> dict[str, nn.Linear]:
     """Linear layers of the transformer's layers by name. Embeddings, a pooler whose output nobody reads, and the head
     are none of them. Raises ModelError where the layers are in no single list."""
-    stack = network.layers()
-    prefix = next(name for name, module in network.named_modules() if module is stack)
-    return {f"{prefix}.{name}": m for name, m in stack.named_modules() if isinstance(m, nn.Linear)}
+    inside = network.layers().named_modules()
+    return {f"{network.stack}.{name}": m for name, m in inside if isinstance(m, nn.Linear)}

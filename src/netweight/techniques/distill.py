@@ -190,8 +190,6 @@ def heal(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:
 
 def shallower(network: Transformer, layers: int) -> Transformer:
     """A copy with `layers` evenly spaced layers, the first among them; widths stay as they are."""
-    if isinstance(network, Exits):
-        raise ModelError("a model with exits cannot lose layers; distil first, then add exits.")
     depth = len(network.layers())
     if not 1 <= layers <= depth:
         raise OptionError(f"cannot keep {layers} layers of {depth}; choose 1 to {depth}.")
@@ -201,8 +199,9 @@ def shallower(network: Transformer, layers: int) -> Transformer:
 def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:
     """A copy with the layers of these numbers, in this order; widths stay as they are."""
     new = copy.deepcopy(network)
-    stack = new.layers()
-    prefix = next(name for name, module in new.named_modules() if module is stack)
+    stack, prefix = new.layers(), new.stack
+    if isinstance(network, Exits) and len(chosen) < len(stack):
+        raise ModelError("a model with exits cannot lose layers; distil first, then add exits.")
     kept = nn.ModuleList([stack[i] for i in chosen])
     for module in new.backbone.modules():
         for name, child in module.named_children():

@@ -20,7 +20,7 @@ from netweight.anatomy import blocks, keep_heads, keep_hidden, keep_neurons, nor
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, SoftTargets, supervised
 from netweight.model import Model
-from netweight.network import Network, Transformer
+from netweight.network import Exits, Network, Transformer
 from netweight.run import Run
 from netweight.task import Classify, Score
 from netweight.techniques.base import transformer
@@ -97,6 +97,8 @@ class Shrink:
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Shrink")
         self._check(len(network.layers()))
+        if isinstance(network, Exits) and self.hidden < 1:
+            raise ModelError("a model with exits keeps its hidden width, which their heads read; shrink it before.")
         worth = self._worth(model, network, run)
         chosen = self._layers(network, worth)
         new = with_layers(network, chosen)
