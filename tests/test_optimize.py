@@ -190,6 +190,7 @@ def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
     assert len([key for key in held if key.startswith("model part-")]) == 1
     tier = result.manifest.tiers[-1]
     assert (tier.name, tier.engine) == ("exits", "exits")
+    assert result.manifest.provenance["plans"] == {tier.name: {} for tier in result.manifest.tiers}
     (threshold,) = tier.options["thresholds"]
     assert 0.5 <= threshold <= 1.0, "fitted on dev: some rows leave early"
     assert len(load(out, 1).predict(shop.certify.text)) == len(shop.certify)

@@ -74,6 +74,9 @@ def test_a_short_trial_has_a_third_of_the_epochs(tmp_path: Path) -> None:
     driven = trials(tmp_path / TRIALS, "standard")
     for trial, _ in walk(driven):
         recipe = trial.rung(TEACHER).recipe
+        plan = trial.rung(TEACHER).plan.changed()
+        assert plan.pop("spliced_tokens") == 1_500_000
+        assert plan.items() <= trial.params.items(), "only what was proposed"
         epochs = recipe[0 if trial.kind == "static" else -2].epochs  # type: ignore[attr-defined]
         assert epochs == pytest.approx(trial.params["epochs"] / (3 if trial.short else 1))
         assert isinstance(recipe[-1], Static if trial.kind == "static" else Quantize)

@@ -399,6 +399,7 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         },
         "teacher": builder.teacher.digest,
         "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
+        "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
         "seed": options.seed,
         "max_drop": builder.job.budget.max_drop,
         "minimise": builder.job.budget.minimise,

@@ -120,6 +120,11 @@ class Plan:
         chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "device", "seconds")}
         return dict(sorted(chosen.items()))
 
+    def changed(self) -> dict[str, Any]:
+        """What differs from the default plan, as plain values."""
+        usual = Plan().describe()
+        return {name: value for name, value in self.describe().items() if value != usual[name]}
+
 
 class Source(Protocol):
     """Rows that the loop can draw from."""
