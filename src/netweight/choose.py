@@ -30,10 +30,11 @@ SHARES = (0.7, 0.55, 0.45, 0.37, 0.3, 0.25, 0.21, 0.17, 0.14, 0.11, 0.09, 0.07, 
 FIRST, SECOND = (0.55, 0.37, 0.25, 0.17, 0.11, 0.07), (0.5, 0.3, 0.15)
 # Rows that a temperature is fitted on at least.
 _FITTED = 50
-_RESAMPLES = 200
-_MOST = 16  # candidates in a plan
+_SIMULATIONS = 500
 _STEP = 0.95  # a candidate must be at least 5 % cheaper than the one before
 _HOPELESS = 0.02  # predicted chance of passing below which testing is a waste
+# A test that dev says will pass fails now and then all the same, so no step is free.
+_SURPRISE = 0.98
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,21 @@ def _cost(points: Sequence[Point], reached: Sequence[float], costs: Mapping[str,
 
 @dataclass(frozen=True)
 class Planned:
-    """A choice with its drop on dev (in units of quality) and the predicted chance that it passes the certificate."""
+    """A choice with its drop on dev (in units of quality).
+
+    `passes` (simulations,) says in which imagined certificates it passed; simulation i of every choice imagines the
+    same rows, so that choices which fail together are seen to do so.
+    """
 
     choice: Choice
     quality: float
     drop: float
-    chance: float
+    passes: NDArray[np.bool_] = field(repr=False)
+
+    @property
+    def chance(self) -> float:
+        """Predicted chance to pass."""
+        return float(self.passes.mean())
 
 
 def judged(
@@ -164,13 +174,14 @@ def judged(
     rows: int,
     level: float,
 ) -> list[Planned]:
-    """Predicts each choice's chance to pass at `level` with `rows` certify rows.
+    """Imagines certificates at `level` with `rows` rows.
 
-    The drop on dev and its standard error (paired bootstrap, seeded) are carried over to the size of certify. A drop
-    below zero counts as zero: no student is better than its reference by more than luck.
+    What dev cannot know is imagined by bootstrapping its n rows (paired, seeded): how far the true drop lies from
+    dev's, and how far certify's lies from the true one, a variance n / rows times as large. A drop below zero counts as
+    zero: no student is better than its reference by more than luck.
     """
     n = len(targets)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _RESAMPLES).astype(np.float64)
+    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _SIMULATIONS).astype(np.float64)
     base = task.outcomes(reference, targets)
     at, spread = float(task.quality(base)), task.quality(base, weights)
     z = NormalDist().inv_cdf(1 - level)
@@ -178,26 +189,39 @@ def judged(
     for choice in found:
         outcomes = task.outcomes(choice.logits, targets)
         quality = float(task.quality(outcomes))
-        error = float((spread - task.quality(outcomes, weights)).std())
-        # Two models that agree on all of dev may still differ on one row in n.
-        error = math.sqrt((error**2 + 1 / n**2) * n / rows)
         drop = at - quality
-        chance = NormalDist().cdf((margin - max(drop, 0.0)) / error - z)
-        result.append(Planned(choice, quality, drop, chance))
+        luck = spread - task.quality(outcomes, weights) - drop
+        # Two models that agree on all of dev may still differ on one row in n.
+        error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
+        imagined = max(drop, 0.0) + luck * math.sqrt(1 + n / rows)
+        result.append(Planned(choice, quality, drop, imagined + z * error < margin))
     return result
 
 
 def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
-    """The candidates to test, safest to cheapest: none is both dearer and less likely to pass than another."""
-    by_cost = sorted(candidates, key=lambda c: (c.choice.cost, -c.chance))
-    front: list[Planned] = []
-    for candidate in by_cost:
-        if not front or candidate.chance > front[-1].chance:
-            front.append(candidate)
-    worth = [c for c in front if c.chance >= _HOPELESS] or front[-1:]
-    worth.reverse()
-    kept = worth[:1]
-    for candidate in worth[1:]:
-        if candidate.choice.cost < _STEP * kept[-1].choice.cost or candidate is worth[-1]:
-            kept.append(candidate)
-    return tuple(kept[:_MOST])
+    """The candidates to test, safest to cheapest.
+
+    The safest comes first. What follows maximises the logarithm of what the last one that passes is expected to save,
+    since testing stops at the first failure. The chance to pass after the candidate before has passed comes from the
+    imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
+    dynamic programming).
+    """
+    ordered = sorted(candidates, key=lambda c: (c.choice.cost, -c.chance, c.choice.name))
+    if not ordered:
+        return ()
+    costs = np.array([c.choice.cost for c in ordered])
+    passes = np.array([c.passes for c in ordered], np.float64)
+    together = passes @ passes.T / passes.shape[1]
+    chances = together.diagonal()
+    values, following = np.zeros(len(ordered)), np.full(len(ordered), -1)
+    for i in range(1, len(ordered)):
+        allowed = (costs <= _STEP * costs[i]) & (chances <= chances[i]) & (chances >= _HOPELESS)
+        if allowed.any():
+            likely = _SURPRISE * together[i, allowed] / chances[i]
+            gains = likely * (np.log(costs[i] / costs[allowed]) + values[allowed])
+            values[i], following[i] = gains.max(), np.flatnonzero(allowed)[gains.argmax()]
+    at = int(chances.argmax())
+    kept = [ordered[at]]
+    while (at := int(following[at])) >= 0:
+        kept.append(ordered[at])
+    return tuple(kept)
