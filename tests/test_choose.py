@@ -83,6 +83,16 @@ def test_a_student_of_any_family(family: str, dataset: Dataset) -> None:
     assert any(isinstance(m, Activate) for m in made.network.modules())
 
 
+def test_a_student_with_fewer_heads_and_bits(dataset: Dataset) -> None:
+    teacher = tiny_model(layers=2)
+    cut, *_, quantize = student(teacher, 2, 1.0, None, heads=0.5, bits=4)
+    assert isinstance(cut, Shrink)
+    assert isinstance(quantize, Quantize)
+    made = cut(teacher, Local(dataset), Plan())
+    assert [b.heads for b in blocks(made.network)] == [b.heads // 2 for b in blocks(teacher.network)]  # type: ignore[arg-type]
+    assert (quantize.weight_bits, quantize.weight_clip) == (4, "mse")
+
+
 def test_a_student_where_nothing_can_be_cut_has_fewer_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(network: object) -> None:
         raise ModelError("no")

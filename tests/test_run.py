@@ -18,7 +18,7 @@ from netweight.errors import OptionError
 from netweight.features import BIGRAM_A, BIGRAM_B, features
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
-from netweight.run import Local
+from netweight.run import Local, local
 from netweight.run.local import spliced
 from netweight.techniques import Finetune, Static
 from netweight.techniques.finetune import Moments, set_probe
@@ -95,6 +95,24 @@ def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dat
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), replace(plan, splice=splice, reporter=reporter))
         counted.append(reporter.steps)
     assert counted[0] == counted[1] == 10
+
+
+def test_what_teachers_take_counts_in_the_time_box(
+    model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, boxes = [0.0], []
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(local, "fit", lambda *_, **__: boxes.append(_[3].seconds))
+    usual = local.logits_of
+
+    def slow(*given: object, **more: object) -> torch.Tensor:
+        now[0] += 40
+        return usual(*given, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(local, "logits_of", slow)
+    for seconds, splice in ((100.0, 0.0), (100.0, 1.0), (60.0, 1.0), (None, 1.0)):
+        Local(dataset).fit(model, SoftTargets(model.task, (model,)), Plan(seconds=seconds, splice=splice))
+    assert boxes == [60, 20, 1, None]
 
 
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:

@@ -50,21 +50,27 @@ def student(
     neurons: float = 0.5,
     activation: Activation | None = "relu",
     distil: Distill | None = None,
+    heads: float = 1.0,
+    bits: int = 8,
 ) -> Recipe:
-    """Some of the teacher's layers with a share of their neurons and a cheaper activation function, trained on the
-    teacher, in int8. In families whose layers cannot be cut, only whole layers go.
+    """Some of the teacher's layers with a share of their neurons and heads and a cheaper activation function, trained
+    on the teacher, in int8 with weights of `bits` bits. In families whose layers cannot be cut, only whole layers go.
     """
     distil = distil or Distill()
+    quantize = Quantize() if bits == 8 else Quantize(weight_bits=bits, weight_clip="mse")
     try:
-        width = min(block.neurons for block in blocks(transformer(teacher, "a student")))
+        found = blocks(transformer(teacher, "a student"))
     except ModelError:
-        return replace(distil, layers=layers), Quantize()
+        return replace(distil, layers=layers), quantize
     # Kernels work in blocks of 32; a share of few neurons is cut more finely.
-    multiple = max(1, min(32, width // 8))
-    cut = Shrink(neurons=neurons, layers=layers, spacing="even", importance="magnitude", multiple=multiple, epochs=0)
-    steps: Recipe = (cut,) if (layers, neurons) != (teacher.depth, 1.0) else ()
+    multiple = max(1, min(32, min(block.neurons for block in found) // 8))
+    heads = heads if min(block.heads for block in found) > 1 else 1.0
+    steps: Recipe = ()
+    if (layers, neurons, heads) != (teacher.depth, 1.0, 1.0):
+        cut = Shrink(heads, neurons, layers, spacing="even", importance="magnitude", multiple=multiple, epochs=0)
+        steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
-    return *steps, replace(distil, layers=None, teachers=(teacher,)), Quantize()
+    return *steps, replace(distil, layers=None, teachers=(teacher,)), quantize
 
 
 @dataclass(frozen=True)

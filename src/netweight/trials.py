@@ -67,7 +67,7 @@ class Trial:
             recipe = (Static(**given | {"buckets": 2 ** given["buckets"]}),)
         else:
             plan = replace(plan, batch_size=given.pop("batch_size"))
-            shape = {name: given.pop(name) for name in ("layers", "neurons", "activation")}
+            shape = {name: given.pop(name) for name in ("layers", "neurons", "activation", "heads", "bits")}
             recipe = student(teacher, **shape, distil=Distill(**given))
         return Rung(self.name, recipe, 0.5, plan)
 
@@ -213,6 +213,8 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
     return shared | {
         "layers": IntDistribution(1, max(1, depth - 1)),
         "neurons": FloatDistribution(0.25, 1.0, step=0.25),
+        "heads": CategoricalDistribution([1.0, 0.5]),
+        "bits": CategoricalDistribution([8, 6, 4]),
         "activation": CategoricalDistribution(["relu", "hardswish", None]),
         "epochs": IntDistribution(4, 9),
         "splice": CategoricalDistribution([2.0, 4.0, 8.0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,8 @@ class Local:
         self._tokens: dict[tuple[str, bool], Tokens] = {}
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
-        """A trained copy of `model`."""
+        """A trained copy of `model`. What teachers say of the rows is computed first, and counts in `plan.seconds`."""
+        began = time.monotonic()
         new = model.copy()
         frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
         tokens = self._encoded(model.encoder, loss.unlabelled)
@@ -66,6 +68,8 @@ class Local:
                 "data": self.data.fingerprint,
             }
         )
+        if plan.seconds:
+            plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))
         checkpoint = (self.folder / f"fit-{digest[:16]}.safetensors", digest) if self.folder else None
         fit(new.network, source, loss, plan, evaluate=lambda: self.quality(new), checkpoint=checkpoint, label=label)
         return new
