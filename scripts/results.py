@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import examples
 import peers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,6 +218,7 @@ def main() -> int:
     """Write, or compare."""
     text, plots = page()
     wanted = {ROOT / "docs" / "results.md": text} | {ROOT / "docs" / name: plot for name, plot in plots.items()}
+    wanted |= examples.pages()
     for name, language in (("README.md", "en"), ("README.zh-CN.md", "zh")):
         text = (ROOT / name).read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)

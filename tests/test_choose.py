@@ -257,6 +257,17 @@ def wrong_on(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return reference, worse, targets
 
 
+def expected(drop: float, apart: float, rate: float, margin: float, rows: int) -> float:
+    """The chance to pass at a level of 5 % by the normal approximation, for one that differs from a perfect reference
+    on a share `apart` of N rows and so loses `drop`."""
+    dev = math.sqrt(apart * (1 - apart) / N)
+    certify = math.sqrt((dev**2 + 1 / N**2) * N / rows)
+    own = (rate * apart / 2) ** 2 / ((rate * apart / 2) ** 2 + dev**2)
+    likely = own * max(drop, 0) + (1 - own) * rate * apart
+    spread = math.hypot(math.sqrt(own) * dev, certify)
+    return NormalDist().cdf((margin - likely - NormalDist().inv_cdf(0.95) * certify) / spread)
+
+
 @pytest.mark.parametrize("rows", [300, 1500])
 @pytest.mark.parametrize("margin", [0.02, 0.06, 0.1])
 def test_the_chance_follows_the_normal_approximation(rows: int, margin: float) -> None:
@@ -264,10 +275,7 @@ def test_the_chance_follows_the_normal_approximation(rows: int, margin: float) -
     (found,) = judged([alone(worse)], reference, targets, TASK, margin, rows, 0.05)
     assert found.drop == pytest.approx(0.06)
     assert found.quality == pytest.approx(0.94)
-    dev = math.sqrt(0.06 * 0.94 / N)
-    certify = math.sqrt((dev**2 + 1 / N**2) * N / rows)
-    wanted = NormalDist().cdf((margin - 0.06 - NormalDist().inv_cdf(0.95) * certify) / math.hypot(dev, certify))
-    assert found.chance == pytest.approx(wanted, abs=0.04)  # some hundred simulations
+    assert found.chance == pytest.approx(expected(0.06, 0.06, 1.0, margin, rows), abs=0.04)  # some hundred simulations
 
 
 def test_choices_are_imagined_on_the_same_rows() -> None:
@@ -279,13 +287,30 @@ def test_choices_are_imagined_on_the_same_rows() -> None:
 
 def test_no_student_is_taken_for_better_than_its_reference() -> None:
     right, reference, targets = wrong_on(30)
-    better, worse = judged([alone(right), alone(np.roll(right, 1, axis=1))], reference, targets, TASK, 0.01, 600, 0.05)
+    better, worse = judged([alone(right), alone(np.roll(right, 1, axis=1))], reference, targets, TASK, 0.03, 600, 0.05)
     assert better.drop == pytest.approx(-30 / N)
-    dev = math.sqrt(0.05 * 0.95 / N)
-    certify = math.sqrt(dev**2 + 1 / N**2)
-    wanted = NormalDist().cdf((0.01 - NormalDist().inv_cdf(0.95) * certify) / math.hypot(dev, certify))
-    assert better.chance == pytest.approx(wanted, abs=0.05)
+    apart = [float((c.choice.logits.argmax(1) != reference.argmax(1)).mean()) for c in (better, worse)]
+    rate = worse.drop / sum(apart)
+    assert better.chance == pytest.approx(expected(better.drop, apart[0], rate, 0.03, 600), abs=0.05)
     assert worse.chance == 0
+
+
+def test_a_lucky_drop_is_shrunk_towards_what_disagreement_usually_costs() -> None:
+    reference, _, targets = wrong_on(0)
+    reference = np.where(np.arange(N)[:, None] < 60, np.roll(reference, 1, axis=1), reference)  # wrong on a tenth
+
+    def differing(rows: slice, right: bool) -> np.ndarray:
+        logits = reference.copy()
+        logits[rows] = np.eye(3)[targets[rows]] * 3 if right else np.roll(logits[rows], 1, axis=1)
+        return logits
+
+    lucky = differing(slice(0, 18), right=True)
+    lucky[100:118] = np.roll(lucky[100:118], 1, axis=1)  # loses as many rows as it gains
+    usual = [alone(differing(slice(100 + i, 136 + i), right=False)) for i in range(5)]
+    among, _, *_ = judged([alone(lucky), *usual], reference, targets, TASK, 0.03, 900, 0.05)
+    (by_itself,) = judged([alone(lucky)], reference, targets, TASK, 0.03, 900, 0.05)
+    assert by_itself.drop == among.drop == pytest.approx(0)
+    assert by_itself.chance > among.chance + 0.15
 
 
 def test_scores_are_judged_as_well() -> None:

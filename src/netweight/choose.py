@@ -176,25 +176,32 @@ def judged(
 ) -> list[Planned]:
     """Imagines certificates at `level` with `rows` rows.
 
-    What dev cannot know is imagined by bootstrapping its n rows (paired, seeded): how far the true drop lies from
-    dev's, and how far certify's lies from the true one, a variance n / rows times as large. A drop below zero counts as
-    zero: no student is better than its reference by more than luck.
+    The drop on dev, of few rows, is shrunk towards what its disagreement with the reference, which is known better,
+    costs all of them together, a rate that is taken to be right within half of itself. A drop below zero counts as
+    zero: no student is better than its reference by more than luck. What dev cannot know is imagined by bootstrapping
+    its n rows (paired, seeded): how far the true drop lies from the shrunk one, and how far certify's lies from the
+    true one, a variance n / rows times as large as that of dev.
     """
     n = len(targets)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _SIMULATIONS).astype(np.float64)
     base = task.outcomes(reference, targets)
     at, spread = float(task.quality(base)), task.quality(base, weights)
+    outcomes = [task.outcomes(choice.logits, targets) for choice in found]
+    qualities = np.array([float(task.quality(o)) for o in outcomes])
+    drops = np.maximum(at - qualities, 0.0)
+    apart = np.array([1 - task.agreement(choice.logits, reference) for choice in found])
+    rate = float(drops.sum() / max(apart.sum(), 1e-12))
     z = NormalDist().inv_cdf(1 - level)
     result = []
-    for choice in found:
-        outcomes = task.outcomes(choice.logits, targets)
-        quality = float(task.quality(outcomes))
-        drop = at - quality
-        luck = spread - task.quality(outcomes, weights) - drop
+    for i, choice in enumerate(found):
+        luck = spread - task.quality(outcomes[i], weights) - (at - qualities[i])
+        usual = rate * apart[i]
+        own = (usual / 2) ** 2 / max((usual / 2) ** 2 + luck.var(), 1e-24)  # how much dev's own drop counts
+        likely = own * drops[i] + (1 - own) * usual
         # Two models that agree on all of dev may still differ on one row in n.
         error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
-        imagined = max(drop, 0.0) + luck * math.sqrt(1 + n / rows)
-        result.append(Planned(choice, quality, drop, imagined + z * error < margin))
+        imagined = likely + luck * math.sqrt(own + n / rows)
+        result.append(Planned(choice, float(qualities[i]), at - float(qualities[i]), imagined + z * error < margin))
     return result
 
 

@@ -1,0 +1,190 @@
+"""What each technique does to one fine-tuned model: the measured examples of docs/techniques.
+
+    .venv/bin/python benchmarks/techniques.py FOLDER STORE [--seconds 60] [--work DIR] [--seed 0]
+
+FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz (columns text, label); STORE is the run store of a finished job on
+them, whose teacher is taken. Every fit gets the same time box, so that a recipe of two fits has had twice the training
+of a recipe of one. Quality and agreement with the teacher are on dev: no label of test is read. Rows a second of all
+files are timed in turns, in one run. Writes benchmarks/results/techniques.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from netweight import measure
+from netweight.artifact import Tier
+from netweight.data import Columns, Dataset, Rows
+from netweight.encode import Tokens
+from netweight.engine.base import TierEngine
+from netweight.engine.cascade import tier_engine
+from netweight.engine.exits import ExitsEngine, thresholds
+from netweight.export import export
+from netweight.job import Job, Options, Tables, prepare
+from netweight.measure import cores
+from netweight.model import Model, pretrained
+from netweight.progress import Bar
+from netweight.run import Local
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    FactorEmbedding,
+    Finetune,
+    MixedBits,
+    Pretrain,
+    Prune,
+    Quantize,
+    QuantizeAware,
+    Recipe,
+    SelfTrain,
+    Shrink,
+    SwapActivation,
+    Vocab,
+)
+from netweight.train import Plan
+
+RESULTS = Path(__file__).resolve().parent / "results" / "techniques.json"
+FEW = 10  # labelled rows of a class that the semi-supervised examples keep
+TEACHER, PRETRAINED = "teacher", "pretrained"
+# Page, name, what it starts from, recipe; "few" has FEW labels a class and all other texts as its pool.
+EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
+    ("", "the teacher", TEACHER, ()),
+    ("finetune", "all weights, from a probe", PRETRAINED, (Finetune(),)),
+    ("finetune", "all weights, from a random head", PRETRAINED, (Finetune(probe=False),)),
+    ("finetune", "the head alone", PRETRAINED, (Finetune(train="head"),)),
+    ("finetune", "LoRA", PRETRAINED, (Finetune(train="lora"),)),
+    ("finetune", "R-Drop", PRETRAINED, (Finetune(regularizer="r-drop"),)),
+    ("pretrain", "masked, then fine-tuned", PRETRAINED, (Pretrain(), Finetune())),
+    ("pretrain", "contrastive, then fine-tuned", PRETRAINED, (Pretrain(objective="contrastive"), Finetune())),
+    ("distill", "3 of 6 layers, outputs", TEACHER, (Distill(3),)),
+    ("distill", "3 of 6 layers, outputs without spliced rows", TEACHER, (Distill(3, splice=0.0),)),
+    ("distill", "3 of 6 layers, outputs and hidden states", TEACHER, (Distill(3, match=("logits", "hidden")),)),
+    ("distill", "3 of 6 layers, outputs and relations", TEACHER, (Distill(3, match=("logits", "relations")),)),
+    ("shrink", "half of the neurons", TEACHER, (Shrink(neurons=0.5),)),
+    ("shrink", "half of the heads", TEACHER, (Shrink(heads=0.5),)),
+    ("shrink", "three quarters of the hidden width", TEACHER, (Shrink(hidden=0.75),)),
+    ("prune", "half of the weights, smallest, not healed", TEACHER, (Prune(sparsity=0.5, epochs=0),)),
+    ("prune", "half of the weights, smallest", TEACHER, (Prune(sparsity=0.5),)),
+    ("prune", "80 %, Taylor, in stages", TEACHER, (Prune(sparsity=0.8, importance="taylor", schedule="cubic"),)),
+    ("prune", "2 of 4", TEACHER, (Prune(pattern=(2, 4)),)),
+    ("factor", "half of the parameters, plain, not healed", TEACHER, (Factor(budget=0.5, aware=False, epochs=0),)),
+    ("factor", "half of the parameters, aware, not healed", TEACHER, (Factor(budget=0.5, epochs=0),)),
+    ("factor", "half of the parameters, aware", TEACHER, (Factor(budget=0.5),)),
+    ("vocab", "tokens that occur", TEACHER, (Vocab(),)),
+    ("vocab", "tokens that occur, factored, int8", TEACHER, (Vocab(), FactorEmbedding(rank=128), Quantize())),
+    ("quantize", "int8", TEACHER, (Quantize(),)),
+    ("quantize", "4-bit weights, nearest", TEACHER, (Quantize(weight_bits=4),)),
+    ("quantize", "4-bit weights, least squares", TEACHER, (Quantize(weight_bits=4, weight_clip="mse"),)),
+    ("quantize", "4-bit weights, trained", TEACHER, (QuantizeAware(),)),
+    ("quantize", "3-bit weights, trained", TEACHER, (QuantizeAware(Quantize(weight_bits=3, weight_clip="mse")),)),
+    ("quantize", "4 bits in the mean, mixed", TEACHER, (MixedBits(mean_bits=4),)),
+    ("activation", "ReLU, not healed", TEACHER, (SwapActivation("relu", epochs=0), Quantize())),
+    ("activation", "ReLU", TEACHER, (SwapActivation("relu"), Quantize())),
+    ("activation", "hard swish", TEACHER, (SwapActivation("hardswish"), Quantize())),
+    ("exits", "an exit after layer 2", TEACHER, (EarlyExit(after=(2,)),)),
+    ("exits", "exits after layers 2 and 4", TEACHER, (EarlyExit(after=(2, 4)),)),
+    ("semi-supervised", f"{FEW} labels a class", "few", (Finetune(),)),
+    ("semi-supervised", f"{FEW} labels a class, then its own labels", "few", (Finetune(), SelfTrain())),
+)
+
+
+@dataclass(frozen=True)
+class Within:
+    """An engine, timed on rows of a longer vocabulary than its own: which tokens they are does not change the time."""
+
+    engine: TierEngine
+    vocabulary: int
+
+    def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
+        """Of the rows with other tokens for those that it does not know."""
+        return self.engine.logits(replace(tokens, ids=tokens.ids % self.vocabulary), batch)
+
+
+def few(data: Dataset) -> Dataset:
+    """FEW labelled rows of each class; the other texts are the pool."""
+    seen: dict[str, int] = {}
+    kept, rest = [], []
+    for i, label in enumerate(data.train.label or ()):
+        seen[label] = seen.get(label, 0) + 1
+        (kept if seen[label] <= FEW else rest).append(i)
+    return replace(data, train=data.train.take(kept), pool=Rows(data.train.take(rest).text))
+
+
+def main() -> None:
+    """Make what is missing, then time everything and write."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--work", type=Path, default=Path("runs/techniques"))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(cores())
+    files = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
+    tables = Tables(files["train"], Columns("text", "label"), files["dev"], files["test"])
+    given.work.mkdir(parents=True, exist_ok=True)
+    data, task, _ = prepare(Job(tables, options=Options(seed=given.seed)), given.work)
+    teacher = Model.load(given.store / "models" / "teacher")
+    starts: dict[str, tuple[Dataset, Callable[[], Model]]] = {
+        TEACHER: (data, lambda: teacher),
+        PRETRAINED: (data, lambda: pretrained("starter", task, seed=given.seed)),
+        "few": (few(data), lambda: pretrained("starter", task, seed=given.seed)),
+    }
+    tokens = teacher.encoder.encode(data.dev.text)
+    targets = task.targets(data.dev.label or ())
+    found, engines = {}, dict[str, TierEngine]()
+    reference = None
+    for page, name, start, recipe in EXAMPLES:
+        rows, base = starts[start]
+        began = time.monotonic()
+        with Bar() as bar:
+            model, run = base(), Local(rows, given.work / start)
+            for technique in recipe:
+                model = technique(model, run, Plan(seed=given.seed, seconds=given.seconds, reporter=bar))
+        seconds = time.monotonic() - began
+        exported = export(model)
+        options = exported.options
+        if exported.kind == "exits":
+            stages = ExitsEngine(exported.data, options, teacher.encoder.pad, cores()).stages(tokens, 32)
+            options = {"thresholds": thresholds([stage[len(data.select) :] for stage in stages], 0.005)}
+        key = f"{page}: {name}"
+        engine = tier_engine(Tier(name, exported.kind, "", options), exported.data, teacher.encoder.pad, cores())
+        engines[key] = Within(engine, model.encoder.vocabulary)
+        said = engine.logits(model.encoder.encode(data.dev.text), 32)
+        reference = said if reference is None else reference
+        quality, agreement, _ = measure.quality(task, said, reference, targets)
+        found[key] = {
+            "page": page,
+            "name": name,
+            "recipe": [repr(technique) for technique in recipe],
+            "quality": quality,
+            "agreement": agreement,
+            "bytes": len(exported.data),
+            "seconds": round(seconds, 1),
+        }
+        print(f"{key}: {100 * quality:.2f}, {100 * agreement:.2f} %, {len(exported.data) / 1e6:.1f} MB", flush=True)
+    costs = measure.tier_costs(engines, teacher.encoder, data.dev)
+    for key in found:
+        found[key]["row"] = costs[key].row
+    kept = {
+        "seconds": given.seconds,
+        "metric": task.metric,
+        "rows": len(data.dev),
+        "machine": asdict(measure.machine(cores())),
+        "examples": list(found.values()),
+    }
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
