@@ -222,6 +222,12 @@ def test_a_choice_answers_as_the_engine_will() -> None:
     assert first.name == f"p0 > p1 > p2 ({100 * (1 - first.answered[0]):.0f} %, {100 * first.answered[2]:.0f} %)"
 
 
+def test_three_tiers_only_where_they_are_allowed() -> None:
+    points, costs, targets = three()
+    found = choices(points, costs, TASK, CALIBRATE, targets, "cost", tiers=2)
+    assert {len(c.points) for c in found} == {1, 2}
+
+
 def test_three_tiers_only_where_each_is_better_than_the_last() -> None:
     points, costs, targets = three()
     worse = point("p1", -points[1].logits)

@@ -63,9 +63,16 @@ class Choice:
 
 
 def choices(
-    points: Sequence[Point], costs: Mapping[str, Cost], task: Task, calibrate: slice, targets: Ints, minimise: Minimise
+    points: Sequence[Point],
+    costs: Mapping[str, Cost],
+    task: Task,
+    calibrate: slice,
+    targets: Ints,
+    minimise: Minimise,
+    tiers: int = 3,
 ) -> list[Choice]:
-    """Every point alone, every cascade of two at each share of `SHARES`, and cascades of three points of the front.
+    """Every point alone, every cascade of two at each share of `SHARES`, and, where three `tiers` are allowed, those of
+    three points of the front.
 
     Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it, so that they do not depend on
     labels. The temperature of every tier but the first is fitted on the calibrate rows that reach it; `targets` (n,)
@@ -79,7 +86,7 @@ def choices(
     for pair in itertools.permutations(points, 2):
         if costs[pair[0].name].row < costs[pair[1].name].row:
             found += compose.distinct(pair, [(share,) for share in SHARES])
-    for three in itertools.combinations(_front(by_cost, task, targets), 3):
+    for three in itertools.combinations(_front(by_cost, task, targets), 3) if tiers > 2 else ():
         if costs[three[0].name].row < costs[three[1].name].row < costs[three[2].name].row:
             found += compose.distinct(three, list(itertools.product(FIRST, SECOND)))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -52,6 +53,21 @@ class Runtime(StrEnum):
     onnx = "onnx"
     openvino = "openvino"
     litert = "litert"
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"netweight {importlib.metadata.version('netweight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -326,6 +342,23 @@ def select(
     chosen = select_with(load(folder, threads), rows, count, seed, method)
     write_rows(file, rows.take(chosen))
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
+
+
+@app.command()
+def serve(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts; DIR.nw serves as DIR.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes; one that dies is replaced.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of each worker; else the cores, shared out.")] = None,
+    queue_ms: Annotated[
+        int, typer.Option(min=1, help="Who would wait longer for the engine gets a 429 at once.")
+    ] = 100,
+) -> None:
+    """Answer over HTTP. A folder that is replaced is loaded again, without a dropped request."""
+    from netweight.serve import serve as run
+
+    run(folders, host=host, port=port, workers=workers, threads=threads, patience=queue_ms / 1000)
 
 
 def _seconds(given: str) -> float:

@@ -56,11 +56,14 @@ class Engine:
         """Logits, confidence and tier of encoded rows."""
 
         def answer(i: int, rows: NDArray[np.int64]) -> Floats:
-            part = tokens if len(rows) == len(tokens) else tokens.take(rows)
-            engine = self.tiers[i].engine
-            return self._engines[i].logits(part, _STATIC if engine == "static" else batch or _BATCH)
+            return self.logits(i, tokens if len(rows) == len(tokens) else tokens.take(rows), batch)
 
         return cascade(self.task, self.tiers, len(tokens), answer)
+
+    def logits(self, tier: int, tokens: Tokens, batch: int | None = None) -> Floats:
+        """What one tier says of encoded rows (n, outputs)."""
+        static = self.tiers[tier].engine == "static"
+        return self._engines[tier].logits(tokens, _STATIC if static else batch or _BATCH)
 
     def warm(self) -> None:
         """Run every tier once, so that the first request does not wait for what is made on first use."""

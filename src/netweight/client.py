@@ -1,0 +1,191 @@
+"""Ask a server of `netweight serve`, from Python: `Client` and `AsyncClient` around one core.
+
+    with Client("http://127.0.0.1:8000") as client:
+        client.predict("reviews", ["zip broke after a week"])     # [Prediction(label="negative", ...)]
+
+Many texts are sent in parts. A request that was refused for lack of room, or that met a worker's end, is sent again
+after the time that the server named (or 2^i tenths of a second, with jitter), `retries` times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from netweight.errors import EndpointError, MissingExtra
+
+try:
+    import httpx
+except ImportError:
+    raise MissingExtra("the client", "client") from None
+
+T = TypeVar("T")
+
+_AGAIN = {429, 502, 503}
+_LONGEST = 10.0  # seconds between two tries
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one row: a label with its confidence (and `scores`, where asked), or a value."""
+
+    tier: str
+    label: str | None = None
+    confidence: float | None = None
+    value: float | None = None
+    scores: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Sleep:
+    seconds: float
+
+
+_Step = httpx.Request | _Sleep
+_Met = httpx.Response | httpx.TransportError | None
+
+
+@dataclass(frozen=True)
+class _Core:
+    """What to send, when to send it again, and what the answers mean. Does no input and output."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    retries: int = 4
+    part: int = 256
+
+    def predict(
+        self, model: str, texts: Sequence[str] | None, pairs: Sequence[tuple[str, str]] | None, scores: bool
+    ) -> Generator[_Step, _Met, list[Prediction]]:
+        if (texts is None) == (pairs is None):
+            raise EndpointError("give texts or pairs, and not both.")
+        name, rows = ("texts", list(texts or ())) if texts is not None else ("pairs", list(pairs or ()))
+        found: list[Prediction] = []
+        for start in range(0, len(rows), self.part):
+            body = {name: rows[start : start + self.part], "scores": scores}
+            said = yield from self.send("POST", f"/v1/models/{model}/predict", body)
+            found += [Prediction(**row) for row in said["predictions"]]
+        return found
+
+    def models(self) -> Generator[_Step, _Met, list[dict[str, Any]]]:
+        said = yield from self.send("GET", "/v1/models")
+        return list(said["models"])
+
+    def send(self, method: str, path: str, body: Any = None) -> Generator[_Step, _Met, Any]:
+        """One request, again where that may help. Raises EndpointError."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        for attempt in range(self.retries + 1):
+            met = yield httpx.Request(method, self.url.rstrip("/") + path, json=body, headers=headers)
+            if isinstance(met, httpx.Response) and met.status_code == 200:
+                return met.json()
+            last = attempt == self.retries
+            if isinstance(met, httpx.Response) and (last or met.status_code not in _AGAIN):
+                raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}")
+            if isinstance(met, httpx.TransportError) and last:
+                raise EndpointError(f"{self.url} does not answer ({met!r}) after {attempt + 1} tries.")
+            named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
+            wait = float(named) if named.isdigit() else 0.1 * 2**attempt
+            yield _Sleep(min(_LONGEST, wait) * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable")
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]
+
+
+class Client:
+    """Blocking. `timeout` in seconds of each request."""
+
+    def __init__(self, url: str, key: str | None = None, *, timeout: float = 30.0, retries: int = 4) -> None:
+        self._core = _Core(url, key, retries)
+        self._http = httpx.Client(timeout=timeout)
+
+    def predict(
+        self,
+        model: str,
+        texts: Sequence[str] | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        *,
+        scores: bool = False,
+    ) -> list[Prediction]:
+        """One prediction a row, in order. Raises EndpointError."""
+        return self._drive(self._core.predict(model, texts, pairs, scores))
+
+    def models(self) -> list[dict[str, Any]]:
+        """What the server has: names, versions, certificates, measurements."""
+        return self._drive(self._core.models())
+
+    def _drive(self, steps: Generator[_Step, _Met, T]) -> T:
+        met: _Met = None
+        while True:
+            try:
+                step = steps.send(met)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            if isinstance(step, _Sleep):
+                time.sleep(step.seconds)
+                continue
+            try:
+                met = self._http.send(step)
+            except httpx.TransportError as problem:
+                met = problem
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, it: BaseException | None, at: TracebackType | None) -> None:
+        self._http.close()
+
+
+class AsyncClient:
+    """For asyncio. `timeout` in seconds of each request."""
+
+    def __init__(self, url: str, key: str | None = None, *, timeout: float = 30.0, retries: int = 4) -> None:
+        self._core = _Core(url, key, retries)
+        self._http = httpx.AsyncClient(timeout=timeout)
+
+    async def predict(
+        self,
+        model: str,
+        texts: Sequence[str] | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
+        *,
+        scores: bool = False,
+    ) -> list[Prediction]:
+        """One prediction a row, in order. Raises EndpointError."""
+        return await self._drive(self._core.predict(model, texts, pairs, scores))
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What the server has: names, versions, certificates, measurements."""
+        return await self._drive(self._core.models())
+
+    async def _drive(self, steps: Generator[_Step, _Met, T]) -> T:
+        met: _Met = None
+        while True:
+            try:
+                step = steps.send(met)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            if isinstance(step, _Sleep):
+                await asyncio.sleep(step.seconds)
+                continue
+            try:
+                met = await self._http.send(step)
+            except httpx.TransportError as problem:
+                met = problem
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, it: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self._http.aclose()

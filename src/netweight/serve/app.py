@@ -1,0 +1,189 @@
+"""The HTTP interface: requests in, answers of `Models` out."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse, Response
+
+from netweight.serve.guard import Guard
+from netweight.serve.hosted import Hosted, Models
+from netweight.serve.metrics import Metrics
+from netweight.serve.problems import Problem
+from netweight.serve.schema import MOST_BYTES, Fault, Question, Reply, question, responses
+from netweight.serve.steady import Said
+from netweight.task import Classify, softmax
+
+log = logging.getLogger("netweight.serve")
+# A client that has gone is noticed once its request has waited for so long; looking earlier would cost every request.
+_PATIENT = 0.05
+
+
+def application(models: Models, metrics: Metrics) -> FastAPI:
+    """An ASGI application."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(models.close)
+
+    app = FastAPI(
+        title="Netweight",
+        version=importlib.metadata.version("netweight"),
+        description="Predictions of certified models. Problems are application/problem+json with a code.",
+        lifespan=life,
+        redoc_url=None,
+        docs_url=None,
+    )
+    metrics.watch(models)
+    _problems(app)
+
+    @app.post(
+        "/v1/models/{name}/predict",
+        response_model=Reply,
+        responses=responses(400, 404, 413, 422, 429, 500, 503, 504),
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}},
+    )
+    async def predict(name: str, request: Request) -> Response:
+        """Predictions for texts, or for pairs of texts."""
+        began = time.perf_counter()
+        status = 500
+        try:
+            models[name]  # before the body is read
+            asked = question(await _body(request))
+            hosted, said = await _answered(models, name, asked, request)
+            metrics.said(hosted, said)
+            status = 200
+            return Response(reply(hosted, said, asked.scores), media_type="application/json")
+        except Problem as problem:
+            status = problem.status
+            raise
+        finally:
+            # Names that do not exist are not counted one by one: anybody can invent them.
+            known = name if status != 404 else ""
+            metrics.requests.labels(known, status).inc()
+            metrics.latency.labels(known).observe(time.perf_counter() - began)
+
+    @app.get("/v1/models")
+    async def all_models() -> Any:
+        """Every model with its certificate and measurements."""
+        return {"models": await asyncio.to_thread(lambda: [hosted.described() for hosted in models])}
+
+    @app.get("/healthz")
+    async def health() -> Any:
+        """Whether the process runs."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", responses=responses(503))
+    async def ready() -> Any:
+        """Whether a model answers."""
+        if not list(models):
+            raise Problem(503, "not-ready", "no model is loaded yet; try again.", {"Retry-After": "1"})
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def numbers() -> Response:
+        """For Prometheus."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.add_middleware(Guard)
+    return app
+
+
+def _schema() -> dict[str, Any]:
+    return Question.model_json_schema(ref_template="#/components/schemas/{model}")
+
+
+def _problems(app: FastAPI) -> None:
+    """Everything that is not an answer is problem+json, and described in OpenAPI."""
+
+    @app.exception_handler(Problem)
+    async def ours(request: Request, problem: Problem) -> Response:
+        return problem.response(request.scope.get("request_id", ""))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, problem: HTTPException) -> Response:
+        codes = {404: "not-found", 405: "method-not-allowed"}
+        found = Problem(problem.status_code, codes.get(problem.status_code, "refused"), str(problem.detail))
+        found.headers.update(problem.headers or {})
+        return found.response(request.scope.get("request_id", ""))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, problem: RequestValidationError) -> Response:
+        return Problem(422, "invalid-request", str(problem.errors()[0]["msg"])).response(
+            request.scope.get("request_id", "")
+        )
+
+    usual: Callable[[], dict[str, Any]] = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = usual()
+        schema["components"].setdefault("schemas", {})["Fault"] = Fault.model_json_schema()
+        return schema
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+async def _body(request: Request) -> bytes:
+    """At most MOST_BYTES. Raises Problem."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            raise Problem(413, "too-large", f"a body may have {MOST_BYTES:,} bytes; send fewer texts at a time.")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
+    """The engine's answer; a client that goes away takes its request out of the queue."""
+    texts = asked.texts if asked.texts is not None else [one for one, _ in asked.pairs or ()]
+    pairs = None if asked.pairs is None else [other for _, other in asked.pairs]
+    answer = asyncio.ensure_future(models.answer(name, texts, pairs, asked.deadline_ms / 1000))
+    done, _ = await asyncio.wait((answer,), timeout=_PATIENT)
+    if not done:
+        gone = asyncio.ensure_future(_gone(request.receive))
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not answer.done():
+            answer.cancel()
+            raise Problem(499, "client-gone", "the client closed the connection before it was answered.")
+    return answer.result()
+
+
+async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def reply(hosted: Hosted, said: Said, scores: bool = False) -> bytes:
+    """The body of an answer."""
+    task, outputs = hosted.engine.task, said.outputs
+    tiers = [tier.name for tier in hosted.engine.tiers]
+    where = outputs.tier.tolist()
+    if isinstance(task, Classify):
+        best, sure = outputs.logits.argmax(axis=1).tolist(), outputs.confidence.round(6).tolist()
+        rows: list[dict[str, Any]] = [
+            {"label": task.labels[b], "confidence": c, "tier": tiers[t]}
+            for b, c, t in zip(best, sure, where, strict=True)
+        ]
+        if scores:
+            heat = [tier.temperature for tier in hosted.engine.tiers]
+            for row, logits, t in zip(rows, outputs.logits, where, strict=True):
+                shares = softmax(logits[None] / heat[t])[0].round(6).tolist()
+                row["scores"] = dict(zip(task.labels, shares, strict=True))
+    else:
+        values = task.values(outputs.logits).tolist()
+        rows = [{"value": v, "tier": tiers[t]} for v, t in zip(values, where, strict=True)]
+    body = {"model": hosted.name, "version": hosted.engine.version, "predictions": rows, "degraded": list(said.failed)}
+    return json.dumps(body, separators=(",", ":")).encode()

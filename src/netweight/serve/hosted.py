@@ -1,0 +1,121 @@
+"""Models of a server: loaded, answering, exchanged for newer ones while requests run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from netweight import artifact
+from netweight.engine import Engine, load
+from netweight.errors import OptionError
+from netweight.serve.problems import Problem
+from netweight.serve.queue import Queue
+from netweight.serve.steady import Said, answer
+
+Observe = Callable[[str, int, float], None]
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """One version of one model, with its queue."""
+
+    name: str
+    folder: Path
+    engine: Engine
+    queue: Queue
+
+    def described(self) -> dict[str, Any]:
+        """For `GET /v1/models`."""
+        manifest = artifact.read_manifest(self.folder)
+        said: dict[str, Any] = {
+            "name": self.name,
+            "version": self.engine.version,
+            "task": self.engine.task.kind,
+            "labels": list(getattr(self.engine.task, "labels", ())),
+            "tiers": [tier.name for tier in self.engine.tiers],
+            "bytes": artifact.size(self.folder, manifest),
+        }
+        for key, file in (("certificate", artifact.CERTIFICATE), ("measurements", artifact.MEASUREMENTS)):
+            if file in manifest.files:
+                said[key] = json.loads(artifact.read_file(self.folder, manifest, file))
+        return said
+
+
+class Models:
+    """Who answers under which name.
+
+    Args:
+        threads: of every engine.
+        patience: seconds that a request may wait for an engine.
+        observe: told name, rows and seconds of each batch.
+    """
+
+    def __init__(
+        self, threads: int, patience: float = 0.1, observe: Observe = lambda name, rows, seconds: None
+    ) -> None:
+        self._threads, self._patience, self._observe = threads, patience, observe
+        self._hosted: dict[str, Hosted] = {}
+        self._changing = threading.Lock()
+
+    def __iter__(self) -> Any:
+        return iter(list(self._hosted.values()))
+
+    def __getitem__(self, name: str) -> Hosted:
+        """Raises Problem where there is none."""
+        found = self._hosted.get(name)
+        if found is None:
+            known = ", ".join(sorted(self._hosted)) or "none"
+            raise Problem(404, "unknown-model", f"there is no model {name!r} here; there are: {known}.")
+        return found
+
+    async def answer(
+        self, name: str, texts: Sequence[str], pairs: Sequence[str] | None = None, seconds: float = 30.0
+    ) -> tuple[Hosted, Said]:
+        """Answers, and who gave them. Raises Problem."""
+        while True:
+            hosted = self[name]
+            try:
+                return hosted, await hosted.queue.ask(texts, pairs, seconds)
+            except Problem:
+                # A newer version took this one's place between the two lines above.
+                if not (hosted.queue.closed and self._hosted.get(name) is not hosted):
+                    raise
+            except Exception as problem:
+                raise Problem(
+                    500, "engine-failed", "no tier of this model could answer; the server's log says why."
+                ) from problem
+
+    def load(self, folder: Path, name: str | None = None) -> Hosted:
+        """Verify, load and warm up an artifact, and let it answer from now on; the one before answers what it has.
+
+        Raises ArtifactError or CorruptArtifact; then nothing has changed.
+        """
+        name = name or folder.name.removesuffix(".nw")
+        if not name or "/" in name:
+            raise OptionError(f"a model cannot be called {name!r}; rename its folder.")
+        with self._changing:
+            artifact.check(folder)
+            engine = load(folder, self._threads)
+            engine.warm()
+            queue = Queue(partial(answer, engine), self._patience, partial(self._observe, name))
+            before = self._hosted.get(name)
+            self._hosted[name] = hosted = Hosted(name, folder, engine, queue)
+        if before is not None:
+            before.queue.close()
+        return hosted
+
+    async def exchange(self, name: str, folder: Path | None = None) -> Hosted:
+        """`load` beside the event loop; without a folder, from where the model lies already."""
+        place = folder or self[name].folder
+        return await asyncio.to_thread(self.load, place, name)
+
+    def close(self) -> None:
+        """Answer what waits, take nothing more."""
+        for hosted in self:
+            hosted.queue.close()

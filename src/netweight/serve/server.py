@@ -1,0 +1,122 @@
+"""Processes: one or several workers behind one port, replaced when they die; models that follow their folders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from netweight import artifact
+from netweight.errors import MissingExtra, NetweightError, OptionError
+
+log = logging.getLogger("netweight.serve")
+_VARIABLE = "NETWEIGHT_SERVE"  # how workers learn what to serve: they are processes of their own
+_LOOK = 0.5  # seconds between looks at folders
+_DRAIN = 30  # seconds that requests may take when the server is told to end
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a server. `patience` is in seconds: who would wait longer for the engine is refused at once."""
+
+    folders: tuple[str, ...]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    workers: int = 1
+    threads: int = 1
+    patience: float = 0.1
+
+
+def serve(folders: Sequence[Path], *, host: str, port: int, workers: int, threads: int | None, patience: float) -> None:
+    """Serve artifacts until SIGTERM or SIGINT; requests that run by then are answered.
+
+    Raises ArtifactError, CorruptArtifact, OptionError, MissingExtra before anything is bound.
+    """
+    try:
+        import uvicorn
+    except ImportError:
+        raise MissingExtra("serving over HTTP", "serve") from None
+    for folder in folders:
+        artifact.check(folder)
+    names = [folder.name.removesuffix(".nw") for folder in folders]
+    if len(set(names)) < len(names):
+        raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
+    each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
+    options = Options(tuple(str(f.absolute()) for f in folders), host, port, workers, each, patience)
+    os.environ[_VARIABLE] = json.dumps(asdict(options))
+    uvicorn.run(
+        "netweight.serve.server:worker",
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=_DRAIN,
+        timeout_keep_alive=75,
+        h11_max_incomplete_event_size=2**16,
+    )
+
+
+def worker() -> Any:
+    """The application of one process, as `serve` described it."""
+    from netweight.serve.app import application
+    from netweight.serve.hosted import Models
+    from netweight.serve.metrics import Metrics
+
+    given = json.loads(os.environ[_VARIABLE])
+    options = Options(**given | {"folders": tuple(given["folders"])})
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    metrics = Metrics()
+    models = Models(options.threads, options.patience, metrics.batch)
+    for folder in options.folders:
+        models.load(Path(folder))
+    app = application(models, metrics)
+    inner = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def life(which: Any) -> AsyncIterator[None]:
+        async with inner(which):
+            following = asyncio.create_task(follow(models))
+            try:
+                yield
+            finally:
+                following.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await following
+
+    app.router.lifespan_context = life
+    return app
+
+
+async def follow(models: Any) -> None:
+    """Load a model again when its folder was replaced. One that is damaged is refused, and the old one stays."""
+    seen = {hosted.name: _mark(hosted.folder) for hosted in models}
+    while True:
+        await asyncio.sleep(_LOOK)
+        for hosted in models:
+            now = _mark(hosted.folder)
+            if now is None or now == seen[hosted.name]:
+                continue
+            seen[hosted.name] = now
+            try:
+                newer = await models.exchange(hosted.name)
+                log.info("%s: version %s in the place of %s", hosted.name, newer.engine.version, hosted.engine.version)
+            except (NetweightError, OSError) as problem:
+                log.error("%s stays at version %s: %s", hosted.name, hosted.engine.version, problem)
+
+
+def _mark(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = (folder / artifact.MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

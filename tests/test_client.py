@@ -1,0 +1,119 @@
+"""The client: one core under both, what is tried again, and what is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from netweight import client as clients
+from netweight.client import AsyncClient, Client, Prediction
+from netweight.errors import EndpointError
+
+
+def answering(*replies: Any) -> tuple[Callable[[httpx.Request], httpx.Response], list[httpx.Request]]:
+    """A server that gives these replies in turn (an exception is raised), and what it was asked."""
+    asked: list[httpx.Request] = []
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        reply = replies[min(len(asked), len(replies) - 1)]
+        asked.append(request)
+        if isinstance(reply, Exception):
+            raise reply
+        if isinstance(reply, httpx.Response):  # a fresh one: a body is read once
+            return httpx.Response(reply.status_code, headers=reply.headers, content=reply.content)
+        return httpx.Response(200, json=reply)
+
+    return handle, asked
+
+
+def labelled(*labels: str) -> dict[str, Any]:
+    rows = [{"label": label, "confidence": 0.9, "tier": "static"} for label in labels]
+    return {"model": "m", "version": "1", "predictions": rows, "degraded": []}
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch, replies: tuple[Any, ...], call: Callable[[Any], Any], **given: Any
+) -> list[Any]:
+    """What the blocking client and the other make of the same replies: [result or error, requests, slept]."""
+    slept: list[float] = []
+
+    async def nap(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(clients.time, "sleep", slept.append)
+    monkeypatch.setattr(clients.asyncio, "sleep", nap)
+    monkeypatch.setattr(clients.random, "uniform", lambda low, high: high)
+    found: list[Any] = []
+    for kind in (Client, AsyncClient):
+        slept.clear()
+        handle, asked = answering(*replies)
+        client = kind("http://shop", "key", **given)
+        transport = httpx.MockTransport(handle)
+        client._http = (httpx.Client if kind is Client else httpx.AsyncClient)(transport=transport)
+
+        async def later(client: Any = client) -> Any:
+            async with client:
+                return await call(client)
+
+        result: Any
+        try:
+            if kind is Client:
+                with client:
+                    result = call(client)
+            else:
+                result = asyncio.run(later())
+        except EndpointError as problem:
+            result = str(problem)
+        found.append([result, [(r.method, r.url.path, r.content) for r in asked], list(slept)])
+    assert found[0] == found[1], "one core, two clients"
+    return found[0]
+
+
+def test_texts_are_sent_in_parts_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    replies = (labelled(*["a"] * 256), labelled("b", "c"))
+    result, asked, _ = both(monkeypatch, replies, lambda c: c.predict("m", ["x"] * 258))
+    assert [p.label for p in result] == ["a"] * 256 + ["b", "c"]
+    assert result[0] == Prediction("static", "a", 0.9)
+    assert [path for _, path, _ in asked] == ["/v1/models/m/predict"] * 2
+
+
+def test_models_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert both(monkeypatch, ({"models": [{"name": "m"}]},), lambda c: c.models())[0] == [{"name": "m"}]
+    result, asked, _ = both(monkeypatch, (labelled("a"),), lambda c: c.predict("m", pairs=[("l", "r")], scores=True))
+    assert result[0].label == "a"
+    assert asked[0][2] == b'{"pairs":[["l","r"]],"scores":true}'
+
+
+def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = httpx.Response(429, headers={"Retry-After": "3"}, json={"detail": "full"})
+    replies = (full, httpx.ConnectError("refused"), httpx.Response(503), labelled("a"))
+    result, asked, slept = both(monkeypatch, replies, lambda c: c.predict("m", ["x"]))
+    assert result[0].label == "a"
+    assert len(asked) == 4
+    assert slept == [3.0, 0.2, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("reply", "tries", "text"),
+    [
+        (httpx.Response(404, json={"detail": "no model"}), 1, "answered with 404: no model"),
+        (httpx.Response(500, text="oops"), 1, "answered with 500: oops"),
+        (httpx.Response(429, json={"detail": "full"}), 3, "answered with 429: full"),
+        (httpx.ConnectError("refused"), 3, r"http://shop does not answer (ConnectError('refused')) after 3 tries."),
+    ],
+)
+def test_what_does_not_help_is_given_up(monkeypatch: pytest.MonkeyPatch, reply: Any, tries: int, text: str) -> None:
+    said, asked, _ = both(monkeypatch, (reply,), lambda c: c.predict("m", ["x"]), retries=2)
+    assert len(asked) == tries
+    assert text in said
+
+
+def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    said, asked, _ = both(monkeypatch, (labelled("a"),), lambda c: c.predict("m"))
+    assert said == "give texts or pairs, and not both."
+    assert not asked
+    assert "key" not in repr(clients._Core("http://shop", "key"))

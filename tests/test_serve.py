@@ -1,0 +1,326 @@
+"""Serving: the same answers as the engine, clear refusals, nothing dropped while models are exchanged."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from conftest import many_rows
+from netweight import artifact
+from netweight.engine import Engine, Outputs, load
+from netweight.errors import CorruptArtifact, OptionError
+from netweight.serve import queue as queues
+from netweight.serve.app import application
+from netweight.serve.hosted import Models
+from netweight.serve.metrics import Metrics
+from netweight.serve.problems import Problem
+from netweight.serve.queue import Queue
+from netweight.serve.schema import MOST_BYTES, MOST_ROWS
+from netweight.serve.steady import Said, answer
+
+TEXTS = list(many_rows(40).text)
+
+
+class Server:
+    """An application without a socket."""
+
+    def __init__(self, folder: Path, name: str = "shop", patience: float = 5.0) -> None:
+        self.metrics = Metrics()
+        self.models = Models(1, patience, self.metrics.batch)
+        self.models.load(folder, name)
+        self.app = application(self.models, self.metrics)
+
+    def run(self, work: Callable[[Any], Awaitable[Any]]) -> Any:
+        async def inside() -> Any:
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await work(client)
+
+        return asyncio.run(inside())
+
+    def post(self, body: Any, model: str = "shop", **given: Any) -> Any:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self.run(lambda c: c.post(f"/v1/models/{model}/predict", content=content, **given))
+
+    def get(self, path: str) -> Any:
+        return self.run(lambda c: c.get(path))
+
+
+@pytest.fixture
+def server(made: Path) -> Server:
+    return Server(made)
+
+
+# --- answers ---
+
+
+def test_answers_are_those_of_the_engine(server: Server, made: Path) -> None:
+    wanted = load(made, 1).predict(TEXTS)
+    said = server.post({"texts": TEXTS}).json()
+    assert said["model"] == "shop"
+    assert said["version"] == load(made, 1).version
+    assert said["degraded"] == []
+    for row, one in zip(said["predictions"], wanted):
+        assert (row["label"], row["tier"]) == (one.label, one.tier)
+        assert row["confidence"] == pytest.approx(one.confidence, abs=1e-5)
+
+
+def test_many_requests_at_once_get_their_own_answers(server: Server, made: Path) -> None:
+    wanted = [p.label for p in load(made, 1).predict(TEXTS)]
+
+    async def all_at_once(client: Any) -> Any:
+        asks = [client.post("/v1/models/shop/predict", json={"texts": TEXTS[i : i + 3]}) for i in range(37)]
+        return await asyncio.gather(*asks)
+
+    for i, response in enumerate(server.run(all_at_once)):
+        assert [row["label"] for row in response.json()["predictions"]] == wanted[i : i + 3]
+    text = server.get("/metrics").text
+    assert 'netweight_requests_total{model="shop",status="200"} 37.0' in text
+    batches = next(line for line in text.splitlines() if line.startswith("netweight_batch_rows_count"))
+    assert float(batches.split()[-1]) < 37, "what waits is answered together"
+
+
+def test_scores_are_probabilities_of_all_labels(server: Server) -> None:
+    for row in server.post({"texts": TEXTS[:5], "scores": True}).json()["predictions"]:
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-4)
+        assert max(row["scores"], key=row["scores"].get) == row["label"]
+        assert row["scores"][row["label"]] == pytest.approx(row["confidence"], abs=1e-5)
+
+
+def test_what_stands_beside_the_answers(server: Server) -> None:
+    (model,) = server.get("/v1/models").json()["models"]
+    assert model["name"] == "shop"
+    assert model["certificate"]["verdict"] == "certified"
+    assert model["measurements"]
+    assert server.get("/healthz").json() == {"status": "ok"}
+    assert server.get("/readyz").json() == {"status": "ready"}
+    schema = server.get("/openapi.json").json()
+    operation = schema["paths"]["/v1/models/{name}/predict"]["post"]
+    assert {"200", "400", "404", "413", "422", "429", "503", "504"} <= set(operation["responses"])
+    assert "texts" in operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+
+
+def test_headers_and_ids(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "netweight.access"):
+        mine = server.post({"texts": ["my secret"]}, headers={"X-Request-Id": "order-7"})
+        odd = server.post({"texts": ["my secret"]}, headers={"X-Request-Id": "a b\x01"})
+    assert mine.headers["x-request-id"] == "order-7"
+    assert odd.headers["x-request-id"] not in ("", "a b\x01")
+    assert mine.headers["x-content-type-options"] == "nosniff"
+    line = json.loads(caplog.messages[0])
+    assert line.items() >= {"id": "order-7", "status": 200, "path": "/v1/models/shop/predict"}.items()
+    assert "secret" not in caplog.text
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "text"),
+    [
+        (b"{", 400, "bad-json", "the body is not JSON"),
+        (b'{"texts": ["\\ud800"]}', 400, "bad-json", "hex escape"),
+        (b'{"texts": [NaN]}', 422, "invalid-request", "texts"),
+        (b"\xff\xfe", 400, "bad-json", "not JSON"),
+        (b"[" * 100_000, 400, "bad-json", "recursion"),
+        ({}, 422, "invalid-request", "give texts or pairs, and not both"),
+        ({"texts": ["a"], "pairs": [["a", "b"]]}, 422, "invalid-request", "give texts or pairs, and not both"),
+        ({"texts": []}, 422, "invalid-request", "texts"),
+        ({"texts": "a"}, 422, "invalid-request", "texts"),
+        ({"texts": ["a"] * (MOST_ROWS + 1)}, 422, "invalid-request", "at most 1024 items"),
+        ({"texts": ["a"], "more": 1}, 422, "invalid-request", "more"),
+        ({"texts": ["a"], "deadline_ms": 0}, 422, "invalid-request", "deadline_ms"),
+        (b'{"texts": ["' + b"a" * MOST_BYTES + b'"]}', 413, "too-large", "4,194,304 bytes"),
+    ],
+)
+def test_bad_bodies(server: Server, body: Any, status: int, code: str, text: str) -> None:
+    response = server.post(body)
+    assert response.headers["content-type"] == "application/problem+json"
+    said = response.json()
+    assert (response.status_code, said["status"], said["code"]) == (status, status, code)
+    assert text in said["detail"]
+    assert said["request_id"] == response.headers["x-request-id"]
+
+
+def test_wrong_places(server: Server) -> None:
+    unknown = server.post({"texts": ["a"]}, model="other").json()
+    assert unknown["code"] == "unknown-model"
+    assert unknown["detail"] == "there is no model 'other' here; there are: shop."
+    assert server.get("/nothing").json()["code"] == "not-found"
+    assert server.get("/v1/models/shop/predict").json()["code"] == "method-not-allowed"
+
+
+class Slow:
+    """An engine that waits for leave."""
+
+    def __init__(self) -> None:
+        self.free, self.seen = threading.Event(), list[list[str]]()
+
+    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Said:
+        self.seen.append(list(texts))
+        assert self.free.wait(10)
+        n = len(texts)
+        return Said(Outputs(np.zeros((n, 2), np.float32), np.ones(n), np.zeros(n, np.int64)))
+
+
+async def _taken(slow: Slow) -> None:
+    while not slow.seen:
+        await asyncio.sleep(0.001)
+
+
+def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "_FIRST_GUESS", 1.0)  # each token takes a second
+
+    async def work() -> None:
+        slow = Slow()
+        queue = Queue(slow, patience=5)
+        first = queue.ask(["a"])
+        await _taken(slow)
+        rest = [queue.ask(["b"]), queue.ask(["c"]), queue.ask(["d"])]
+        with pytest.raises(Problem) as refused:
+            queue.ask(["e"])
+        assert (refused.value.status, refused.value.code) == (429, "queue-full")
+        assert refused.value.headers["Retry-After"] == "6"
+        assert len(queue) == 3
+        slow.free.set()
+        await asyncio.gather(first, *rest)
+        queue.close()
+        with pytest.raises(Problem, match="shutting down"):
+            queue.ask(["f"])
+
+    asyncio.run(work())
+
+
+def test_late_and_cancelled_requests_leave_the_queue() -> None:
+    async def work() -> None:
+        slow = Slow()
+        queue = Queue(slow, patience=100)
+        first = queue.ask(["a"])
+        await _taken(slow)
+        late, gone, stays = queue.ask(["late"], seconds=0.0), queue.ask(["gone"]), queue.ask(["stays"])
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        slow.free.set()
+        await first
+        with pytest.raises(Problem, match="before its deadline"):
+            await late
+        await stays
+        queue.close()
+        assert slow.seen == [["a"], ["stays"]]
+
+    asyncio.run(work())
+
+
+def test_texts_and_pairs_are_not_mixed_and_closing_answers_what_waits() -> None:
+    async def work() -> None:
+        slow = Slow()
+        queue = Queue(slow, patience=100)
+        asked = [queue.ask(["a"])]
+        await _taken(slow)
+        asked += [queue.ask(["b"]), queue.ask(["c"], ["d"]), queue.ask(["e"])]
+        slow.free.set()
+        queue.close()
+        await asyncio.gather(*asked)
+        assert slow.seen == [["a"], ["b"], ["c"], ["e"]]
+
+    asyncio.run(work())
+
+
+def test_an_engine_that_fails_is_a_problem(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory, somewhere in /secret/place")
+
+    monkeypatch.setattr(Engine, "logits", broken)
+    response = server.post({"texts": ["a"]})
+    assert (response.status_code, response.json()["code"]) == (500, "engine-failed")
+    assert "secret" not in response.text
+
+
+# --- tiers that fail ---
+
+
+def cascade_of_two(folder: Path) -> Engine:
+    """The artifact's first tier twice: all rows reach the second."""
+    engine = load(folder, 1)
+    first = replace(engine.tiers[0], name="one", threshold=2.0)
+    second = replace(engine.tiers[0], name="two", threshold=0.0)
+    tiers = [(first, engine._engines[0]), (second, engine._engines[0])]
+    return Engine(engine.task, engine.encoder, tiers, "two")
+
+
+@pytest.mark.parametrize(("broken", "answers"), [(0, "two"), (1, "one")])
+def test_other_tiers_answer_for_one_that_fails(made: Path, broken: int, answers: str) -> None:
+    engine = cascade_of_two(made)
+    whole = answer(engine, TEXTS)
+    assert whole.failed == ()
+    usual = engine.logits
+
+    def sometimes(tier: int, *given: Any) -> Any:
+        if tier == broken:
+            raise RuntimeError("gone")
+        return usual(tier, *given)
+
+    engine.logits = sometimes  # type: ignore[method-assign]
+    said = answer(engine, TEXTS)
+    assert said.failed == (("one", "two")[broken],)
+    assert {engine.tiers[i].name for i in said.outputs.tier} == {answers}
+    assert (said.outputs.logits == whole.outputs.logits).all()
+
+
+# --- exchange ---
+
+
+def changed(folder: Path, to: Path) -> Path:
+    """The same artifact with another temperature: another version."""
+    manifest = artifact.read_manifest(folder)
+    tiers = tuple(replace(tier, temperature=2 * tier.temperature) for tier in manifest.tiers)
+    contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
+    artifact.save(to, replace(manifest, tiers=tiers), contents)
+    return to
+
+
+def test_a_model_is_exchanged_under_load_without_a_dropped_request(server: Server, made: Path, tmp_path: Path) -> None:
+    other = changed(made, tmp_path / "other.nw")
+    versions = {load(made, 1).version, load(other, 1).version}
+    assert len(versions) == 2
+
+    async def work(client: Any) -> list[Any]:
+        found: list[Any] = []
+
+        async def load_of_requests() -> None:
+            for _ in range(60):
+                found.append(await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:4]}))
+
+        exchange = [server.models.exchange("shop", place) for place in (other, made, other)]
+        await asyncio.gather(load_of_requests(), load_of_requests(), *exchange)
+        return found
+
+    found = server.run(work)
+    assert {response.status_code for response in found} == {200}
+    assert {response.json()["version"] for response in found} <= versions
+
+
+def test_a_damaged_folder_is_refused_and_the_old_version_stays(server: Server, made: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.nw"
+    shutil.copytree(made, broken)
+    tier = next((broken / "tiers").iterdir())
+    data = bytearray(tier.read_bytes())
+    data[len(data) // 2] ^= 1
+    tier.write_bytes(bytes(data))
+    before = server.models["shop"].engine.version
+    with pytest.raises(CorruptArtifact, match=tier.name):
+        server.models.load(broken, "shop")
+    assert server.models["shop"].engine.version == before
+    assert server.post({"texts": ["a"]}).status_code == 200
+    with pytest.raises(OptionError, match="cannot be called"):
+        server.models.load(made, "a/b")
