@@ -118,6 +118,11 @@ def test_refusals_before_anything_listens(made: Path, tmp_path: Path, say: Say) 
     twice = say("serve", made, tmp_path / "two" / "made.nw")
     assert twice.status == 1
     assert "two folders would serve under one name (made, made); rename one." in twice.err
+    half = say("serve", made, "--tls-key", "key.pem")
+    assert "--tls-certificate and --tls-key go together." in half.err
+    absent = say("serve", made, "--tls-key", "key.pem", "--tls-certificate", "certificate.pem")
+    assert "certificate.pem is not there; TLS needs a certificate and its key, both PEM." in absent.err
+    assert "is no file of keys" in say("serve", made, "--keys", tmp_path / "keys.jsonl").err
     nothing = say("serve", tmp_path / "nothing")
     assert nothing.status == 1
     assert "no artifact" in nothing.err

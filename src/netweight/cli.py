@@ -351,14 +351,39 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     workers: Annotated[int, typer.Option(min=1, help="Processes; one that dies is replaced.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of each worker; else the cores, shared out.")] = None,
-    queue_ms: Annotated[
-        int, typer.Option(min=1, help="Who would wait longer for the engine gets a 429 at once.")
-    ] = 100,
+    queue_ms: Annotated[int, typer.Option(min=1, help="Who would wait longer than this gets a 429 at once.")] = 100,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys; without it, everybody may ask.")] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(help="PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM.")] = None,
 ) -> None:
     """Answer over HTTP. A folder that is replaced is loaded again, without a dropped request."""
+    from netweight.serve import Options
     from netweight.serve import serve as run
 
-    run(folders, host=host, port=port, workers=workers, threads=threads, patience=queue_ms / 1000)
+    if (tls_certificate is None) != (tls_key is None):
+        raise OptionError("--tls-certificate and --tls-key go together.")
+    tls = (str(tls_certificate), str(tls_key)) if tls_certificate else None
+    names = tuple(map(str, folders))
+    run(Options(names, host, port, workers, threads or 0, queue_ms / 1000, str(keys) if keys else None, tls))
+
+
+@app.command()
+def keys(
+    file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
+    add: Annotated[str | None, typer.Option(help="Make a key under this name and print it, once.")] = None,
+    remove: Annotated[str | None, typer.Option(help="Take away the keys of this name.")] = None,
+    per_minute: Annotated[int | None, typer.Option(min=1, help="Requests that the new key may make.")] = None,
+) -> None:
+    """Make, remove and list the API keys of a server, which sees the change within a second."""
+    from netweight.serve.keys import add_key, read_keys, remove_key
+
+    if add is not None:
+        print(add_key(file, add, per_minute))
+    elif remove is not None:
+        print(f"removed {remove_key(file, remove)}")
+    else:
+        for key in read_keys(file):
+            print(f"{key.name}  {key.sha256[:12]}  {key.per_minute or 'no limit'}")
 
 
 def _seconds(given: str) -> float:

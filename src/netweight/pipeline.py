@@ -39,8 +39,7 @@ from netweight.trials import Effort, undominated
 
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
 _WORTH_IT = 0.9
-# Tiers of a cascade. A third makes it a little faster at the same quality (BANKING77: 16 % were handed on at the cost of
-# 25 %), but a second encoder doubles the file and the cold start.
+# Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
 _TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
 # A student that gets less than this part of the time box is not worth training.
 _LEAST = 12

@@ -1,5 +1,5 @@
 """Artifacts behind HTTP. Needs the extra `serve`."""
 
-from netweight.serve.server import serve
+from netweight.serve.server import Options, serve
 
-__all__ = ["serve"]
+__all__ = ["Options", "serve"]

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from netweight.serve.guard import Guard
 from netweight.serve.hosted import Hosted, Models
+from netweight.serve.keys import Gate
 from netweight.serve.metrics import Metrics
 from netweight.serve.problems import Problem
 from netweight.serve.schema import MOST_BYTES, Fault, Question, Reply, question, responses
@@ -29,8 +31,8 @@ log = logging.getLogger("netweight.serve")
 _PATIENT = 0.05
 
 
-def application(models: Models, metrics: Metrics) -> FastAPI:
-    """An ASGI application."""
+def application(models: Models, metrics: Metrics, keys: Path | None = None) -> FastAPI:
+    """An ASGI application; with a file of keys, only for those who have one."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -96,7 +98,9 @@ def application(models: Models, metrics: Metrics) -> FastAPI:
         """For Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    app.add_middleware(Guard)
+    if keys is not None:
+        app.add_middleware(Gate, path=keys)
+    app.add_middleware(Guard)  # added last, so it is the outermost
     return app
 
 

@@ -7,9 +7,9 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,20 @@ _DRAIN = 30  # seconds that requests may take when the server is told to end
 
 @dataclass(frozen=True)
 class Options:
-    """Of a server. `patience` is in seconds: who would wait longer for the engine is refused at once."""
+    """Of a server. `patience` is in seconds: who would wait longer for the engine is refused at once. `keys` is a file;
+    without one, everybody may ask. `tls` are the files of a certificate and its key."""
 
     folders: tuple[str, ...]
     host: str = "127.0.0.1"
     port: int = 8000
     workers: int = 1
-    threads: int = 1
+    threads: int = 0
     patience: float = 0.1
+    keys: str | None = None
+    tls: tuple[str, str] | None = None
 
 
-def serve(folders: Sequence[Path], *, host: str, port: int, workers: int, threads: int | None, patience: float) -> None:
+def serve(options: Options) -> None:
     """Serve artifacts until SIGTERM or SIGINT; requests that run by then are answered.
 
     Raises ArtifactError, CorruptArtifact, OptionError, MissingExtra before anything is bound.
@@ -43,20 +46,34 @@ def serve(folders: Sequence[Path], *, host: str, port: int, workers: int, thread
         import uvicorn
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
+    from netweight.serve.keys import read_keys
+
+    folders = [Path(folder).absolute() for folder in options.folders]
     for folder in folders:
         artifact.check(folder)
     names = [folder.name.removesuffix(".nw") for folder in folders]
     if len(set(names)) < len(names):
         raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
-    each = threads or max(1, len(os.sched_getaffinity(0)) // workers)
-    options = Options(tuple(str(f.absolute()) for f in folders), host, port, workers, each, patience)
+    if options.keys is not None:
+        read_keys(Path(options.keys))
+    for file in options.tls or ():
+        if not Path(file).is_file():
+            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+    options = replace(
+        options,
+        folders=tuple(map(str, folders)),
+        threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers),
+    )
+    certificate, key = options.tls or (None, None)
     os.environ[_VARIABLE] = json.dumps(asdict(options))
     uvicorn.run(
         "netweight.serve.server:worker",
         factory=True,
-        host=host,
-        port=port,
-        workers=workers,
+        host=options.host,
+        port=options.port,
+        workers=options.workers,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
         access_log=False,
         log_config=None,
         server_header=False,
@@ -79,7 +96,7 @@ def worker() -> Any:
     models = Models(options.threads, options.patience, metrics.batch)
     for folder in options.folders:
         models.load(Path(folder))
-    app = application(models, metrics)
+    app = application(models, metrics, Path(options.keys) if options.keys else None)
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -1,0 +1,153 @@
+"""API keys: who may ask, and how often.
+
+A file of JSON lines holds a name, the SHA-256 of each key and its limit. Keys are 256 random bits, which no dictionary
+holds, so a plain hash keeps them. Rotation: add a second key under the same name, move clients over, remove the first;
+servers see the file change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from netweight.errors import OptionError
+from netweight.serve.problems import Problem
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_OPEN = frozenset({"/healthz", "/readyz"})  # for probes
+_LOOK = 1.0  # seconds between looks at the file
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is kept of a key. `per_minute` requests, or None for any number."""
+
+    name: str
+    sha256: str
+    per_minute: int | None = None
+
+
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """All keys of a file. Raises OptionError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return tuple(Key(**json.loads(line)) for line in lines if line.strip())
+    except (OSError, ValueError, TypeError) as problem:
+        raise OptionError(f"{path} is no file of keys ({problem}); make one with `netweight keys`.") from None
+
+
+def add_key(path: Path, name: str, per_minute: int | None = None) -> str:
+    """A new key, which is kept nowhere: only its hash goes into the file. Raises OptionError."""
+    if not _NAME.fullmatch(name):
+        raise OptionError(f"a key cannot be called {name!r}; use letters, digits, dot, dash and underscore.")
+    text = f"nw_{secrets.token_urlsafe(32)}"
+    kept = read_keys(path) if path.exists() else ()
+    _write(path, (*kept, Key(name, _hash(text), per_minute)))
+    return text
+
+
+def remove_key(path: Path, name: str, sha256: str = "") -> int:
+    """Take away the keys of a name (those whose hash begins so), and say how many. Raises OptionError for none."""
+    kept = read_keys(path)
+    gone = [key for key in kept if key.name == name and key.sha256.startswith(sha256)]
+    if not gone:
+        names = ", ".join(sorted({key.name for key in kept})) or "none"
+        raise OptionError(f"{path} has no such key of {name!r}; its names are: {names}.")
+    _write(path, tuple(key for key in kept if key not in gone))
+    return len(gone)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(path: Path, keys: tuple[Key, ...]) -> None:
+    """Atomic, and readable by the owner alone."""
+    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.writelines(f"{json.dumps(asdict(key))}\n" for key in keys)
+    Path(new).replace(path)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Requests that a key may still make, as of a time: a token bucket of one minute's requests."""
+
+    left: float
+    at: float
+
+    def taken(self, now: float, per_minute: int) -> Bucket:
+        """After one more request; below zero it must be refused."""
+        left = min(per_minute, self.left + (now - self.at) * per_minute / 60)
+        return replace(self, left=left - 1, at=now)
+
+
+class Gate:
+    """Lets through who shows a known key, as often as its limit allows (in each worker process)."""
+
+    def __init__(self, app: ASGIApp, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app, self._path, self._clock = app, path, clock
+        self._keys = read_keys(path)
+        self._seen, self._mark = clock(), path.stat().st_mtime_ns
+        self._buckets: dict[str, Bucket] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN:
+            try:
+                self._admit(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+            except Problem as problem:
+                await problem.response(scope.get("request_id", ""))(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _admit(self, header: str) -> None:
+        self._look()
+        kind, _, text = header.partition(" ")
+        shown = _hash(text.strip())
+        # Every key is compared, and each in constant time, so that time says nothing about how near a guess was.
+        known = [key for key in self._keys if hmac.compare_digest(key.sha256, shown)]
+        if kind.lower() != "bearer" or not known:
+            raise Problem(
+                401,
+                "no-key",
+                "this server wants a key that it knows: Authorization: Bearer KEY.",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        (key, *_) = known
+        if key.per_minute is None:
+            return
+        now = self._clock()
+        bucket = self._buckets.get(key.sha256, Bucket(key.per_minute, now)).taken(now, key.per_minute)
+        if bucket.left < 0:
+            wait = -bucket.left * 60 / key.per_minute
+            raise Problem(
+                429,
+                "rate-limited",
+                f"key {key.name!r} may make {key.per_minute} requests a minute; try again after Retry-After seconds.",
+                {"Retry-After": str(max(1, round(wait)))},
+            )
+        self._buckets[key.sha256] = bucket
+
+    def _look(self) -> None:
+        """Read the file again where it has changed; one that cannot be read changes nothing."""
+        now = self._clock()
+        if now - self._seen < _LOOK:
+            return
+        self._seen = now
+        try:
+            mark = self._path.stat().st_mtime_ns
+            if mark != self._mark:
+                self._keys, self._mark = read_keys(self._path), mark
+        except (OSError, OptionError):
+            return

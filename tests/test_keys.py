@@ -1,0 +1,119 @@
+"""API keys: only hashes are kept, limits hold, and the file may change under a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.responses import PlainTextResponse
+
+from conftest import Say
+from netweight.errors import OptionError
+from netweight.serve.keys import Bucket, Gate, add_key, read_keys, remove_key
+
+
+class Door:
+    """A gate before an application that says yes, and a clock that stands still."""
+
+    def __init__(self, path: Path) -> None:
+        self.now = 0.0
+        self.gate = Gate(PlainTextResponse("yes"), path, lambda: self.now)
+
+    def ask(self, key: str | None = None, path: str = "/v1/models", scheme: str = "Bearer") -> httpx.Response:
+        async def inside() -> httpx.Response:
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.gate), base_url="http://test") as client:
+                return await client.get(path, headers={"Authorization": f"{scheme} {key}"} if key else {})
+
+        return asyncio.run(inside())
+
+
+def test_only_who_has_a_key_gets_in(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    key = add_key(path, "shop")
+    door = Door(path)
+    assert door.ask(key).text == "yes"
+    assert door.ask(key, scheme="bearer").text == "yes"
+    for wrong in (door.ask(), door.ask(key + "x"), door.ask(key, scheme="Basic"), door.ask("ключ".encode().hex())):
+        assert wrong.status_code == 401
+        assert wrong.headers["WWW-Authenticate"] == "Bearer"
+        assert wrong.json()["code"] == "no-key"
+    assert door.ask(path="/healthz").text == "yes"
+    assert door.ask(path="/metrics").status_code == 401
+
+
+def test_a_key_is_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    keys = {add_key(path, "shop") for _ in range(3)}
+    assert len(keys) == 3
+    text = path.read_text()
+    assert not any(key in text or key.removeprefix("nw_") in text for key in keys)
+    assert path.stat().st_mode & 0o077 == 0
+    assert [key.name for key in read_keys(path)] == ["shop"] * 3
+    assert os.listdir(tmp_path) == ["keys.jsonl"]
+
+
+def test_keys_change_under_a_running_server(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    old = add_key(path, "shop")
+    door = Door(path)
+    new = add_key(path, "shop")
+    door.now = 2.0
+    assert (door.ask(old).status_code, door.ask(new).status_code) == (200, 200), "both, while clients move over"
+    assert remove_key(path, "shop", read_keys(path)[0].sha256[:12]) == 1
+    os.utime(path, ns=(1, 1))
+    door.now = 4.0
+    assert (door.ask(old).status_code, door.ask(new).status_code) == (401, 200)
+    path.write_text("{")
+    door.now = 6.0
+    assert door.ask(new).status_code == 200, "a file that cannot be read changes nothing"
+
+
+def test_limits(tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    slow, free = add_key(path, "slow", 3), add_key(path, "free")
+    door = Door(path)
+    assert [door.ask(slow).status_code for _ in range(4)] == [200, 200, 200, 429]
+    assert door.ask(free).status_code == 200
+    refused = door.ask(slow)
+    assert refused.json()["code"] == "rate-limited"
+    assert refused.headers["Retry-After"] == "20"
+    door.now = 20.0
+    assert [door.ask(slow).status_code for _ in range(2)] == [200, 429]
+
+
+@given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 20))
+def test_no_more_than_the_limit_and_one_minute_beyond(pauses: list[float], limit: int) -> None:
+    bucket, now, let_in = Bucket(limit, 0.0), 0.0, 0
+    for pause in pauses:
+        now += pause
+        taken = bucket.taken(now, limit)
+        if taken.left >= 0:
+            bucket, let_in = taken, let_in + 1
+    assert let_in <= limit + now * limit / 60 + 1e-6
+
+
+def test_files_and_names_that_are_refused(tmp_path: Path, say: Say) -> None:
+    path = tmp_path / "keys.jsonl"
+    with pytest.raises(OptionError, match="is no file of keys"):
+        read_keys(path)
+    path.write_text(json.dumps({"nam": "a"}))
+    with pytest.raises(OptionError, match="is no file of keys"):
+        read_keys(path)
+    path.unlink()
+    with pytest.raises(OptionError, match="cannot be called 'a b'"):
+        add_key(path, "a b")
+    made = say("keys", path, "--add", "shop", "--per-minute", 60)
+    assert made.out.startswith("nw_")
+    assert "shop" in say("keys", path).out
+    assert say("keys", path).out.endswith("  60\n")
+    wrong = say("keys", path, "--remove", "other")
+    assert wrong.status == 1
+    assert "has no such key of 'other'; its names are: shop." in wrong.err
+    assert say("keys", path, "--remove", "shop").out == "removed 1\n"
+    assert say("keys", path).out == ""
