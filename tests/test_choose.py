@@ -268,7 +268,7 @@ def expected(drop: float, apart: float, rate: float, margin: float, rows: int) -
     on a share `apart` of N rows and so loses `drop`."""
     dev = math.sqrt(apart * (1 - apart) / N)
     certify = math.sqrt((dev**2 + 1 / N**2) * N / rows)
-    own = (rate * apart / 2) ** 2 / ((rate * apart / 2) ** 2 + dev**2)
+    own = (rate * apart / choose._KNOWN) ** 2 / ((rate * apart / choose._KNOWN) ** 2 + dev**2)
     likely = own * max(drop, 0) + (1 - own) * rate * apart
     spread = math.hypot(math.sqrt(own) * dev, certify)
     return NormalDist().cdf((margin - likely - NormalDist().inv_cdf(0.95) * certify) / spread)
