@@ -7,6 +7,7 @@
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
 #   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
+#   make bench-serve ARTIFACT=reviews.nw INPUT=reviews.csv       what serving costs, and how it holds
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
 #                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
 #   make size                      lines per file, held to the budget
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench lock size
+.PHONY: help setup demo test lint docs bench bench-serve lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -74,6 +75,10 @@ lock:
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(foreach s,$(SET),--set $(s)) $(foreach p,$(PEER),--peer $(p)) \
 		$(foreach s,$(SEED),--seed $(s)) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK)) $(ARGS)
+
+# ARTIFACT is a finished one, INPUT a table of texts in a column `text`.
+bench-serve: $(INSTALLED)
+	$(BIN)/python benchmarks/serve.py $(ARTIFACT) $(INPUT) $(ARGS)
 
 size:
 	@$(PYTHON) scripts/size.py

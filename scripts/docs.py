@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from netweight.cli import app
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
-COMMANDS = ("", "optimize", "predict", "bench", "inspect", "verify", "report", "label", "select", "demo")
+COMMANDS = ("", *(command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands))
 
 
 def page() -> str:
