@@ -97,7 +97,7 @@ def test_a_server_answers_follows_its_folder_and_ends_in_order(
     assert server.version() == engine.version
     other = changed(tmp_path / "kept.nw", made)
     until(lambda: server.version() == load(other, 1).version)
-    assert server.end() == 0
+    assert server.end() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent, once all is answered
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_killed_worker_is_replaced(started: Callable[..., Process]) -> None:
     assert other in server.workers()
     with Client(server.url, retries=8) as client:
         assert len(client.predict("made", TEXTS)) == len(TEXTS)
-    assert server.end() == 0
+    assert server.end() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent, once all is answered
 
 
 def test_refusals_before_anything_listens(made: Path, tmp_path: Path, say: Say) -> None:

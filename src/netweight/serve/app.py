@@ -76,6 +76,16 @@ def application(models: Models, metrics: Metrics, keys: Path | None = None) -> F
             metrics.requests.labels(known, status).inc()
             metrics.latency.labels(known).observe(time.perf_counter() - began)
 
+    _beside(app, models, metrics)
+    if keys is not None:
+        app.add_middleware(Gate, path=keys)
+    app.add_middleware(Guard)  # added last, so it is the outermost
+    return app
+
+
+def _beside(app: FastAPI, models: Models, metrics: Metrics) -> None:
+    """What stands beside predictions: models, probes, numbers."""
+
     @app.get("/v1/models")
     async def all_models() -> Any:
         """Every model with its certificate and measurements."""
@@ -97,11 +107,6 @@ def application(models: Models, metrics: Metrics, keys: Path | None = None) -> F
     async def numbers() -> Response:
         """For Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    if keys is not None:
-        app.add_middleware(Gate, path=keys)
-    app.add_middleware(Guard)  # added last, so it is the outermost
-    return app
 
 
 def _schema() -> dict[str, Any]:
