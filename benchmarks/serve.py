@@ -118,7 +118,7 @@ def capacity(bodies: list[bytes]) -> float:
 
 def overload(bodies: list[bytes], rate: float, seconds: float) -> dict[str, Any]:
     """Twice what it can do, then a quarter: who is let in, how long they take, how soon all is well again."""
-    hot = asyncio.run(open_loop(PLACE, bodies, 2 * rate, seconds))
+    hot = asyncio.run(open_loop(PLACE, bodies, 2 * rate, seconds, most=2000))
     cool = asyncio.run(open_loop(PLACE, bodies, rate / 4, 4.0))
     refused = [due for due, status, _ in cool.log if status != 200]
     return {"rate": 2 * rate, **told(hot), "recovered_after": max(refused, default=0.0), "then": told(cool)}

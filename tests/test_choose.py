@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from netweight.errors import ModelError
 from netweight.job import Job, Options, Tables, prepare
 from netweight.layers import Activate
 from netweight.measure import Cost
+from netweight.pipeline import climb
 from netweight.run import Local
 from netweight.search import Point, Search, ladder, student
 from netweight.task import Classify, Score
@@ -65,7 +67,9 @@ def test_the_ladder_of_any_depth(depth: int) -> None:
     assert all(0 < rung.share < 1 for rung in rungs)
     students = [rung.recipe for rung in rungs if isinstance(rung.recipe[0], Shrink)]
     kept = [recipe[0].layers for recipe in students]  # type: ignore[attr-defined]
-    assert kept == sorted({max(1, depth // 3), max(1, depth // 2)} - {depth})
+    assert kept == sorted({max(1, depth // 3), max(1, depth // 2)} - {depth}, reverse=True)
+    after = [rung.after for rung in rungs if isinstance(rung.recipe[0], Shrink)]
+    assert after == ["", *(rung.name for rung in rungs if isinstance(rung.recipe[0], Shrink))][: len(after)]
     assert all(isinstance(recipe[-1], Quantize) for recipe in students), "nothing but int8 encoders ships"
     assert all(recipe[-2].teachers == (teacher,) for recipe in students)  # type: ignore[attr-defined]
 
@@ -117,6 +121,34 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
     asked = later.ask()
     assert asked is not None
     assert asked.name == rungs[1].name
+
+
+@pytest.mark.parametrize(("wrong", "made"), [(0.0, True), (0.3, False)])
+def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: float, made: bool) -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, N)
+    right = np.eye(3)[targets] * 3.0
+    worse = np.where(rng.random((N, 1)) < wrong, np.roll(right, 1, axis=1), right)
+    logits = {"linear": worse, "static": worse, "half-int8": worse}
+    notes: list[str] = []
+    builder = SimpleNamespace(
+        teacher=tiny_model(layers=6),
+        job=Job(Tables(Rows((), ()))),
+        data=SimpleNamespace(certify=range(3000)),
+        task=TASK,
+        clock=SimpleNamespace(left=1e9),
+        reporter=SimpleNamespace(note=notes.append),
+        teacher_dev=right.astype(np.float32),
+        dev_targets=targets,
+        quality=lambda said: float(TASK.quality(TASK.outcomes(said, targets))),
+        trials=lambda: None,
+        told=lambda rungs: [],
+        point=lambda rung: point(rung.name, logits.get(rung.name, right)),
+    )
+    found = climb(builder)  # type: ignore[arg-type]
+    assert ("third-int8" in found.points) == made
+    said = "third-int8 is not made: half-int8, which is larger, would hardly pass"
+    assert (said in notes) != made
 
 
 # --- choices ---

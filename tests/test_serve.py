@@ -21,6 +21,7 @@ from netweight.engine import Engine, Outputs, load
 from netweight.errors import CorruptArtifact, OptionError
 from netweight.serve import queue as queues
 from netweight.serve.app import application
+from netweight.serve.crowd import Crowd
 from netweight.serve.hosted import Models
 from netweight.serve.metrics import Metrics
 from netweight.serve.problems import Problem
@@ -199,6 +200,42 @@ def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatc
             queue.ask(["f"])
 
     asyncio.run(work())
+
+
+def test_a_crowd_is_as_large_as_it_is_answered_in_time() -> None:
+    now = [0.0]
+    crowd = Crowd(0.1, lambda: now[0])
+    for _ in range(50):
+        crowd.enter()
+    assert not crowd.full, "nothing is known yet"
+    for _ in range(20):
+        now[0] += 0.004  # 250 a second: 25 are answered in a tenth of a second
+        crowd.leave()
+    assert crowd.inside == 30
+    assert crowd.wait == pytest.approx(0.12)
+    assert crowd.full
+    for _ in range(6):
+        now[0] += 0.004
+        crowd.leave()
+    assert not crowd.full
+    while crowd.inside:
+        crowd.leave()
+    now[0] += 1000.0
+    crowd.enter()
+    crowd.leave()
+    crowd.enter()
+    crowd.enter()
+    now[0] += 0.004
+    crowd.leave()
+    assert crowd.wait == pytest.approx(0.004, rel=0.5), "a time in which nobody came says nothing"
+
+
+def test_a_server_refuses_at_the_door(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crowd, "full", True)
+    response = server.post({"texts": ["a"]})
+    assert (response.status_code, response.json()["code"]) == (429, "queue-full")
+    assert response.headers["x-request-id"]
+    assert server.get("/healthz").status_code == 200
 
 
 def test_late_and_cancelled_requests_leave_the_queue() -> None:

@@ -65,6 +65,11 @@ class Choice:
         return f"{' > '.join(p.name for p in self.points)} ({shares})"
 
 
+def alone(point: Point) -> Choice:
+    """A point that answers every row, at no stated cost."""
+    return Choice((point,), (point.temperature,), (0.0,), (1.0,), 0.0, point.logits)
+
+
 def choices(
     points: Sequence[Point],
     costs: Mapping[str, Cost],

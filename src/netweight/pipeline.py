@@ -20,7 +20,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
-from netweight.choose import Minimise, Planned, choices, judged, plan
+from netweight.choose import Minimise, Planned, alone, choices, judged, plan
 from netweight.data import Columns, Rows
 from netweight.engine import Engine, load
 from netweight.engine.cascade import cascade
@@ -30,7 +30,7 @@ from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Point, Search, ladder
 from netweight.store import DEV, LOOKS, Store, store_of
-from netweight.task import Floats
+from netweight.task import Floats, Task
 from netweight.techniques import describe
 from netweight.track import Name as Tracker
 from netweight.track import Tracked, trackers
@@ -39,6 +39,8 @@ from netweight.trials import Effort, undominated
 
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
 _WORTH_IT = 0.9
+# A smaller student is made where the larger one's chance to pass alone is at least this.
+_MAY_PASS = 0.2
 # Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
 _TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
 # A student that gets less than this part of the time box is not worth training.
@@ -141,10 +143,29 @@ def climb(builder: Builder) -> Search:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")
             break
+        if rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS:
+            builder.reporter.note(f"{rung.name} is not made: {rung.after}, which is larger, would hardly pass")
+            search.skip(rung)
+            continue
         if trials is not None and trials.asked is not None:
             builder.keep(trials.asked)
         search.tell(builder.point(rung))
     return search
+
+
+def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
+    """That a point alone would pass the certificate against the teacher, as dev says; 1 where it is not there."""
+    if name not in points:
+        return 1.0
+    found = judged([alone(p) for p in points.values()], builder.teacher_dev, *_asked(builder, builder.teacher_dev))
+    return next(p.chance for p in found if p.choice.name == name)
+
+
+def _asked(builder: Builder, reference: Floats) -> tuple[Any, Task, float, int, float]:
+    """What a certificate would ask: targets, task, margin (units of quality), certify rows, level of the first look."""
+    budget, task = builder.job.budget, builder.task
+    margin = task.margin(budget.max_drop, builder.quality(reference))
+    return builder.dev_targets, task, margin, len(builder.data.certify), (1 - budget.confidence) / 2
 
 
 def _worth(builder: Builder, points: Mapping[str, Point]) -> dict[str, Point]:
@@ -193,22 +214,7 @@ class Ranked:
         points = [self.points["linear"]] if self.floor_wins else list(self.points.values())
         known = (self.costs, builder.task, builder.calibrate, builder.dev_targets)
         found = choices(points, *known, budget.minimise, _TIERS[builder.job.options.effort])
-        return judged(found, self.reference, builder.dev_targets, builder.task, self.margin, self.rows, self.level)
-
-    @property
-    def margin(self) -> float:
-        """The allowed drop in units of quality, from the reference's quality on dev."""
-        return self.builder.task.margin(self.builder.job.budget.max_drop, self.builder.quality(self.reference))
-
-    @property
-    def rows(self) -> int:
-        """Certify rows."""
-        return len(self.builder.data.certify)
-
-    @property
-    def level(self) -> float:
-        """Of the first look."""
-        return (1 - self.builder.job.budget.confidence) / 2
+        return judged(found, self.reference, *_asked(builder, self.reference))
 
 
 def _able(point: Point) -> tuple[str, ...]:

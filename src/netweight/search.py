@@ -21,21 +21,26 @@ from netweight.train import Plan
 @dataclass(frozen=True)
 class Rung:
     """A recipe under a name. `share` of the time that is left may go into it; `plan` holds what its techniques leave
-    to the plan."""
+    to the plan. It is worth making only where the rung `after`, a larger one of its kind, has a chance."""
 
     name: str
     recipe: Recipe
     share: float
     plan: Plan = field(default_factory=Plan)
+    after: str = ""
 
 
 def ladder(teacher: Model) -> tuple[Rung, ...]:
     """From the trivial floor to the full encoder in int8, in the order in which they are tried: what is cheap to make,
     or decides most, comes first."""
     depth = teacher.depth
-    layers = sorted({max(1, depth // 3), max(1, depth // 2)} - {depth})
+    layers = sorted({max(1, depth // 3), max(1, depth // 2)} - {depth}, reverse=True)
     names = {depth // 2: "half", depth // 3: "third"}
-    students = [Rung(f"{names.get(n, n)}-int8", student(teacher, n), 0.5) for n in layers]
+    called = [f"{names.get(n, n)}-int8" for n in layers]
+    students = [
+        Rung(name, student(teacher, n), 0.5, after=larger)
+        for name, n, larger in zip(called, layers, ["", *called], strict=False)
+    ]
     return (
         Rung("linear", (LinearFloor(),), 0.2),
         Rung("full-int8", (Quantize(),), 0.2),
@@ -102,14 +107,20 @@ class Search:
     def __init__(self, rungs: Sequence[Rung], told: Iterable[Point] = (), more: More | None = None) -> None:
         self._rungs = tuple(rungs)
         self._more = more
+        self._skipped: set[str] = set()
         self.points: dict[str, Point] = {point.name: point for point in told}
 
     def ask(self) -> Rung | None:
         """The next rung to try; None where nothing is left."""
-        first = next((rung for rung in self._rungs if rung.name not in self.points), None)
+        over = self._skipped | set(self.points)
+        first = next((rung for rung in self._rungs if rung.name not in over), None)
         if first is not None or self._more is None:
             return first
         return self._more.ask()
+
+    def skip(self, rung: Rung) -> None:
+        """Not to be asked for: it is not worth making."""
+        self._skipped.add(rung.name)
 
     def tell(self, point: Point) -> None:
         """What a rung gave."""

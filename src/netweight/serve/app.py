@@ -79,7 +79,7 @@ def application(models: Models, metrics: Metrics, keys: Path | None = None) -> F
     _beside(app, models, metrics)
     if keys is not None:
         app.add_middleware(Gate, path=keys)
-    app.add_middleware(Guard)  # added last, so it is the outermost
+    app.add_middleware(Guard, patience=models.patience)  # added last, so it is the outermost
     return app
 
 

@@ -10,6 +10,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from netweight.serve.crowd import Crowd
+from netweight.serve.problems import full
+
 log = logging.getLogger("netweight.access")
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -24,10 +27,10 @@ _HEADERS = [
 
 class Guard:
     """Gives each request an id (the client's X-Request-Id where it has a harmless one), adds safe headers, and logs one
-    JSON line without a word of what customers wrote."""
+    JSON line without a word of what customers wrote. Predictions that would wait too long are refused here."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, patience: float) -> None:
+        self._app, self._crowd = app, Crowd(patience)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,9 +52,18 @@ class Guard:
                 ]
             await send(message)
 
+        counted = scope["method"] == "POST"
         try:
+            if counted and self._crowd.full:
+                await full(self._crowd.wait).response(scope["request_id"])(scope, receive, sent)
+                counted = False
+                return
+            if counted:
+                self._crowd.enter()
             await self._app(scope, receive, sent)
         finally:
+            if counted:
+                self._crowd.leave()
             if log.isEnabledFor(logging.INFO):
                 took = round(1000 * (time.perf_counter() - began), 2)
                 line = {"id": scope["request_id"], "method": scope["method"], "path": scope["path"]}

@@ -59,7 +59,7 @@ class Models:
     def __init__(
         self, threads: int, patience: float = 0.1, observe: Observe = lambda name, rows, seconds: None
     ) -> None:
-        self._threads, self._patience, self._observe = threads, patience, observe
+        self._threads, self.patience, self._observe = threads, patience, observe
         self._hosted: dict[str, Hosted] = {}
         self._changing = threading.Lock()
 
@@ -103,7 +103,7 @@ class Models:
             artifact.check(folder)
             engine = load(folder, self._threads)
             engine.warm()
-            queue = Queue(partial(answer, engine), self._patience, partial(self._observe, name))
+            queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
             before = self._hosted.get(name)
             self._hosted[name] = hosted = Hosted(name, folder, engine, queue)
         if before is not None:
