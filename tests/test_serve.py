@@ -314,6 +314,18 @@ def test_other_tiers_answer_for_one_that_fails(made: Path, broken: int, answers:
     assert (said.outputs.logits == whole.outputs.logits).all()
 
 
+def test_rows_that_no_tier_answered_are_an_error(made: Path) -> None:
+    engine = cascade_of_two(made)
+    engine.tiers = tuple(replace(tier, threshold=0.0) for tier in engine.tiers)
+
+    def broken(*_: object) -> None:
+        raise ValueError("gone")
+
+    engine.logits = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(RuntimeError, match="one failed, and no other tier was asked"):
+        answer(engine, TEXTS)
+
+
 # --- exchange ---
 
 

@@ -95,6 +95,8 @@ def test_a_server_answers_follows_its_folder_and_ends_in_order(
     (made / artifact.MANIFEST).write_bytes(b"{}")
     until(lambda: "stays at version" in server.log.read_text())
     assert server.version() == engine.version
+    with Client(server.url) as client:
+        assert [m["version"] for m in client.models()] == [engine.version], "it is not asked of the damaged folder"
     other = changed(tmp_path / "kept.nw", made)
     until(lambda: server.version() == load(other, 1).version)
     assert server.end() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent, once all is answered

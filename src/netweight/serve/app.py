@@ -89,7 +89,7 @@ def _beside(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/v1/models")
     async def all_models() -> Any:
         """Every model with its certificate and measurements."""
-        return {"models": await asyncio.to_thread(lambda: [hosted.described() for hosted in models])}
+        return {"models": [hosted.about for hosted in models]}
 
     @app.get("/healthz")
     async def health() -> Any:

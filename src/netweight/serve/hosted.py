@@ -23,28 +23,31 @@ Observe = Callable[[str, int, float], None]
 
 @dataclass(frozen=True)
 class Hosted:
-    """One version of one model, with its queue."""
+    """One version of one model, with its queue, and what is said of it: read when it was loaded, since its folder may
+    hold another one by now."""
 
     name: str
     folder: Path
     engine: Engine
     queue: Queue
+    about: dict[str, Any]
 
-    def described(self) -> dict[str, Any]:
-        """For `GET /v1/models`."""
-        manifest = artifact.read_manifest(self.folder)
-        said: dict[str, Any] = {
-            "name": self.name,
-            "version": self.engine.version,
-            "task": self.engine.task.kind,
-            "labels": list(getattr(self.engine.task, "labels", ())),
-            "tiers": [tier.name for tier in self.engine.tiers],
-            "bytes": artifact.size(self.folder, manifest),
-        }
-        for key, file in (("certificate", artifact.CERTIFICATE), ("measurements", artifact.MEASUREMENTS)):
-            if file in manifest.files:
-                said[key] = json.loads(artifact.read_file(self.folder, manifest, file))
-        return said
+
+def described(name: str, folder: Path, engine: Engine) -> dict[str, Any]:
+    """For `GET /v1/models`. Raises ArtifactError or CorruptArtifact."""
+    manifest = artifact.read_manifest(folder)
+    said: dict[str, Any] = {
+        "name": name,
+        "version": engine.version,
+        "task": engine.task.kind,
+        "labels": list(getattr(engine.task, "labels", ())),
+        "tiers": [tier.name for tier in engine.tiers],
+        "bytes": artifact.size(folder, manifest),
+    }
+    for key, file in (("certificate", artifact.CERTIFICATE), ("measurements", artifact.MEASUREMENTS)):
+        if file in manifest.files:
+            said[key] = json.loads(artifact.read_file(folder, manifest, file))
+    return said
 
 
 class Models:
@@ -103,9 +106,10 @@ class Models:
             artifact.check(folder)
             engine = load(folder, self._threads)
             engine.warm()
+            about = described(name, folder, engine)
             queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
             before = self._hosted.get(name)
-            self._hosted[name] = hosted = Hosted(name, folder, engine, queue)
+            self._hosted[name] = hosted = Hosted(name, folder, engine, queue, about)
         if before is not None:
             before.queue.close()
         return hosted

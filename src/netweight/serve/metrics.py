@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -29,7 +29,6 @@ class Metrics:
         self.answered = Counter("rows", "Rows by the tier that answered", ("model", "tier"), **named)  # type: ignore[arg-type]
         self.failed = Counter("tier_failures", "Batches in which a tier failed", ("model", "tier"), **named)  # type: ignore[arg-type]
         self.sure = Histogram("confidence", "Confidence of answers", ("model",), buckets=_SURE, **named)  # type: ignore[arg-type]
-        self.loaded = Gauge("model_info", "Versions that answer", ("model", "version"), **named)  # type: ignore[arg-type]
 
     def watch(self, models: Models) -> None:
         """Also show how much waits for each model."""

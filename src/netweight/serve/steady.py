@@ -52,4 +52,6 @@ def answer(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = N
         return np.asarray(before[rows])
 
     outputs = cascade(engine.task, engine.tiers, len(tokens), tier)
+    if (answered < 0).any():  # handed on by nobody: a threshold below any confidence
+        raise RuntimeError(f"{', '.join(failed)} failed, and no other tier was asked.")
     return Said(Outputs(outputs.logits, outputs.confidence, answered), tuple(failed))
