@@ -21,7 +21,8 @@ from netweight import choose, search
 from netweight.anatomy import blocks
 from netweight.artifact import Tier
 from netweight.certify import fit_temperature
-from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, plan
+from netweight.certify.power import binary_power
+from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, own, plan, provable
 from netweight.data import Dataset, Rows
 from netweight.engine import cascade as engine
 from netweight.errors import ModelError
@@ -360,11 +361,33 @@ def test_scores_are_judged_as_well() -> None:
     assert hopeless.chance < 0.01
 
 
+def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:
+    reference, worse, targets = wrong_on(36)
+    (found,) = judged([alone(worse)], reference, targets, TASK, 0.01, 900, 0.025)
+    assert binary_power(0.06, 0.0, 900, found.needs, 0.025) == pytest.approx(0.8, abs=0.03)
+    assert found.chance < 0.01
+    assert own(found).margin == found.needs
+    assert own(replace(found, margin=0.5)).margin == 0.5
+
+
+def test_the_provable_margin_is_that_of_the_cheapest_promising_choice() -> None:
+    likely, even, unlikely = (
+        planned(cost, passes) for cost, passes in zip((9, 4, 1), nested(0.9, 0.6, 0.3), strict=True)
+    )
+    # What `planned` passes has a bound of 0, the rest one of 1: margins between change nothing.
+    found = [
+        replace(p, margin=0.1, needs=needs) for p, needs in zip((likely, even, unlikely), (0.2, 0.3, 0.4), strict=True)
+    ]
+    assert provable(found) == 0.3
+    assert provable([replace(p, needs=0.01) for p in found]) == 0.1, "at least what was asked"
+    assert provable([found[2]]) == 0.1, "and that where nothing is promising"
+
+
 # --- plan ---
 
 
 def planned(cost: float, passes: np.ndarray) -> Planned:
-    return Planned(alone(np.zeros((1, 3)), cost), 0.9, 0.0, passes)
+    return Planned(alone(np.zeros((1, 3)), cost), 0.9, 0.0, 0.5, 0.0, 1.0 - passes)
 
 
 SIMULATED = st.integers(0, 2**12 - 1).map(lambda bits: np.array([bits >> i & 1 for i in range(12)], bool))

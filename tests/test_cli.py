@@ -246,6 +246,10 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
         ((*optimize, tmp_path / "o.nw", "--time-limit", "soon"), "given was 'soon'"),
         ((*optimize, tmp_path / "o.nw", "--time-limit", "5s"), "use at least 10 s"),
         ((*optimize, tmp_path / "o.nw", "--max-drop", "0"), "max_drop is 0.0 points"),
+        (
+            (*optimize, tmp_path / "o.nw", "--max-drop", "few"),
+            "--max-drop is a number of points, or auto; given was 'few'",
+        ),
         ((*optimize, tmp_path, "--model", shop.base), "exists and is not an artifact"),
         ((*optimize, tmp_path / "o.nw", "--metric", "spearman"), "metric 'spearman' is not for classification"),
     ]

@@ -111,6 +111,21 @@ def test_another_budget_is_another_look(shop: Shop, copied: Path) -> None:
     assert {key: journal(copied)[key] for key in made} == made, "nothing was trained again"
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_margin_that_dev_finds_is_fixed_before_labels_are_read(copied: Path, shop: Shop) -> None:
+    told: list[str] = []
+    reporter = Silent()
+    reporter.note = told.append  # type: ignore[method-assign]
+    result = again(shop, copied, max_drop="auto", reporter=reporter)
+    points = result.certificate.registration.max_drop
+    assert 1.0 <= points <= 10.0
+    assert points == pytest.approx(round(points, 1))
+    assert result.manifest.provenance["max_drop"] == points
+    assert f"max drop: {points:g} points, from dev and {len(shop.certify):,} certify rows" in told
+    assert looks(copied)[-1]["max_drop"] == points
+    assert "--max-drop auto" in (copied / "report.html").read_text(encoding="utf-8")
+
+
 # --- other ways ---
 
 
@@ -279,6 +294,7 @@ def test_an_artifact_that_answers_otherwise_is_not_certified(
     [
         (lambda: Budget(max_drop=0), "max_drop is 0 points; use more than 0"),
         (lambda: Budget(max_drop=51), "at most 50"),
+        (lambda: Budget(max_drop="most"), "max_drop is 'most'; use a number of points, or auto"),  # type: ignore[arg-type]
         (lambda: Budget(confidence=1.0), "confidence is 1.0; use 0.5 up to"),
         (lambda: Budget(minimise="fame"), "minimise is 'fame'; use cost, latency or size"),  # type: ignore[arg-type]
         (lambda: Options(threads=0), "threads is 0; use 1 or more"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.certify import fit_temperature
+from netweight.certify.power import CHANCE
 from netweight.measure import Cost
 from netweight.search import Point
 from netweight.task import Floats, Ints, Task
@@ -38,6 +39,8 @@ _HOPELESS = 0.05  # predicted chance of passing below which testing is a waste
 _KNOWN = 3
 # A test that dev says will pass fails now and then all the same, so no step is free.
 _SURPRISE = 0.98
+# What a margin that is to be found is made for: the cheapest choice that is as likely as not to pass at its own.
+_EVEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -163,16 +166,24 @@ def _cost(points: Sequence[Point], reached: Sequence[float], costs: Mapping[str,
 
 @dataclass(frozen=True)
 class Planned:
-    """A choice with its drop on dev (in units of quality).
+    """A choice with its drop on dev, held to a margin (both in units of quality).
 
-    `passes` (simulations,) says in which imagined certificates it passed; simulation i of every choice imagines the
-    same rows, so that choices which fail together are seen to do so.
+    `bounds` (simulations,) are the upper bounds of its drop in imagined certificates; simulation i of every choice
+    imagines the same rows, so that choices which fail together are seen to do so. `needs` is the least margin with 80 %
+    power if its true drop were 0.
     """
 
     choice: Choice
     quality: float
     drop: float
-    passes: NDArray[np.bool_] = field(repr=False)
+    margin: float
+    needs: float
+    bounds: NDArray[np.float64] = field(repr=False)
+
+    @property
+    def passes(self) -> NDArray[np.bool_]:
+        """(simulations,): in which imagined certificates it passed."""
+        return self.bounds < self.margin
 
     @property
     def chance(self) -> float:
@@ -211,13 +222,26 @@ def judged(
     for i, choice in enumerate(found):
         luck = spread - task.quality(outcomes[i], weights) - (at - qualities[i])
         usual = rate * apart[i]
-        own = (usual / _KNOWN) ** 2 / max((usual / _KNOWN) ** 2 + luck.var(), 1e-24)  # how much dev's own drop counts
-        likely = own * drops[i] + (1 - own) * usual
+        trust = (usual / _KNOWN) ** 2 / max((usual / _KNOWN) ** 2 + luck.var(), 1e-24)  # in dev's own drop
+        likely = trust * drops[i] + (1 - trust) * usual
         # Two models that agree on all of dev may still differ on one row in n.
         error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
-        imagined = likely + luck * math.sqrt(own + n / rows)
-        result.append(Planned(choice, float(qualities[i]), at - float(qualities[i]), imagined + z * error < margin))
+        imagined = likely + luck * math.sqrt(trust + n / rows)
+        needs = (z + NormalDist().inv_cdf(CHANCE)) * error
+        quality = float(qualities[i])
+        result.append(Planned(choice, quality, at - quality, margin, needs, imagined + z * error))
     return result
+
+
+def own(planned: Planned) -> Planned:
+    """Held to the margin that it needs, where that is the larger one."""
+    return replace(planned, margin=max(planned.margin, planned.needs))
+
+
+def provable(found: Sequence[Planned]) -> float:
+    """The margin, at least that of `found`, which the cheapest choice needs that is as likely as not to pass at it."""
+    promising = [p for p in map(own, found) if p.chance >= _EVEN]
+    return min(promising, key=lambda p: p.choice.cost).margin if promising else max(p.margin for p in found)
 
 
 def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:

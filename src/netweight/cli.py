@@ -87,7 +87,9 @@ def optimize(
     group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
     model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
-    max_drop: Annotated[float, typer.Option(help="Points of quality that may be lost.")] = 1.0,
+    max_drop: Annotated[
+        str, typer.Option(metavar="<points|auto>", help="Points of quality that may be lost; auto: what can be proven.")
+    ] = "1.0",
     confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
     metric: Annotated[
         Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
@@ -121,7 +123,7 @@ def optimize(
             task=task,
             metric=metric,
             model=model,
-            max_drop=max_drop,
+            max_drop=_points(max_drop),
             confidence=confidence,
             minimise=minimise,
             seconds=seconds,
@@ -384,6 +386,15 @@ def keys(
     else:
         for key in read_keys(file):
             print(f"{key.name}  {key.sha256[:12]}  {key.per_minute or 'no limit'}")
+
+
+def _points(given: str) -> float | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    try:
+        return float(given)
+    except ValueError:
+        raise OptionError(f"--max-drop is a number of points, or auto; given was {given!r}.") from None
 
 
 def _seconds(given: str) -> float:

@@ -17,6 +17,8 @@ from netweight.trials import Effort
 
 Source = str | Path | Rows
 TaskKind = Literal["classify", "score"]
+LEAST = 1.0  # points that "auto" allows at least
+MOST = 10.0  # and at most: what needs more is no certificate worth having
 
 
 @dataclass(frozen=True)
@@ -24,21 +26,30 @@ class Budget:
     """The one dial, and what to do with it.
 
     max_drop: points of quality that may be lost (accuracy, macro-F1, Spearman: a point is 0.01; MAE: one percent of the
-    reference's error). confidence: of the certificate. minimise: "cost" (seconds of computing per row in batches),
+    reference's error), or "auto": one point, or as many as the certify rows can prove, from what dev shows before any
+    certify label is read. confidence: of the certificate. minimise: "cost" (seconds of computing per row in batches),
     "latency" (seconds of a single request, on average) or "size" (bytes).
     """
 
-    max_drop: float = 1.0
+    max_drop: float | Literal["auto"] = 1.0
     confidence: float = 0.95
     minimise: Minimise = "cost"
 
     def __post_init__(self) -> None:
-        if not 0 < self.max_drop <= 50:
+        if isinstance(self.max_drop, str):
+            if self.max_drop != "auto":
+                raise OptionError(f"max_drop is {self.max_drop!r}; use a number of points, or auto.")
+        elif not 0 < self.max_drop <= 50:
             raise OptionError(f"max_drop is {self.max_drop} points; use more than 0 and at most 50.")
         if not 0.5 <= self.confidence < 1:
             raise OptionError(f"confidence is {self.confidence}; use 0.5 up to, not including, 1 (0.95 is usual).")
         if self.minimise not in ("cost", "latency", "size"):
             raise OptionError(f"minimise is {self.minimise!r}; use cost, latency or size.")
+
+    @property
+    def points(self) -> float:
+        """The drop that is allowed at least."""
+        return LEAST if self.max_drop == "auto" else self.max_drop
 
 
 @dataclass(frozen=True)

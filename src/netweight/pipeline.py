@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,12 +21,12 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
-from netweight.choose import Minimise, Planned, alone, choices, judged, plan
+from netweight.choose import Minimise, Planned, alone, choices, judged, own, plan, provable
 from netweight.data import Columns, Rows
 from netweight.engine import Engine, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
-from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, prepare
+from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Point, Search, ladder
@@ -73,7 +74,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     task: TaskKind = "classify",
     metric: str | None = None,
     model: str = "starter",
-    max_drop: float = 1.0,
+    max_drop: float | Literal["auto"] = 1.0,
     confidence: float = 0.95,
     minimise: Minimise = "cost",
     seconds: float = 1200.0,
@@ -89,7 +90,8 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
             What is not given is cut from train.
         text, label, pair, group, slices: names of columns; `group` rows never span splits.
-        max_drop: points of quality that may be lost, held at `confidence`.
+        max_drop: points of quality that may be lost, held at `confidence`; "auto": one point, or as many as it takes
+            to prove something with these certify rows.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
         track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
@@ -158,13 +160,14 @@ def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
     if name not in points:
         return 1.0
     found = judged([alone(p) for p in points.values()], builder.teacher_dev, *_asked(builder, builder.teacher_dev))
-    return next(p.chance for p in found if p.choice.name == name)
+    chosen = next(p for p in found if p.choice.name == name)
+    return (own(chosen) if builder.job.budget.max_drop == "auto" else chosen).chance
 
 
 def _asked(builder: Builder, reference: Floats) -> tuple[Any, Task, float, int, float]:
     """What a certificate would ask: targets, task, margin (units of quality), certify rows, level of the first look."""
     budget, task = builder.job.budget, builder.task
-    margin = task.margin(budget.max_drop, builder.quality(reference))
+    margin = task.margin(budget.points, builder.quality(reference))
     return builder.dev_targets, task, margin, len(builder.data.certify), (1 - budget.confidence) / 2
 
 
@@ -186,7 +189,10 @@ class Ranked:
         teacher, floor = builder.quality(builder.teacher_dev), builder.quality(self.points["linear"].logits)
         self.floor_wins = floor >= teacher
         self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
-        self.considered = self._considered()
+        found = self._judged()
+        self.max_drop = self._points(found)
+        margin = builder.task.margin(self.max_drop, builder.quality(self.reference))
+        self.considered = [replace(p, margin=margin) for p in found]
 
     def _costs(self, points: Mapping[str, Point]) -> dict[str, Cost]:
         """Seconds of each point under each engine that could run it, interleaved in one run, measured once."""
@@ -209,12 +215,22 @@ class Ranked:
             chosen[name] = self.builder.with_engine(point, "openvino") if better else point
         return chosen
 
-    def _considered(self) -> list[Planned]:
+    def _judged(self) -> list[Planned]:
         builder, budget = self.builder, self.builder.job.budget
         points = [self.points["linear"]] if self.floor_wins else list(self.points.values())
         known = (self.costs, builder.task, builder.calibrate, builder.dev_targets)
         found = choices(points, *known, budget.minimise, _TIERS[builder.job.options.effort])
         return judged(found, self.reference, *_asked(builder, self.reference))
+
+    def _points(self, found: Sequence[Planned]) -> float:
+        """The drop that is allowed: as asked, or, in tenths of a point, what dev says can be proven."""
+        builder, budget = self.builder, self.builder.job.budget
+        if budget.max_drop != "auto":
+            return budget.max_drop
+        point = builder.task.margin(1.0, builder.quality(self.reference))
+        points = min(MOST, math.ceil(round(10 * provable(found) / point, 6)) / 10)
+        builder.reporter.note(f"max drop: {points:g} points, from dev and {len(builder.data.certify):,} certify rows")
+        return points
 
 
 def _able(point: Point) -> tuple[str, ...]:
@@ -234,7 +250,7 @@ def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...])
         [pack.candidate for pack in packs],
         builder.task,
         builder.data.certify,
-        max_drop=builder.job.budget.max_drop,
+        max_drop=ranked.max_drop,
         confidence=builder.job.budget.confidence,
         seed=builder.job.options.seed,
         ledger=builder.store.folder / LOOKS,
@@ -381,7 +397,8 @@ def _remarks(ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
 def _command(job: Job) -> str:
     """What made the artifact, without names of files: those are the shop's own."""
     budget, options = job.budget, job.options
-    given = [f"--max-drop {budget.max_drop:g}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
+    asked = budget.max_drop if budget.max_drop == "auto" else f"{budget.max_drop:g}"
+    given = [f"--max-drop {asked}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
     given += [f"--model {options.model}"] if options.model in ("starter", "scratch") else []
     given += [f"--effort {options.effort}"] if options.effort != "quick" else []
     return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
@@ -410,7 +427,7 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
         "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
         "seed": options.seed,
-        "max_drop": builder.job.budget.max_drop,
+        "max_drop": ranked.max_drop,
         "minimise": builder.job.budget.minimise,
         "versions": dict(measure.machine(options.threads).versions),
         "notes": list(notes),
