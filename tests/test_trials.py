@@ -14,8 +14,23 @@ from netweight.errors import OptionError
 from netweight.model import Model
 from netweight.search import Point, Rung, Search
 from netweight.store import MODELS, TRIALS
-from netweight.techniques import Distill, Quantize, Static
-from netweight.trials import _FLAT, _FULL, _SHORT, Effort, Kind, Told, Trial, Trials, _flat, space, undominated
+from netweight.task import Score
+from netweight.techniques import Distill, EarlyExit, Factor, Quantize, Static
+from netweight.trials import (
+    _FLAT,
+    _FULL,
+    _SHORT,
+    Effort,
+    Kind,
+    Told,
+    Trial,
+    Trials,
+    _flat,
+    _most,
+    kinds,
+    space,
+    undominated,
+)
 
 TEACHER = tiny_model(layers=6)
 
@@ -27,7 +42,7 @@ def made(rung: Rung) -> Point:
         size, wrong = first.buckets * first.width // 1000, 0.1 + 1 / first.epochs + first.learning_rate
     else:
         layers, distil = getattr(first, "layers", None) or 6, rung.recipe[-2]
-        assert isinstance(distil, Distill)
+        assert isinstance(distil, Distill | EarlyExit | Factor)
         size, wrong = 1000 * layers, 0.3 / layers + 0.1 / distil.epochs + distil.learning_rate
     return Point(rung.name, "static", {}, "", size, 1.0, np.array([[wrong]], np.float32))
 
@@ -58,10 +73,10 @@ def test_short_trials_first_then_the_best_in_full(tmp_path: Path, effort: Effort
     assert found[: len(short)] == short
     for kind in get_args(Kind):
         told = driven.told[kind]
-        assert 0 < len(told) <= _SHORT[effort]
+        assert 0 < len(told) <= _most(_SHORT, effort, kind)
         full = [trial for trial in found[len(short) :] if trial.kind == kind]
         assert [trial.number - 1 for trial in full] == driven.best(kind)
-        assert len(full) == min(_FULL[effort], len(told))
+        assert len(full) == min(_most(_FULL, effort, kind), len(told))
         first = full[0].number - 1
         assert not any(
             one.disagreement < told[first].disagreement and one.bytes <= told[first].bytes for one in told
@@ -147,7 +162,7 @@ def test_search_walks_the_ladder_then_the_trials(tmp_path: Path) -> None:
         seen.append(rung.name)
         search.tell(made(rung))
     assert seen[:2] == ["one", "two"]
-    assert len(seen) == 2 + 2 * (_SHORT["standard"] + _FULL["standard"])
+    assert len(seen) == 2 + sum(_most(table, "standard", kind) for table in (_SHORT, _FULL) for kind in kinds(TEACHER))
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -157,6 +172,24 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="trial static-1 was proposed by another version"):
         Trial("static", 1, False, {"width": 1}).rung(TEACHER)
     assert set(space("encoder", 1))
+
+
+def test_exits_are_proposed_where_a_model_can_have_them() -> None:
+    assert kinds(TEACHER) == get_args(Kind)
+    assert "exits" not in kinds(tiny_model(layers=1))
+    assert "exits" not in kinds(tiny_model(family="gpt2"))
+    assert "exits" not in kinds(tiny_model(task=Score()))
+
+
+@pytest.mark.parametrize(("first", "exits", "after"), [(2, 2, (2, 4)), (2, 1, (2,)), (5, 2, (5,))])
+def test_where_exits_are_put(first: int, exits: int, after: tuple[int, ...]) -> None:
+    params = {"temperature": 2.0, "schedule": "cosine", "bits": 4, "learning_rate": 1e-4, "batch_size": 32}
+    params |= {"optimizer": "adam", "splice": 2.0, "token_dropout": 0.1, "epochs": 3, "first": first, "exits": exits}
+    step, quantize = Trial("exits", 1, False, params).rung(TEACHER).recipe
+    assert isinstance(step, EarlyExit)
+    assert step.after == after
+    assert isinstance(quantize, Quantize)
+    assert quantize.weight_bits == 4
 
 
 @pytest.mark.usefixtures("quick")
@@ -170,7 +203,8 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert all(after[key] == value for key, value in before.items()), "nothing was made twice"
     names = {key for key in after if key.startswith("point ")}
     assert {"point static-1-short", "point encoder-1-short"} <= names
-    assert sum(key.startswith("trial ") for key in after) == 2 * (1 + _FULL["standard"])
+    made = len(kinds(Model.load(store_of(copied) / MODELS / "teacher")))
+    assert sum(key.startswith("trial ") for key in after) == made * (1 + _FULL["standard"])
     assert result.certificate.verdict == "certified"
     # What a recipe begins with is kept by itself, for others that begin so.
     *_, before, quantized = (Model.load(store_of(copied) / MODELS / name) for name in after["steps encoder-1"])

@@ -62,7 +62,7 @@ def student(
     on the teacher, in int8 with weights of `bits` bits. In families whose layers cannot be cut, only whole layers go.
     """
     distil = distil or Distill()
-    quantize = Quantize() if bits == 8 else Quantize(weight_bits=bits, weight_clip="mse")
+    quantize = quantized(bits)
     try:
         found = blocks(transformer(teacher, "a student"))
     except ModelError:
@@ -76,6 +76,11 @@ def student(
         steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
     return *steps, replace(distil, layers=None, teachers=(teacher,)), quantize
+
+
+def quantized(bits: int) -> Quantize:
+    """int8 with weights of `bits` bits."""
+    return Quantize() if bits == 8 else Quantize(weight_bits=bits, weight_clip="mse")
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,19 @@ from optuna.trial import TrialState, create_trial
 
 from netweight.errors import OptionError
 from netweight.model import Model
-from netweight.search import Point, Rung, student
-from netweight.techniques import Distill, Recipe, Static
+from netweight.search import Point, Rung, quantized, student
+from netweight.techniques import Distill, EarlyExit, Factor, Recipe, Static
+from netweight.techniques.exits import fits as exits_fit
 from netweight.train import Plan
 
 Effort = Literal["quick", "standard", "thorough"]
-Kind = Literal["static", "encoder"]
+Kind = Literal["static", "encoder", "exits", "factored"]
 
 # Short trials of each kind at most, and how many of each kind are then made in full.
 _SHORT: dict[Effort, int] = {"quick": 0, "standard": 3, "thorough": 24}
 _FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
+# Kinds that train all of the teacher's layers cost most and shrink least: they get a third of that, or one.
+_SIDE = ("exits", "factored")
 _SHORTENED = 3
 # More than the ladder allows itself: what is labelled once serves every trial of its kind.
 _SPLICED_TOKENS = 1_500_000
@@ -62,14 +65,32 @@ class Trial:
         plan = Plan(
             schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"), spliced_tokens=_SPLICED_TOKENS
         )
-        recipe: Recipe
         if self.kind == "static":
-            recipe = (Static(**given | {"buckets": 2 ** given["buckets"]}),)
-        else:
-            plan = replace(plan, batch_size=given.pop("batch_size"))
-            shape = {name: given.pop(name) for name in ("layers", "neurons", "activation", "heads", "bits")}
-            recipe = student(teacher, **shape, distil=Distill(**given))
-        return Rung(self.name, recipe, 0.5, plan)
+            return Rung(self.name, (Static(**given | {"buckets": 2 ** given["buckets"]}),), 0.5, plan)
+        plan = replace(plan, batch_size=given.pop("batch_size"))
+        return Rung(self.name, _encoder(self.kind, given, teacher), 0.5, plan)
+
+
+def _encoder(kind: Kind, given: dict[str, Any], teacher: Model) -> Recipe:
+    """The recipe of an encoder of a kind with the given options."""
+    if kind == "encoder":
+        shape = {name: given.pop(name) for name in ("layers", "neurons", "activation", "heads", "bits")}
+        return student(teacher, **shape, distil=Distill(**given))
+    quantize = quantized(given.pop("bits"))
+    if kind == "factored":
+        return Factor(**given), quantize
+    first, depth = given.pop("first"), teacher.depth
+    after = (first, (first + depth) // 2)[: given.pop("exits")]
+    return EarlyExit(tuple(sorted({layer for layer in after if layer < depth})), **given), quantize
+
+
+def kinds(teacher: Model) -> tuple[Kind, ...]:
+    """What can be made of a teacher."""
+    return tuple(kind for kind in get_args(Kind) if kind != "exits" or (teacher.depth > 1 and exits_fit(teacher)))
+
+
+def _most(table: Mapping[Effort, int], effort: Effort, kind: Kind) -> int:
+    return max(table[effort] // 3, min(table[effort], 1)) if kind in _SIDE else table[effort]
 
 
 @dataclass(frozen=True)
@@ -105,7 +126,7 @@ class Trials:
         self._disagreement = disagreement
         self._asked: Trial | None = None
         self._made = {trial.name for trial, _ in done}
-        self.told: dict[Kind, list[Told]] = {kind: [] for kind in get_args(Kind)}
+        self.told: dict[Kind, list[Told]] = {kind: [] for kind in kinds(teacher)}
         for trial, point in done:
             if trial.short:
                 self.told[trial.kind].append(Told(trial, disagreement(point), point.bytes))
@@ -135,7 +156,7 @@ class Trials:
     def _short(self) -> Trial | None:
         for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
             told = self.told[kind]
-            if len(told) < _SHORT[self.effort] and not _flat(told):
+            if len(told) < _most(_SHORT, self.effort, kind) and not _flat(told):
                 with _quiet():
                     study = self._studies[kind]
                     study.sampler = optuna.samplers.TPESampler(
@@ -180,7 +201,7 @@ class Trials:
             front = [i for i in left if not any(_dominates(told[j], told[i]) for j in left)]
             order += sorted(front, key=lambda i: told[i].disagreement)
             left = [i for i in left if i not in front]
-        return order[: _FULL[self.effort]]
+        return order[: _most(_FULL, self.effort, kind)]
 
 
 def _dominates(one: Told, other: Told) -> bool:
@@ -210,18 +231,34 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
             "token_dropout": FloatDistribution(0.1, 0.3, step=0.1),
             "batch_size": CategoricalDistribution([64, 128, 256]),
         }
+    shared |= {
+        "bits": CategoricalDistribution([8, 6, 4]),
+        "learning_rate": FloatDistribution(1e-4, 6e-4, log=True),
+        "batch_size": CategoricalDistribution([32, 64]),
+        "optimizer": CategoricalDistribution(["adamw", "adam"]),
+    }
+    if kind == "factored":
+        return shared | {
+            "budget": FloatDistribution(0.3, 0.8, step=0.1),
+            "aware": CategoricalDistribution([True, False]),
+            "epochs": IntDistribution(2, 6),
+        }
+    shared |= {
+        "splice": CategoricalDistribution([2.0, 4.0, 8.0]),
+        "token_dropout": FloatDistribution(0.0, 0.2, step=0.1),
+    }
+    if kind == "exits":
+        return shared | {
+            "first": IntDistribution(1, max(1, depth - 1)),
+            "exits": CategoricalDistribution([1, 2]),
+            "epochs": IntDistribution(3, 6),
+        }
     return shared | {
         "layers": IntDistribution(1, max(1, depth - 1)),
         "neurons": FloatDistribution(0.25, 1.0, step=0.25),
         "heads": CategoricalDistribution([1.0, 0.5]),
-        "bits": CategoricalDistribution([8, 6, 4]),
         "activation": CategoricalDistribution(["relu", "hardswish", None]),
         "epochs": IntDistribution(4, 9),
-        "splice": CategoricalDistribution([2.0, 4.0, 8.0]),
-        "learning_rate": FloatDistribution(1e-4, 6e-4, log=True),
-        "token_dropout": FloatDistribution(0.0, 0.2, step=0.1),
-        "batch_size": CategoricalDistribution([32, 64]),
-        "optimizer": CategoricalDistribution(["adamw", "adam"]),
     }
 
 

@@ -57,6 +57,13 @@ class EarlyExit:
         return heal(student, loss, run, planned(plan, self), f"exits after {', '.join(map(str, self.after))}")
 
 
+def fits(model: Model) -> bool:
+    """Whether the model can have exits."""
+    network = model.network
+    known = isinstance(network, Transformer) and not isinstance(network, Exits)
+    return known and isinstance(model.task, Classify) and network.config.model_type in FAMILIES
+
+
 def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:
     """A copy with heads that start as copies of the last one."""
     old = copy.deepcopy(network)
