@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from rounds import Served, interleaved
 from safetensors.numpy import save_file
 
-from netweight.artifact import CERTIFICATE, read_manifest
+from netweight.artifact import CERTIFICATE, MEASUREMENTS, read_file, read_manifest
 from netweight.certify import Answers, Candidate, Certificate, certify, register
 from netweight.certify.compare import Pairs
 from netweight.certify.power import CHANCE, binary_power, normal_power
@@ -347,7 +347,10 @@ def measured(shop: Shop, peer: str) -> dict[str, Any]:
     made = one.train()
     if peer == "netweight":
         made["seconds"] = shop.seconds
-        made["tiers"] = [tier.name for tier in read_manifest(shop.artifact).tiers]
+        manifest = read_manifest(shop.artifact)
+        made["tiers"] = [tier.name for tier in manifest.tiers]
+        points = json.loads(read_file(shop.artifact, manifest, MEASUREMENTS))["points"]
+        made["points"] = {point["name"]: point["quality"] for point in points}
     found: dict[str, Any] = {"made": made, "certificate": certified(shop, peer, one.answers())}
     ours = Peer("netweight", shop)
     ours.train()

@@ -1,10 +1,12 @@
 """Run a whole job on a real table and keep what it printed, for `scripts/results.py`:
 
     .venv/bin/python benchmarks/real.py banking77 FOLDER --seed 0 [--work DIR] [--limit 30m] [--metric NAME]
+                                                        [--effort quick]
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz with the columns text and label; train and dev optimize, test
-certifies. Writes benchmarks/results/NAME-seedS.json: wall seconds, `netweight inspect --json`, and `netweight bench
---json` on the test rows beside the teacher, ONNX Runtime's dynamic int8 and OpenVINO with NNCF's int8.
+certifies. Writes benchmarks/results/NAME-seedS.json (NAME-EFFORT-seedS.json with another effort than quick): wall
+seconds, `netweight inspect --json`, and `netweight bench --json` on the test rows beside the teacher, ONNX Runtime's
+dynamic int8 and OpenVINO with NNCF's int8.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs"))
     parser.add_argument("--limit", default="30m")
     parser.add_argument("--metric")
+    parser.add_argument("--effort", default="quick")
     given = parser.parse_args()
+    called = given.name if given.effort == "quick" else f"{given.name}-{given.effort}"
     table = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
-    out = given.work / f"{given.name}-seed{given.seed}.nw"
+    out = given.work / f"{called}-seed{given.seed}.nw"
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = ["--text", "text", "--label", "label"]
     words = ["optimize", table["train"], "--dev", table["dev"], "--certify", table["test"], *columns]
-    words += ["--out", str(out), "--seed", given.seed, "--time-limit", given.limit]
+    words += ["--out", str(out), "--seed", given.seed, "--time-limit", given.limit, "--effort", given.effort]
     words += ["--metric", given.metric] if given.metric else []
     resumed = out.with_name(f"{out.name}.run").exists()
     began = time.monotonic()
@@ -54,7 +58,7 @@ def main() -> None:
     lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
     found["costs"] = next(line["value"] for line in reversed(lines) if line["key"].startswith("costs"))
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{given.name}-seed{given.seed}.json"
+    path = RESULTS / f"{called}-seed{given.seed}.json"
     if seconds is None and path.exists():
         found["seconds"] = json.loads(path.read_text(encoding="utf-8"))["seconds"]
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import examples
+import figures
 import peers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def page() -> tuple[str, dict[str, str]]:
         parts.append(notes.read_text(encoding="utf-8"))
     beside, plots = peers.tables()
     growth, more = peers.scaling()
-    parts += [*beside, peers.roofline(), *growth]
+    parts += [*beside, figures.table(), peers.roofline(), *growth]
     return "\n".join(parts).rstrip() + "\n", plots | more
 
 

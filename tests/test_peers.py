@@ -44,7 +44,7 @@ BROKEN = "raise SystemExit('this peer is not for this machine')"
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for folder in ("benchmarks", "scripts", "benchmarks/peers"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    for name in ("bench", "rounds", "peers", "protocol"):
+    for name in ("bench", "rounds", "figures", "peers", "protocol"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import bench as module  # type: ignore[import-not-found]
 
@@ -179,3 +179,48 @@ def test_every_peer_has_a_script_a_title_and_pinned_requirements(bench: ModuleTy
         wanted = folder / "requirements.txt"
         if wanted.exists():
             assert all("==" in line for line in wanted.read_text(encoding="utf-8").splitlines()), name
+
+
+def test_figures_take_the_best_certified_peer(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import figures  # type: ignore[import-not-found]
+    import peers
+
+    (tmp_path / "cells").mkdir()
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    assert figures.table().count(peers.NOT_RUN) == 7
+    own = {"rows_per_second": 1000.0, "ratio": 1.0, "p50": 1.0, "p99": 8.0}
+
+    def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int) -> None:
+        timing = (
+            {"netweight": own, peer: {"ratio": ratio, "p50": p50, "p99": 10.0}} if peer != "netweight" else {peer: own}
+        )
+        certificate = {"verdict": verdict, "dev": {"reference": 0.93}}
+        made = {"bytes": size, "points": {"static": 0.9}}
+        found = {"set": name, "peer": peer, "seed": 0, "quick": False, "made": made}
+        found |= {"certificate": certificate, "timing": timing}
+        (tmp_path / "cells" / f"{name}-{peer}.json").write_text(json.dumps(found))
+
+    for name, light in (("banking77", "worse"), ("bitext_support", "certified")):
+        cell(name, "netweight", "certified", 1.0, 1.0, 10)
+        cell(name, "teacher", "certified", 0.1, 0.1, 1)
+        cell(name, "onnx_int8", "certified", 12.0, 10.0, 40)
+        cell(name, "openvino_int8", "certified", 11.0, 12.0, 20)
+        cell(name, "olive", "not certified", 2.0, 1.0, 5)
+        cell(name, "tfidf", light, 0.5, 0.5, 1)
+    cell("womens_clothing", "netweight", "not certified", 1.0, 1.0, 10)
+    lines = figures.table().splitlines()
+    assert lines[2].endswith("| 10x | 11.00x | reached |"), "of the sets where no light peer certifies"
+    assert lines[3].endswith("| 1.0x | 0.50x | **missed** |"), "where one does, it counts"
+    assert "0.10 in the geometric mean (banking77 0 0.10, bitext_support 0 0.10) | reached" in lines[4]
+    assert "0.80 in the geometric mean" in lines[5]
+    assert "0.50 in the geometric mean" in lines[6]
+    assert "3.00 (banking77 0 3.00, bitext_support 0 3.00, womens_clothing 0 3.00) | **missed**" in lines[7]
+    assert f"| 3x | {peers.NOT_RUN} | |" in lines[8]
+    assert "in none of the first five rows: womens_clothing 0" in lines[-1]
+    for seed, seconds in ((0, 750), (1, None)):
+        run = {"seed": seed, "seconds": seconds}
+        (tmp_path / f"banking77-standard-seed{seed}.json").write_text(json.dumps(run))
+    (tmp_path / "finetune.json").write_text(json.dumps({"seconds": 100, "epochs": 2.0}))
+    assert "| 3x | 2.50x | reached |" in figures.table()

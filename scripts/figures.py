@@ -1,0 +1,113 @@
+"""What `make bench` has to show, from its cells: ratios to the best certified peers, against their targets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import peers
+
+LIGHT = ("model2vec", "fasttext", "tfidf")
+_HEAD = "| figure, at the certified margin | target | reached | |\n|---|---|---|---|"
+
+Cell = dict[str, Any]
+# One set and seed: Netweight's cell, and those of the peers that were certified, by name.
+Shop = tuple[str, Cell, dict[str, Cell]]
+
+
+def shops(found: dict[tuple[str, int, str], Cell]) -> list[Shop]:
+    """Every set and seed that Netweight was measured on."""
+    made = []
+    for (name, seed, peer), own in sorted(found.items()):
+        if peer != "netweight" or "timing" not in own:
+            continue
+        here = {p: c for (n, s, p), c in found.items() if (n, s) == (name, seed) and p not in ("netweight", "teacher")}
+        certified = {p: c for p, c in here.items() if "timing" in c and c["certificate"]["verdict"] == "certified"}
+        made.append((f"{name} {seed}", own, certified))
+    return made
+
+
+def _against(cell: Cell, peer: str, key: str) -> float:
+    """Netweight's figure over the peer's, of one run."""
+    return float(cell["timing"]["netweight"][key] / cell["timing"][peer][key])
+
+
+def _transformers(certified: dict[str, Cell]) -> dict[str, Cell]:
+    return {p: c for p, c in certified.items() if p not in LIGHT}
+
+
+def _mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs))
+
+
+def _line(figure: str, target: str, least: float, values: dict[str, float], form: str = "{:.2f}x") -> str:
+    """A row of the table; `least` is negative where smaller is better. A target holds for the geometric mean."""
+    if not values:
+        return f"| {figure} | {target} | {peers.NOT_RUN} | |"
+    mean = _mean(values.values())
+    fine = mean >= least if least > 0 else mean <= -least
+    each = ", ".join(f"{name} {form.format(v)}" for name, v in values.items())
+    said = form.format(mean) if len(values) == 1 else f"{form.format(mean)} in the geometric mean ({each})"
+    return f"| {figure} | {target} | {said} | {'reached' if fine else '**missed**'} |"
+
+
+def table() -> str:
+    """The figures, each with what it is for every set and seed."""
+    found = shops(peers.cells())
+    heavy, light, p50, p99, size, gaps = ({} for _ in range(6))
+    for name, own, certified in found:
+        if own["certificate"]["verdict"] != "certified":
+            continue
+        others = _transformers(certified)
+        speeds = {p: float(c["timing"][p]["ratio"]) for p, c in certified.items()}
+        if len(others) < len(certified):
+            light[name] = min(speeds.values())
+        elif others:
+            heavy[name] = min(speeds.values())
+        if others:
+            quick = min(others, key=lambda p: others[p]["timing"][p]["p50"])
+            p50[name], p99[name] = (_against(others[quick], quick, key) for key in ("p50", "p99"))
+            size[name] = own["made"]["bytes"] / min(c["made"]["bytes"] for c in others.values())
+    for name, own, _ in found:
+        if static := own["made"].get("points", {}).get("static"):
+            gaps[name] = 100 * (own["certificate"]["dev"]["reference"] - static)
+    lost = [name for name, own, _ in found if own["certificate"]["verdict"] != "certified"]
+    mean_gap = sum(gaps.values()) / len(gaps) if gaps else math.nan
+    each = ", ".join(f"{name} {v:.2f}" for name, v in gaps.items())
+    lines = [
+        _HEAD,
+        _line("throughput / best certified transformer peer, where no light peer certifies", "10x", 10, heavy),
+        _line("on the other sets: throughput / fastest certified peer of any kind", "1.0x", 1, light),
+        _line(
+            "p50 of single requests / that of the certified transformer peer with the least",
+            "0.20",
+            -0.2,
+            p50,
+            "{:.2f}",
+        ),
+        _line("p99 / that peer's p99", "1.0", -1, p99, "{:.2f}"),
+        _line("bytes / smallest certified transformer peer", "0.25", -0.25, size, "{:.2f}"),
+        f"| static tier's gap to the teacher on dev, mean | 2.0 points or less | {mean_gap:.2f} ({each}) | "
+        f"{'reached' if mean_gap <= 2 else '**missed**'} |"
+        if gaps
+        else f"| static tier's gap to the teacher | 2.0 points or less | {peers.NOT_RUN} | |",
+        _standard(),
+    ]
+    said = f"\nNot certified, and so in none of the first five rows: {', '.join(lost)}.\n" if lost else ""
+    return "\n".join(lines) + "\n" + said
+
+
+def _standard() -> str:
+    """`--effort standard` beside an ordinary fine-tune of six epochs of the same rows."""
+    name = "`optimize --effort standard` wall time / an ordinary full fine-tune of 6 epochs"
+    stored = [
+        json.loads(p.read_text(encoding="utf-8")) for p in sorted(peers.RESULTS.glob("banking77-standard-seed*.json"))
+    ]
+    timed = {f"seed {run['seed']}": run["seconds"] for run in stored if run["seconds"]}
+    if not timed:
+        return _line(name, "3x", -3, {})
+    usual = json.loads((peers.RESULTS / "finetune.json").read_text(encoding="utf-8"))
+    return _line(name, "3x", -3, {key: s / (6 * usual["seconds"] / usual["epochs"]) for key, s in timed.items()})
