@@ -19,7 +19,7 @@ SOURCE = Path(netweight.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
-    ("errors", "packing", "data", "task", "encode", "features"),
+    ("errors", "packing", "data", "task", "words", "encode", "features"),
     (
         "layers",
         "network",
@@ -38,7 +38,7 @@ GROUPS = (
         "lower",
         "export",
     ),
-    ("artifact", "engine", "convert", "measure", "certify", "report", "predict", "summary", "evaluate"),
+    ("artifact", "engine", "signals", "convert", "measure", "certify", "report", "predict", "summary", "evaluate"),
     (
         "active",
         "store",
@@ -54,7 +54,7 @@ GROUPS = (
         "litert",
         "deliver",
     ),
-    ("serve", "client"),
+    ("monitor", "serve", "client"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

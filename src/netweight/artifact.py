@@ -3,7 +3,7 @@
     manifest.json       written last: format, task, tiers, hashes of every other file, provenance
     tokenizer.json      one tokenizer for all tiers
     tiers/0-NAME.safetensors, tiers/1-NAME.onnx, ...       from cheap to strong
-    certificate.json, outcomes.json, measurements.json, report.html
+    certificate.json, outcomes.json, measurements.json, fingerprint.json, report.html
 
 A folder is written beside its final place and renamed, so one that exists is complete. Every byte is checked
 against its SHA-256 when read. Hashes detect corruption, not forgery.
@@ -34,6 +34,7 @@ TOKENIZER = "tokenizer.json"
 CERTIFICATE = "certificate.json"
 OUTCOMES = "outcomes.json"
 MEASUREMENTS = "measurements.json"
+FINGERPRINT = "fingerprint.json"
 REPORT = "report.html"
 _SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
@@ -110,6 +111,11 @@ def sealed(stored: Mapping[str, Any]) -> bytes:
 def _intact(text: bytes) -> bool:
     body, seal = text[: -len(_SEAL % _HEX)], text[-len(_SEAL % _HEX) :]
     return seal == _SEAL % hashlib.sha256(body).hexdigest().encode()
+
+
+def name_of(folder: Path) -> str:
+    """What an artifact is called where it is served."""
+    return folder.name.removesuffix(".nw")
 
 
 def writable(folder: Path) -> None:

@@ -256,6 +256,28 @@ def evaluate(
 
 
 @app.command()
+def monitor(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="What `netweight serve --log` writes.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts that answered.")],
+    false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each artifact.")] = 0.1,
+    webhook: Annotated[str | None, typer.Option(help="URL that alerts are posted to.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for further lines.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say where rows have left what was certified: length, unknown tokens, distance, confidence, tiers, agreement."""
+    import threading
+
+    from netweight.monitor import Webhook, lines, monitors, replay
+
+    watching, post = monitors(folders, false_alarms), Webhook(webhook) if webhook else None
+    of = lambda name, version: watching.get((name, version))  # noqa: E731
+    for alert in replay(lines(log, threading.Event() if follow else None), of):
+        print(json.dumps(alert.to_dict()) if as_json else alert, flush=True)
+        if post is not None:
+            post(alert)
+
+
+@app.command()
 def verify(
     folder: Folder,
     data: Annotated[
@@ -357,6 +379,11 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="File of API keys; without it, everybody may ask.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write down numbers of some rows, no text, and watch them.")] = None,
+    log_rate: Annotated[float, typer.Option(help="Rows a second that are written down at most.")] = 5.0,
+    false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each model.")] = 0.1,
+    webhook: Annotated[str | None, typer.Option(help="URL that alerts are posted to.")] = None,
+    keep: Annotated[Path | None, typer.Option(help="Keep texts worth labelling there. Customers' words!")] = None,
 ) -> None:
     """Answer over HTTP. A folder that is replaced is loaded again, without a dropped request."""
     from netweight.serve import Options
@@ -365,8 +392,23 @@ def serve(
     if (tls_certificate is None) != (tls_key is None):
         raise OptionError("--tls-certificate and --tls-key go together.")
     tls = (str(tls_certificate), str(tls_key)) if tls_certificate else None
-    names = tuple(map(str, folders))
-    run(Options(names, host, port, workers, threads or 0, queue_ms / 1000, str(keys) if keys else None, tls))
+    run(
+        Options(
+            tuple(map(str, folders)),
+            host=host,
+            port=port,
+            workers=workers,
+            threads=threads or 0,
+            patience=queue_ms / 1000,
+            keys=str(keys) if keys else None,
+            tls=tls,
+            log=str(log) if log else None,
+            rate=log_rate,
+            false_alarms=false_alarms,
+            webhook=webhook,
+            keep=str(keep) if keep else None,
+        )
+    )
 
 
 @app.command()

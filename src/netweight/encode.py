@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from netweight.errors import ModelError, OptionError
+from netweight.words import Words
 
 # Characters read per token of `max_length`: bounds the work that one huge text can cause. No word piece of the
 # texts we measured needs half as many on average.
@@ -113,6 +114,7 @@ class TextEncoder:
         # Vocabularies may have holes, so count by the largest id.
         self.vocabulary: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.pad: int = pad if pad is not None else self._find_pad()
+        self._words = Words.of(self._tokenizer, definition, max_length)
 
     def _find_pad(self) -> int:
         for name in ("[PAD]", "<pad>", "<|endoftext|>", "</s>"):
@@ -125,6 +127,15 @@ class TextEncoder:
     def specials(self) -> tuple[int, ...]:
         """Ids that the tokenizer adds around every text ([CLS], [SEP])."""
         return tuple(self._tokenizer.encode("").ids)
+
+    @cached_property
+    def unknown(self) -> int | None:
+        """Id of what stands for text outside the vocabulary; None where every byte has a token."""
+        model = json.loads(self.definition)["model"]
+        if isinstance(found := model.get("unk_id"), int):
+            return found
+        name = model.get("unk_token")
+        return self._tokenizer.token_to_id(name) if name else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -145,18 +156,28 @@ class TextEncoder:
             raise OptionError("texts is one string; pass a list of strings.")
         try:
             rows: list[Any] = [text[:limit] for text in texts]
-            if pairs is not None:
-                rows = list(zip(rows, (text[:limit] for text in pairs), strict=True))
+            if pairs is None:
+                return self._alone(rows)
+            rows = list(zip(rows, (text[:limit] for text in pairs), strict=True))
             found = self._tokenizer.encode_batch_fast(rows)
         except (TypeError, ValueError, UnicodeEncodeError) as problem:
             raise OptionError(f"texts must be strings of valid Unicode, one pair text for each: {problem}") from problem
+        ids, offsets = self._flat([row.ids for row in found])
+        types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(ids))
+        return Tokens(ids, types, offsets)
+
+    def _alone(self, texts: list[str]) -> Tokens:
+        known = self._words
+        found = [None if known is None else known.ids(text) for text in texts]
+        rest = [i for i, ids in enumerate(found) if ids is None]
+        for i, row in zip(rest, self._tokenizer.encode_batch_fast([texts[i] for i in rest]), strict=True):
+            found[i] = row.ids
+        ids, offsets = self._flat(found)  # type: ignore[arg-type]  # nothing is None any more
+        return Tokens(ids, np.zeros(len(ids), np.uint8), offsets)
+
+    def _flat(self, found: list[list[int]]) -> tuple[Int32, Index]:
         # Tokenizers that add nothing around a text give an empty one no token; a network needs one to look at.
-        ids = [row.ids or [self.pad] for row in found]
+        ids = [row or [self.pad] for row in found]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        flat = np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1]))
-        if pairs is None:
-            types = np.zeros(len(flat), np.uint8)
-        else:
-            types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(flat))
-        return Tokens(flat, types, offsets)
+        return np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1])), offsets

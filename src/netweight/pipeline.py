@@ -23,13 +23,14 @@ from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registr
 from netweight.certify import certify as test
 from netweight.choose import Minimise, Planned, alone, choices, judged, own, plan, provable
 from netweight.data import Columns, Rows
-from netweight.engine import Engine, load
+from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
 from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.search import Point, Search, ladder
+from netweight.signals import Fingerprint
 from netweight.store import DEV, LOOKS, Store, store_of
 from netweight.task import Floats, Task
 from netweight.techniques import describe
@@ -258,16 +259,21 @@ def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...])
     builder.reporter.note(
         f"registered {len(packs)} candidates, safest to cheapest: {'; '.join(p.candidate.name for p in packs)}"
     )
-    certificate, outcomes = _certified(builder, ranked, registration, packs)
+    certificate, outcomes, logits = _certified(builder, ranked, registration, packs)
     shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
     notes = (*notes, *_remarks(ranked, certificate))
     manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
     # Measured where it will stand when it is complete: a folder that nobody is told of yet.
     trial = builder.store.folder / "trial"
     artifact.save(trial, manifest, shipped.contents)
-    _held(builder, load(trial, builder.job.options.threads), outcomes, certificate.shipped.name)
+    engine, rows = load(trial, builder.job.options.threads), builder.data.certify.rows
+    tokens = engine.encoder.encode(rows.text, rows.pair)
+    said = engine.run(tokens)
+    _held(builder, said, outcomes, certificate.shipped.name)
     measurements = _measured(builder, ranked, shipped, trial)
     contents = dict(shipped.contents)
+    strongest = logits[engine.tiers[-1].name].argmax(axis=1) if len(engine.tiers) > 1 else None
+    contents[artifact.FINGERPRINT] = Fingerprint.of(engine.encoder, tokens, said, strongest).to_json()
     contents[artifact.CERTIFICATE] = certificate.to_json().encode()
     contents[artifact.OUTCOMES] = outcomes.to_json().encode()
     contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
@@ -300,7 +306,8 @@ class Pack:
 
 def _certified(
     builder: Builder, ranked: Ranked, registration: Registration, packs: Sequence[Pack]
-) -> tuple[Certificate, Outcomes]:
+) -> tuple[Certificate, Outcomes, dict[str, Floats]]:
+    """Also the logits of every model on the certify rows."""
     sealed = builder.data.certify
     tokens = builder.teacher.encoder.encode(sealed.rows.text, sealed.rows.pair)
     # Each model runs once over all rows; cascades of it only pick rows.
@@ -316,7 +323,7 @@ def _certified(
     else:
         said_by_teacher = builder.teacher_logits(tokens)
         reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
-    return test(registration, sealed, reference, answers, slices=sealed.rows.slices)
+    return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), logits
 
 
 def _rows_of(parts: Sequence[Floats], i: int, rows: NDArray[np.int64]) -> Floats:
@@ -327,10 +334,9 @@ def _reference_digest(builder: Builder, ranked: Ranked) -> str:
     return ranked.points["linear"].file if ranked.floor_wins else builder.teacher.digest
 
 
-def _held(builder: Builder, engine: Engine, outcomes: Outcomes, shipped: str) -> None:
+def _held(builder: Builder, said: Outputs, outcomes: Outcomes, shipped: str) -> None:
     """What was written answers the certify rows as the certificate says. Raises CertificateError."""
     rows = builder.data.certify.rows
-    said = engine.run(engine.encoder.encode(rows.text, rows.pair))
     expected = outcomes.candidates[shipped][:, 0]
     now = builder.task.outcomes(said.logits, np.zeros(len(rows)))[:, 0]
     differ = int((np.abs(now - expected) > 1e-4 * max(1.0, float(np.abs(expected).max()))).sum())

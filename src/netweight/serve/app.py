@@ -22,6 +22,7 @@ from netweight.serve.hosted import Hosted, Models
 from netweight.serve.keys import Gate
 from netweight.serve.metrics import Metrics
 from netweight.serve.problems import Problem
+from netweight.serve.recorder import Recorder
 from netweight.serve.schema import MOST_BYTES, Fault, Question, Reply, question, responses
 from netweight.serve.steady import Said
 from netweight.task import Classify, softmax
@@ -31,8 +32,10 @@ log = logging.getLogger("netweight.serve")
 _PATIENT = 0.05
 
 
-def application(models: Models, metrics: Metrics, keys: Path | None = None) -> FastAPI:
-    """An ASGI application; with a file of keys, only for those who have one."""
+def application(
+    models: Models, metrics: Metrics, keys: Path | None = None, recorder: Recorder | None = None
+) -> FastAPI:
+    """An ASGI application; with a file of keys, only for those who have one. `recorder` is told every answer."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -65,6 +68,8 @@ def application(models: Models, metrics: Metrics, keys: Path | None = None) -> F
             asked = question(await _body(request))
             hosted, said = await _answered(models, name, asked, request)
             metrics.said(hosted, said)
+            if recorder is not None:
+                recorder.offer(hosted, asked.first, asked.second, said)
             status = 200
             return Response(reply(hosted, said, asked.scores), media_type="application/json")
         except Problem as problem:
@@ -156,9 +161,7 @@ async def _body(request: Request) -> bytes:
 
 async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
     """The engine's answer; a client that goes away takes its request out of the queue."""
-    texts = asked.texts if asked.texts is not None else [one for one, _ in asked.pairs or ()]
-    pairs = None if asked.pairs is None else [other for _, other in asked.pairs]
-    answer = asyncio.ensure_future(models.answer(name, texts, pairs, asked.deadline_ms / 1000))
+    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, asked.deadline_ms / 1000))
     done, _ = await asyncio.wait((answer,), timeout=_PATIENT)
     if not done:
         gone = asyncio.ensure_future(_gone(request.receive))

@@ -14,9 +14,11 @@ from typing import Any
 from netweight import artifact
 from netweight.engine import Engine, load
 from netweight.errors import OptionError
+from netweight.monitor.log import read_fingerprint
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
 from netweight.serve.steady import Said, answer
+from netweight.signals import Fingerprint
 
 Observe = Callable[[str, int, float], None]
 
@@ -31,6 +33,7 @@ class Hosted:
     engine: Engine
     queue: Queue
     about: dict[str, Any]
+    fingerprint: Fingerprint | None = None
 
 
 def described(name: str, folder: Path, engine: Engine) -> dict[str, Any]:
@@ -99,7 +102,7 @@ class Models:
 
         Raises ArtifactError or CorruptArtifact; then nothing has changed.
         """
-        name = name or folder.name.removesuffix(".nw")
+        name = name or artifact.name_of(folder)
         if not name or "/" in name:
             raise OptionError(f"a model cannot be called {name!r}; rename its folder.")
         with self._changing:
@@ -107,9 +110,11 @@ class Models:
             engine = load(folder, self._threads)
             engine.warm()
             about = described(name, folder, engine)
+            manifest = artifact.read_manifest(folder)
+            known = read_fingerprint(folder, manifest) if artifact.FINGERPRINT in manifest.files else None
             queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
             before = self._hosted.get(name)
-            self._hosted[name] = hosted = Hosted(name, folder, engine, queue, about)
+            self._hosted[name] = hosted = Hosted(name, folder, engine, queue, about, known)
         if before is not None:
             before.queue.close()
         return hosted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -28,6 +28,8 @@ class Metrics:
         self.busy = Counter("engine_seconds", "Time that an engine worked", ("model",), **named)  # type: ignore[arg-type]
         self.answered = Counter("rows", "Rows by the tier that answered", ("model", "tier"), **named)  # type: ignore[arg-type]
         self.failed = Counter("tier_failures", "Batches in which a tier failed", ("model", "tier"), **named)  # type: ignore[arg-type]
+        self.alerts = Counter("alerts", "Signals that left what was certified", ("model", "signal"), **named)  # type: ignore[arg-type]
+        self.drift = Gauge("drift", "Evidence of a change; 1 raises the alarm", ("model", "signal"), **named)  # type: ignore[arg-type]
         self.sure = Histogram("confidence", "Confidence of answers", ("model",), buckets=_SURE, **named)  # type: ignore[arg-type]
 
     def watch(self, models: Models) -> None:

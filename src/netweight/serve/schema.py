@@ -31,6 +31,16 @@ class Question(BaseModel):
         30_000, description="The request is dropped when it was not answered by then."
     )
 
+    @property
+    def first(self) -> list[str]:
+        """The texts, or the first of each pair."""
+        return self.texts if self.texts is not None else [one for one, _ in self.pairs or ()]
+
+    @property
+    def second(self) -> list[str] | None:
+        """The second text of each pair."""
+        return None if self.pairs is None else [other for _, other in self.pairs]
+
     @model_validator(mode="after")
     def _one_of_them(self) -> Question:
         if (self.texts is None) == (self.pairs is None):

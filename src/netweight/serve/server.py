@@ -11,10 +11,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from netweight import artifact
 from netweight.errors import MissingExtra, NetweightError, OptionError
+from netweight.monitor import Webhook, monitors
+
+if TYPE_CHECKING:
+    from netweight.serve.hosted import Models
+    from netweight.serve.metrics import Metrics
+    from netweight.serve.recorder import Recorder
+    from netweight.serve.watching import Watching
 
 log = logging.getLogger("netweight.serve")
 _VARIABLE = "NETWEIGHT_SERVE"  # how workers learn what to serve: they are processes of their own
@@ -24,8 +31,12 @@ _DRAIN = 30  # seconds that requests may take when the server is told to end
 
 @dataclass(frozen=True)
 class Options:
-    """Of a server. `patience` is in seconds: who would wait longer for the engine is refused at once. `keys` is a file;
-    without one, everybody may ask. `tls` are the files of a certificate and its key."""
+    """Of a server.
+
+    patience: seconds; who would wait longer for the engine is refused at once. keys: a file; without one, everybody may
+    ask. tls: files of a certificate and its key. log: a file of records, at most `rate` rows a second, which is watched
+    with `false_alarms` a month; alerts also go to the URL `webhook`. keep: a file of texts that are worth labelling.
+    """
 
     folders: tuple[str, ...]
     host: str = "127.0.0.1"
@@ -35,6 +46,17 @@ class Options:
     patience: float = 0.1
     keys: str | None = None
     tls: tuple[str, str] | None = None
+    log: str | None = None
+    rate: float = 5.0
+    false_alarms: float = 0.1
+    webhook: str | None = None
+    keep: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.log is None and (self.webhook or self.keep):
+            raise OptionError("alerts and rows to label come from a log; name one with --log.")
+        if not 0 < self.rate <= 1000:
+            raise OptionError(f"{self.rate:g} rows a second of a log; use more than 0 and at most 1,000.")
 
 
 def serve(options: Options) -> None:
@@ -51,11 +73,16 @@ def serve(options: Options) -> None:
     folders = [Path(folder).absolute() for folder in options.folders]
     for folder in folders:
         artifact.check(folder)
-    names = [folder.name.removesuffix(".nw") for folder in folders]
+    names = [artifact.name_of(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
     if options.keys is not None:
         read_keys(Path(options.keys))
+    if options.log is not None:
+        monitors(folders, options.false_alarms)
+        Path(options.log).touch()
+    if options.webhook is not None:
+        Webhook(options.webhook)
     for file in options.tls or ():
         if not Path(file).is_file():
             raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
@@ -96,7 +123,8 @@ def worker() -> Any:
     models = Models(options.threads, options.patience, metrics.batch)
     for folder in options.folders:
         models.load(Path(folder))
-    app = application(models, metrics, Path(options.keys) if options.keys else None)
+    recorder, watching = written(options, models, metrics)
+    app = application(models, metrics, Path(options.keys) if options.keys else None, recorder)
     inner = app.router.lifespan_context
 
     @asynccontextmanager
@@ -109,9 +137,25 @@ def worker() -> Any:
                 following.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await following
+        for each in (recorder, watching):
+            if each is not None:
+                await asyncio.to_thread(each.close)
 
     app.router.lifespan_context = life
     return app
+
+
+def written(options: Options, models: Models, metrics: Metrics) -> tuple[Recorder | None, Watching | None]:
+    """What writes records, and what watches them; neither without a log."""
+    from netweight.serve.recorder import Recorder
+    from netweight.serve.watching import Watching
+
+    if options.log is None:
+        return None, None
+    path, keep = Path(options.log), Path(options.keep) if options.keep else None
+    post = Webhook(options.webhook) if options.webhook else None
+    watching = Watching(path, models, metrics, options.false_alarms, post)
+    return Recorder(path, options.rate / options.workers, keep), watching
 
 
 async def follow(models: Any) -> None:

@@ -60,8 +60,9 @@ class EarlyExit:
 def fits(model: Model) -> bool:
     """Whether the model can have exits."""
     network = model.network
-    known = isinstance(network, Transformer) and not isinstance(network, Exits)
-    return known and isinstance(model.task, Classify) and network.config.model_type in FAMILIES
+    if not isinstance(network, Transformer) or isinstance(network, Exits):
+        return False
+    return isinstance(model.task, Classify) and network.config.model_type in FAMILIES
 
 
 def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:

@@ -1,0 +1,72 @@
+"""A thread of the server that reads what the recorder writes and raises alerts."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from netweight.errors import NetweightError
+from netweight.monitor import Alert, Monitor, lines, replay
+from netweight.serve.hosted import Models
+from netweight.serve.metrics import Metrics
+
+log = logging.getLogger("netweight.serve")
+
+
+class Watching:
+    """Follows a log that this and other workers write; one worker of a log does, the others do nothing.
+
+    Args:
+        budget: false alarms a month, for each model.
+        post: told every alert, such as a Webhook.
+    """
+
+    def __init__(
+        self, path: Path, models: Models, metrics: Metrics, budget: float, post: Callable[[Alert], object] | None = None
+    ) -> None:
+        self._path, self._models, self._metrics, self._budget, self._post = path, models, metrics, budget, post
+        self._monitors: dict[tuple[str, str], Monitor] = {}
+        self._from = path.stat().st_size  # what was written before was looked at before
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No further alerts."""
+        self._stop.set()
+        self._thread.join(10)
+
+    def monitor(self, name: str, version: str) -> Monitor | None:
+        """Of a version that answers, or did."""
+        for hosted in self._models:
+            key = hosted.name, hosted.engine.version
+            if hosted.fingerprint is not None and key not in self._monitors:
+                self._monitors[key] = Monitor(hosted.fingerprint, self._budget)
+        return self._monitors.get((name, version))
+
+    def _work(self) -> None:
+        with self._path.with_name(f"{self._path.name}.lock").open("w") as lock:
+            while not self._stop.wait(0.2):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                    break
+                except BlockingIOError:
+                    self._stop.wait(5)
+                    self._from = self._path.stat().st_size  # until here, another one looked
+            try:
+                for alert in replay(lines(self._path, self._stop, self._from), self._watched):
+                    log.warning("%s", alert)
+                    self._metrics.alerts.labels(alert.model, alert.signal).inc()
+                    if self._post is not None:
+                        self._post(alert)
+            except (NetweightError, OSError):
+                log.exception("rows are no longer watched")
+
+    def _watched(self, name: str, version: str) -> Monitor | None:
+        monitor = self.monitor(name, version)
+        for signal, evidence in (monitor.capitals() if monitor else {}).items():
+            self._metrics.drift.labels(name, signal).set(evidence)
+        return monitor

@@ -1,0 +1,163 @@
+"""What a server writes down: numbers of a sample, texts only where asked, alerts from the very same lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import stat
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Say
+from netweight import artifact
+from netweight.engine import Outputs
+from netweight.errors import OptionError
+from netweight.monitor import Alert, Record, lines, monitors, replay
+from netweight.serve import Options, recorder
+from netweight.serve.app import application
+from netweight.serve.hosted import Models
+from netweight.serve.recorder import Keeper, Recorder
+from netweight.serve.steady import answer
+from netweight.serve.watching import Watching
+from netweight.signals import AGREES, NAMES
+from test_serve import TEXTS, Server
+
+
+@pytest.fixture
+def models(made: Path) -> Models:
+    held = Models(1)
+    held.load(made)
+    return held
+
+
+def test_rows_are_written_down_without_their_text(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "_SHADOW", 1)
+    hosted = models["made"]
+    log = tmp_path / "rows.log"
+    writer = Recorder(log, rate=1000)
+    said = answer(hosted.engine, TEXTS)
+    for _ in range(3):
+        writer.offer(hosted, TEXTS, None, said)
+    writer.close()
+    records = [Record.from_line(line) for line in lines(log)]
+    assert len(records) == 3 * len(TEXTS)
+    assert hosted.fingerprint is not None
+    tokens = hosted.engine.encoder.encode(TEXTS)
+    wanted = hosted.fingerprint.signals(hosted.engine.encoder, tokens, said.outputs)
+    best = hosted.engine.logits(len(hosted.engine.tiers) - 1, tokens).argmax(axis=1) == said.outputs.logits.argmax(
+        axis=1
+    )
+    for i, record in enumerate(records[: len(TEXTS)]):
+        assert (record.model, record.version) == ("made", hosted.engine.version)
+        for name in NAMES:
+            assert record.values[name] == pytest.approx(wanted[name][i], abs=1e-6)
+        if AGREES in hosted.fingerprint.histograms:
+            assert record.values[AGREES] == best[i]
+    text = log.read_text()
+    assert not any(word in text for one in TEXTS for word in one.split() if len(word) > 6)
+
+
+def test_no_more_rows_are_taken_than_allowed(models: Models, tmp_path: Path) -> None:
+    hosted, log = models["made"], tmp_path / "rows.log"
+    said = answer(hosted.engine, TEXTS)
+    writer = Recorder(log, rate=4)
+    for _ in range(50):
+        writer.offer(hosted, TEXTS, None, said)
+    writer.close()
+    assert 1 <= len(list(lines(log))) <= 10
+    writer = Recorder(log, rate=1000)
+    writer.offer(replace(hosted, fingerprint=None), TEXTS, None, said)
+    writer.close()
+    assert len(list(lines(log))) <= 10, "a model without a fingerprint is not watched"
+
+
+def test_texts_worth_labelling_are_kept_once(models: Models, tmp_path: Path) -> None:
+    hosted, path = models["made"], tmp_path / "rows.jsonl"
+    sure = np.ones(len(TEXTS))
+    sure[[3, 5]] = 0.0
+    outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), sure, np.zeros(len(TEXTS), np.int64))
+    for _ in range(2):
+        keeper = Keeper(path)
+        keeper(hosted, TEXTS, None, outputs)
+        keeper(hosted, TEXTS, TEXTS, outputs)
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row["text"], row.get("pair")) for row in found] == [
+        *((TEXTS[i], None) for i in (3, 5)),
+        *((TEXTS[i], TEXTS[i]) for i in (3, 5)),
+    ]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_is_kept_stays_bounded(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_KEPT", 3)
+    outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), np.zeros(len(TEXTS)), np.zeros(len(TEXTS), np.int64))
+    Keeper(tmp_path / "rows.jsonl")(models["made"], TEXTS, None, outputs)
+    assert len((tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()) == 3
+
+
+def test_a_failure_to_write_is_said_and_nothing_else_happens(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hosted, log = models["made"], tmp_path / "rows.log"
+    said = answer(hosted.engine, TEXTS)
+    writer = Recorder(log, rate=1000)
+    monkeypatch.setattr(writer, "_records", lambda sample: 1 / 0)
+    with caplog.at_level(logging.ERROR):
+        writer.offer(hosted, TEXTS, None, said)
+        writer.close()
+    assert "rows could not be written down" in caplog.text
+    assert not log.read_text()
+
+
+def test_drifted_requests_raise_the_alerts_of_a_replay(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, posted = tmp_path / "rows.log", []
+    server = Server(made, "made")
+    log.touch()
+    watching = Watching(log, server.models, server.metrics, 0.1, posted.append)
+    second = Watching(log, server.models, server.metrics, 0.1, posted.append)  # another worker of the same log
+    writer = Recorder(log, rate=1000)
+    server.app = application(server.models, server.metrics, recorder=writer)
+    longer = [f"{text} " * 4 for text in TEXTS]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            assert server.post({"texts": longer}, "made").status_code == 200
+        writer.close()
+        end = time.monotonic() + 60
+        while not any(alert.signal == "length" for alert in posted):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        again = monitors([made], 0.1)
+        replayed = list(replay(lines(log), lambda name, version: again.get((name, version))))
+        while len(posted) < len(replayed):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    watching.close()
+    second.close()
+    assert posted == replayed
+    assert all(isinstance(alert, Alert) for alert in posted)
+    assert "made" in caplog.text
+    text = server.get("/metrics").text
+    assert 'netweight_alerts_total{model="made",signal="length"} 1.0' in text
+    drift = next(line for line in text.splitlines() if line.startswith('netweight_drift{model="made",signal="length"}'))
+    assert float(drift.split()[-1]) >= 1
+
+
+def test_refusals(say: Say, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="come from a log; name one with --log"):
+        Options((str(made),), keep="x")
+    with pytest.raises(OptionError, match="0 rows a second of a log; use more than 0 and at most 1,000"):
+        Options((str(made),), log="x", rate=0)
+    manifest = artifact.read_manifest(made)
+    contents = {n: artifact.read_file(made, manifest, n) for n in manifest.files if n != artifact.FINGERPRINT}
+    artifact.save(tmp_path / "old.nw", manifest, contents)
+    log = tmp_path / "rows.log"
+    assert "old.nw has no fingerprint" in say("serve", tmp_path / "old.nw", "--log", log).err
+    assert "no URL that alerts can be posted to" in say("serve", made, "--log", log, "--webhook", "x").err
