@@ -384,9 +384,16 @@ def serve(
     false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each model.")] = 0.1,
     webhook: Annotated[str | None, typer.Option(help="URL that alerts are posted to.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep texts worth labelling there. Customers' words!")] = None,
+    memory: Annotated[str | None, typer.Option(help="What models may take, such as 2G; else all stay awake.")] = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]DIR", help="An artifact that may follow the model of its name.")
+    ] = None,
+    mode: Annotated[Literal["shadow", "canary"], typer.Option(help="Candidates listen, or answer.")] = "shadow",
+    share: Annotated[float, typer.Option(help="Of requests that candidates see.")] = 0.05,
+    allowed: Annotated[float, typer.Option(help="Share of rows on which a candidate may differ.")] = 0.05,
 ) -> None:
     """Answer over HTTP. A folder that is replaced is loaded again, without a dropped request."""
-    from netweight.serve import Options
+    from netweight.serve import Options, Rollout
     from netweight.serve import serve as run
 
     if (tls_certificate is None) != (tls_key is None):
@@ -407,6 +414,9 @@ def serve(
             false_alarms=false_alarms,
             webhook=webhook,
             keep=str(keep) if keep else None,
+            memory=_bytes(memory) if memory else None,
+            candidates=tuple(map(_candidate, candidate or ())),
+            rollout=Rollout(mode, share, allowed),
         )
     )
 
@@ -444,6 +454,18 @@ def _seconds(given: str) -> float:
     if not found:
         raise OptionError(f"a time limit is a number with s, m or h, such as 90s or 20m; given was {given!r}.")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 60}[found[2]]
+
+
+def _bytes(given: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])", given.strip())
+    if not found:
+        raise OptionError(f"an amount of memory is a number with K, M or G, such as 2G; given was {given!r}.")
+    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+
+
+def _candidate(given: str) -> tuple[str, str]:
+    name, equals, folder = given.partition("=")
+    return (name, folder) if equals else (Path(given).name.removesuffix(".nw"), given)
 
 
 def _print_table(rows: list[list[str]]) -> None:

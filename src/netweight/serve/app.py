@@ -64,7 +64,7 @@ def application(
         began = time.perf_counter()
         status = 500
         try:
-            models[name]  # before the body is read
+            models.require(name)  # before the body is read
             asked = question(await _body(request))
             hosted, said = await _answered(models, name, asked, request)
             metrics.said(hosted, said)
@@ -94,7 +94,7 @@ def _beside(app: FastAPI, models: Models, metrics: Metrics) -> None:
     @app.get("/v1/models")
     async def all_models() -> Any:
         """Every model with its certificate and measurements."""
-        return {"models": [hosted.about for hosted in models]}
+        return {"models": models.known}
 
     @app.get("/healthz")
     async def health() -> Any:

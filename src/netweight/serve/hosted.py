@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from netweight import artifact
 from netweight.engine import Engine, load
-from netweight.errors import OptionError
+from netweight.errors import ArtifactError, OptionError
 from netweight.monitor.log import read_fingerprint
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
 from netweight.serve.steady import Said, answer
 from netweight.signals import Fingerprint
 
+log = logging.getLogger("netweight.serve")
 Observe = Callable[[str, int, float], None]
 
 
@@ -34,6 +39,24 @@ class Hosted:
     queue: Queue
     about: dict[str, Any]
     fingerprint: Fingerprint | None = None
+    memory: int = 0
+
+
+class Second(Protocol):
+    """A candidate that sees some of a model's requests."""
+
+    def chosen(self, hosted: Hosted) -> bool: ...
+    async def answer(
+        self, hosted: Hosted, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float
+    ) -> tuple[Hosted, Said]: ...
+    def state(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def described(name: str, folder: Path, engine: Engine) -> dict[str, Any]:
@@ -60,33 +83,74 @@ class Models:
         threads: of every engine.
         patience: seconds that a request may wait for an engine.
         observe: told name, rows and seconds of each batch.
+        memory: bytes that models may take together; the least recently asked sleep, and wake when they are asked. One
+            is always awake.
     """
 
     def __init__(
-        self, threads: int, patience: float = 0.1, observe: Observe = lambda name, rows, seconds: None
+        self,
+        threads: int,
+        patience: float = 0.1,
+        observe: Observe = lambda name, rows, seconds: None,
+        memory: int | None = None,
     ) -> None:
-        self._threads, self.patience, self._observe = threads, patience, observe
-        self._hosted: dict[str, Hosted] = {}
+        self._threads, self.patience, self._observe, self._memory = threads, patience, observe, memory
+        self._hosted: OrderedDict[str, Hosted] = OrderedDict()  # awake, the least recently asked first
+        self._known: dict[str, tuple[Path, dict[str, Any]]] = {}  # where they lie, and what is said of them
         self._changing = threading.Lock()
+        self.trials: dict[str, Second] = {}
 
     def __iter__(self) -> Any:
+        """Those that are awake."""
         return iter(list(self._hosted.values()))
 
-    def __getitem__(self, name: str) -> Hosted:
-        """Raises Problem where there is none."""
-        found = self._hosted.get(name)
-        if found is None:
-            known = ", ".join(sorted(self._hosted)) or "none"
+    @property
+    def known(self) -> list[dict[str, Any]]:
+        """What is said of every model."""
+        return [
+            about
+            | {"asleep": name not in self._hosted}
+            | ({"candidate": self.trials[name].state()} if name in self.trials else {})
+            for name, (_, about) in list(self._known.items())
+        ]
+
+    def require(self, name: str) -> None:
+        """Raises Problem where there is no such model, awake or asleep."""
+        if name not in self._known:
+            known = ", ".join(sorted(self._known)) or "none"
             raise Problem(404, "unknown-model", f"there is no model {name!r} here; there are: {known}.")
-        return found
+
+    def __getitem__(self, name: str) -> Hosted:
+        """A model that is awake, or woken now. Raises Problem where there is none."""
+        self.require(name)
+        found = self._hosted.get(name)
+        return found if found is not None else self._wake(name)
+
+    def _wake(self, name: str) -> Hosted:
+        with self._changing:
+            try:
+                return self._hosted.get(name) or self._load(self._known[name][0], name)
+            except (ArtifactError, OSError) as problem:
+                log.exception("%s could not be woken", name)
+                raise Problem(
+                    503, "not-ready", f"model {name!r} cannot be loaded now.", {"Retry-After": "5"}
+                ) from problem
 
     async def answer(
         self, name: str, texts: Sequence[str], pairs: Sequence[str] | None = None, seconds: float = 30.0
     ) -> tuple[Hosted, Said]:
         """Answers, and who gave them. Raises Problem."""
+        self.require(name)
         while True:
-            hosted = self[name]
+            hosted = self._hosted.get(name)
+            if hosted is None:
+                hosted = await asyncio.to_thread(self._wake, name)
+            with suppress(KeyError):  # it was put to sleep in between
+                self._hosted.move_to_end(name)
+            trial = self.trials.get(name)
             try:
+                if trial is not None and trial.chosen(hosted):
+                    return await trial.answer(hosted, texts, pairs, seconds)
                 return hosted, await hosted.queue.ask(texts, pairs, seconds)
             except Problem:
                 # A newer version took this one's place between the two lines above.
@@ -106,25 +170,44 @@ class Models:
         if not name or "/" in name:
             raise OptionError(f"a model cannot be called {name!r}; rename its folder.")
         with self._changing:
-            artifact.check(folder)
-            engine = load(folder, self._threads)
-            engine.warm()
-            about = described(name, folder, engine)
-            manifest = artifact.read_manifest(folder)
-            known = read_fingerprint(folder, manifest) if artifact.FINGERPRINT in manifest.files else None
-            queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
-            before = self._hosted.get(name)
-            self._hosted[name] = hosted = Hosted(name, folder, engine, queue, about, known)
+            return self._load(folder, name)
+
+    def _load(self, folder: Path, name: str) -> Hosted:
+        hosted, before = self.made(folder, name), self._hosted.get(name)
+        self._hosted[name] = hosted
+        self._known[name] = folder, hosted.about
         if before is not None:
             before.queue.close()
+        self._hosted.move_to_end(name)
+        self._make_room()
         return hosted
+
+    def made(self, folder: Path, name: str) -> Hosted:
+        """Verified, loaded and warm, but not asked by anybody. Raises ArtifactError or CorruptArtifact."""
+        held = resident()
+        manifest = artifact.check(folder)
+        engine = load(folder, self._threads)
+        engine.warm()
+        about = described(name, folder, engine)
+        known = read_fingerprint(folder, manifest) if artifact.FINGERPRINT in manifest.files else None
+        queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
+        memory = max(resident() - held, artifact.size(folder, manifest))
+        return Hosted(name, folder, engine, queue, about, known, memory)
+
+    def _make_room(self) -> None:
+        while self._memory is not None and sum(h.memory for h in self) > self._memory and len(self._hosted) > 1:
+            name, sleeper = self._hosted.popitem(last=False)
+            log.info("%s sleeps: models may take %d bytes, and it was asked least recently", name, self._memory)
+            sleeper.queue.close()
 
     async def exchange(self, name: str, folder: Path | None = None) -> Hosted:
         """`load` beside the event loop; without a folder, from where the model lies already."""
-        place = folder or self[name].folder
+        place = folder or self._known[name][0]
         return await asyncio.to_thread(self.load, place, name)
 
     def close(self) -> None:
         """Answer what waits, take nothing more."""
         for hosted in self:
             hosted.queue.close()
+        for trial in self.trials.values():
+            trial.close()

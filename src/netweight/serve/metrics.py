@@ -33,7 +33,7 @@ class Metrics:
         self.sure = Histogram("confidence", "Confidence of answers", ("model",), buckets=_SURE, **named)  # type: ignore[arg-type]
 
     def watch(self, models: Models) -> None:
-        """Also show how much waits for each model."""
+        """Also show how much waits for each model, and how candidates do."""
         self.registry.register(_Depth(models))
 
     def batch(self, model: str, rows: int, seconds: float) -> None:
@@ -67,3 +67,16 @@ class _Depth(Collector):
         for hosted in self._models:
             depth.add_metric((hosted.name,), len(hosted.queue))
         yield depth
+        verdicts = {"harmful": -1, "undecided": 0, "safe": 1}
+        names = {
+            "rows": "Rows that were compared with a candidate",
+            "different": "Rows on which the candidate says something else",
+            "failed": "Requests that the candidate failed",
+            "verdict": "-1 harmful, 0 undecided, 1 safe",
+        }
+        for key, said in names.items():
+            gauge = GaugeMetricFamily(f"netweight_candidate_{key}", said, labels=("model",))
+            for name, trial in list(self._models.trials.items()):
+                state = trial.state()
+                gauge.add_metric((name,), verdicts[state[key]] if key == "verdict" else state[key])
+            yield gauge

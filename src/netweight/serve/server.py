@@ -9,13 +9,14 @@ import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netweight import artifact
 from netweight.errors import MissingExtra, NetweightError, OptionError
 from netweight.monitor import Webhook, monitors
+from netweight.serve.options import Options, Rollout
 
 if TYPE_CHECKING:
     from netweight.serve.hosted import Models
@@ -29,36 +30,6 @@ _LOOK = 0.5  # seconds between looks at folders
 _DRAIN = 30  # seconds that requests may take when the server is told to end
 
 
-@dataclass(frozen=True)
-class Options:
-    """Of a server.
-
-    patience: seconds; who would wait longer for the engine is refused at once. keys: a file; without one, everybody may
-    ask. tls: files of a certificate and its key. log: a file of records, at most `rate` rows a second, which is watched
-    with `false_alarms` a month; alerts also go to the URL `webhook`. keep: a file of texts that are worth labelling.
-    """
-
-    folders: tuple[str, ...]
-    host: str = "127.0.0.1"
-    port: int = 8000
-    workers: int = 1
-    threads: int = 0
-    patience: float = 0.1
-    keys: str | None = None
-    tls: tuple[str, str] | None = None
-    log: str | None = None
-    rate: float = 5.0
-    false_alarms: float = 0.1
-    webhook: str | None = None
-    keep: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.log is None and (self.webhook or self.keep):
-            raise OptionError("alerts and rows to label come from a log; name one with --log.")
-        if not 0 < self.rate <= 1000:
-            raise OptionError(f"{self.rate:g} rows a second of a log; use more than 0 and at most 1,000.")
-
-
 def serve(options: Options) -> None:
     """Serve artifacts until SIGTERM or SIGINT; requests that run by then are answered.
 
@@ -69,6 +40,7 @@ def serve(options: Options) -> None:
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
     from netweight.serve.keys import read_keys
+    from netweight.serve.rollout import comparable
 
     folders = [Path(folder).absolute() for folder in options.folders]
     for folder in folders:
@@ -76,6 +48,13 @@ def serve(options: Options) -> None:
     names = [artifact.name_of(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
+    held = {name: artifact.read_manifest(folder).task for name, folder in zip(names, folders, strict=True)}
+    for name, candidate in options.candidates:
+        if name not in held:
+            raise OptionError(
+                f"the candidate is for {name!r}, which is not served here; there are: {', '.join(names)}."
+            )
+        comparable(name, held[name], artifact.check(Path(candidate)).task)
     if options.keys is not None:
         read_keys(Path(options.keys))
     if options.log is not None:
@@ -89,6 +68,7 @@ def serve(options: Options) -> None:
     options = replace(
         options,
         folders=tuple(map(str, folders)),
+        candidates=tuple((name, str(Path(folder).absolute())) for name, folder in options.candidates),
         threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers),
     )
     certificate, key = options.tls or (None, None)
@@ -115,14 +95,18 @@ def worker() -> Any:
     from netweight.serve.app import application
     from netweight.serve.hosted import Models
     from netweight.serve.metrics import Metrics
+    from netweight.serve.rollout import begin
 
     given = json.loads(os.environ[_VARIABLE])
-    options = Options(**given | {"folders": tuple(given["folders"])})
+    given["folders"], given["rollout"] = tuple(given["folders"]), Rollout(**given["rollout"])
+    options = Options(**given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     metrics = Metrics()
-    models = Models(options.threads, options.patience, metrics.batch)
+    models = Models(options.threads, options.patience, metrics.batch, options.memory)
     for folder in options.folders:
         models.load(Path(folder))
+    for name, folder in options.candidates:
+        begin(models, name, Path(folder), options.rollout)
     recorder, watching = written(options, models, metrics)
     app = application(models, metrics, Path(options.keys) if options.keys else None, recorder)
     inner = app.router.lifespan_context
@@ -165,7 +149,7 @@ async def follow(models: Any) -> None:
         await asyncio.sleep(_LOOK)
         for hosted in models:
             now = _mark(hosted.folder)
-            if now is None or now == seen[hosted.name]:
+            if now is None or now == seen.setdefault(hosted.name, now):  # one that woke has just been read
                 continue
             seen[hosted.name] = now
             try:

@@ -1,0 +1,157 @@
+"""A candidate beside a model: silently (shadow), or answering some requests (canary), until a test says which it is.
+
+Of every request that both see, one row drawn at random counts, so that counts are of independent rows. The test's
+bounds hold at every row at once (`share_bounds`), so the verdict may be awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from netweight.errors import OptionError
+from netweight.monitor.martingale import share_bounds
+from netweight.serve.hosted import Hosted, Models
+from netweight.serve.options import Rollout
+from netweight.serve.problems import Problem
+from netweight.serve.steady import Said
+from netweight.task import Classify, Task
+
+log = logging.getLogger("netweight.serve")
+Verdict = Literal["undecided", "safe", "harmful"]
+_LEVEL = 0.05
+_AT_ONCE = 64  # comparisons that may run beside requests; beyond, requests are not compared
+
+
+class Trial:
+    """Counts of one candidate against one version of its model."""
+
+    def __init__(self, candidate: Hosted, plan: Rollout, seed: int | None = None) -> None:
+        self.candidate, self.plan = candidate, plan
+        self._random = random.Random(seed)
+        self._running: set[asyncio.Task[None]] = set()
+        self._against = ""
+        self.rows = self.different = self.failed = 0
+        self.verdict: Verdict = "undecided"
+
+    def chosen(self, hosted: Hosted) -> bool:
+        """Whether the next request is one of the candidate's. Another version of the model starts the count anew."""
+        if hosted.engine.version != self._against:
+            self._against, self.rows, self.different, self.failed = hosted.engine.version, 0, 0, 0
+            self.verdict = "undecided"
+            try:
+                comparable(hosted.name, hosted.engine.task, self.candidate.engine.task)
+            except OptionError as problem:
+                log.error("the candidate is asked no more: %s", problem)
+                self.verdict = "harmful"
+        return self.verdict != "harmful" and self._random.random() < self.plan.share
+
+    async def answer(
+        self, hosted: Hosted, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float
+    ) -> tuple[Hosted, Said]:
+        """Both are asked; the candidate's answer goes out in a canary, unless it fails."""
+        ours = asyncio.ensure_future(hosted.queue.ask(texts, pairs, seconds))
+        if self.plan.mode == "shadow":
+            said = await ours
+            self._beside(self._compare(said, texts, pairs, seconds))
+            return hosted, said
+        try:
+            said = await self.candidate.queue.ask(texts, pairs, seconds)
+        except Exception as problem:
+            self._failed(problem)
+            return hosted, await ours
+        self._beside(self._against_ours(ours, said))
+        return self.candidate, said
+
+    def _beside(self, work: Any) -> None:
+        if len(self._running) >= _AT_ONCE:
+            work.close()
+            return
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _compare(self, ours: Said, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float) -> None:
+        i = self._random.randrange(len(texts))
+        second = None if pairs is None else [pairs[i]]
+        try:
+            theirs = await self.candidate.queue.ask([texts[i]], second, seconds)
+        except Exception as problem:
+            self._failed(problem)
+            return
+        self._count(ours.stretch(i, i + 1), theirs)
+
+    async def _against_ours(self, ours: asyncio.Future[Said], theirs: Said) -> None:
+        try:
+            said = await ours
+        except Exception:  # ours is busy or broken: that says nothing about the candidate
+            return
+        i = self._random.randrange(len(said.outputs.logits))
+        self._count(said.stretch(i, i + 1), theirs.stretch(i, i + 1))
+
+    def _failed(self, problem: Exception) -> None:
+        """A candidate that is only busy did not fail."""
+        if not isinstance(problem, Problem):
+            log.error("the candidate of %s failed: %s", self.candidate.name, type(problem).__name__)
+            self.failed += 1
+            self._seen(different=True)
+
+    def _count(self, one: Said, other: Said) -> None:
+        self._seen(int(one.outputs.logits.argmax()) != int(other.outputs.logits.argmax()))
+
+    def _seen(self, different: bool) -> None:
+        self.rows += 1
+        self.different += different
+        low, high = self.bounds
+        found: Verdict = "safe" if high <= self.plan.allowed else "harmful" if low > self.plan.allowed else "undecided"
+        if self.verdict == "undecided" and found != "undecided":
+            self.verdict = found
+            advice = "it may replace the model" if found == "safe" else "it is asked no more"
+            log.warning("%s: the candidate is %s, %s: %s", self.candidate.name, found, advice, self.state())
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of the share of rows on which the two differ, right at every moment with 95 %."""
+        return share_bounds(self.different, self.rows, _LEVEL)
+
+    def close(self) -> None:
+        """Answer what waits, take nothing more."""
+        self.candidate.queue.close()
+
+    def state(self) -> dict[str, Any]:
+        """For people and `GET /v1/models`."""
+        low, high = self.bounds
+        return {
+            "version": self.candidate.engine.version,
+            "against": self._against,
+            "mode": self.plan.mode,
+            "share": self.plan.share,
+            "rows": self.rows,
+            "different": self.different,
+            "failed": self.failed,
+            "bounds": [round(low, 6), round(high, 6)],
+            "allowed": self.plan.allowed,
+            "verdict": self.verdict,
+        }
+
+
+def comparable(name: str, task: Task, other: Task) -> None:
+    """Raises OptionError where answers of model and candidate cannot be compared row by row."""
+    if not isinstance(task, Classify) or not isinstance(other, Classify):
+        raise OptionError(f"{name}: candidates are compared by label; a task of scores has none.")
+    if task.labels != other.labels:
+        raise OptionError(f"{name}: the candidate has other labels than the model; replace the folder instead.")
+
+
+def begin(models: Models, name: str, folder: Path, plan: Rollout) -> None:
+    """Load a candidate for the model `name` and try it from now on.
+
+    Raises ArtifactError, CorruptArtifact, and OptionError where the two cannot be compared.
+    """
+    candidate = models.made(folder, name)
+    comparable(name, models[name].engine.task, candidate.engine.task)
+    models.trials[name] = Trial(candidate, plan)

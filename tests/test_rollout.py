@@ -1,0 +1,246 @@
+"""Candidates beside a model, and models that sleep: what clients see, what is counted, when the verdict comes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Say
+from netweight import artifact
+from netweight.engine import load
+from netweight.errors import OptionError
+from netweight.monitor.martingale import share_bounds
+from netweight.serve import Rollout, hosted
+from netweight.serve.hosted import Models
+from netweight.serve.problems import Problem, full
+from netweight.serve.rollout import Trial, begin, comparable
+from netweight.serve.steady import Said
+from netweight.task import Score
+from test_serve import TEXTS, Server, changed
+
+
+@pytest.fixture
+def server(made: Path) -> Server:
+    return Server(made)
+
+
+def candidate(server: Server, folder: Path, plan: Rollout, wrong: bool = False) -> Trial:
+    begin(server.models, "shop", folder, plan)
+    trial = server.models.trials["shop"]
+    assert isinstance(trial, Trial)
+    if wrong:
+        usual = trial.candidate.queue._answer
+
+        def other(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+            said = usual(texts, pairs)
+            return replace(said, outputs=replace(said.outputs, logits=np.roll(said.outputs.logits, 1, axis=1)))
+
+        trial.candidate.queue._answer = other
+    return trial
+
+
+def asks(server: Server, count: int) -> list[Any]:
+    async def work(client: Any) -> list[Any]:
+        found = [await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:5]}) for _ in range(count)]
+        await asyncio.sleep(0.2)  # comparisons run beside requests
+        return [response.json() for response in found]
+
+    return list(server.run(work))
+
+
+def test_a_shadow_answers_nobody_and_is_safe_where_it_agrees(
+    server: Server, made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.2))
+    version = load(made, 1).version
+    with caplog.at_level(logging.WARNING):
+        assert {said["version"] for said in asks(server, 40)} == {version}
+    assert trial.rows == 40
+    assert trial.different == 0
+    assert trial.verdict == "safe"
+    assert trial.bounds == share_bounds(0, 40, 0.05)
+    assert "shop: the candidate is safe, it may replace the model" in caplog.text
+    said = server.get("/v1/models").json()["models"][0]["candidate"]
+    assert said == trial.state()
+    assert said["against"] == version
+    text = server.get("/metrics").text
+    assert 'netweight_candidate_verdict{model="shop"} 1.0' in text
+    assert 'netweight_candidate_rows{model="shop"} 40.0' in text
+
+
+def test_a_canary_answers_its_share_until_it_is_harmful(server: Server, made: Path, tmp_path: Path) -> None:
+    next_folder = changed(made, tmp_path / "next.nw")
+    trial = candidate(server, next_folder, Rollout("canary", 1.0, 0.3), wrong=True)
+    old, new = load(made, 1).version, load(next_folder, 1).version
+    versions = [said["version"] for said in asks(server, 40)]
+    assert trial.verdict == "harmful"
+    assert versions == [new] * versions.count(new) + [old] * versions.count(old)
+    assert 3 < versions.count(new) < 40
+    assert trial.different == trial.rows
+
+
+def test_requests_are_chosen_by_chance(server: Server, made: Path, tmp_path: Path) -> None:
+    next_folder = changed(made, tmp_path / "next.nw")
+    candidate(server, next_folder, Rollout("canary", 0.3, 0.01))
+    new = load(next_folder, 1).version
+    count = sum(said["version"] == new for said in asks(server, 120))
+    assert 15 < count < 60
+
+
+@pytest.mark.parametrize("mode", ["shadow", "canary"])
+def test_a_candidate_that_fails_costs_no_answer(
+    server: Server, made: Path, tmp_path: Path, mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
+
+    def broken(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+        raise RuntimeError("no")
+
+    trial.candidate.queue._answer = broken
+    assert {said["version"] for said in asks(server, 30)} == {load(made, 1).version}
+    assert trial.verdict == "harmful"
+    assert trial.failed == trial.different == trial.rows > 3
+    assert "the candidate of shop failed: RuntimeError" in caplog.text
+
+
+@pytest.mark.parametrize("mode", ["shadow", "canary"])
+def test_a_busy_candidate_did_not_fail(server: Server, made: Path, tmp_path: Path, mode: Any) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
+
+    def busy(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+        raise full(1.0)
+
+    trial.candidate.queue._answer = busy
+    assert {said["version"] for said in asks(server, 5)} == {load(made, 1).version}
+    assert (trial.rows, trial.failed, trial.verdict) == (0, 0, "undecided")
+
+
+def test_a_broken_model_says_nothing_about_its_candidate(server: Server, made: Path, tmp_path: Path) -> None:
+    next_folder = changed(made, tmp_path / "next.nw")
+    trial = candidate(server, next_folder, Rollout("canary", 1.0, 0.3))
+
+    def broken(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+        raise RuntimeError("no")
+
+    server.models["shop"].queue._answer = broken
+    assert {said["version"] for said in asks(server, 5)} == {load(next_folder, 1).version}
+    assert trial.rows == 0
+
+
+def test_another_version_starts_the_count_anew(server: Server, made: Path, tmp_path: Path) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
+    asks(server, 5)
+    assert trial.rows == 5
+    server.models.load(changed(made, tmp_path / "newer.nw"), "shop")
+    asks(server, 3)
+    assert trial.rows == 3
+    one = server.models["shop"]
+    engine = load(made, 1)
+    engine.task, engine.version = Score(), "scores"
+    assert not trial.chosen(replace(one, engine=engine))
+    assert trial.verdict == "harmful"
+
+
+def test_comparisons_are_bounded(server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.serve.rollout._AT_ONCE", 0)
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
+    assert len(asks(server, 5)) == 5
+    assert trial.rows == 0
+
+
+def test_refusals(made: Path, tmp_path: Path, say: Say) -> None:
+    with pytest.raises(OptionError, match="the mode of a rollout is 'blue'; use shadow or canary"):
+        Rollout("blue")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="the share of requests is 0; use more than 0 and at most 1"):
+        Rollout(share=0)
+    with pytest.raises(OptionError, match="the share of rows that may differ is 2"):
+        Rollout(allowed=2)
+    task = artifact.read_manifest(made).task
+    with pytest.raises(OptionError, match="a task of scores has none"):
+        comparable("shop", task, Score())
+    with pytest.raises(OptionError, match="other labels than the model; replace the folder instead"):
+        comparable("shop", task, replace(task, labels=("x", "y")))  # type: ignore[call-arg]
+    said = say("serve", made, "--candidate", f"other={made}")
+    assert "the candidate is for 'other', which is not served here; there are: made." in said.err
+    assert "no artifact" in say("serve", made, "--candidate", f"made={tmp_path}").err
+    assert "an amount of memory is a number with K, M or G" in say("serve", made, "--memory", "2").err
+
+
+# --- models that sleep ---
+
+
+def test_the_least_recently_asked_sleeps_and_wakes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosted, "resident", lambda: 0)  # then what counts is the bytes of the files
+    size = artifact.size(made, artifact.read_manifest(made))
+    models = Models(1, memory=2 * size)
+    for name in ("a", "b"):
+        models.load(made, name)
+    wanted = [p.label for p in load(made, 1).predict(TEXTS[:3])]
+
+    async def labels(name: str) -> list[str]:
+        one, said = await models.answer(name, TEXTS[:3])
+        return [one.engine.task.labels[i] for i in said.outputs.logits.argmax(axis=1)]  # type: ignore[union-attr]
+
+    def awake() -> set[str]:
+        return {one.name for one in models}
+
+    asyncio.run(labels("a"))
+    models.load(made, "c")
+    assert awake() == {"a", "c"}, "b was asked least recently"
+    assert {m["name"]: m["asleep"] for m in models.known} == {"a": False, "b": True, "c": False}
+    assert asyncio.run(labels("b")) == wanted
+    assert awake() == {"c", "b"}
+
+    async def all_at_once() -> list[list[str]]:
+        return await asyncio.gather(*(labels(name) for name in "abcabc"))
+
+    assert asyncio.run(all_at_once()) == [wanted] * 6
+    assert len(awake()) == 2
+    with pytest.raises(Problem, match="there is no model 'd' here; there are: a, b, c"):
+        asyncio.run(labels("d"))
+    models.close()
+
+
+def test_one_model_is_always_awake(made: Path) -> None:
+    models = Models(1, memory=1)
+    models.load(made, "a")
+    assert [one.name for one in models] == ["a"]
+    models.load(made, "b")
+    assert [one.name for one in models] == ["b"]
+    assert models["a"].name == "a"
+    assert models["a"].memory >= artifact.size(made, artifact.read_manifest(made))
+
+
+def test_a_model_that_cannot_be_woken_is_a_problem_of_the_moment(made: Path, tmp_path: Path) -> None:
+    folder = changed(made, tmp_path / "gone.nw")
+    models = Models(1, memory=1)
+    models.load(folder, "gone")
+    models.load(made, "a")
+    (folder / artifact.MANIFEST).rename(tmp_path / "manifest.json")
+    with pytest.raises(Problem, match="model 'gone' cannot be loaded now") as caught:
+        asyncio.run(models.answer("gone", TEXTS[:1]))
+    assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "5")
+    (tmp_path / "manifest.json").rename(folder / artifact.MANIFEST)
+    assert asyncio.run(models.answer("gone", TEXTS[:1]))[0].name == "gone"
+
+
+def test_nothing_is_dropped_while_models_take_turns(made: Path) -> None:
+    models = Models(1, patience=30, memory=1)
+    for name in "ab":
+        models.load(made, name)
+
+    async def many(name: str) -> int:
+        return len([await models.answer(name, TEXTS[:2]) for _ in range(8)])
+
+    async def turns() -> list[int]:
+        return await asyncio.gather(*(many(name) for name in "abab"))
+
+    assert asyncio.run(turns()) == [8] * 4
+    assert len(list(models)) == 1
