@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from netweight.serve import Rollout, hosted
 from netweight.serve.hosted import Models
 from netweight.serve.problems import Problem, full
 from netweight.serve.rollout import Trial, begin, comparable
-from netweight.serve.steady import Said
+from netweight.serve.steady import Work
 from netweight.task import Score
 from test_serve import TEXTS, Server, changed
 
@@ -36,13 +35,14 @@ def candidate(server: Server, folder: Path, plan: Rollout, wrong: bool = False) 
     trial = server.models.trials["shop"]
     assert isinstance(trial, Trial)
     if wrong:
-        usual = trial.candidate.queue._answer
+        usual = trial.candidate.queue._step
 
-        def other(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
-            said = usual(texts, pairs)
-            return replace(said, outputs=replace(said.outputs, logits=np.roll(said.outputs.logits, 1, axis=1)))
+        def other(work: Work) -> Work:
+            done = usual(work)
+            outputs = replace(done.said.outputs, logits=np.roll(done.said.outputs.logits, 1, axis=1))
+            return replace(done, said=replace(done.said, outputs=outputs))
 
-        trial.candidate.queue._answer = other
+        trial.candidate.queue._step = other
     return trial
 
 
@@ -100,10 +100,10 @@ def test_a_candidate_that_fails_costs_no_answer(
 ) -> None:
     trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
 
-    def broken(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+    def broken(work: Work) -> Work:
         raise RuntimeError("no")
 
-    trial.candidate.queue._answer = broken
+    trial.candidate.queue._step = broken
     assert {said["version"] for said in asks(server, 30)} == {load(made, 1).version}
     assert trial.verdict == "harmful"
     assert trial.failed == trial.different == trial.rows > 3
@@ -114,10 +114,10 @@ def test_a_candidate_that_fails_costs_no_answer(
 def test_a_busy_candidate_did_not_fail(server: Server, made: Path, tmp_path: Path, mode: Any) -> None:
     trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
 
-    def busy(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+    def busy(work: Work) -> Work:
         raise full(1.0)
 
-    trial.candidate.queue._answer = busy
+    trial.candidate.queue._step = busy
     assert {said["version"] for said in asks(server, 5)} == {load(made, 1).version}
     assert (trial.rows, trial.failed, trial.verdict) == (0, 0, "undecided")
 
@@ -126,10 +126,10 @@ def test_a_broken_model_says_nothing_about_its_candidate(server: Server, made: P
     next_folder = changed(made, tmp_path / "next.nw")
     trial = candidate(server, next_folder, Rollout("canary", 1.0, 0.3))
 
-    def broken(texts: Sequence[str], pairs: Sequence[str] | None) -> Said:
+    def broken(work: Work) -> Work:
         raise RuntimeError("no")
 
-    server.models["shop"].queue._answer = broken
+    server.models["shop"].queue._step = broken
     assert {said["version"] for said in asks(server, 5)} == {load(next_folder, 1).version}
     assert trial.rows == 0
 

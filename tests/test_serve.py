@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from conftest import many_rows
 from netweight import artifact
+from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.errors import CorruptArtifact, OptionError
 from netweight.serve import queue as queues
@@ -27,7 +29,7 @@ from netweight.serve.metrics import Metrics
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
 from netweight.serve.schema import MOST_BYTES, MOST_ROWS
-from netweight.serve.steady import Said, answer
+from netweight.serve.steady import Said, Work, answer, begin, step
 
 TEXTS = list(many_rows(40).text)
 
@@ -162,16 +164,29 @@ def test_wrong_places(server: Server) -> None:
 
 
 class Slow:
-    """An engine that waits for leave."""
+    """An engine of one tier that waits for leave."""
 
-    def __init__(self) -> None:
-        self.free, self.seen = threading.Event(), list[list[str]]()
+    def __init__(self, tiers: int = 1) -> None:
+        self.free, self.seen, self.turns, self.tiers = threading.Event(), list[list[str]](), list[int](), tiers
 
-    def __call__(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Said:
+    def begin(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Work:
         self.seen.append(list(texts))
-        assert self.free.wait(10)
         n = len(texts)
-        return Said(Outputs(np.zeros((n, 2), np.float32), np.ones(n), np.zeros(n, np.int64)))
+        tokens = Tokens(np.zeros(n, np.int32), np.zeros(n, np.uint8), np.arange(n + 1))
+        # A text of "hard" stays open until the last tier.
+        hard = np.array([text == "hard" for text in texts])
+        said = Said(Outputs(np.zeros((n, 2), np.float32), np.ones(n), np.zeros(n, np.int64)))
+        return Work(tokens, said, hard)
+
+    def step(self, work: Work) -> Work:
+        assert self.free.wait(10)
+        self.turns.append(work.tier)
+        still = work.open & (work.tier + 1 < self.tiers)
+        said = replace(work.said, outputs=replace(work.said.outputs, tier=np.full(len(still), work.tier)))
+        return replace(work, said=said, open=still, tier=work.tier + 1)
+
+    def queue(self, patience: float) -> Queue:
+        return Queue(self.begin, self.step, self.tiers, patience)
 
 
 async def _taken(slow: Slow) -> None:
@@ -184,7 +199,7 @@ def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatc
 
     async def work() -> None:
         slow = Slow()
-        queue = Queue(slow, patience=5)
+        queue = slow.queue(patience=5)
         first = queue.ask(["a"])
         await _taken(slow)
         rest = [queue.ask(["b"]), queue.ask(["c"]), queue.ask(["d"])]
@@ -241,7 +256,7 @@ def test_a_server_refuses_at_the_door(server: Server, monkeypatch: pytest.Monkey
 def test_late_and_cancelled_requests_leave_the_queue() -> None:
     async def work() -> None:
         slow = Slow()
-        queue = Queue(slow, patience=100)
+        queue = slow.queue(patience=100)
         first = queue.ask(["a"])
         await _taken(slow)
         late, gone, stays = queue.ask(["late"], seconds=0.0), queue.ask(["gone"]), queue.ask(["stays"])
@@ -261,7 +276,7 @@ def test_late_and_cancelled_requests_leave_the_queue() -> None:
 def test_texts_and_pairs_are_not_mixed_and_closing_answers_what_waits() -> None:
     async def work() -> None:
         slow = Slow()
-        queue = Queue(slow, patience=100)
+        queue = slow.queue(patience=100)
         asked = [queue.ask(["a"])]
         await _taken(slow)
         asked += [queue.ask(["b"]), queue.ask(["c"], ["d"]), queue.ask(["e"])]
@@ -316,14 +331,74 @@ def test_other_tiers_answer_for_one_that_fails(made: Path, broken: int, answers:
 
 def test_rows_that_no_tier_answered_are_an_error(made: Path) -> None:
     engine = cascade_of_two(made)
-    engine.tiers = tuple(replace(tier, threshold=0.0) for tier in engine.tiers)
+    asked: list[int] = []
 
-    def broken(*_: object) -> None:
+    def broken(tier: int, *_: object) -> None:
+        asked.append(tier)
         raise ValueError("gone")
 
     engine.logits = broken  # type: ignore[method-assign,assignment]
-    with pytest.raises(RuntimeError, match="one failed, and no other tier was asked"):
+    with pytest.raises(ValueError, match="gone"):
         answer(engine, TEXTS)
+    assert asked == [0, 1], "every tier was tried"
+
+
+# --- tiers take turns ---
+
+
+def test_easy_requests_do_not_wait_behind_hard_ones() -> None:
+    async def work() -> None:
+        slow = Slow(tiers=2)
+        queue = slow.queue(patience=100)
+        hard = [queue.ask(["hard", "easy"]) for _ in range(3)]
+        await _taken(slow)
+        easy = queue.ask(["easy"])
+        slow.free.set()
+        said = await asyncio.gather(*hard, easy)
+        queue.close()
+        assert [one.outputs.tier.tolist() for one in said] == [[1, 1]] * 3 + [[0]]
+        assert slow.turns[0] == 0
+        assert set(slow.turns) == {0, 1}
+
+    asyncio.run(work())
+
+
+def test_hard_requests_do_not_wait_for_ever_behind_easy_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "_TURN", 0.0)  # one request a turn
+
+    async def work() -> None:
+        slow = Slow(tiers=3)
+        queue = slow.queue(patience=1000)
+        hard = queue.ask(["hard"])
+        await _taken(slow)
+        easy = [queue.ask(["easy"]) for _ in range(50)]
+        slow.free.set()
+        await asyncio.gather(hard, *easy)
+        queue.close()
+        assert slow.turns == [0, 1, 2] + [0] * 50
+
+    asyncio.run(work())
+
+
+def test_turns_give_what_the_cascade_gives(made: Path) -> None:
+    engine = cascade_of_two(made)
+    first = engine.tiers[0]
+    sure = sorted(answer(load(made, 1), TEXTS).outputs.confidence.tolist())
+    engine.tiers = (replace(first, threshold=sure[len(sure) // 2]), engine.tiers[1])
+    wanted = engine.run(engine.encoder.encode(TEXTS))
+    assert set(wanted.tier.tolist()) == {0, 1}
+
+    async def work() -> list[Said]:
+        queue = Queue(partial(begin, engine), partial(step, engine), 2, 30)
+        said = await asyncio.gather(*(queue.ask(TEXTS[i : i + 3]) for i in range(0, len(TEXTS) - 3, 3)))
+        queue.close()
+        return said
+
+    for i, said in enumerate(asyncio.run(work())):
+        part = slice(3 * i, 3 * i + 3)
+        assert said.outputs.tier.tolist() == wanted.tier[part].tolist()
+        assert np.allclose(said.outputs.logits, wanted.logits[part])
+        assert np.allclose(said.outputs.confidence, wanted.confidence[part])
 
 
 # --- exchange ---

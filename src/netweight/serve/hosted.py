@@ -21,7 +21,7 @@ from netweight.errors import ArtifactError, OptionError
 from netweight.monitor.log import read_fingerprint
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
-from netweight.serve.steady import Said, answer
+from netweight.serve.steady import Said, begin, step
 from netweight.signals import Fingerprint
 
 log = logging.getLogger("netweight.serve")
@@ -190,7 +190,13 @@ class Models:
         engine.warm()
         about = described(name, folder, engine)
         known = read_fingerprint(folder, manifest) if artifact.FINGERPRINT in manifest.files else None
-        queue = Queue(partial(answer, engine), self.patience, partial(self._observe, name))
+        queue = Queue(
+            partial(begin, engine),
+            partial(step, engine),
+            len(engine.tiers),
+            self.patience,
+            partial(self._observe, name),
+        )
         memory = max(resident() - held, artifact.size(folder, manifest))
         return Hosted(name, folder, engine, queue, about, known, memory)
 

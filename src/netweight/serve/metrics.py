@@ -37,8 +37,9 @@ class Metrics:
         self.registry.register(_Depth(models))
 
     def batch(self, model: str, rows: int, seconds: float) -> None:
-        """A batch was answered."""
-        self.batches.labels(model).observe(rows)
+        """A turn of a tier; `rows` that were begun in it."""
+        if rows:  # a later tier's turn begins none
+            self.batches.labels(model).observe(rows)
         self.busy.labels(model).inc(seconds)
 
     def said(self, hosted: Hosted, said: Said) -> None:

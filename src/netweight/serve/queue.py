@@ -2,9 +2,12 @@
 
 The engine is never kept idle: a request that finds it free is taken at once, and batches form by themselves while it
 works. (Waiting for company would only pay where a batch costs much more than its rows; static tiers have no such cost,
-and encoders reach their speed at a few rows.) How much is taken at a time, and how much may wait, follow from how fast
-the engine was so far: a batch takes some milliseconds, so that no request waits for a long one, and what would wait
-longer than `patience` is refused at once.
+and encoders reach their speed at a few rows.)
+
+Tiers take turns. What the first tier is sure of leaves at once; what it hands over waits for the next tier, in a line
+of its own, so that a request that is easily answered never waits for long behind hard ones, nor these for ever behind
+easy ones. How much is taken at a time, and how much may wait, follow from how fast the tiers were so far: a turn takes
+some milliseconds, and what would wait longer than `patience` is refused at once.
 """
 
 from __future__ import annotations
@@ -15,46 +18,91 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 
 from netweight.serve.problems import closing, full, late
-from netweight.serve.steady import Said
+from netweight.serve.steady import Said, Work
 
 # Characters of a token, roughly, and tokens that every text has: what a text weighs is known before it is encoded.
 _CHARACTERS, _SPECIALS = 4, 2
-_BATCH = 0.02  # seconds that a batch should take
-_FIRST_GUESS = 1e-5  # seconds of a token, before the first batch
-_MEMORY = 0.2  # weight of the newest batch in what is known about the engine's speed
+_TURN = 0.005  # seconds that a turn should take
+_FIRST_GUESS = 1e-5  # seconds of a token, before the first turn
+_MEMORY = 0.2  # weight of the newest turn in what is known about a tier's speed
 
-Answer = Callable[[Sequence[str], Sequence[str] | None], Said]
+Begin = Callable[[Sequence[str], Sequence[str] | None], Work]
+Step = Callable[[Work], Work]
 
 
 @dataclass(eq=False)
 class Asked:
-    """A request that waits."""
+    """A request that waits; `work` is None until its rows are encoded."""
 
     texts: Sequence[str]
     pairs: Sequence[str] | None
     deadline: float
     weight: int
     future: asyncio.Future[Said] = field(repr=False)
+    work: Work | None = None
+
+
+class _Line:
+    """Requests before one tier."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Asked] = deque()
+        self.weight = 0
+        self.each = _FIRST_GUESS  # seconds of a token
+
+    def add(self, asked: Asked) -> None:
+        self.waiting.append(asked)
+        self.weight += asked.weight
+
+    def took(self, weight: int, seconds: float) -> None:
+        self.each += _MEMORY * (seconds / max(1, weight) - self.each)
+
+    def taken(self) -> list[Asked]:
+        """Requests for one turn, at least one that is still wanted if there is any; late ones are told so."""
+        batch: list[Asked] = []
+        weight, now = 0, time.monotonic()
+        while self.waiting and (not batch or weight * self.each < _TURN):
+            asked = self.waiting[0]
+            if batch and (asked.pairs is None) != (batch[0].pairs is None):
+                break
+            self.waiting.popleft()
+            self.weight -= asked.weight
+            if asked.future.cancelled():
+                continue
+            if asked.deadline < now:
+                _tell([(asked, late())])
+                continue
+            batch.append(asked)
+            weight += asked.weight
+        return batch
 
 
 class Queue:
-    """Gives requests to one engine, in the order in which they came.
+    """Gives requests to one engine, in the order in which they came to each tier.
 
     Args:
-        answer: the engine; called in one thread of its own.
+        begin, step: of the engine; called in one thread of the queue's own.
+        tiers: how many there are.
         patience: seconds that a request may have to wait for the engine.
-        observe: told rows and seconds of each batch.
+        observe: told rows that were begun, and seconds, of each turn.
     """
 
     def __init__(
-        self, answer: Answer, patience: float = 0.1, observe: Callable[[int, float], None] = lambda rows, seconds: None
+        self,
+        begin: Begin,
+        step: Step,
+        tiers: int = 1,
+        patience: float = 0.1,
+        observe: Callable[[int, float], None] = lambda rows, seconds: None,
     ) -> None:
-        self._answer, self._patience, self._observe = answer, patience, observe
-        self._waiting: deque[Asked] = deque()
-        self._weight = 0
-        self._each = _FIRST_GUESS
+        self._begin, self._step, self._patience, self._observe = begin, step, patience, observe
+        self._lines = [_Line() for _ in range(tiers)]
+        self._turn = 0
+        # Of late: tokens that were begun, and seconds that tiers behind the first have taken.
+        self._begun, self._later = 1.0, 0.0
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -66,7 +114,7 @@ class Queue:
         return self._closed
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return sum(len(line.waiting) for line in self._lines)
 
     def ask(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, seconds: float = 30.0
@@ -77,13 +125,13 @@ class Queue:
         with self._changed:
             if self._closed:
                 raise closing()
-            wait = self._weight * self._each
-            if self._waiting and wait > self._patience:
+            handed = self._later / self._begun  # seconds of later tiers for each token
+            wait = sum(line.weight * line.each for line in self._lines) + self._lines[0].weight * handed
+            if len(self) and wait > self._patience:
                 raise full(wait)
             loop = asyncio.get_running_loop()
             asked = Asked(texts, pairs, time.monotonic() + seconds, weight, loop.create_future())
-            self._waiting.append(asked)
-            self._weight += weight
+            self._lines[0].add(asked)
             self._changed.notify()
         return asked.future
 
@@ -95,53 +143,74 @@ class Queue:
         self._thread.join(seconds)
 
     def _work(self) -> None:
-        while batch := self._next():
+        while (turn := self._next()) is not None:
+            i, batch = turn
+            if not batch:
+                continue
             began = time.monotonic()
-            texts = [text for asked in batch for text in asked.texts]
-            pairs = [pair for asked in batch for pair in asked.pairs or ()] if batch[0].pairs is not None else None
-            said: Said | Exception
+            weight = sum(asked.weight for asked in batch)
             try:
-                said = self._answer(texts, pairs)
+                done = self._step(self._together(batch))
+                told = self._parted(batch, done)
             except Exception as problem:
-                said = problem
+                told = [(asked, problem) for asked in batch]
             seconds = time.monotonic() - began
-            each = seconds / max(1, sum(asked.weight for asked in batch))
-            self._each += _MEMORY * (each - self._each)
-            self._observe(len(texts), seconds)
-            batch[0].future.get_loop().call_soon_threadsafe(_deliver, batch, said)
+            with self._changed:
+                self._lines[i].took(weight, seconds)
+                if i:
+                    self._later += seconds
+                else:
+                    self._begun, self._later = ((1 - _MEMORY) * x for x in (self._begun, self._later))
+                    self._begun += weight
+            self._observe(0 if i else sum(len(asked.texts) for asked in batch), seconds)
+            if told:
+                _tell(told)
 
-    def _next(self) -> list[Asked]:
-        """What is answered next; empty when the queue is closed and nothing waits."""
+    def _together(self, batch: Sequence[Asked]) -> Work:
+        """The rows of all requests, for one tier."""
+        if batch[0].work is not None:
+            return reduce(Work.joined, (asked.work for asked in batch if asked.work is not None))
+        texts = [text for asked in batch for text in asked.texts]
+        pairs = [pair for asked in batch for pair in asked.pairs or ()] if batch[0].pairs is not None else None
+        return self._begin(texts, pairs)
+
+    def _parted(self, batch: Sequence[Asked], done: Work) -> list[tuple[Asked, Said | Exception]]:
+        """Requests that are answered; the others wait for the next tier."""
+        told: list[tuple[Asked, Said | Exception]] = []
+        at = 0
+        for asked in batch:
+            part = done.stretch(at, at + len(asked.texts))
+            at += len(asked.texts)
+            if not part.open.any():
+                told.append((asked, part.said))
+                continue
+            asked.work, asked.weight = part, int(part.tokens.lengths[part.open].sum())
+            with self._changed:
+                self._lines[part.tier].add(asked)
+        return told
+
+    def _next(self) -> tuple[int, list[Asked]] | None:
+        """The tier whose turn it is, and its requests; None when the queue is closed and nothing waits."""
         with self._changed:
-            while True:
-                batch: list[Asked] = []
-                weight, now = 0, time.monotonic()
-                while self._waiting and (not batch or weight * self._each < _BATCH):
-                    asked = self._waiting[0]
-                    if batch and (asked.pairs is None) != (batch[0].pairs is None):
-                        break
-                    self._waiting.popleft()
-                    self._weight -= asked.weight
-                    if asked.future.cancelled():
-                        continue
-                    if asked.deadline < now:
-                        asked.future.get_loop().call_soon_threadsafe(_deliver, [asked], late())
-                        continue
-                    batch.append(asked)
-                    weight += asked.weight
-                if batch or (self._closed and not self._waiting):
-                    return batch
+            while not len(self):
+                if self._closed:
+                    return None
                 self._changed.wait()
+            count = len(self._lines)
+            following = [(self._turn + i) % count for i in range(1, count + 1)]
+            self._turn = next(i for i in following if self._lines[i].waiting)
+            return self._turn, self._lines[self._turn].taken()
 
 
-def _deliver(batch: Sequence[Asked], said: Said | Exception) -> None:
+def _tell(told: Sequence[tuple[Asked, Said | Exception]]) -> None:
+    told[0][0].future.get_loop().call_soon_threadsafe(_deliver, told)
+
+
+def _deliver(told: Sequence[tuple[Asked, Said | Exception]]) -> None:
     """In the event loop's thread."""
-    at = 0
-    for asked in batch:
-        end = at + len(asked.texts)
+    for asked, said in told:
         if not asked.future.done():
             if isinstance(said, Exception):
                 asked.future.set_exception(said)
             else:
-                asked.future.set_result(said.stretch(at, end))
-        at = end
+                asked.future.set_result(said)

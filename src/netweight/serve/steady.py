@@ -1,16 +1,16 @@
-"""An engine that goes on with the tiers that work when one of them fails."""
+"""Rows on their way through a cascade, one tier at a time, which goes on with the tiers that work when one fails."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs
-from netweight.engine.cascade import cascade
 from netweight.task import Floats
 
 log = logging.getLogger("netweight.serve")
@@ -29,29 +29,70 @@ class Said:
         return Said(Outputs(all_rows.logits[part], all_rows.confidence[part], all_rows.tier[part]), self.failed)
 
 
-def answer(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Said:
-    """What the cascade says. Where a tier fails, its rows keep the answer of the tier before, or go on to the next.
+@dataclass(frozen=True)
+class Work:
+    """n rows before tier `tier` is asked: what earlier tiers said, and which rows are still `open` (n,)."""
 
-    Raises what the last failing tier raised where no tier is left that answers.
-    """
+    tokens: Tokens
+    said: Said
+    open: NDArray[np.bool_]
+    tier: int = 0
+
+    def stretch(self, first: int, last: int) -> Work:
+        """The rows from `first` up to, not including, `last`."""
+        part = self.said.stretch(first, last)
+        return Work(self.tokens.stretch(first, last), part, self.open[first:last], self.tier)
+
+    def joined(self, other: Work) -> Work:
+        """These rows, and the other ones, which are before the same tier, behind them."""
+        one, two = self.said.outputs, other.said.outputs
+        outputs = Outputs(
+            np.concatenate([one.logits, two.logits]),
+            np.concatenate([one.confidence, two.confidence]),
+            np.concatenate([one.tier, two.tier]),
+        )
+        failed = tuple(dict.fromkeys((*self.said.failed, *other.said.failed)))
+        is_open = np.concatenate([self.open, other.open])
+        return Work(self.tokens.joined(other.tokens), Said(outputs, failed), is_open, self.tier)
+
+
+def begin(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Work:
+    """Encoded rows, before the first tier."""
     tokens = engine.encoder.encode(texts, pairs)
-    before = np.zeros((len(tokens), engine.task.outputs), np.float32)
-    failed: list[str] = []
-    last = len(engine.tiers) - 1
-    answered = np.full(len(tokens), -1)
+    n = len(tokens)
+    nothing = Outputs(np.zeros((n, engine.task.outputs), np.float32), np.zeros(n), np.full(n, -1))
+    return Work(tokens, Said(nothing), np.ones(n, bool))
 
-    def tier(i: int, rows: NDArray[np.int64]) -> Floats:
-        try:
-            before[rows] = engine.logits(i, tokens.take(rows))
-            answered[rows] = i
-        except Exception:
-            log.exception("tier %s failed on %d rows", engine.tiers[i].name, len(rows))
-            failed.append(engine.tiers[i].name)
-            if i == last and (answered[rows] < 0).any():
-                raise
-        return np.asarray(before[rows])
 
-    outputs = cascade(engine.task, engine.tiers, len(tokens), tier)
-    if (answered < 0).any():  # handed on by nobody: a threshold below any confidence
-        raise RuntimeError(f"{', '.join(failed)} failed, and no other tier was asked.")
-    return Said(Outputs(outputs.logits, outputs.confidence, answered), tuple(failed))
+def step(engine: Engine, work: Work) -> Work:
+    """What is known after the next tier has seen the rows that are open.
+
+    Where it fails, its rows go on to the tier after it; behind the last one they keep what an earlier tier said.
+    Raises what the last tier raised where nobody said anything.
+    """
+    i, tier, last = work.tier, engine.tiers[work.tier], work.tier == len(engine.tiers) - 1
+    rows = np.flatnonzero(work.open)
+    outputs = work.said.outputs
+    logits, sure, answered = outputs.logits.copy(), outputs.confidence.copy(), outputs.tier.copy()
+    still = np.zeros(len(work.open), bool)
+    failed = work.said.failed
+    try:
+        found: Floats = engine.logits(i, work.tokens if len(rows) == len(still) else work.tokens.take(rows))
+        logits[rows], answered[rows] = found, i
+        sure[rows] = engine.task.confidence(found, tier.temperature)
+        still[rows] = (sure[rows] < tier.threshold) & (not last)
+    except Exception:
+        log.exception("tier %s failed on %d rows", tier.name, len(rows))
+        failed += (tier.name,)
+        if last and (answered[rows] < 0).any():
+            raise
+        still[rows] = not last
+    return replace(work, said=Said(Outputs(logits, sure, answered), failed), open=still, tier=i + 1)
+
+
+def answer(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Said:
+    """All tiers, one after another."""
+    work = begin(engine, texts, pairs)
+    while work.open.any():
+        work = step(engine, work)
+    return work.said
