@@ -1,0 +1,23 @@
+// Elements. What comes from a server or a person goes into the page as text, never as markup.
+
+export const find = (id) => document.getElementById(id);
+
+function fill(element, given, children) {
+  for (const [name, value] of Object.entries(given)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined)); // strings become text nodes
+  return element;
+}
+
+export const make = (tag, given = {}, ...children) => fill(document.createElement(tag), given, children);
+
+export const draw = (tag, given = {}, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), given, children);
+
+// A variable of the style sheet; an attribute `style` would be refused by the page's own policy.
+export function styled(element, name, value) {
+  element.style.setProperty(name, value);
+  return element;
+}

@@ -1,0 +1,80 @@
+// Which words moved a decision: the text with each word tinted, underlined and numbered, and the strongest in a list.
+
+import { find, make, styled } from "./dom.js";
+import { count, fixed, percent, significant, signed, t } from "./language.js";
+
+const SHOWN = 8; // of the strongest words
+const FAINT = 0.05; // of the strongest: what is less carries no number
+const FLAT = 0.0005; // half of a tenth of a point: what is less is shown as nothing
+
+// Draw an explanation of texts; null while it is on its way, undefined where none was asked.
+export function showWords(texts, explained) {
+  const place = find("words");
+  place.hidden = explained === undefined;
+  place.setAttribute("aria-busy", String(explained === null));
+  if (explained === undefined) return;
+  const title = make("h3", {}, t("words"));
+  if (explained === null) {
+    place.replaceChildren(title, make("p", { class: "hint" }, t("wordsLooking")));
+    return;
+  }
+  const { prediction, words } = explained;
+  const scored = prediction.value !== undefined;
+  const most = Math.max(0, ...words.map((word) => Math.abs(word.weight)));
+  const flat = most < (scored ? 1e-9 : FLAT);
+  const say = (weight) => (scored ? (weight > 0 ? "+" : "") + significant(weight) : signed(100 * weight, Math.abs(weight) < 0.1 ? 1 : 0));
+  const lead = scored
+    ? t("wordsLeadScore", { value: significant(prediction.value) })
+    : t("wordsLead", { label: prediction.label, confidence: percent(prediction.confidence) });
+  place.replaceChildren(
+    title,
+    make("p", {}, lead),
+    ...texts.map((text, side) => marked(text, words.filter((word) => word.side === side), flat ? 0 : most, say)),
+    ...note(words, flat),
+    flat ? "" : strongest(words, prediction, most, say),
+  );
+}
+
+function note(words, flat) {
+  const runs = words.some((word) => /\S\s+\S/.test(word.text));
+  const keys = [!words.length ? "wordsNone" : flat ? "wordsFlat" : null, runs ? "wordsRuns" : null].filter(Boolean);
+  return keys.map((key) => make("p", { class: "hint" }, t(key)));
+}
+
+// Offsets count code points, which strings of JavaScript do not.
+function marked(text, words, most, say) {
+  const points = Array.from(text);
+  const line = make("p", { class: "words", dir: "auto" });
+  let at = 0;
+  for (const word of words) {
+    line.append(points.slice(at, word.start).join(""), most ? tinted(word, most, say) : word.text);
+    at = word.end;
+  }
+  line.append(points.slice(at).join(""));
+  return line;
+}
+
+function tinted(word, most, say) {
+  const share = Math.abs(word.weight) / most;
+  if (share < FAINT) return make("span", { title: t("wordsTitle", { word: word.text, weight: say(word.weight) }) }, word.text);
+  const ruby = make("ruby", { class: word.weight > 0 ? "for" : "against" }, word.text, make("rt", {}, say(word.weight)));
+  ruby.title = t("wordsTitle", { word: word.text, weight: say(word.weight) });
+  return styled(ruby, "--share", fixed(share, 3));
+}
+
+function strongest(words, prediction, most, say) {
+  const first = [...words].sort((one, other) => Math.abs(other.weight) - Math.abs(one.weight))
+    .filter((word) => Math.abs(word.weight) / most >= FAINT).slice(0, SHOWN);
+  const legend = make("p", { class: "legend hint" },
+    make("span", { class: "for" }, `+ ${t("wordsFor")}`), make("span", { class: "against" }, `− ${t("wordsAgainst")}`));
+  return make("div", { class: "strongest" },
+    make("h4", {}, t("wordsTop"), " ", make("span", { class: "hint" }, count(first.length))),
+    legend,
+    make("ol", {}, first.map((word) => {
+      const flips = word.label !== undefined && word.label !== prediction.label;
+      const beam = make("span", { class: "beam", "aria-hidden": "true" }, styled(make("span"), "--share", String(Math.abs(word.weight) / most)));
+      return make("li", { class: word.weight > 0 ? "for" : "against" },
+        make("span", { class: "word", dir: "auto" }, word.text), beam, make("span", { class: "n" }, say(word.weight)),
+        flips ? make("span", { class: "flip" }, t("wordsFlip", { label: word.label })) : null);
+    })));
+}
