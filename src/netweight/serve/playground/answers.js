@@ -1,6 +1,6 @@
 // Rows of texts, what the model says of each, and the choice of one.
 
-import { find, make, styled } from "./dom.js";
+import { breakable, find, make, styled } from "./dom.js";
 import { count, fixed, percent, significant, t } from "./language.js";
 
 // Draw `asked` = {rows, reply, ms, chosen}; `choose(i)` is called with the row that a person picks.
@@ -34,7 +34,7 @@ function line(row, said, chosen, pick) {
   const button = make("button", { type: "button", "aria-pressed": String(chosen), dir: "auto", onclick: pick, onkeydown: step }, row.join(" ⇥ "));
   const answer = said.value !== undefined
     ? [cell("answer", significant(said.value))]
-    : [cell("answer", said.label), cell("sure", bar(said.confidence), percent(said.confidence))];
+    : [cell("answer", breakable(said.label)), cell("sure", bar(said.confidence), percent(said.confidence))];
   return make("tr", { role: "row", class: chosen ? "chosen" : null }, cell("asked", button), answer, cell("tier", said.tier));
 }
 

@@ -8,8 +8,8 @@ const KINDS = { certified: "good", "not certified": "warn", worse: "bad" };
 // Draw what `GET v1/models` says of one.
 export function showCertificate(model) {
   find("certificate").replaceChildren(
-    make("div", { class: "proof" }, model.certificate ? proof(model.certificate) : make("p", {}, t("certificateNone"))),
-    make("div", { class: "measured" }, model.measurements ? measured(model) : make("p", {}, t("measurementsNone"))),
+    make("div", { class: "proof" }, make("h3", {}, t("certificate")), model.certificate ? proof(model.certificate) : make("p", {}, t("certificateNone"))),
+    make("div", { class: "measured" }, make("h3", {}, t("measurements")), model.measurements ? measured(model) : make("p", {}, t("measurementsNone"))),
   );
 }
 
@@ -88,7 +88,6 @@ function measured(model) {
   const ms = (v) => (v === undefined ? "–" : `${significant(v)} ms`);
   const commit = machine.commit ? t("commit", { commit: machine.commit }) : "";
   return [
-    make("h3", {}, t("measurements")),
     make("ul", { class: "cards" },
       card(t("rate"), mine.rows_per_second, theirs.rows_per_second, count, "faster", "slower", true),
       card(t("p50"), mine.p50, theirs.p50, ms, "faster", "slower"),

@@ -7,7 +7,7 @@ function fill(element, given, children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined)); // strings become text nodes
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined)); // strings become text nodes
   return element;
 }
 
@@ -15,6 +15,9 @@ export const make = (tag, given = {}, ...children) => fill(document.createElemen
 
 export const draw = (tag, given = {}, ...children) =>
   fill(document.createElementNS("http://www.w3.org/2000/svg", tag), given, children);
+
+// A name that may break after its underscores, dashes and slashes.
+export const breakable = (name) => name.split(/(?<=[_\-/.])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 
 // A variable of the style sheet; an attribute `style` would be refused by the page's own policy.
 export function styled(element, name, value) {

@@ -34,10 +34,11 @@ function show() {
 }
 
 // Do something that the server may refuse; what it says is shown at `where`.
-async function attempt(where, work) {
+async function attempt(where, doing) {
   wrong[where] = null;
+  find(`${where}-problem`).textContent = "";
   try {
-    await work();
+    await doing();
   } catch (refused) {
     wrong[where] = () => problem(refused);
     if (refused.code === "no-key") find("door").hidden = false;
@@ -80,15 +81,23 @@ async function ask() {
   if (!given) return show();
   const name = find("model").value;
   const body = find("pairs").checked ? { pairs: given } : { texts: given.map(([text]) => text) };
-  busy = true;
+  work(true);
   find("said").textContent = t("asking");
   await attempt("ask", async () => {
     const began = performance.now();
     const reply = await (await request(place(name, "predict"), body)).json();
     [asked, explained] = [{ name, rows: given, reply, ms: performance.now() - began, chosen: 0 }, new Map()];
   });
-  busy = false;
-  if (asked && !wrong.ask) await choose(0);
+  if (!asked || wrong.ask) return work(false);
+  const title = find("answers-title");
+  if (title.getBoundingClientRect().bottom > innerHeight) title.scrollIntoView(); // a phone
+  await choose(0);
+  work(false);
+}
+
+function work(now) {
+  busy = now;
+  find("results").setAttribute("aria-busy", String(now));
 }
 
 async function choose(row) {

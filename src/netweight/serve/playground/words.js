@@ -1,10 +1,10 @@
 // Which words moved a decision: the text with each word tinted, underlined and numbered, and the strongest in a list.
 
 import { find, make, styled } from "./dom.js";
-import { count, fixed, percent, significant, signed, t } from "./language.js";
+import { percent, significant, signed, t } from "./language.js";
 
 const SHOWN = 8; // of the strongest words
-const FAINT = 0.05; // of the strongest: what is less carries no number
+const FAINT = 0.02; // of the strongest: what is less carries no number
 const FLAT = 0.0005; // half of a tenth of a point: what is less is shown as nothing
 
 // Draw an explanation of texts; null while it is on its way, undefined where none was asked.
@@ -57,9 +57,9 @@ function marked(text, words, most, say) {
 function tinted(word, most, say) {
   const share = Math.abs(word.weight) / most;
   if (share < FAINT) return make("span", { title: t("wordsTitle", { word: word.text, weight: say(word.weight) }) }, word.text);
-  const ruby = make("ruby", { class: word.weight > 0 ? "for" : "against" }, word.text, make("rt", {}, say(word.weight)));
-  ruby.title = t("wordsTitle", { word: word.text, weight: say(word.weight) });
-  return styled(ruby, "--share", fixed(share, 3));
+  const title = t("wordsTitle", { word: word.text, weight: say(word.weight) });
+  const mark = make("mark", { class: word.weight > 0 ? "for" : "against", title }, word.text, make("small", {}, say(word.weight)));
+  return styled(mark, "--share", share.toFixed(3));
 }
 
 function strongest(words, prediction, most, say) {
@@ -68,7 +68,7 @@ function strongest(words, prediction, most, say) {
   const legend = make("p", { class: "legend hint" },
     make("span", { class: "for" }, `+ ${t("wordsFor")}`), make("span", { class: "against" }, `− ${t("wordsAgainst")}`));
   return make("div", { class: "strongest" },
-    make("h4", {}, t("wordsTop"), " ", make("span", { class: "hint" }, count(first.length))),
+    make("h4", {}, t("wordsTop")),
     legend,
     make("ol", {}, first.map((word) => {
       const flips = word.label !== undefined && word.label !== prediction.label;
