@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -41,7 +43,7 @@ def test_words(text: str, wanted: list[str]) -> None:
 def test_words_hold_every_character_but_spaces_exactly_once(text: str) -> None:
     spans = words(text)
     assert all(start < end for start, end in spans)
-    assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:])), "in order, none over another"
+    assert all(one[1] <= other[0] for one, other in pairwise(spans)), "in order, none over another"
     held = [at for start, end in spans for at in range(start, end)]
     assert held == [at for at, character in enumerate(text) if not character.isspace()]
 
@@ -56,9 +58,10 @@ def test_pieces_are_runs_of_words_and_few(texts: list[str], most: int) -> None:
         assert [piece.start for piece in mine] == [s for s in starts if s in {p.start for p in mine}]
         assert all(piece.end in ends for piece in mine)
         assert not mine or (mine[0].start, mine[-1].end) == (starts[0], ends[-1])
-        between = [text[one.end : other.start] for one, other in zip(mine, mine[1:])]
+        between = [text[one.end : other.start] for one, other in pairwise(mine)]
         assert all(not gap.strip() for gap in between), "no word between two pieces"
         assert bool(mine) == bool(spans)
+        assert sum(piece.count for piece in mine) == len(spans)
 
 
 def test_a_text_of_few_words_has_one_piece_for_each() -> None:

@@ -80,6 +80,7 @@ def test_both_texts_of_a_pair_are_looked_at(server: Server) -> None:
 def test_long_texts_cost_a_bounded_number_of_rows_and_empty_ones_none(server: Server) -> None:
     said = explain(server, {"text": "zip " * 1000}).json()
     assert 1 < len(said["words"]) <= MOST_PIECES
+    assert sum(word["count"] for word in said["words"]) == 1000
     assert explain(server, {"text": " "}).json()["words"] == []
     text = server.get("/metrics").text
     assert "netweight_rows_total" not in re.sub("#.*", "", text), "rows without a word are nobody's texts"
@@ -226,14 +227,17 @@ class Browser:
 
     def open(self, url: str = "") -> None:
         self.driver.get(url or self.url)
-        until(lambda: bool(self.js("return document.getElementById('model').value") or self.text("door")), 30)
+        ready = "return document.getElementById('model').value !== '' || !document.getElementById('door').hidden"
+        until(lambda: bool(self.js(ready)), 30)
 
     def js(self, code: str, *given: Any) -> Any:
         return self.driver.execute_script(code, *given)
 
     def text(self, ident: str) -> str:
         """What is seen of an element."""
-        return str(self.js("return document.getElementById(arguments[0]).innerText", ident)).strip()
+        return (
+            str(self.js("return document.getElementById(arguments[0]).innerText", ident)).replace("\xa0", " ").strip()
+        )
 
     def press(self, *keys: str) -> None:
         """To whatever has the focus."""
@@ -378,7 +382,7 @@ def test_a_phone(browser: Browser) -> None:
 def test_live_charts(browser: Browser) -> None:
     def drawn() -> Any:
         browser.ask(TEXT)
-        return browser.js("return [...document.querySelectorAll('.chart .first')].map(e => e.getAttribute('d'))")
+        return browser.js("return [...document.querySelectorAll('.chart .first:not(.now)')].map(e => e.getAttribute('d'))")
 
     until(lambda: all("M" in one for one in drawn()), 40)
     until(lambda: "L" in drawn()[0], 40)

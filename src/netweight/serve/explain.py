@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,7 +34,7 @@ def explanations(app: FastAPI, models: Models, body: Body, ask: Ask) -> None:
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}},
     )
     async def explain(name: str, request: Request) -> Response:
-        """What the label's probability (or the value) loses when each word is left out, in one request to the engine."""
+        """What the label's probability (or the value) loses when each word is left out; one request to the engine."""
         models[name]  # before the body is read
         asked = words_question(await body(request))
         texts = [asked.text] if asked.text is not None else list(asked.pair or ())
@@ -58,7 +59,7 @@ def explained(hosted: Hosted, said: Said, texts: list[str], left_out: tuple[Piec
     task, tiers = engine.task, engine.tiers
     moved = weights(task, [tier.temperature for tier in tiers], outputs).round(6).tolist()
     words: list[dict[str, Any]] = [
-        {"text": texts[p.side][p.start : p.end], "side": p.side, "start": p.start, "end": p.end, "weight": weight}
+        {"text": texts[p.side][p.start : p.end], **asdict(p), "weight": weight}
         for p, weight in zip(left_out, moved, strict=True)
     ]
     whole: dict[str, Any] = {"tier": tiers[outputs.tier[0]].name}

@@ -29,12 +29,13 @@ _JOINERS = ("Cf", "Mc", "Me", "Mn", "Sk")  # accents, vowel signs, variation sel
 
 @dataclass(frozen=True)
 class Piece:
-    """A word, or several in a long text: characters `start` up to, not including, `end` (Unicode code points) of the
-    first (0) or second (1) text."""
+    """A word, or `count` of them in a long text: characters `start` up to, not including, `end` (Unicode code points)
+    of the first (0) or second (1) text."""
 
     side: int
     start: int
     end: int
+    count: int = 1
 
 
 def words(text: str) -> list[tuple[int, int]]:
@@ -78,9 +79,9 @@ def pieces(texts: Sequence[str], most: int = MOST_PIECES) -> tuple[Piece, ...]:
     while sum(-(-len(one) // size) for one in spans) > most:
         size += 1
     return tuple(
-        Piece(side, one[i][0], one[min(i + size, len(one)) - 1][1])
+        Piece(side, run[0][0], run[-1][1], len(run))
         for side, one in enumerate(spans)
-        for i in range(0, len(one), size)
+        for run in (one[i : i + size] for i in range(0, len(one), size))
     )
 
 

@@ -89,6 +89,7 @@ class Word(BaseModel):
     side: int = Field(description="0, or 1 in the second text of a pair.")
     start: int = Field(description="Where it begins, in Unicode code points.")
     end: int = Field(description="Where it ends: the first code point after it.")
+    count: int = Field(description="How many words it is: more than one where the text has many.")
     weight: float = Field(
         description="How far the label's probability (or the value) falls when the word is left out; "
         "below 0, the word spoke against it."

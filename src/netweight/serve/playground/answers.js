@@ -1,19 +1,19 @@
 // Rows of texts, what the model says of each, and the choice of one.
 
-import { breakable, find, make, styled } from "./dom.js";
+import { breakable, find, make, say, styled } from "./dom.js";
 import { count, fixed, percent, significant, t } from "./language.js";
 
 // Draw `asked` = {rows, reply, ms, chosen}; `choose(i)` is called with the row that a person picks.
 export function showAnswers(asked, choose) {
   find("answers").hidden = !asked;
   if (!asked) {
-    find("said").textContent = t("nothing");
+    say("said", t("nothing"));
     return;
   }
   const { rows, reply, ms, chosen } = asked;
   const texts = rows.length === 1 ? t("row") : t("rows", { n: count(rows.length) });
   const failed = reply.degraded.length ? ` ${t("degraded", { tiers: reply.degraded.join(", ") })}` : "";
-  find("said").textContent = t("said", { rows: texts, ms: ms < 10 ? fixed(ms, 1) : count(ms) }) + failed;
+  say("said", t("said", { rows: texts, ms: ms < 10 ? fixed(ms, 1) : count(ms) }) + failed);
   const scored = reply.predictions.some((one) => one.value !== undefined);
   const names = ["text", ...(scored ? ["value"] : ["label", "confidence"]), "tier"];
   const buttons = () => [...find("answers").querySelectorAll("tbody button")];
@@ -31,7 +31,7 @@ export function showAnswers(asked, choose) {
 
 function line(row, said, chosen, pick) {
   const cell = (kind, ...children) => make("td", { role: "cell", class: kind }, ...children);
-  const button = make("button", { type: "button", "aria-pressed": String(chosen), dir: "auto", onclick: pick, onkeydown: step }, row.join(" ⇥ "));
+  const button = make("button", { type: "button", "aria-pressed": String(chosen), dir: "auto", onclick: pick, onkeydown: step }, make("span", {}, row.join(" ⇥ ")));
   const answer = said.value !== undefined
     ? [cell("answer", significant(said.value))]
     : [cell("answer", breakable(said.label)), cell("sure", bar(said.confidence), percent(said.confidence))];

@@ -42,7 +42,7 @@ function proof(certificate) {
   const metric = registration.task.metric;
   const final = tested.find((one) => one.candidate.digest === shipped.digest) ?? tested[tested.length - 1];
   const say = scale(metric, reference.value);
-  const sure = percent(registration.confidence, 1).replace(/[.,]0 %/, " %");
+  const sure = percent(registration.confidence, 1).replace(/[.,]0\u00a0/, "\u00a0");
   const sentence = t(`sentence:${verdict}`, {
     metric: t(`metric:${metric}`), falls: t(metric === "mae" ? "rises" : "drops"), margin: say.margin(final.margin),
     confidence: sure, rows: count(registration.rows), reference: registration.reference.name,
@@ -85,7 +85,7 @@ function plot(final, say, drop) {
 function measured(model) {
   const { shipped, reference, machine } = model.measurements;
   const [mine, theirs] = [shipped.timing ?? {}, reference.timing ?? {}];
-  const ms = (v) => (v === undefined ? "–" : `${significant(v)} ms`);
+  const ms = (v) => (v === undefined ? "–" : `${significant(v)}\u00a0ms`);
   const commit = machine.commit ? t("commit", { commit: machine.commit }) : "";
   return [
     make("ul", { class: "cards" },

@@ -2,6 +2,11 @@
 
 export const find = (id) => document.getElementById(id);
 
+// Say something in a place that is read aloud when it changes: not again where it says so already.
+export function say(id, text) {
+  if (find(id).textContent !== text) find(id).textContent = text;
+}
+
 function fill(element, given, children) {
   for (const [name, value] of Object.entries(given)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

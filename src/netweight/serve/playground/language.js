@@ -37,13 +37,13 @@ const missing = (say) => (value) => (value === null || value === undefined || Nu
 export const count = missing(format({ maximumFractionDigits: 0 }));
 export const significant = missing(format({ maximumSignificantDigits: 3 }));
 export const fixed = (value, digits) => missing(format({ minimumFractionDigits: digits, maximumFractionDigits: digits }))(value);
-export const percent = (share, digits = 1) => (Number.isNaN(share) ? "–" : `${fixed(100 * share, digits)} %`);
+export const percent = (share, digits = 1) => (Number.isNaN(share) ? "–" : `${fixed(100 * share, digits)}\u00a0%`);
 export const signed = (value, digits) => (value > 0 ? "+" : "") + fixed(value, digits);
 
 // Bytes in kB, MB or GB of 1,000.
 export function size(bytes) {
   for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
-    if (bytes >= scale) return `${significant(bytes / scale)} ${unit}`;
+    if (bytes >= scale) return `${significant(bytes / scale)}\u00a0${unit}`;
   }
   return missing((n) => `${count(n)} B`)(bytes);
 }

@@ -1,6 +1,6 @@
 // Charts of what the server does now, from /metrics, for as long as somebody looks.
 
-import { draw, find, make } from "./dom.js";
+import { draw, find, make, say as write } from "./dom.js";
 import { count, fixed, percent, problem, significant, t } from "./language.js";
 import { between, reading } from "./prometheus.js";
 import { hasKey, request } from "./server.js";
@@ -64,7 +64,7 @@ export function show() {
   find("pause").textContent = t(paused ? "resume" : "pause");
   find("pause").setAttribute("aria-pressed", String(paused));
   find("live-hint").textContent = t(hasKey() ? "liveHintSlow" : "liveHint");
-  find("live-problem").textContent = trouble;
+  write("live-problem", trouble);
   const many = (model?.tiers.length ?? 0) > 1;
   const last = points[points.length - 1] ?? { requests: NaN, rows: NaN, p50: NaN, p95: NaN, handed: NaN };
   const of = (name) => points.map((point) => point[name]);
@@ -81,7 +81,10 @@ function chart(name, series, say, now, more, top = 0) {
   const high = top || nice(most);
   const x = (i) => WIDE - ((series[0].length - 1 - i) * WIDE) / (POINTS - 1);
   const y = (v) => HIGH - 4 - (v / high) * (HIGH - 8);
-  const lines = series.map((values, k) => draw("path", { d: path(values, x, y), class: k ? "second" : "first" }));
+  const lines = series.flatMap((values, k) => [
+    draw("path", { d: path(values, x, y), class: k ? "second" : "first" }),
+    draw("path", { d: path(values.map((v, i) => (i === values.length - 1 ? v : NaN)), x, y), class: `now ${k ? "second" : "first"}` }),
+  ]);
   return make("figure", { class: "chart" },
     make("figcaption", {}, make("span", {}, name), make("b", {}, now), make("span", { class: "hint" }, more)),
     make("span", { class: "top hint", "aria-hidden": "true" }, say(high)),

@@ -2,7 +2,7 @@
 
 import { showAnswers } from "./answers.js";
 import { showCertificate } from "./certificate.js";
-import { find, make } from "./dom.js";
+import { find, make, say } from "./dom.js";
 import { count, problem, speak, t } from "./language.js";
 import * as live from "./live.js";
 import { model as place, request, useKey } from "./server.js";
@@ -24,10 +24,12 @@ function show() {
     find("model-hint").textContent = t(model.task === "score" ? "modelHintScore" : "modelHint", said);
     showCertificate(model);
   }
+  const closed = !find("door").hidden && !models.length;
+  for (const part of document.querySelectorAll("[data-with-key]")) part.hidden = closed;
   const pairs = find("pairs").checked;
   find("texts-label").textContent = t(pairs ? "textsPairs" : "texts");
   find("tab").hidden = !pairs;
-  for (const [name, say] of Object.entries(wrong)) find(`${name}-problem`).textContent = say ? say() : "";
+  for (const [name, words] of Object.entries(wrong)) say(`${name}-problem`, words ? words() : "");
   showAnswers(asked, choose);
   showWords(asked?.rows[asked.chosen] ?? [], asked ? explained.get(asked.chosen) : undefined);
   live.show();
@@ -36,12 +38,15 @@ function show() {
 // Do something that the server may refuse; what it says is shown at `where`.
 async function attempt(where, doing) {
   wrong[where] = null;
-  find(`${where}-problem`).textContent = "";
+  say(`${where}-problem`, "");
   try {
     await doing();
   } catch (refused) {
     wrong[where] = () => problem(refused);
-    if (refused.code === "no-key") find("door").hidden = false;
+    if (refused.code === "no-key") {
+      find("door").hidden = false;
+      find("key").focus();
+    }
   }
   show();
 }
@@ -82,7 +87,7 @@ async function ask() {
   const name = find("model").value;
   const body = find("pairs").checked ? { pairs: given } : { texts: given.map(([text]) => text) };
   work(true);
-  find("said").textContent = t("asking");
+  say("said", t("asking"));
   await attempt("ask", async () => {
     const began = performance.now();
     const reply = await (await request(place(name, "predict"), body)).json();

@@ -27,7 +27,7 @@ export const STRINGS = {
   textsPairs: ["Pairs of texts, one on each line", "文本对，每行一对"],
   pairs: ["Pairs: a tab between two texts", "文本对：两条文本之间用制表符隔开"],
   tab: ["Insert a tab", "插入制表符"],
-  examples: ["Use examples", "使用示例"],
+  examples: ["Examples", "示例"],
   exampleTexts: [
     "The zip broke after a week, I want my money back.\nFits perfectly and feels lovely.\nWhere is my parcel? It should have come on Monday.",
     "拉链一周就坏了，我要退款。\n非常合身，手感很好。\n我的包裹在哪里？本来周一就该到了。",

@@ -21,7 +21,8 @@ export function showWords(texts, explained) {
   const { prediction, words } = explained;
   const scored = prediction.value !== undefined;
   const most = Math.max(0, ...words.map((word) => Math.abs(word.weight)));
-  const flat = most < (scored ? 1e-9 : FLAT);
+  const nothing = scored ? 1e-9 : FLAT;
+  const flat = most < nothing;
   const say = (weight) => (scored ? (weight > 0 ? "+" : "") + significant(weight) : signed(100 * weight, Math.abs(weight) < 0.1 ? 1 : 0));
   const lead = scored
     ? t("wordsLeadScore", { value: significant(prediction.value) })
@@ -29,36 +30,37 @@ export function showWords(texts, explained) {
   place.replaceChildren(
     title,
     make("p", {}, lead),
-    ...texts.map((text, side) => marked(text, words.filter((word) => word.side === side), flat ? 0 : most, say)),
+    ...texts.map((text, side) => marked(text, words.filter((word) => word.side === side), flat ? 0 : most, nothing, say)),
     ...note(words, flat),
-    flat ? "" : strongest(words, prediction, most, say),
+    flat ? "" : strongest(words.filter((word) => Math.abs(word.weight) >= nothing), prediction, most, say),
   );
 }
 
 function note(words, flat) {
-  const runs = words.some((word) => /\S\s+\S/.test(word.text));
+  const runs = words.some((word) => word.count > 1);
   const keys = [!words.length ? "wordsNone" : flat ? "wordsFlat" : null, runs ? "wordsRuns" : null].filter(Boolean);
   return keys.map((key) => make("p", { class: "hint" }, t(key)));
 }
 
 // Offsets count code points, which strings of JavaScript do not.
-function marked(text, words, most, say) {
+function marked(text, words, most, flat, say) {
   const points = Array.from(text);
   const line = make("p", { class: "words", dir: "auto" });
   let at = 0;
   for (const word of words) {
-    line.append(points.slice(at, word.start).join(""), most ? tinted(word, most, say) : word.text);
+    line.append(points.slice(at, word.start).join(""), most ? tinted(word, most, flat, say) : word.text);
     at = word.end;
   }
   line.append(points.slice(at).join(""));
   return line;
 }
 
-function tinted(word, most, say) {
+function tinted(word, most, flat, say) {
   const share = Math.abs(word.weight) / most;
-  if (share < FAINT) return make("span", { title: t("wordsTitle", { word: word.text, weight: say(word.weight) }) }, word.text);
   const title = t("wordsTitle", { word: word.text, weight: say(word.weight) });
-  const mark = make("mark", { class: word.weight > 0 ? "for" : "against", title }, word.text, make("small", {}, say(word.weight)));
+  if (share < FAINT || Math.abs(word.weight) < flat) return make("span", { title }, word.text);
+  const kind = `${word.weight > 0 ? "for" : "against"}${word.text.length < 20 ? " short" : ""}`; // its number stays beside it
+  const mark = make("mark", { class: kind, title }, word.text, make("small", {}, say(word.weight)));
   return styled(mark, "--share", share.toFixed(3));
 }
 
