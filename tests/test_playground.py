@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+import netweight
 from conftest import GOOD, KIND, MEAN, Shop, tiny_encoder
 from netweight import artifact
 from netweight.artifact import Tier
@@ -34,7 +35,7 @@ from test_keys import Door
 from test_serve import Server, cascade_of_two
 from test_server import Process, until
 
-FILES = Path(str(__import__("netweight").__file__)).parent / "serve" / "playground"
+FILES = Path(netweight.__file__).parent / "serve" / "playground"
 TEXT = f"my {KIND[3]} coat was {MEAN[5]}, {KIND[7]}!"
 
 
@@ -382,7 +383,9 @@ def test_a_phone(browser: Browser) -> None:
 def test_live_charts(browser: Browser) -> None:
     def drawn() -> Any:
         browser.ask(TEXT)
-        return browser.js("return [...document.querySelectorAll('.chart .first:not(.now)')].map(e => e.getAttribute('d'))")
+        return browser.js(
+            "return [...document.querySelectorAll('.chart .first:not(.now)')].map(e => e.getAttribute('d'))"
+        )
 
     until(lambda: all("M" in one for one in drawn()), 40)
     until(lambda: "L" in drawn()[0], 40)
@@ -403,28 +406,30 @@ def test_live_charts(browser: Browser) -> None:
 
 
 def test_rates_between_two_readings(browser: Browser) -> None:
-    def metrics(requests: int, fast: int, first: int, second: int) -> str:
+    def metrics(requests: int, fast: int, first: int, second: int, born: float = 1.7e9) -> str:
         return f"""# HELP netweight_requests_total of all
 netweight_requests_total{{model="a \\"b\\"",status="200"}} {requests}.0
 netweight_requests_total{{model="other",status="200"}} 1e+06
 netweight_request_seconds_bucket{{le="0.01",model="a \\"b\\""}} {fast}
 netweight_request_seconds_bucket{{le="0.02",model="a \\"b\\""}} {requests}
 netweight_request_seconds_bucket{{le="+Inf",model="a \\"b\\""}} {requests}
+netweight_request_seconds_created{{model="a \\"b\\""}} {born}
 netweight_rows_total{{model="a \\"b\\"",tier="one"}} {first}
 netweight_rows_total{{model="a \\"b\\"",tier="two"}} {second}
 """
 
     found = browser.driver.execute_async_script(
-        """const [before, after, done] = arguments;
+        """const [before, after, elsewhere, done] = arguments;
         import('/playground/prometheus.js').then(({between, reading}) => {
-          const [one, other] = [before, after].map((text) => reading(text, 'a "b"'));
-          done([between(one, other, 2, 'one'), between(other, one, 2, 'one')]);
+          const [one, other, third] = [before, after, elsewhere].map((text) => reading(text, 'a "b"'));
+          done([between(one, other, 2, 'one'), between(other, one, 2, 'one'), between(one, third, 2, 'one')]);
         });""",
         metrics(10, 10, 10, 0),
         metrics(30, 20, 40, 10),
+        metrics(99, 50, 99, 10, 1.6e9),
     )
     # Twenty requests in two seconds, half of them under 10 ms; 40 rows, of which the second tier answered 10.
-    assert found == [{"requests": 10, "rows": 20, "p50": 10, "p95": pytest.approx(19), "handed": 0.25}, None]
+    assert found == [{"requests": 10, "rows": 20, "p50": 10, "p95": pytest.approx(19), "handed": 0.25}, None, None]
 
 
 def test_problems_are_shown_in_words(browser: Browser) -> None:
@@ -445,6 +450,51 @@ def test_problems_are_shown_in_words(browser: Browser) -> None:
     browser.open()
     browser.ask("word " * 2500)
     until(lambda: "at most 10000 characters" in browser.text("words-problem"))
+
+
+def test_scores_and_every_verdict_are_said_in_words(browser: Browser) -> None:
+    """No server here predicts a number: the page is told answers of one that does."""
+    word = {"text": "one", "side": 0, "start": 0, "end": 3, "count": 1, "weight": -0.25}
+    answers = {
+        "predict": {"predictions": [{"value": 3.5, "tier": "static"}], "degraded": ["full"]},
+        "explain": {"prediction": {"value": 3.5, "tier": "static"}, "words": [word], "degraded": []},
+    }
+    browser.js(
+        """const usual = window.fetch, [answers] = arguments;
+        window.fetch = async (path, given) => {
+          const said = answers[String(path).split('/').pop()];
+          return said ? new Response(JSON.stringify(said)) : usual(path, given);
+        };""",
+        answers,
+    )
+    browser.ask("one")
+    assert re.search(r"Text\s+Value\s+Tier\s+one\s+3.5\s+static", browser.text("answers"))
+    assert "Without full, which failed." in browser.text("said")
+    assert "The value is 3.5." in browser.text("words")
+    assert "−0.25" in browser.text("words")
+    said = browser.driver.execute_async_script(
+        """const [done] = arguments, said = [];
+        (async () => {
+          const { showCertificate } = await import('/playground/certificate.js');
+          const { speak } = await import('/playground/language.js');
+          const [model] = (await (await fetch('/v1/models')).json()).models;
+          for (const language of ['en', 'zh']) for (const metric of ['accuracy', 'macro-f1', 'spearman', 'mae'])
+            for (const verdict of ['certified', 'not certified', 'worse']) {
+              speak(language);
+              const task = { ...model.certificate.registration.task, metric };
+              const registration = { ...model.certificate.registration, task };
+              showCertificate({ ...model, certificate: { ...model.certificate, verdict, registration } });
+              said.push(document.getElementById('certificate').innerText);
+            }
+          showCertificate({ tiers: [] });
+          done([...said, document.getElementById('certificate').innerText]);
+        })();"""
+    )
+    assert len(set(said)) == 25
+    for text in said:
+        assert not re.search(r"undefined|NaN|null|[{}]|sentence:|metric:|point:", text), text
+    assert "平均绝对误差上升" in said[21]
+    assert "此工件没有证书。" in said[-1]
 
 
 def test_markup_is_text(browser: Browser) -> None:

@@ -24,6 +24,7 @@ export function reading(text, model) {
   const lines = parse(text, model);
   const only = (name) => lines.filter((line) => line.name === name);
   return {
+    process: only("netweight_request_seconds_created")[0]?.value, // when it first counted: no two agree to a microsecond
     requests: only("netweight_requests_total").reduce((sum, line) => sum + line.value, 0),
     tiers: new Map(only("netweight_rows_total").map((line) => [line.labels.tier, line.value])),
     bounds: only("netweight_request_seconds_bucket")
@@ -32,7 +33,7 @@ export function reading(text, model) {
   };
 }
 
-// Rates between two readings that lie `seconds` apart; null where counters went back: another process answered.
+// Rates between two readings that lie `seconds` apart; null where another process answered, or counters went back.
 // p50 and p95 in milliseconds, the share of rows that the first tier handed on; NaN where nothing was asked.
 export function between(before, after, seconds, firstTier) {
   const passed = (tier) => (after.tiers.get(tier) ?? 0) - (before.tiers.get(tier) ?? 0);
@@ -40,6 +41,7 @@ export function between(before, after, seconds, firstTier) {
   const earlier = new Map(before.bounds);
   const bounds = after.bounds.map(([bound, count]) => [bound, count - (earlier.get(bound) ?? 0)]);
   const requests = after.requests - before.requests;
+  if (before.process !== undefined && before.process !== after.process) return null;
   if (requests < 0 || rows.some((n) => n < 0) || bounds.some(([, n]) => n < 0)) return null;
   const all = rows.reduce((sum, n) => sum + n, 0);
   return {
