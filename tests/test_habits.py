@@ -299,4 +299,4 @@ def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
     both = set(locked) & set(constrained)
     assert {name: locked[name] for name in both} == {name: constrained[name] for name in both}
     # What the lock has beyond the constraints is for other platforms.
-    assert set(locked) - both <= {"colorama", "httpx2-jsfetch", "setuptools"}
+    assert set(locked) - both <= {"cffi", "colorama", "httpx2-jsfetch", "pycparser", "setuptools"}

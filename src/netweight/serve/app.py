@@ -17,10 +17,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
+from netweight.serve.explain import explanations
 from netweight.serve.guard import Guard
 from netweight.serve.hosted import Hosted, Models
 from netweight.serve.keys import Gate
 from netweight.serve.metrics import Metrics
+from netweight.serve.pages import playground
 from netweight.serve.problems import Problem
 from netweight.serve.recorder import Recorder
 from netweight.serve.schema import MOST_BYTES, Fault, Question, Reply, question, responses
@@ -81,7 +83,9 @@ def application(
             metrics.requests.labels(known, status).inc()
             metrics.latency.labels(known).observe(time.perf_counter() - began)
 
+    explanations(app, models, _body, _answered)
     _beside(app, models, metrics)
+    playground(app)
     if keys is not None:
         app.add_middleware(Gate, path=keys)
     app.add_middleware(Guard, patience=models.patience)  # added last, so it is the outermost

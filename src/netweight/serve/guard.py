@@ -45,11 +45,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    *_HEADERS,
-                    (b"x-request-id", scope["request_id"].encode()),
-                ]
+                said = list(message.get("headers", ()))
+                own = {name for name, _ in said}  # a page says itself what it needs
+                safe = [header for header in _HEADERS if header[0] not in own]
+                message["headers"] = [*said, *safe, (b"x-request-id", scope["request_id"].encode())]
             await send(message)
 
         counted = scope["method"] == "POST"

@@ -22,10 +22,11 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from netweight.errors import OptionError
+from netweight.serve.pages import PATHS
 from netweight.serve.problems import Problem
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = frozenset({"/healthz", "/readyz"})  # for probes
+_OPEN = frozenset({"/healthz", "/readyz", *PATHS})  # for probes; the playground says nothing before it has a key
 _LOOK = 1.0  # seconds between looks at the file
 
 

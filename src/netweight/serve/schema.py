@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -10,7 +10,9 @@ from netweight.serve.problems import Problem
 
 MOST_ROWS = 1024
 MOST_BYTES = 4 * 2**20
+MOST_CHARACTERS = 10_000  # of a text that is explained: it is answered some sixty times
 Text = Annotated[str, Field(max_length=100_000)]
+_Asked = TypeVar("_Asked", bound=BaseModel)
 
 
 class Question(BaseModel):
@@ -67,6 +69,54 @@ class Reply(BaseModel):
     degraded: list[str] = Field(description="Tiers that failed; others answered in their place.")
 
 
+Explained = Annotated[str, Field(max_length=MOST_CHARACTERS)]
+
+
+class WordsQuestion(BaseModel):
+    """One text, or one pair of texts."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"text": "zip broke after a week"}]}
+    )
+
+    text: Explained | None = None
+    pair: tuple[Explained, Explained] | None = None
+    deadline_ms: Annotated[int, Field(ge=1, le=600_000)] = Field(
+        30_000, description="The request is dropped when it was not answered by then."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> WordsQuestion:
+        if (self.text is None) == (self.pair is None):
+            raise ValueError("give text or pair, and not both")
+        return self
+
+
+class Word(BaseModel):
+    """What one word, or one run of words, does to the answer."""
+
+    text: str
+    side: int = Field(description="0, or 1 in the second text of a pair.")
+    start: int = Field(description="Where it begins, in Unicode code points.")
+    end: int = Field(description="Where it ends: the first code point after it.")
+    count: int = Field(description="How many words it is: more than one where the text has many.")
+    weight: float = Field(
+        description="How far the label's probability (or the value) falls when the word is left out; "
+        "below 0, the word spoke against it."
+    )
+    label: str | None = Field(None, description="The label without the word.")
+
+
+class WordsReply(BaseModel):
+    """A prediction, and what each word did to it."""
+
+    model: str
+    version: str = Field(description="Changes whenever predictions may.")
+    prediction: Prediction
+    words: list[Word] = Field(description="In the order of the text; runs of words where the text has many.")
+    degraded: list[str] = Field(description="Tiers that failed; others answered in their place.")
+
+
 class Fault(BaseModel):
     """Problem details (RFC 9457)."""
 
@@ -79,9 +129,18 @@ class Fault(BaseModel):
 
 
 def question(body: bytes) -> Question:
-    """A validated request. Raises Problem."""
+    """A validated request for predictions. Raises Problem."""
+    return _valid(Question, body)
+
+
+def words_question(body: bytes) -> WordsQuestion:
+    """A validated request for an explanation. Raises Problem."""
+    return _valid(WordsQuestion, body)
+
+
+def _valid(kind: type[_Asked], body: bytes) -> _Asked:
     try:
-        return Question.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
