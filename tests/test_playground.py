@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from netweight.serve.occlusion import MOST_PIECES, pieces, without, words
 from netweight.serve.pages import PATHS
 from netweight.serve.queue import Queue
 from netweight.serve.schema import MOST_BYTES, MOST_CHARACTERS
-from netweight.serve.steady import Said, answer
+from netweight.serve.steady import answer, begin, step
 from netweight.task import Score
 from test_keys import Door
 from test_serve import Server, cascade_of_two
@@ -94,7 +95,7 @@ def test_scores_tell_how_far_the_value_falls() -> None:
             return tokens.lengths[:, None].astype(np.float32)
 
     engine = Engine(Score(mean=1.0, scale=0.5), tiny_encoder(), [(Tier("one", "static", "", {}), Lengths())], "score")
-    hosted = Hosted("score", Path(), engine, Queue(lambda *_: Said(engine.run(engine.encoder.encode(["a"])))), {})
+    hosted = Hosted("score", Path(), engine, Queue(partial(begin, engine), partial(step, engine)), {})
     texts = [f"my {GOOD[0]} zip"]
     left_out = pieces(texts)
     rows = [texts[0], *(without(texts[0], piece.start, piece.end) for piece in left_out)]
@@ -109,7 +110,7 @@ def test_a_tier_that_fails_is_named(made: Path) -> None:
     engine = cascade_of_two(made)
     usual = engine.logits
     engine.logits = lambda tier, *given: 1 / 0 if tier else usual(tier, *given)  # type: ignore[method-assign,assignment,return-value]
-    hosted = Hosted("two", made, engine, Queue(lambda *_: Said(engine.run(engine.encoder.encode(["a"])))), {})
+    hosted = Hosted("two", made, engine, Queue(partial(begin, engine), partial(step, engine)), {})
     said = json.loads(explained(hosted, answer(engine, ["zip", ""]), ["zip"], pieces(["zip"])))
     assert (said["degraded"], said["prediction"]["tier"]) == (["two"], "one")
     hosted.queue.close()

@@ -35,7 +35,7 @@ def explanations(app: FastAPI, models: Models, body: Body, ask: Ask) -> None:
     )
     async def explain(name: str, request: Request) -> Response:
         """What the label's probability (or the value) loses when each word is left out; one request to the engine."""
-        models[name]  # before the body is read
+        models.require(name)  # before the body is read
         asked = words_question(await body(request))
         texts = [asked.text] if asked.text is not None else list(asked.pair or ())
         left_out = pieces(texts)
