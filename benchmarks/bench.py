@@ -349,7 +349,7 @@ def measured(shop: Shop, peer: str) -> dict[str, Any]:
         made["seconds"] = shop.seconds
         manifest = read_manifest(shop.artifact)
         made["tiers"] = [tier.name for tier in manifest.tiers]
-        points = json.loads(read_file(shop.artifact, manifest, MEASUREMENTS))["points"]
+        points = json.loads(read_file(shop.artifact, manifest, MEASUREMENTS))["candidates"]
         made["points"] = {point["name"]: point["quality"] for point in points}
     found: dict[str, Any] = {"made": made, "certificate": certified(shop, peer, one.answers())}
     ours = Peer("netweight", shop)
