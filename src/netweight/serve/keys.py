@@ -25,7 +25,7 @@ from netweight.errors import OptionError
 from netweight.serve.problems import Problem
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = frozenset({"/healthz", "/readyz"})  # for probes
+OPEN = frozenset({"/healthz", "/readyz"})  # for probes
 _LOOK = 1.0  # seconds between looks at the file
 
 
@@ -103,7 +103,7 @@ class Gate:
         self._buckets: dict[str, Bucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
             try:
                 self._admit(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             except Problem as problem:
