@@ -5,9 +5,10 @@
 #   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw]      the same on your own table
 #   make test [ARGS='-m slow']     the tests
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
-#   make docs                       writes docs/cli.md from --help, docs/results.md and the README's table from stored results
+#   make docs                       writes docs/cli.md from --help; docs/results.md, docs/capacity.md and the README's table from stored results
 #   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
 #   make bench-serve ARTIFACT=reviews.nw INPUT=reviews.csv       what serving costs, and how it holds
+#   make bench-fuzz ARTIFACT=reviews.nw      10,000 odd requests; make bench-endure ARTIFACT=reviews.nw INPUT=reviews.csv      a million right ones
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
 #                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
 #   make size                      lines per file, held to the budget
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench bench-serve lock size
+.PHONY: help setup demo test lint docs bench bench-serve bench-fuzz bench-endure lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -61,10 +62,12 @@ lint: $(INSTALLED)
 	$(BIN)/python scripts/size.py
 	$(BIN)/python scripts/docs.py --check
 	$(BIN)/python scripts/results.py --check
+	$(BIN)/python scripts/capacity.py --check
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 	$(BIN)/python scripts/results.py
+	$(BIN)/python scripts/capacity.py --write
 
 # torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
 lock:
@@ -79,6 +82,12 @@ bench: $(INSTALLED)
 # ARTIFACT is a finished one, INPUT a table of texts in a column `text`.
 bench-serve: $(INSTALLED)
 	$(BIN)/python benchmarks/serve.py $(ARTIFACT) $(INPUT) $(ARGS)
+
+bench-fuzz: $(INSTALLED)
+	$(BIN)/python benchmarks/fuzz.py $(ARTIFACT) $(ARGS)
+
+bench-endure: $(INSTALLED)
+	$(BIN)/python benchmarks/endure.py $(ARTIFACT) $(INPUT) $(ARGS)
 
 size:
 	@$(PYTHON) scripts/size.py

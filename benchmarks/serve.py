@@ -12,13 +12,10 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -26,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from load import Seen, beside, closed_loop, open_loop, request
+from process import HOST, server
 
 from netweight import artifact
 from netweight.data import Columns, read
 from netweight.measure import machine
 
 RESULTS = Path(__file__).resolve().parent / "results" / "serve.json"
-HOST, PORT = "127.0.0.1", 8765
+PORT = 8765
 PLACE = (HOST, PORT)
 # What `predict` makes of the same texts in batches of 64, in a process of its own on the server's core.
 IN_PROCESS = """
@@ -53,25 +51,8 @@ print(done / (time.perf_counter() - began))
 @contextmanager
 def served(folder: Path) -> Iterator[float]:
     """A server of one artifact as "model"; gives the seconds from its start until it is ready."""
-    words = ["serve", folder, "--port", PORT, "--threads", "1"]
-    command = ["taskset", "-c", "0", sys.executable, "-c", "from netweight.cli import main; main()", *map(str, words)]
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while True:
-                try:
-                    with urllib.request.urlopen(f"http://{HOST}:{PORT}/readyz", timeout=1):
-                        break
-                except OSError:
-                    if process.poll() is not None:
-                        log.seek(0)
-                        sys.exit(log.read().decode())
-                    time.sleep(0.005)
-            yield time.perf_counter() - began
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+    with server(folder, PORT, cores="0") as running:
+        yield running.ready
 
 
 def first_tier(folder: Path, to: Path) -> Path:

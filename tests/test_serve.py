@@ -125,6 +125,12 @@ def test_headers_and_ids(server: Server, caplog: pytest.LogCaptureFixture) -> No
     assert "secret" not in caplog.text
 
 
+def test_a_number_may_be_written_as_a_fraction(server: Server) -> None:
+    assert server.post(b'{"texts": ["a"], "deadline_ms": 1e4}').status_code == 200
+    for wrong in (b"1.5", b'"1"', b"true", b"1e999"):
+        assert server.post(b'{"texts": ["a"], "deadline_ms": %s}' % wrong).status_code == 422
+
+
 # --- refusals ---
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from netweight import quiet
 from netweight.artifact import Tier
 from netweight.data import Rows
 from netweight.encode import Tokens
@@ -76,6 +77,7 @@ def _engine(model: Model, name: str, runs: TierEngine) -> Engine:
 
 def dynamic_int8(data: bytes) -> bytes:
     """ONNX Runtime's own dynamic quantization of an fp32 file."""
+    quiet.onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from netweight import quiet
 from netweight.encode import Tokens
 from netweight.errors import MissingExtra
 
@@ -16,8 +17,7 @@ _INPUTS = ("ids", "mask", "types")
 
 def session(data: bytes, threads: int) -> Any:
     """An ONNX Runtime session on the CPU."""
-    import onnxruntime as ort
-
+    ort = quiet.onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -17,15 +17,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
+from netweight.serve.body import Bodies
 from netweight.serve.explain import explanations
 from netweight.serve.guard import Guard
 from netweight.serve.hosted import Hosted, Models
-from netweight.serve.keys import Gate
+from netweight.serve.keys import OPEN, Gate
 from netweight.serve.metrics import Metrics
 from netweight.serve.pages import playground
-from netweight.serve.problems import Problem
+from netweight.serve.problems import Problem, gone
 from netweight.serve.recorder import Recorder
-from netweight.serve.schema import MOST_BYTES, Fault, Question, Reply, question, responses
+from netweight.serve.schema import Fault, Question, Reply, question, responses
 from netweight.serve.steady import Said
 from netweight.task import Classify, softmax
 
@@ -51,14 +52,17 @@ def application(
         lifespan=life,
         redoc_url=None,
         docs_url=None,
+        redirect_slashes=False,  # a redirect would go to whichever host the client named
     )
+    bodies = Bodies()
     metrics.watch(models)
     _problems(app)
+    _described(app, keys is not None)
 
     @app.post(
         "/v1/models/{name}/predict",
         response_model=Reply,
-        responses=responses(400, 404, 413, 422, 429, 500, 503, 504),
+        responses=responses(400, 404, 408, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}},
     )
     async def predict(name: str, request: Request) -> Response:
@@ -67,7 +71,7 @@ def application(
         status = 500
         try:
             models.require(name)  # before the body is read
-            asked = question(await _body(request))
+            asked = question(await bodies.read(request))
             hosted, said = await _answered(models, name, asked, request)
             metrics.said(hosted, said)
             if recorder is not None:
@@ -83,7 +87,7 @@ def application(
             metrics.requests.labels(known, status).inc()
             metrics.latency.labels(known).observe(time.perf_counter() - began)
 
-    explanations(app, models, _body, _answered)
+    explanations(app, models, bodies.read, _answered)
     _beside(app, models, metrics)
     playground(app)
     if keys is not None:
@@ -123,7 +127,7 @@ def _schema() -> dict[str, Any]:
 
 
 def _problems(app: FastAPI) -> None:
-    """Everything that is not an answer is problem+json, and described in OpenAPI."""
+    """Everything that is not an answer is problem+json."""
 
     @app.exception_handler(Problem)
     async def ours(request: Request, problem: Problem) -> Response:
@@ -142,25 +146,22 @@ def _problems(app: FastAPI) -> None:
             request.scope.get("request_id", "")
         )
 
+
+def _described(app: FastAPI, keyed: bool) -> None:
+    """OpenAPI also says what stands before all routes: the form of problems and, where there are keys, the gate."""
     usual: Callable[[], dict[str, Any]] = app.openapi
 
     def described() -> dict[str, Any]:
         schema = usual()
         schema["components"].setdefault("schemas", {})["Fault"] = Fault.model_json_schema()
+        if keyed:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for operation in (o for path in schema["paths"].keys() - OPEN for o in schema["paths"][path].values()):
+                operation["security"] = [{"key": []}]
+                operation["responses"] |= {str(status): said for status, said in responses(401, 429).items()}
         return schema
 
     app.openapi = described  # type: ignore[method-assign]
-
-
-async def _body(request: Request) -> bytes:
-    """At most MOST_BYTES. Raises Problem."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MOST_BYTES:
-            raise Problem(413, "too-large", f"a body may have {MOST_BYTES:,} bytes; send fewer texts at a time.")
-        parts.append(part)
-    return b"".join(parts)
 
 
 async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
@@ -168,12 +169,12 @@ async def _answered(models: Models, name: str, asked: Question, request: Request
     answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, asked.deadline_ms / 1000))
     done, _ = await asyncio.wait((answer,), timeout=_PATIENT)
     if not done:
-        gone = asyncio.ensure_future(_gone(request.receive))
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
+        left = asyncio.ensure_future(_gone(request.receive))
+        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
         if not answer.done():
             answer.cancel()
-            raise Problem(499, "client-gone", "the client closed the connection before it was answered.")
+            raise gone()
     return answer.result()
 
 

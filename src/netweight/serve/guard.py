@@ -11,10 +11,11 @@ import time
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from netweight.serve.crowd import Crowd
-from netweight.serve.problems import full
+from netweight.serve.problems import Problem, full
 
 log = logging.getLogger("netweight.access")
 
+_SHOWN = 256  # characters of a path that go into the log
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -27,7 +28,8 @@ _HEADERS = [
 
 class Guard:
     """Gives each request an id (the client's X-Request-Id where it has a harmless one), adds safe headers, and logs one
-    JSON line without a word of what customers wrote. Predictions that would wait too long are refused here."""
+    JSON line without a word of what customers wrote. Predictions that would wait too long are refused here. Only those
+    count that wait for this server: not those whose body is still to come, or whose answer is still to be read."""
 
     def __init__(self, app: ASGIApp, patience: float) -> None:
         self._app, self._crowd = app, Crowd(patience)
@@ -39,11 +41,15 @@ class Guard:
         began = time.perf_counter()
         given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), "")
         scope["request_id"] = given if _ID.fullmatch(given) else secrets.token_hex(8)
-        status = 500
+        status = 0
+        counted, inside = scope["method"] == "POST", False
 
         async def sent(message: Message) -> None:
-            nonlocal status
+            nonlocal status, inside
             if message["type"] == "http.response.start":
+                if inside:  # from here on it waits for its client again
+                    inside = False
+                    self._crowd.leave()
                 status = message["status"]
                 said = list(message.get("headers", ()))
                 own = {name for name, _ in said}  # a page says itself what it needs
@@ -51,19 +57,29 @@ class Guard:
                 message["headers"] = [*said, *safe, (b"x-request-id", scope["request_id"].encode())]
             await send(message)
 
-        counted = scope["method"] == "POST"
+        async def received() -> Message:
+            nonlocal counted, inside
+            message = await receive()
+            if counted and message["type"] == "http.request" and not message.get("more_body", False):
+                counted, inside = False, True
+                self._crowd.enter()
+            return message
+
         try:
             if counted and self._crowd.full:
                 await full(self._crowd.wait).response(scope["request_id"])(scope, receive, sent)
-                counted = False
-                return
-            if counted:
-                self._crowd.enter()
-            await self._app(scope, receive, sent)
+            else:
+                await self._app(scope, received, sent)
+        except Exception:
+            log.exception("request %s failed", scope["request_id"])
+            if status:
+                raise
+            problem = Problem(500, "internal-error", "this is a fault of the server; its log says more under this id.")
+            await problem.response(scope["request_id"])(scope, receive, sent)
         finally:
-            if counted:
+            if inside:
                 self._crowd.leave()
             if log.isEnabledFor(logging.INFO):
                 took = round(1000 * (time.perf_counter() - began), 2)
-                line = {"id": scope["request_id"], "method": scope["method"], "path": scope["path"]}
-                log.info(json.dumps(line | {"status": status, "ms": took}))
+                line = {"id": scope["request_id"], "method": scope["method"], "path": scope["path"][:_SHOWN]}
+                log.info(json.dumps(line | {"status": status or 500, "ms": took}))

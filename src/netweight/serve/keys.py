@@ -26,7 +26,7 @@ from netweight.serve.pages import PATHS
 from netweight.serve.problems import Problem
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_OPEN = frozenset({"/healthz", "/readyz", *PATHS})  # for probes; the playground says nothing before it has a key
+OPEN = frozenset({"/healthz", "/readyz", *PATHS})  # for probes; the playground says nothing before it has a key
 _LOOK = 1.0  # seconds between looks at the file
 
 
@@ -104,7 +104,7 @@ class Gate:
         self._buckets: dict[str, Bucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
             try:
                 self._admit(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             except Problem as problem:

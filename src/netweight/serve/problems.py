@@ -41,6 +41,11 @@ def full(seconds: float) -> Problem:
     )
 
 
+def gone() -> Problem:
+    """Nobody is there to read this; the log and the metrics show it."""
+    return Problem(499, "client-gone", "the client closed the connection before it was answered.")
+
+
 def late() -> Problem:
     """The deadline passed while the request waited."""
     return Problem(

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from netweight.serve.problems import Problem
 
 MOST_ROWS = 1024
 MOST_BYTES = 4 * 2**20
 MOST_CHARACTERS = 10_000  # of a text that is explained: it is answered some sixty times
+_SHOWN = 200  # characters of a faulty place that are said again
 Text = Annotated[str, Field(max_length=100_000)]
 _Asked = TypeVar("_Asked", bound=BaseModel)
+
+
+def _whole(value: Any) -> Any:
+    """For JSON Schema 1000.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Question(BaseModel):
@@ -22,14 +28,18 @@ class Question(BaseModel):
         extra="forbid",
         strict=True,
         json_schema_extra={
-            "examples": [{"texts": ["zip broke after a week"]}, {"texts": ["fits well"], "scores": True}]
+            "examples": [{"texts": ["zip broke after a week"]}, {"texts": ["fits well"], "scores": True}],
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": "array"}, other: {"type": "null"}}}
+                for name, other in (("texts", "pairs"), ("pairs", "texts"))
+            ],
         },
     )
 
     texts: Annotated[list[Text], Field(min_length=1, max_length=MOST_ROWS)] | None = None
     pairs: Annotated[list[tuple[Text, Text]], Field(min_length=1, max_length=MOST_ROWS)] | None = None
     scores: bool = Field(False, description="Also the probability of every label.")
-    deadline_ms: Annotated[int, Field(ge=1, le=600_000)] = Field(
+    deadline_ms: Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)] = Field(
         30_000, description="The request is dropped when it was not answered by then."
     )
 
@@ -143,7 +153,7 @@ def _valid(kind: type[_Asked], body: bytes) -> _Asked:
         return kind.model_validate_json(body)
     except ValidationError as problem:
         first = problem.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the body"
+        where = ".".join(map(str, first["loc"]))[:_SHOWN] or "the body"
         if first["type"] == "json_invalid":
             raise Problem(400, "bad-json", f"the body is not JSON: {first['msg']}.") from None
         raise Problem(422, "invalid-request", f"{where}: {first['msg']}.") from None

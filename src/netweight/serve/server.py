@@ -86,7 +86,8 @@ def serve(options: Options) -> None:
         server_header=False,
         timeout_graceful_shutdown=_DRAIN,
         timeout_keep_alive=75,
-        h11_max_incomplete_event_size=2**16,
+        http="netweight.serve.wire:Wire",
+        ws="none",
     )
 
 
