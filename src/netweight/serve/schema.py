@@ -16,9 +16,20 @@ Text = Annotated[str, Field(max_length=100_000)]
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
+def _either(one: str, other: str) -> list[dict[str, Any]]:
+    """In JSON Schema: one of two lists, or texts, is given, and the other one is not."""
+    return [
+        {"required": [a], "properties": {a: {"not": {"type": "null"}}, b: {"type": "null"}}}
+        for a, b in ((one, other), (other, one))
+    ]
+
+
 def _whole(value: Any) -> Any:
     """For JSON Schema 1000.0 is an integer too."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Deadline = Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)]  # milliseconds
 
 
 class Question(BaseModel):
@@ -29,19 +40,14 @@ class Question(BaseModel):
         strict=True,
         json_schema_extra={
             "examples": [{"texts": ["zip broke after a week"]}, {"texts": ["fits well"], "scores": True}],
-            "oneOf": [
-                {"required": [name], "properties": {name: {"type": "array"}, other: {"type": "null"}}}
-                for name, other in (("texts", "pairs"), ("pairs", "texts"))
-            ],
+            "oneOf": _either("texts", "pairs"),
         },
     )
 
     texts: Annotated[list[Text], Field(min_length=1, max_length=MOST_ROWS)] | None = None
     pairs: Annotated[list[tuple[Text, Text]], Field(min_length=1, max_length=MOST_ROWS)] | None = None
     scores: bool = Field(False, description="Also the probability of every label.")
-    deadline_ms: Annotated[int, Field(ge=1, le=600_000), BeforeValidator(_whole)] = Field(
-        30_000, description="The request is dropped when it was not answered by then."
-    )
+    deadline_ms: Deadline = Field(30_000, description="The request is dropped when it was not answered by then.")
 
     @property
     def first(self) -> list[str]:
@@ -86,14 +92,14 @@ class WordsQuestion(BaseModel):
     """One text, or one pair of texts."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra={"examples": [{"text": "zip broke after a week"}]}
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"examples": [{"text": "zip broke after a week"}], "oneOf": _either("text", "pair")},
     )
 
     text: Explained | None = None
     pair: tuple[Explained, Explained] | None = None
-    deadline_ms: Annotated[int, Field(ge=1, le=600_000)] = Field(
-        30_000, description="The request is dropped when it was not answered by then."
-    )
+    deadline_ms: Deadline = Field(30_000, description="The request is dropped when it was not answered by then.")
 
     @model_validator(mode="after")
     def _one_of_them(self) -> WordsQuestion:
