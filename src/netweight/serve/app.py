@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from netweight.serve.body import Bodies
+from netweight.serve.direct import Direct
 from netweight.serve.explain import explanations
 from netweight.serve.guard import Guard
 from netweight.serve.hosted import Hosted, Models
@@ -67,6 +68,7 @@ def application(
     )
     async def predict(name: str, request: Request) -> Response:
         """Predictions for texts, or for pairs of texts."""
+        # `Direct` comes here without a route; the route says in OpenAPI what there is.
         began = time.perf_counter()
         status = 500
         try:
@@ -90,6 +92,7 @@ def application(
     explanations(app, models, bodies.read, _answered)
     _beside(app, models, metrics)
     playground(app)
+    app.add_middleware(Direct, predict=predict)
     if keys is not None:
         app.add_middleware(Gate, path=keys)
     app.add_middleware(Guard, patience=models.patience)  # added last, so it is the outermost
