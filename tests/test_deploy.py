@@ -204,3 +204,14 @@ def test_machines_carry_the_rate_when_a_zone_is_lost(monkeypatch: pytest.MonkeyP
     assert Plan(utilisation=1.0, cores=1, zones=1).machines(1000, 100.0) == 10
     for rate in (1.0, 999.0, 1e6):
         assert plan.machines(rate, 100.0) * 2 / 3 * 4 * 0.5 * 100.0 >= rate
+
+
+# --- what the threat model promises ---
+
+
+def test_the_threat_model_names_tests_that_exist() -> None:
+    page = (DEPLOY.parent / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) > 30
+    for file, name in named:
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(encoding="utf-8"), f"{file}::{name}"
