@@ -54,7 +54,7 @@ GROUPS = (
         "litert",
         "deliver",
     ),
-    ("serve", "client"),
+    ("serve", "client", "cluster"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

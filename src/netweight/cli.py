@@ -159,10 +159,29 @@ def predict(
     pair: MaybePair = None,
     out: Annotated[Path | None, typer.Option(help="Output table; without it, standard output.")] = None,
     threads: Threads = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="INPUT and OUT are folders of parts, worked on by a Ray cluster: "
+            "local, auto, HOST:PORT or ray://HOST:PORT. Run again: it goes on where it was.",
+        ),
+    ] = None,
 ) -> None:
     """Add the columns prediction, confidence and tier to a table, in constant memory."""
+    from netweight.cluster import predict_parts
     from netweight.predict import predict as run
+    from netweight.progress import Parts
 
+    if ray is not None:
+        if out is None:
+            raise OptionError("--ray writes a folder of parts; name it with --out.")
+        with Parts("parts") as bar:
+            batch = predict_parts(
+                folder, source, out=out, address=ray, text=text, pair=pair, threads=threads or 1, progress=bar
+            )
+        print(batch.sentence, file=sys.stderr)
+        return
     done = run(folder, source, text=text, pair=pair, out=out or "-", threads=threads)
     print(done.sentence, file=sys.stderr)
 
@@ -357,8 +376,19 @@ def serve(
     keys: Annotated[Path | None, typer.Option(help="File of API keys; without it, everybody may ask.")] = None,
     tls_certificate: Annotated[Path | None, typer.Option(help="PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM.")] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="On a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT."),
+    ] = None,
+    min_replicas: Annotated[int | None, typer.Option(min=1, help="With --ray; else 1.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="With --ray; else what its CPUs hold.")] = None,
+    target_queue: Annotated[
+        float | None, typer.Option(help="With --ray: requests in a replica above which there will be more; else 8.")
+    ] = None,
 ) -> None:
     """Answer over HTTP. A folder that is replaced is loaded again, without a dropped request."""
+    from netweight.cluster.online import Scale
+    from netweight.cluster.online import serve as run_on_ray
     from netweight.serve import Options
     from netweight.serve import serve as run
 
@@ -366,7 +396,15 @@ def serve(
         raise OptionError("--tls-certificate and --tls-key go together.")
     tls = (str(tls_certificate), str(tls_key)) if tls_certificate else None
     names = tuple(map(str, folders))
-    run(Options(names, host, port, workers, threads or 0, queue_ms / 1000, str(keys) if keys else None, tls))
+    options = Options(names, host, port, workers, threads or 0, queue_ms / 1000, str(keys) if keys else None, tls)
+    given = {"least": min_replicas, "most": max_replicas, "target": target_queue}
+    scale = {name: value for name, value in given.items() if value is not None}
+    if ray is not None:
+        run_on_ray(options, ray, Scale(**scale), lambda url: print(f"serving on {url}", file=sys.stderr))
+    elif scale:
+        raise OptionError("--min-replicas, --max-replicas and --target-queue go with --ray.")
+    else:
+        run(options)
 
 
 @app.command()

@@ -159,15 +159,18 @@ async def _answered(models: Models, name: str, asked: Question, request: Request
     texts = asked.texts if asked.texts is not None else [one for one, _ in asked.pairs or ()]
     pairs = None if asked.pairs is None else [other for _, other in asked.pairs]
     answer = asyncio.ensure_future(models.answer(name, texts, pairs, asked.deadline_ms / 1000))
-    done, _ = await asyncio.wait((answer,), timeout=_PATIENT)
-    if not done:
-        gone = asyncio.ensure_future(_gone(request.receive))
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not answer.done():
-            answer.cancel()
-            raise Problem(499, "client-gone", "the client closed the connection before it was answered.")
-    return answer.result()
+    waited: list[asyncio.Future[Any]] = [answer]
+    try:
+        done, _ = await asyncio.wait(waited, timeout=_PATIENT)
+        if not done:
+            waited.append(asyncio.ensure_future(_gone(request.receive)))
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise Problem(499, "client-gone", "the client closed the connection before it was answered.")
+        return answer.result()
+    finally:  # also where this is cancelled, as Ray Serve does when a client goes
+        for one in waited:
+            one.cancel()
 
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:

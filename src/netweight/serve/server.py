@@ -46,24 +46,8 @@ def serve(options: Options) -> None:
         import uvicorn
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
-    from netweight.serve.keys import read_keys
-
-    folders = [Path(folder).absolute() for folder in options.folders]
-    for folder in folders:
-        artifact.check(folder)
-    names = [folder.name.removesuffix(".nw") for folder in folders]
-    if len(set(names)) < len(names):
-        raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
-    if options.keys is not None:
-        read_keys(Path(options.keys))
-    for file in options.tls or ():
-        if not Path(file).is_file():
-            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
-    options = replace(
-        options,
-        folders=tuple(map(str, folders)),
-        threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers),
-    )
+    options = checked(options)
+    options = replace(options, threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers))
     certificate, key = options.tls or (None, None)
     os.environ[_VARIABLE] = json.dumps(asdict(options))
     uvicorn.run(
@@ -83,20 +67,45 @@ def serve(options: Options) -> None:
     )
 
 
+def checked(options: Options) -> Options:
+    """The same with absolute paths. Raises ArtifactError, CorruptArtifact, OptionError, MissingExtra."""
+    try:
+        from netweight.serve.keys import read_keys
+    except ImportError:
+        raise MissingExtra("serving over HTTP", "serve") from None
+    folders = [Path(folder).absolute() for folder in options.folders]
+    for folder in folders:
+        artifact.check(folder)
+    names = [folder.name.removesuffix(".nw") for folder in folders]
+    if len(set(names)) < len(names):
+        raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
+    if options.keys is not None:
+        read_keys(Path(options.keys))
+    for file in options.tls or ():
+        if not Path(file).is_file():
+            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+    return replace(options, folders=tuple(map(str, folders)))
+
+
 def worker() -> Any:
     """The application of one process, as `serve` described it."""
+    given = json.loads(os.environ[_VARIABLE])
+    return built(Options(**given | {"folders": tuple(given["folders"])}))
+
+
+def built(options: Options) -> Any:
+    """The application, with its models loaded (`state.models`), which follow their folders while it runs."""
     from netweight.serve.app import application
     from netweight.serve.hosted import Models
     from netweight.serve.metrics import Metrics
 
-    given = json.loads(os.environ[_VARIABLE])
-    options = Options(**given | {"folders": tuple(given["folders"])})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     metrics = Metrics()
     models = Models(options.threads, options.patience, metrics.batch)
     for folder in options.folders:
         models.load(Path(folder))
     app = application(models, metrics, Path(options.keys) if options.keys else None)
+    app.state.models = models
     inner = app.router.lifespan_context
 
     @asynccontextmanager

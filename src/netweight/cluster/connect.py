@@ -1,0 +1,64 @@
+"""A connection to a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from netweight.errors import EndpointError, MissingExtra, OptionError
+
+_STORE = 256 * 2**20  # bytes for objects of a cluster started here: what travels are names of files, never rows
+_ADDRESS = re.compile(r"(ray://)?[^/:\s]+:\d+")
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Ray, connected while the block runs. A connection that this process has already is used, and kept.
+
+    Args:
+        address: `local` starts a cluster of this machine, on loopback, which ends with the block; `auto` joins the one
+            that runs here (or that RAY_ADDRESS names); HOST:PORT and ray://HOST:PORT join another.
+
+    Raises OptionError for any other address, EndpointError where nobody answers, MissingExtra.
+    """
+    if address not in ("local", "auto") and not _ADDRESS.fullmatch(address):
+        raise OptionError(f"a Ray cluster is local, auto, HOST:PORT or ray://HOST:PORT; given was {address!r}.")
+    ray = _ray()
+    if ray.is_initialized():
+        yield
+        return
+    here: dict[str, Any] = {}
+    if address == "local":
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray's telemetry is on by default
+        here = {"include_dashboard": False, "object_store_memory": _STORE, "_node_ip_address": "127.0.0.1"}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as problem:
+        # What was half set up would count as a connection.
+        ray.shutdown()
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        raise EndpointError(
+            f"no Ray cluster answers at {address} ({first}); start one with `ray start --head`, or use local."
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cores() -> tuple[int, int]:
+    """CPUs of the connected cluster: of its largest node, and of all."""
+    each = [int(node["Resources"].get("CPU", 0)) for node in _ray().nodes() if node["Alive"]]
+    return max(each, default=0), sum(each)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtra("working on a Ray cluster", "ray") from None
+    return ray
