@@ -25,7 +25,7 @@ from netweight import artifact
 from netweight.client import Client
 from netweight.cluster import batch, predict_parts
 from netweight.cluster.batch import Work, answer
-from netweight.cluster.connect import connected
+from netweight.cluster.connect import _loopback, connected
 from netweight.cluster.online import Scale, deployed
 from netweight.cluster.parts import STORE, Done, opened, parts_of
 from netweight.errors import DataError, EndpointError, MissingExtra, OptionError, StoreError
@@ -290,12 +290,12 @@ def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", f"{Path(netweight.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        patch.setenv("RAY_DISABLE_IMPORT_WARNING", "1")
         made = Nodes()
         try:
             made.add()
-            with connected(made.address):
-                yield made
+            with _loopback():
+                ray.init(made.address, log_to_driver=False)
+            yield made
         finally:
             left = made.processes()
             ray.shutdown()

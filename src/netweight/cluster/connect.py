@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from netweight.errors import EndpointError, MissingExtra, OptionError
@@ -31,12 +31,11 @@ def connected(address: str) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    here: dict[str, Any] = {}
-    if address == "local":
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray's telemetry is on by default
-        here = {"include_dashboard": False, "object_store_memory": _STORE, "_node_ip_address": "127.0.0.1"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray's telemetry is on by default
+    here = {"include_dashboard": False, "object_store_memory": _STORE} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
+        with _loopback() if address == "local" else nullcontext():
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as problem:
         # What was half set up would count as a connection.
         ray.shutdown()
@@ -54,6 +53,20 @@ def cores() -> tuple[int, int]:
     """CPUs of the connected cluster: of its largest node, and of all."""
     each = [int(node["Resources"].get("CPU", 0)) for node in _ray().nodes() if node["Alive"]]
     return max(each, default=0), sum(each)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A cluster that starts now listens on loopback only. On Linux Ray has no option for that: it resolves 127.0.0.1
+    to an address of the network, unless it takes this system for one that it supports on one machine alone."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _ray() -> Any:
