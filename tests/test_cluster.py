@@ -289,6 +289,8 @@ def nodes() -> Iterator[Nodes]:
     ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        for who in ("REPLICA", "HANDLE"):  # so that a second replica is not waited for
+            patch.setenv(f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
         patch.setenv("PYTHONPATH", f"{Path(netweight.__file__).parents[1]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         made = Nodes()
         try:
@@ -385,11 +387,16 @@ def test_ray_serves_what_the_plain_server_does_and_outlives_a_node(
     key = add_key(keys, "shop")
     options = Options((str(shop.folder),), port=free_port(), patience=10.0, threads=1, keys=str(keys))
     scale = Scale(most=2, target=1.0, up=1.0)
-    with deployed(options, scale) as url:
-        _contract(url, built(options), key)
-        with pytest.raises(OptionError, match="this cluster serves already: netweight"), deployed(options, scale):
-            pass
-        _outlives(url, key, nodes)
+    try:
+        with deployed(options, scale) as url:
+            _contract(url, built(options), key)
+            with pytest.raises(OptionError, match="this cluster serves already: netweight"), deployed(options, scale):
+                pass
+            _outlives(url, key, nodes)
+    except EndpointError as problem:
+        if "protobuf<7" in str(problem):
+            pytest.skip(str(problem))
+        raise
 
 
 def _contract(url: str, plain: Any, key: str) -> None:

@@ -101,7 +101,13 @@ def deployed(options: Options, scale: Scale) -> Iterator[str]:
         try:
             ray_serve.run(_application(options, replace(scale, most=most)), name=_NAME, route_prefix="/")
         except RuntimeError as problem:
-            raise EndpointError(f"no replica starts: {problem}") from None
+            why = [one.message for one in ray_serve.status().applications[_NAME].deployments.values()]
+            raise EndpointError(f"no replica starts: {problem} {' '.join(why)}") from None
+        except AttributeError as problem:
+            if "'label'" not in str(problem):
+                raise
+            # github.com/ray-project/ray/issues/64710
+            raise EndpointError("this Ray Serve does not work with this protobuf; pip install 'protobuf<7'") from None
         yield f"http{'s' if options.tls else ''}://{options.host}:{options.port}"
     finally:
         ray_serve.shutdown()
@@ -128,7 +134,9 @@ def _application(options: Options, scale: Scale) -> Any:
 
     def build() -> Any:
         """Called in a replica."""
-        return Unnamed(built(options))
+        app = built(options)
+        app.add_middleware(Unnamed)
+        return app
 
     return ray_serve.deployment(
         ray_serve.ingress(build)(Replica),
@@ -142,7 +150,6 @@ def _application(options: Options, scale: Scale) -> Any:
             "target_ongoing_requests": scale.target,
             "upscale_delay_s": scale.up,
             "downscale_delay_s": scale.down,
-            "look_back_period_s": max(1.0, scale.up),
         },
         health_check_period_s=_PROBE,
         logging_config=_QUIET,
@@ -157,7 +164,7 @@ class Replica:
 
     def check_health(self) -> None:
         """As GET /readyz: raises where no model is loaded."""
-        if not list(self.app.models):
+        if not list(self.app.state.models):
             raise RuntimeError("no model is loaded")
 
 
@@ -166,7 +173,7 @@ class Unnamed:
     application has read from the request."""
 
     def __init__(self, app: Any) -> None:
-        self._app, self.models = app, app.state.models
+        self._app = app
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
         async def sent(message: _Message) -> None:
