@@ -169,11 +169,12 @@ def predict(
     ] = None,
 ) -> None:
     """Add the columns prediction, confidence and tier to a table, in constant memory."""
-    from netweight.cluster import predict_parts
     from netweight.predict import predict as run
-    from netweight.progress import Parts
 
     if ray is not None:
+        from netweight.cluster import predict_parts
+        from netweight.progress import Parts
+
         if out is None:
             raise OptionError("--ray writes a folder of parts; name it with --out.")
         with Parts("parts") as bar:

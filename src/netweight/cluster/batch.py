@@ -1,4 +1,4 @@
-"""Predictions for a table in many parts, on the nodes of a Ray cluster: each part of the input becomes one of the output.
+"""Predictions for a table in many parts, on a Ray cluster: each part of the input becomes one of the output.
 
 Ray Data maps over the *names* of parts; rows go from file to file inside one task, in constant memory, by the code that
 predicts a single table. So the answers are the same, and a task that dies with its node is tried again on another.
@@ -6,7 +6,6 @@ predicts a single table. So the answers are the same, and a task that dies with 
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from netweight import artifact
-from netweight.cluster.connect import connected, cores
+from netweight.cluster.connect import connected, cores, quiet
 from netweight.cluster.parts import Done, Part, keep, kept, mark, opened, parts_of, sweep
 from netweight.engine import Engine, load
 from netweight.errors import ArtifactError, DataError, NetweightError, OptionError
@@ -118,19 +117,16 @@ def _answers(parts: Sequence[Part], work: Work) -> Iterator[Done]:
     most, _ = cores()
     if work.threads > most > 0:
         raise OptionError(f"no node of this cluster has {work.threads} CPUs for --threads; the largest has {most}.")
-    log = logging.getLogger("ray.data")
     context = ray.data.DataContext.get_current()
-    before = log.level, context.enable_progress_bars
-    log.setLevel(logging.ERROR)
-    context.enable_progress_bars = False
+    before, context.enable_progress_bars = context.enable_progress_bars, False
     try:
-        # A block for each part: a block is what is tried again.
-        names = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
-        for row in names.map(answer, fn_kwargs={"work": work}, num_cpus=work.threads).iter_rows():
-            yield Done(**row)
+        with quiet("ray.data"):
+            # A block for each part: a block is what is tried again.
+            names = ray.data.from_items([asdict(part) for part in parts], override_num_blocks=len(parts))
+            for row in names.map(answer, fn_kwargs={"work": work}, num_cpus=work.threads).iter_rows():
+                yield Done(**row)
     finally:
-        log.setLevel(before[0])
-        context.enable_progress_bars = before[1]
+        context.enable_progress_bars = before
 
 
 def answer(row: dict[str, Any], work: Work) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -34,7 +35,8 @@ def connected(address: str) -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray's telemetry is on by default
     here = {"include_dashboard": False, "object_store_memory": _STORE} if address == "local" else {}
     try:
-        with _loopback() if address == "local" else nullcontext():
+        with _loopback() if address == "local" else nullcontext(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # advice for those who use accelerators
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as problem:
         # What was half set up would count as a connection.
@@ -47,6 +49,20 @@ def connected(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Only errors of these parts of Ray, which say at length what goes well."""
+    logs = [logging.getLogger(name) for name in loggers]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def cores() -> tuple[int, int]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from netweight.cluster.connect import connected, cores
+from netweight.cluster.connect import connected, cores, quiet
 from netweight.errors import EndpointError, MissingExtra, OptionError
 from netweight.serve.server import Options, built, checked
 
@@ -99,7 +99,8 @@ def deployed(options: Options, scale: Scale) -> Iterator[str]:
         _start(options)
         most = scale.most or max(scale.least, everywhere // options.threads)
         try:
-            ray_serve.run(_application(options, replace(scale, most=most)), name=_NAME, route_prefix="/")
+            with quiet("ray.serve"):
+                ray_serve.run(_application(options, replace(scale, most=most)), name=_NAME, route_prefix="/")
         except RuntimeError as problem:
             why = [one.message for one in ray_serve.status().applications[_NAME].deployments.values()]
             raise EndpointError(f"no replica starts: {problem} {' '.join(why)}") from None
@@ -123,7 +124,8 @@ def _start(options: Options) -> None:
         host=options.host, port=options.port, keep_alive_timeout_s=75, ssl_keyfile=key, ssl_certfile=certificate
     )
     try:
-        ray_serve.start("HeadOnly" if _loopback(options.host) else "EveryNode", http, logging_config=_QUIET)
+        with quiet("ray.serve"):
+            ray_serve.start("HeadOnly" if _loopback(options.host) else "EveryNode", http, logging_config=_QUIET)
     except RuntimeError as problem:
         raise EndpointError(f"Ray Serve does not start on {options.host}:{options.port}: {problem}") from None
 

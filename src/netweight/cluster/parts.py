@@ -62,7 +62,9 @@ def parts_of(source: Path, out: Path) -> tuple[Part, ...]:
     inside, outside = source.resolve(), out.resolve()
     if source.is_dir():
         if inside == outside or inside in outside.parents or outside in inside.parents:
-            raise OptionError(f"{out} and the input {source} lie in one another; write the parts to a folder beside it.")
+            raise OptionError(
+                f"{out} and the input {source} lie in one another; write the parts to a folder beside it."
+            )
         files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
         files = {name: path for name, path in sorted(files.items()) if not _hidden(name)}
     else:
