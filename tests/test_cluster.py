@@ -241,6 +241,8 @@ def test_options_of_the_command_line(made: Path, parted: Path, tmp_path: Path, s
     assert "name it with --out" in say("predict", made, parted, "--ray", "local").err
     wrong = say("predict", made, parted, "--ray", "everywhere", "--out", tmp_path / "out")
     assert "a Ray cluster is local, auto, HOST:PORT or ray://HOST:PORT; given was 'everywhere'" in wrong.err
+    far = say("predict", made, parted, "--ray", "ray://127.0.0.1:10001", "--out", tmp_path / "out")
+    assert "Ray Data does not work through ray://; run this on a machine of the cluster, with auto." in far.err
     assert "go with --ray" in say("serve", made, "--max-replicas", 3).err
     assert (
         "at least 1, and at most as many"
@@ -393,6 +395,7 @@ def running() -> int:
     return dict(deployment.replica_states).get("RUNNING", 0)
 
 
+@pytest.mark.slow
 def test_ray_serves_what_the_plain_server_does_and_outlives_a_node(shop: Shop, nodes: Nodes, tmp_path: Path) -> None:
     keys = tmp_path / "keys.jsonl"
     key = add_key(keys, "shop")

@@ -164,7 +164,7 @@ def predict(
         typer.Option(
             metavar="ADDRESS",
             help="INPUT and OUT are folders of parts, worked on by a Ray cluster: "
-            "local, auto, HOST:PORT or ray://HOST:PORT. Run again: it goes on where it was.",
+            "local, auto or HOST:PORT. Run again: it goes on where it was.",
         ),
     ] = None,
 ) -> None:
@@ -398,11 +398,11 @@ def serve(
     tls = (str(tls_certificate), str(tls_key)) if tls_certificate else None
     names = tuple(map(str, folders))
     options = Options(names, host, port, workers, threads or 0, queue_ms / 1000, str(keys) if keys else None, tls)
-    given = {"least": min_replicas, "most": max_replicas, "target": target_queue}
-    scale = {name: value for name, value in given.items() if value is not None}
     if ray is not None:
-        run_on_ray(options, ray, Scale(**scale), lambda url: print(f"serving on {url}", file=sys.stderr))
-    elif scale:
+        target = Scale.target if target_queue is None else target_queue
+        wanted = Scale(min_replicas or Scale.least, max_replicas or Scale.most, target)
+        run_on_ray(options, ray, wanted, lambda url: print(f"serving on {url}", file=sys.stderr))
+    elif (min_replicas, max_replicas, target_queue) != (None, None, None):
         raise OptionError("--min-replicas, --max-replicas and --target-queue go with --ray.")
     else:
         run(options)

@@ -70,13 +70,15 @@ def predict_parts(
     earlier run ended. Every machine must see `folder`, `source` and `out` under these paths.
 
     Args:
-        address: of the Ray cluster, as `connected` takes it.
+        address: of the Ray cluster, as `connected` takes it, but for ray://.
         threads: of an engine, and CPUs that a part takes.
         progress: told how many parts are done, and how many there are.
 
     Raises DataError (the other parts are done then), ColumnError, OptionError, StoreError, ArtifactError,
     EndpointError, MissingExtra.
     """
+    if address.startswith("ray://"):
+        raise OptionError("Ray Data does not work through ray://; run this on a machine of the cluster, with auto.")
     began = time.monotonic()
     parts = parts_of(Path(source), Path(out))
     version = artifact.check(Path(folder)).digest[:12]
