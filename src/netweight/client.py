@@ -84,7 +84,7 @@ class _Core:
             if isinstance(met, httpx.Response) and met.status_code == 200:
                 return met.json()
             last = attempt == self.retries
-            if isinstance(met, httpx.Response) and (last or met.status_code not in _AGAIN):
+            if isinstance(met, httpx.Response) and (last or not _passing(met)):
                 raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}")
             if isinstance(met, httpx.TransportError) and last:
                 raise EndpointError(f"{self.url} does not answer ({met!r}) after {attempt + 1} tries.")
@@ -92,6 +92,13 @@ class _Core:
             wait = float(named) if named.isdigit() else 0.1 * 2**attempt
             yield _Sleep(min(_LONGEST, wait) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
+
+
+def _passing(response: httpx.Response) -> bool:
+    """Whether the same request may be answered soon. A 500 that is not problem+json was not said by a server of
+    `netweight serve` but for one that died: Ray's proxies do that."""
+    said = response.headers.get("content-type", "").startswith("application/problem+json")
+    return response.status_code in _AGAIN or (response.status_code == 500 and not said)
 
 
 def _detail(response: httpx.Response) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from netweight.data import Columns, Writer, stream
+from netweight.data import Columns, Stream, Writer, stream
 from netweight.data.write import Kind
 from netweight.engine import Engine, load
 from netweight.task import Classify
@@ -45,8 +45,17 @@ def predict(
     Formats by suffix: csv, tsv, jsonl (also .gz), parquet; '-' reads lines and writes to standard output. A row that
     cannot be used gets no prediction. Raises DataError, ColumnError, OptionError, ArtifactError.
     """
-    rows = stream(source, Columns("text" if source == "-" else text, pair=pair), _CHUNK)
-    engine = load(folder, threads)
+    rows = opened_rows(source, text, pair)
+    return answered(load(folder, threads), rows, out)
+
+
+def opened_rows(source: str | Path, text: str, pair: str | None) -> Stream:
+    """The rows to predict, in chunks. Raises DataError, ColumnError."""
+    return stream(source, Columns("text" if source == "-" else text, pair=pair), _CHUNK)
+
+
+def answered(engine: Engine, rows: Stream, out: str | Path) -> Predicted:
+    """Write rows with what `engine` says of them. Raises OptionError, and DataError while reading."""
     labels = isinstance(engine.task, Classify)
     added: dict[str, Kind] = {"prediction": "text" if labels else "number", "confidence": "number", "tier": "text"}
     if not labels:

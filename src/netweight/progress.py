@@ -60,3 +60,42 @@ class Bar:
     def note(self, message: str) -> None:
         """A sentence."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+class Parts:
+    """A bar for a number of things, such as the parts of a table, with time left."""
+
+    def __init__(self, what: str, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._what, self._task = what, self._progress.add_task(what, total=None)
+        self._began = self._said = time.monotonic()
+        self._first: int | None = None
+
+    def __enter__(self) -> Parts:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many of `total` are done; the first call says how many were done before."""
+        self._progress.update(self._task, completed=done, total=total)
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        elif not self._console.is_terminal and (now - self._said > _EVERY or done == total):
+            left = (now - self._began) / max(1, done - self._first) * (total - done)
+            self._console.print(f"{self._what}: {done:,} of {total:,}, {left:.0f} s left", highlight=False)
+            self._said = now

@@ -8,6 +8,7 @@ import importlib
 import io
 import os
 import re
+import secrets
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,7 +129,8 @@ def _encoding(start: bytes, sample: bytes) -> str | None:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Bytes that appear under `path` at the end, all of them, or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Processes of several machines may share the folder, so a number of a process is not name enough.
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with part.open("wb") as out:
             yield out

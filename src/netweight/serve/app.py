@@ -170,15 +170,18 @@ def _described(app: FastAPI, keyed: bool) -> None:
 async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
     """The engine's answer; a client that goes away takes its request out of the queue."""
     answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, asked.deadline_ms / 1000))
-    done, _ = await asyncio.wait((answer,), timeout=_PATIENT)
-    if not done:
-        left = asyncio.ensure_future(_gone(request.receive))
-        await asyncio.wait((answer, left), return_when=asyncio.FIRST_COMPLETED)
-        left.cancel()
-        if not answer.done():
-            answer.cancel()
-            raise gone()
-    return answer.result()
+    waited: list[asyncio.Future[Any]] = [answer]
+    try:
+        done, _ = await asyncio.wait(waited, timeout=_PATIENT)
+        if not done:
+            waited.append(asyncio.ensure_future(_gone(request.receive)))
+            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise gone()
+        return answer.result()
+    finally:  # also where this is cancelled, as Ray Serve does when a client goes
+        for one in waited:
+            one.cancel()
 
 
 async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:

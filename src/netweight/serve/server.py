@@ -39,38 +39,8 @@ def serve(options: Options) -> None:
         import uvicorn
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
-    from netweight.serve.keys import read_keys
-    from netweight.serve.rollout import comparable
-
-    folders = [Path(folder).absolute() for folder in options.folders]
-    for folder in folders:
-        artifact.check(folder)
-    names = [artifact.name_of(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
-    held = {name: artifact.read_manifest(folder).task for name, folder in zip(names, folders, strict=True)}
-    for name, candidate in options.candidates:
-        if name not in held:
-            raise OptionError(
-                f"the candidate is for {name!r}, which is not served here; there are: {', '.join(names)}."
-            )
-        comparable(name, held[name], artifact.check(Path(candidate)).task)
-    if options.keys is not None:
-        read_keys(Path(options.keys))
-    if options.log is not None:
-        monitors(folders, options.false_alarms)
-        Path(options.log).touch()
-    if options.webhook is not None:
-        Webhook(options.webhook)
-    for file in options.tls or ():
-        if not Path(file).is_file():
-            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
-    options = replace(
-        options,
-        folders=tuple(map(str, folders)),
-        candidates=tuple((name, str(Path(folder).absolute())) for name, folder in options.candidates),
-        threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers),
-    )
+    options = checked(options)
+    options = replace(options, threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers))
     certificate, key = options.tls or (None, None)
     os.environ[_VARIABLE] = json.dumps(asdict(options))
     uvicorn.run(
@@ -91,16 +61,58 @@ def serve(options: Options) -> None:
     )
 
 
+def checked(options: Options) -> Options:
+    """The same with absolute paths. Raises ArtifactError, CorruptArtifact, OptionError, MissingExtra."""
+    try:
+        from netweight.serve.keys import read_keys
+        from netweight.serve.rollout import comparable
+    except ImportError:
+        raise MissingExtra("serving over HTTP", "serve") from None
+    folders = [Path(folder).absolute() for folder in options.folders]
+    for folder in folders:
+        artifact.check(folder)
+    names = [artifact.name_of(folder) for folder in folders]
+    if len(set(names)) < len(names):
+        raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
+    held = {name: artifact.read_manifest(folder).task for name, folder in zip(names, folders, strict=True)}
+    candidates = tuple((name, Path(folder).absolute()) for name, folder in options.candidates)
+    for name, folder in candidates:
+        if name not in held:
+            raise OptionError(
+                f"the candidate is for {name!r}, which is not served here; there are: {', '.join(names)}."
+            )
+        comparable(name, held[name], artifact.check(folder).task)
+    if options.keys is not None:
+        read_keys(Path(options.keys))
+    if options.log is not None:
+        monitors(folders, options.false_alarms)
+        Path(options.log).touch()
+    if options.webhook is not None:
+        Webhook(options.webhook)
+    for file in options.tls or ():
+        if not Path(file).is_file():
+            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+    return replace(
+        options,
+        folders=tuple(map(str, folders)),
+        candidates=tuple((name, str(folder)) for name, folder in candidates),
+    )
+
+
 def worker() -> Any:
     """The application of one process, as `serve` described it."""
+    given = json.loads(os.environ[_VARIABLE])
+    given["folders"], given["rollout"] = tuple(given["folders"]), Rollout(**given["rollout"])
+    return built(Options(**given))
+
+
+def built(options: Options) -> Any:
+    """The application, with its models loaded (`state.models`), which follow their folders while it runs."""
     from netweight.serve.app import application
     from netweight.serve.hosted import Models
     from netweight.serve.metrics import Metrics
     from netweight.serve.rollout import begin
 
-    given = json.loads(os.environ[_VARIABLE])
-    given["folders"], given["rollout"] = tuple(given["folders"]), Rollout(**given["rollout"])
-    options = Options(**given)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     metrics = Metrics()
     models = Models(options.threads, options.patience, metrics.batch, options.memory)
@@ -110,6 +122,7 @@ def worker() -> Any:
         begin(models, name, Path(folder), options.rollout)
     recorder, watching = written(options, models, metrics)
     app = application(models, metrics, Path(options.keys) if options.keys else None, recorder)
+    app.state.models = models
     inner = app.router.lifespan_context
 
     @asynccontextmanager

@@ -1,0 +1,51 @@
+"""The command line: parse, call the library, print."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from netweight.cli.shared import app
+from netweight.errors import NetweightError
+
+# isort: off
+# In the order of --help.
+from netweight.cli import make
+from netweight.cli import run
+from netweight.cli import look
+
+# isort: on
+
+__all__ = ["app", "look", "main", "make", "run"]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"netweight {importlib.metadata.version('netweight')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point. What is wrong with the input is one sentence on standard error, and exit status 1."""
+    try:
+        app()
+    except NetweightError as problem:
+        print(f"netweight: {problem}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is left to say, and flushing at exit would raise again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None

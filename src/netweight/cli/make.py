@@ -1,0 +1,199 @@
+"""Commands that make artifacts and what they are made of."""
+
+from __future__ import annotations
+
+import re
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from netweight.cli.shared import Folder, MaybePair, Text, Threads, app, print_summary
+from netweight.errors import OptionError
+
+
+class Track(StrEnum):
+    """Trackers."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
+class Runtime(StrEnum):
+    """Formats of other runtimes."""
+
+    onnx = "onnx"
+    openvino = "openvino"
+    litert = "litert"
+
+
+@app.command()
+def optimize(
+    train: Annotated[str, typer.Argument(help="csv, tsv, jsonl (also .gz), parquet, or hf:NAME.")],
+    label: Annotated[str, typer.Option(help="Column that holds the label, or the score.")],
+    out: Annotated[Path, typer.Option(help="Folder of the artifact. OUT.run beside it keeps the state of the job.")],
+    text: Text,
+    pair: MaybePair = None,
+    task: Annotated[Literal["classify", "score"], typer.Option(help="Labels, or numbers.")] = "classify",
+    dev: Annotated[str | None, typer.Option(help="Rows to choose by; else cut from TRAIN.")] = None,
+    certify: Annotated[str | None, typer.Option(help="Rows that no search sees; else cut from TRAIN.")] = None,
+    pool: Annotated[str | None, typer.Option(help="Rows without labels, to distil on.")] = None,
+    group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
+    slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
+    model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
+    max_drop: Annotated[
+        str, typer.Option(metavar="<points|auto>", help="Points of quality that may be lost; auto: what can be proven.")
+    ] = "1.0",
+    confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
+    metric: Annotated[
+        Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
+    ] = None,
+    minimise: Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")] = "cost",
+    time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
+    effort: Annotated[
+        Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")
+    ] = "quick",
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
+) -> None:
+    """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
+    from netweight.pipeline import optimize as run
+    from netweight.progress import Bar
+
+    seconds = seconds_of(time_limit)
+    with Bar(Console(stderr=True)) as bar:
+        result = run(
+            train,
+            out=out,
+            text=text,
+            label=label,
+            pair=pair,
+            group=group,
+            slices=slices or (),
+            dev=dev,
+            certify=certify,
+            pool=pool,
+            task=task,
+            metric=metric,
+            model=model,
+            max_drop=points(max_drop),
+            confidence=confidence,
+            minimise=minimise,
+            seconds=seconds,
+            threads=threads,
+            seed=seed,
+            effort=effort,
+            reporter=bar,
+            track=[t.value for t in track or ()],
+        )
+    print_summary(result.folder)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the artifact.")] = Path("demo.nw"),
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of the sample and of training.")] = 0,
+) -> None:
+    """The main job on the built-in sample of synthetic customer messages."""
+    from netweight.demo import demo as run
+    from netweight.progress import Bar
+
+    with Bar(Console(stderr=True)) as bar:
+        result = run(out, threads, seed, bar)
+    print_summary(result.folder)
+
+
+@app.command()
+def label(
+    source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
+    labels: Annotated[str, typer.Option(help="The labels, with commas between them.")],
+    url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as https://host/v1.")],
+    model: Annotated[str, typer.Option(help="As the endpoint names it.")],
+    limit: Annotated[int, typer.Option(help="Distinct texts to ask at most, those of earlier runs included.")],
+    out: Annotated[Path, typer.Option(help="Table of the rows that got a label. OUT.cache.jsonl keeps the answers.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    token_limit: Annotated[int | None, typer.Option(help="Tokens to pay for at most.")] = None,
+    instructions: Annotated[str, typer.Option(help="What the labels mean.")] = "Classify the text.",
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+) -> None:
+    """Let a large language model label a table. Run again with the same --out: no text is asked twice."""
+    from netweight.data import Columns, read, rows_file, write_rows
+    from netweight.llm import LLMTeacher, label_pool
+    from netweight.task import Classify
+
+    file = rows_file(out)
+    teacher = LLMTeacher(url, model, key_env, instructions, concurrency=concurrency)
+    task = Classify(tuple(name.strip() for name in labels.split(",")))
+    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    cache = out.with_name(f"{out.name}.cache.jsonl")
+    done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
+    write_rows(file, done.rows)
+    print(done.sentence, file=sys.stderr)
+
+
+@app.command()
+def select(
+    folder: Folder,
+    source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
+    count: Annotated[int, typer.Option(help="Rows to choose.")],
+    out: Annotated[Path, typer.Option(help="Table of the chosen rows, with an empty column label to fill in.")],
+    text: Text = "text",
+    pair: MaybePair = None,
+    method: Annotated[
+        Literal["badge", "coreset", "entropy", "margin"], typer.Option(help="Both, coverage, or uncertainty.")
+    ] = "badge",
+    seed: Annotated[int, typer.Option(help="The same seed chooses the same rows.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Choose the rows of a pool whose labels would help most."""
+    from netweight.active import select_with
+    from netweight.data import Columns, read, rows_file, write_rows
+    from netweight.engine import load
+
+    file = rows_file(out)
+    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    chosen = select_with(load(folder, threads), rows, count, seed, method)
+    write_rows(file, rows.take(chosen))
+    print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[Runtime, typer.Option(help="LiteRT needs DIR.run and the extra litert.")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    source: Annotated[
+        str | None, typer.Option("--input", help="A table to compare on; without it, the job's dev rows.")
+    ] = None,
+    text: Text = "text",
+    pair: MaybePair = None,
+) -> None:
+    """Write an artifact for another runtime, and compare what was written with the artifact."""
+    from netweight.deliver import export as run
+
+    for sentence in run(folder, to.value, out, source, text=text, pair=pair).sentences:
+        print(sentence)
+
+
+def points(given: str) -> float | Literal["auto"]:
+    if given == "auto":
+        return "auto"
+    try:
+        return float(given)
+    except ValueError:
+        raise OptionError(f"--max-drop is a number of points, or auto; given was {given!r}.") from None
+
+
+def seconds_of(given: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", given.strip())
+    if not found:
+        raise OptionError(f"a time limit is a number with s, m or h, such as 90s or 20m; given was {given!r}.")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, None: 60}[found[2]]

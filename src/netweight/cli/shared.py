@@ -1,0 +1,47 @@
+"""What commands share: the application, common options, tables and summaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="The lightest model that provably still does the job.",
+)
+
+Text = Annotated[str, typer.Option(help="Column that holds the text.")]
+MaybePair = Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; without it, the cores of this process.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """The first row is the head."""
+    table = Table(box=None, pad_edge=False)
+    head, *rest = rows
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    for row in rest:
+        table.add_row(*row)
+    Console().print(table, markup=False, highlight=False)
+
+
+def print_summary(folder: Path) -> None:
+    """Of a finished artifact."""
+    from netweight.summary import lines
+
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in lines(folder):
+        table.add_row(name, value)
+    console.print(table, highlight=False, markup=False)
