@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from conftest import Say, Shop, tiny_rows, write_table
-from netweight import artifact, cli, load
+from netweight import artifact, load
 from netweight import summary as summary_module
+from netweight.cli.make import seconds_of
 from netweight.data import Rows
 from netweight.errors import ArtifactError, OptionError
 from netweight.pipeline import Result, store_of
@@ -218,13 +219,13 @@ def test_demo_uses_the_sample(say: Say, shop: Shop, tmp_path: Path, monkeypatch:
     [("90s", 90), ("20m", 1200), ("2h", 7200), ("1.5h", 5400), ("3", 180), (" 10m ", 600), ("0.5m", 30)],
 )
 def test_time_limits(given: str, seconds: float) -> None:
-    assert cli._seconds(given) == seconds
+    assert seconds_of(given) == seconds
 
 
 @pytest.mark.parametrize("given", ["", "soon", "-5m", "5 minutes", "1e3s", "m", "5d", "nan", "1.m"])
 def test_what_is_no_time_limit(given: str) -> None:
     with pytest.raises(OptionError, match="a time limit is a number with s, m or h"):
-        cli._seconds(given)
+        seconds_of(given)
 
 
 def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path, tmp_path: Path) -> None:
