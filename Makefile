@@ -8,6 +8,7 @@
 #   make docs                       writes docs/cli.md from --help; docs/results.md, docs/capacity.md and the README's table from stored results
 #   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
 #   make bench-serve ARTIFACT=reviews.nw INPUT=reviews.csv       what serving costs, and how it holds
+#   make bench-servers ARTIFACT=reviews.nw INPUT=reviews.csv     the same behind LitServe and Ray Serve, in turns
 #   make bench-fuzz ARTIFACT=reviews.nw      10,000 odd requests; make bench-endure ARTIFACT=reviews.nw INPUT=reviews.csv      a million right ones
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
 #                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench bench-serve bench-fuzz bench-endure lock size
+.PHONY: help setup demo test lint docs bench bench-serve bench-servers bench-fuzz bench-endure lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -82,6 +83,9 @@ bench: $(INSTALLED)
 # ARTIFACT is a finished one, INPUT a table of texts in a column `text`.
 bench-serve: $(INSTALLED)
 	$(BIN)/python benchmarks/serve.py $(ARTIFACT) $(INPUT) $(ARGS)
+
+bench-servers: $(INSTALLED)
+	$(BIN)/python benchmarks/servers.py $(ARTIFACT) $(INPUT) $(if $(WORK),--work $(WORK)) $(ARGS)
 
 bench-fuzz: $(INSTALLED)
 	$(BIN)/python benchmarks/fuzz.py $(ARTIFACT) $(ARGS)

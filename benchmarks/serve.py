@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--text", default="text")
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--exchanges", type=int, default=20)
+    parser.add_argument("--overload", type=float, default=60.0, help="seconds of twice what it can do")
     given = parser.parse_args()
     os.sched_setaffinity(0, {1})
     texts = list(read(given.input, Columns(given.text), label_required=False).rows.text)
@@ -147,7 +148,7 @@ def main() -> None:
                 most = capacity(bodies)
                 one["capacity"] = most
                 one["singles"] = singles(bodies, 1000.0 if name == "static" else 0.6 * most, given.seconds)
-                one["overload"] = overload(bodies, most, given.seconds)
+                one["overload"] = overload(bodies, most, given.overload)
                 one["exchanges"] = exchanges(folder, bodies, 0.3 * most, given.exchanges)
             found[name] = one
             print(name, json.dumps(one, indent=1), flush=True)

@@ -10,6 +10,7 @@ from typing import Any
 import examples
 import figures
 import peers
+import serving
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -156,7 +157,7 @@ def page() -> tuple[str, dict[str, str]]:
         parts.append(notes.read_text(encoding="utf-8"))
     beside, plots = peers.tables()
     growth, more = peers.scaling()
-    parts += [*beside, figures.table(), peers.roofline(), *growth]
+    parts += [*beside, figures.table(), peers.roofline(), *growth, serving.section()]
     return "\n".join(parts).rstrip() + "\n", plots | more
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from netweight.serve.problems import Problem
 
@@ -16,7 +16,7 @@ Text = Annotated[str, Field(max_length=100_000)]
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
 
-def _either(one: str, other: str) -> list[dict[str, Any]]:
+def _either(one: str, other: str) -> list[JsonValue]:
     """In JSON Schema: one of two lists, or texts, is given, and the other one is not."""
     return [
         {"required": [a], "properties": {a: {"not": {"type": "null"}}, b: {"type": "null"}}}
