@@ -25,6 +25,10 @@ def _row(figure: str, target: str, said: str, fine: bool | None) -> str:
     return f"| {figure} | {target} | {said} | {verdict} |"
 
 
+def _each(values: dict[str, float], form: str) -> str:
+    return ", ".join(f"{kind} {form.format(value)}" for kind, value in values.items())
+
+
 def _serve(found: Stored | None) -> list[str]:
     if found is None:
         return [_MISSING.format("`make bench-serve`", "")]
@@ -36,13 +40,12 @@ def _serve(found: Stored | None) -> list[str]:
     kept = {kind: o["p99"] <= 1.1 * o["then"]["p99"] for kind, o in hot.items()}
     others = {kind: {s for s in o["statuses"] if s not in ("200", "429")} for kind, o in hot.items()}
     recovered = {kind: o["recovered_after"] for kind, o in hot.items()}
-    text = lambda values, form: ", ".join(f"{kind} {form.format(v)}" for kind, v in values.items())  # noqa: E731
     shares = {k: o["statuses"].get("200", 0) / sum(o["statuses"].values()) for k, o in hot.items()}
     return [
         _row(
             "rows a second over HTTP in batches of 64 / the engine called in process",
             "85 % (cascade)",
-            text({k: 100 * v for k, v in batches.items()}, "{:.0f} %"),
+            _each({k: 100 * v for k, v in batches.items()}, "{:.0f} %"),
             batches["cascade"] >= 0.85,
         ),
         *(
@@ -56,7 +59,7 @@ def _serve(found: Stored | None) -> list[str]:
         ),
         _row("start to ready, one model", "1.0 s", f"{ready:.2f} s", ready <= 1),
         _row(
-            f"twice what it can do ({text({k: o['rate'] for k, o in hot.items()}, '{:,.0f}')} a second): p99 of those let in",
+            f"twice what it can do ({_each({k: o['rate'] for k, o in hot.items()}, '{:,.0f}')} a second): p99 of those let in",
             "as at a quarter of it",
             "; ".join(f"{k} {o['p99']:,.0f} ms (calm {o['then']['p99']:.1f} ms)" for k, o in hot.items()),
             all(kept.values()),
@@ -67,7 +70,9 @@ def _serve(found: Stored | None) -> list[str]:
             "; ".join(f"{k} {100 * shares[k]:.0f} % let in, other statuses: {len(others[k])}" for k in _KINDS),
             not any(others.values()),
         ),
-        _row("the same: last refusal after it ended", "2 s", text(recovered, "{:.1f} s"), max(recovered.values()) <= 2),
+        _row(
+            "the same: last refusal after it ended", "2 s", _each(recovered, "{:.1f} s"), max(recovered.values()) <= 2
+        ),
     ]
 
 
