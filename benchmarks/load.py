@@ -56,9 +56,11 @@ class Connection:
 
 @dataclass
 class Seen:
-    """What a load met: seconds of answered requests, statuses, and when each was due with its status and seconds."""
+    """What a load met: seconds of answered requests, statuses, and when each was due with its status and seconds.
+    `late` is how long after it was due each request left: the generator's own share."""
 
     seconds: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
     log: list[tuple[float, int, float]] = field(default_factory=list)
 
@@ -69,9 +71,9 @@ class Seen:
         if status == 200:
             self.seconds.append(took)
 
-    def percentile(self, p: float) -> float:
-        """Milliseconds within which p percent were answered."""
-        ordered = sorted(self.seconds)
+    def percentile(self, p: float, of: Sequence[float] | None = None) -> float:
+        """Milliseconds within which p percent were answered, or of other seconds."""
+        ordered = sorted(self.seconds if of is None else of)
         return 1000 * ordered[min(len(ordered) - 1, int(len(ordered) * p / 100))] if ordered else float("nan")
 
 
@@ -86,6 +88,7 @@ async def open_loop(
 
     async def one(due: float, body: bytes) -> None:
         connection = await free.get()
+        seen.late.append(time.perf_counter() - due)
         status, _ = await connection.send(body)
         free.put_nowait(connection)
         seen.add(due - began, status, time.perf_counter() - due)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -41,6 +42,13 @@ class Running:
         """Megabytes that all workers hold in memory."""
         pages = [int(_read(Path(f"/proc/{pid}/statm")).split()[1]) for pid in self.workers()]
         return round(sum(pages) * 4096 / 1e6, 1)
+
+    def busy(self) -> float:
+        """Seconds of processor that all workers have taken."""
+        ticks = [
+            sum(map(int, _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()[11:13])) for pid in self.workers()
+        ]
+        return sum(ticks) / os.sysconf("SC_CLK_TCK")
 
     def files(self) -> int:
         """Open file descriptors of all workers."""

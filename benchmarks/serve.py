@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from load import Seen, beside, closed_loop, open_loop, request
-from process import HOST, server
+from process import HOST, Running, server
 
 from netweight import artifact
 from netweight.data import Columns, read
@@ -49,10 +49,10 @@ print(done / (time.perf_counter() - began))
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[float]:
+def served(folder: Path) -> Iterator[Running]:
     """A server of one artifact as "model"; gives the seconds from its start until it is ready."""
     with server(folder, PORT, cores="0") as running:
-        yield running.ready
+        yield running
 
 
 def first_tier(folder: Path, to: Path) -> Path:
@@ -80,16 +80,22 @@ def batches(folder: Path, texts: list[str], kept: Path, seconds: float, rounds: 
     return {"http": statistics.median(http), "inside": statistics.median(inside), "ratio": statistics.median(ratios)}
 
 
-def singles(bodies: list[bytes], rate: float, seconds: float) -> dict[str, Any]:
-    """Single texts at a rate."""
-    asyncio.run(open_loop(PLACE, bodies, rate, 1.0))
+def singles(running: Running, bodies: list[bytes], rate: float | None, seconds: float) -> dict[str, Any]:
+    """Single texts at a rate; without one, at that at which the server's core is busy for 60 % of the time, as a few
+    seconds at 200 a second tell."""
+    before = running.busy()
+    calm = asyncio.run(open_loop(PLACE, bodies, 200.0, 5.0))
+    each = (running.busy() - before) / len(calm.seconds)
+    rate = rate or 0.6 / each
+    before = running.busy()
     seen = asyncio.run(open_loop(PLACE, bodies, rate, seconds))
-    return {"rate": rate, **told(seen)}
+    return {"rate": rate, "busy": (running.busy() - before) / seconds, **told(seen)}
 
 
 def told(seen: Seen) -> dict[str, Any]:
     """What is kept of a load."""
-    return {f"p{p}": round(seen.percentile(p), 2) for p in (50, 95, 99)} | {"statuses": dict(seen.statuses)}
+    found: dict[str, Any] = {f"p{p}": round(seen.percentile(p), 2) for p in (50, 95, 99)}
+    return found | {"late_p99": round(seen.percentile(99, seen.late), 2), "statuses": dict(seen.statuses)}
 
 
 def capacity(bodies: list[bytes]) -> float:
@@ -143,11 +149,11 @@ def main() -> None:
         artifact.save(whole, manifest, contents)
         for name, folder in (("static", first_tier(whole, Path(place) / "static" / "model.nw")), ("cascade", whole)):
             one: dict[str, Any] = {"batches": batches(folder, texts, kept, given.seconds)}
-            with served(folder) as ready:
-                one["ready"] = ready
+            with served(folder) as running:
+                one["ready"] = running.ready
                 most = capacity(bodies)
                 one["capacity"] = most
-                one["singles"] = singles(bodies, 1000.0 if name == "static" else 0.6 * most, given.seconds)
+                one["singles"] = singles(running, bodies, 1000.0 if name == "static" else None, given.seconds)
                 one["overload"] = overload(bodies, most, given.overload)
                 one["exchanges"] = exchanges(folder, bodies, 0.3 * most, given.exchanges)
             found[name] = one

@@ -50,7 +50,7 @@ def _serve(found: Stored | None) -> list[str]:
         ),
         *(
             _row(
-                f"single texts, one worker, {kind}, {one['rate']:,.0f} a second: p99",
+                f"single texts, one worker, {kind}, {one['rate']:,.0f} a second ({100 * one['busy']:.0f} % busy): p99",
                 "10 ms",
                 f"{one['p99']:.1f} ms (p50 {one['p50']:.1f})",
                 one["p99"] <= 10,
@@ -61,7 +61,10 @@ def _serve(found: Stored | None) -> list[str]:
         _row(
             f"twice what it can do ({_each({k: o['rate'] for k, o in hot.items()}, '{:,.0f}')} a second): p99 of those let in",
             "as at a quarter of it",
-            "; ".join(f"{k} {o['p99']:,.0f} ms (calm {o['then']['p99']:.1f} ms)" for k, o in hot.items()),
+            "; ".join(
+                f"{k} {o['p99']:,.0f} ms (calm {o['then']['p99']:.1f} ms; the generator itself was late by {o['late_p99']:,.0f} ms)"
+                for k, o in hot.items()
+            ),
             all(kept.values()),
         ),
         _row(

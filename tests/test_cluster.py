@@ -355,6 +355,12 @@ def test_more_threads_than_a_node_has_are_refused(shop: Shop, nodes: Nodes, tmp_
         deployed(Options((str(shop.folder),), workers=2), Scale()),
     ):
         pass
+    for more in ({"log": "rows.log"}, {"candidates": (("made", str(shop.folder)),)}):
+        with (
+            pytest.raises(OptionError, match="--log and --candidate count on one machine"),
+            deployed(Options((str(shop.folder),), **more), Scale()),  # type: ignore[arg-type]
+        ):
+            pass
 
 
 # Method, path, body; what differs by nature (ids, times) is taken out of the answers.

@@ -110,9 +110,38 @@ def test_what_teachers_take_counts_in_the_time_box(
         return usual(*given, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(local, "logits_of", slow)
-    for seconds, splice in ((100.0, 0.0), (100.0, 1.0), (60.0, 1.0), (None, 1.0)):
+    # Besides the rows and the spliced ones, a few rows are asked twice to see how long that takes.
+    for seconds, splice in ((100.0, 0.0), (300.0, 1.0), (60.0, 1.0), (None, 1.0)):
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), Plan(seconds=seconds, splice=splice))
-    assert boxes == [60, 20, 1, None]
+    assert boxes == [60, 140, 1, None]
+
+
+def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, labelled = [0.0], []
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(local, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(local, "half_pays", lambda: True)
+    usual, each = local.logits_of, [0.001]
+
+    def slow(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
+        now[0] += each[0] * len(tokens.ids)
+        if half:
+            labelled.append(len(tokens.ids))
+        return usual(of, tokens, half=half)
+
+    monkeypatch.setattr(local, "logits_of", slow)
+    loss = SoftTargets(model.task, (model,))
+    plan = Plan(seconds=4.0, splice=100.0)
+    Local(dataset, tmp_path).fit(model, loss, plan)
+    *_, spliced_tokens = labelled
+    assert 700 < spliced_tokens <= 1000, "a quarter of four seconds at a millisecond a token; such rows are shorter"
+    each[0] = 0.0001
+    for kept in tmp_path.glob("outputs-*"):
+        kept.unlink()
+    Local(dataset, tmp_path).fit(model, loss, replace(plan, seconds=1.0))
+    assert labelled[-1] == spliced_tokens, "one that goes on draws the same rows"
 
 
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:

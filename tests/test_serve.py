@@ -21,6 +21,7 @@ from netweight import artifact
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.errors import CorruptArtifact, OptionError
+from netweight.serve import hosted
 from netweight.serve import queue as queues
 from netweight.serve.app import application
 from netweight.serve.crowd import Crowd
@@ -170,10 +171,10 @@ def test_wrong_places(server: Server) -> None:
 
 
 class Slow:
-    """An engine of one tier that waits for leave."""
+    """An engine of which one tier waits for leave."""
 
-    def __init__(self, tiers: int = 1) -> None:
-        self.free, self.seen, self.turns, self.tiers = threading.Event(), list[list[str]](), list[int](), tiers
+    def __init__(self, tiers: int = 1, held: int = 0) -> None:
+        self.free, self.seen, self.tiers, self.held = threading.Event(), list[list[str]](), tiers, held
 
     def begin(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Work:
         self.seen.append(list(texts))
@@ -185,14 +186,13 @@ class Slow:
         return Work(tokens, said, hard)
 
     def step(self, work: Work) -> Work:
-        assert self.free.wait(10)
-        self.turns.append(work.tier)
+        assert work.tier != self.held or self.free.wait(10)
         still = work.open & (work.tier + 1 < self.tiers)
         said = replace(work.said, outputs=replace(work.said.outputs, tier=np.full(len(still), work.tier)))
         return replace(work, said=said, open=still, tier=work.tier + 1)
 
     def queue(self, patience: float) -> Queue:
-        return Queue(self.begin, self.step, self.tiers, patience)
+        return Queue(self.begin, self.step, self.tiers, lambda: patience)
 
 
 async def _taken(slow: Slow) -> None:
@@ -225,7 +225,7 @@ def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatc
 
 def test_a_crowd_is_as_large_as_it_is_answered_in_time() -> None:
     now = [0.0]
-    crowd = Crowd(0.1, lambda: now[0])
+    crowd = Crowd(lambda: 0.1, lambda: now[0])
     for _ in range(50):
         crowd.enter()
     assert not crowd.full, "nothing is known yet"
@@ -257,6 +257,7 @@ def test_a_server_refuses_at_the_door(server: Server, monkeypatch: pytest.Monkey
     assert (response.status_code, response.json()["code"]) == (429, "queue-full")
     assert response.headers["x-request-id"]
     assert server.get("/healthz").status_code == 200
+    assert 'netweight_requests_total{model="",status="429"} 1.0' in server.get("/metrics").text
 
 
 def test_late_and_cancelled_requests_leave_the_queue() -> None:
@@ -349,44 +350,42 @@ def test_rows_that_no_tier_answered_are_an_error(made: Path) -> None:
     assert asked == [0, 1], "every tier was tried"
 
 
-# --- tiers take turns ---
+# --- every tier in its own thread ---
 
 
 def test_easy_requests_do_not_wait_behind_hard_ones() -> None:
     async def work() -> None:
-        slow = Slow(tiers=2)
+        slow = Slow(tiers=2, held=1)
         queue = slow.queue(patience=100)
         hard = [queue.ask(["hard", "easy"]) for _ in range(3)]
-        await _taken(slow)
-        easy = queue.ask(["easy"])
+        easy = await asyncio.wait_for(queue.ask(["easy"]), 10)
+        assert not any(one.done() for one in hard), "they wait for the second tier"
         slow.free.set()
-        said = await asyncio.gather(*hard, easy)
+        said = await asyncio.gather(*hard)
         queue.close()
-        assert [one.outputs.tier.tolist() for one in said] == [[1, 1]] * 3 + [[0]]
-        assert slow.turns[0] == 0
-        assert set(slow.turns) == {0, 1}
+        assert [one.outputs.tier.tolist() for one in (*said, easy)] == [[1, 1]] * 3 + [[0]]
 
     asyncio.run(work())
 
 
-def test_hard_requests_do_not_wait_for_ever_behind_easy_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues, "_TURN", 0.0)  # one request a turn
-
+def test_closing_waits_for_every_tier() -> None:
     async def work() -> None:
-        slow = Slow(tiers=3)
-        queue = slow.queue(patience=1000)
-        hard = queue.ask(["hard"])
-        await _taken(slow)
-        easy = [queue.ask(["easy"]) for _ in range(50)]
+        slow = Slow(tiers=3, held=0)
+        queue = slow.queue(patience=100)
+        asked = [queue.ask([text]) for text in ("hard", "easy", "hard")]
+        closing = asyncio.get_running_loop().run_in_executor(None, queue.close)
+        await asyncio.sleep(0.05)
+        assert not closing.done()
         slow.free.set()
-        await asyncio.gather(hard, *easy)
-        queue.close()
-        assert slow.turns == [0, 1, 2] + [0] * 50
+        said = await asyncio.gather(*asked)
+        await closing
+        assert [one.outputs.tier.tolist() for one in said] == [[2], [0], [2]]
+        assert not any(thread.is_alive() for thread in queue._threads)
 
     asyncio.run(work())
 
 
-def test_turns_give_what_the_cascade_gives(made: Path) -> None:
+def test_threads_give_what_the_cascade_gives(made: Path) -> None:
     engine = cascade_of_two(made)
     first = engine.tiers[0]
     sure = sorted(answer(load(made, 1), TEXTS).outputs.confidence.tolist())
@@ -395,7 +394,7 @@ def test_turns_give_what_the_cascade_gives(made: Path) -> None:
     assert set(wanted.tier.tolist()) == {0, 1}
 
     async def work() -> list[Said]:
-        queue = Queue(partial(begin, engine), partial(step, engine), 2, 30)
+        queue = Queue(partial(begin, engine), partial(step, engine), 2, lambda: 30)
         said = await asyncio.gather(*(queue.ask(TEXTS[i : i + 3]) for i in range(0, len(TEXTS) - 3, 3)))
         queue.close()
         return said
@@ -408,6 +407,19 @@ def test_turns_give_what_the_cascade_gives(made: Path) -> None:
 
 
 # --- exchange ---
+
+
+def test_requests_may_wait_while_a_model_is_loaded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models, seen = Models(1, patience=0.5), list[float]()
+    usual = hosted.load
+    monkeypatch.setattr(hosted, "load", lambda *given: (seen.append(models.patience()), usual(*given))[1])
+    models.load(made, "shop")
+    assert seen == [10.0]
+    assert models.patience() == 10.0, "what gathered meanwhile is still being answered"
+    now = hosted.time.monotonic()
+    monkeypatch.setattr(hosted.time, "monotonic", lambda: now + 1.1)
+    assert models.patience() == 0.5
+    models.close()
 
 
 def changed(folder: Path, to: Path) -> Path:

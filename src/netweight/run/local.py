@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from netweight.task import Classify
 from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
+_LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
 
 
 class Local:
@@ -51,7 +53,8 @@ class Local:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
             if any(t.encoder.fingerprint != model.encoder.fingerprint for t in loss.teachers):
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
-            added = spliced(tokens, round(plan.splice * len(tokens)), plan.spliced_tokens, plan.seed)
+            most = self._affordable(model, loss, tokens, plan)
+            added = spliced(tokens, round(plan.splice * len(tokens)), most, plan.seed)
             key = {"spliced": len(added), "seed": plan.seed}
             said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
@@ -93,6 +96,27 @@ class Local:
     def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
         """Logits of the training rows (and of the pool behind them), computed once per content of the model."""
         return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, {})
+
+    def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan) -> int:
+        """Tokens of spliced rows: the plan's, or fewer where a few rows tell that labelling would eat the time box.
+        Decided once for each fit, so that one that goes on draws the same rows."""
+        if not plan.seconds or not len(tokens):
+            return plan.spliced_tokens
+        named = {"model": model.digest, "teachers": [t.digest for t in loss.teachers], "plan": plan.describe()}
+        kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'data': self.data.fingerprint})[:16]}.json"
+        if kept and kept.exists():
+            return int(json.loads(kept.read_text(encoding="utf-8")))
+        few = tokens.take(np.linspace(0, len(tokens) - 1, min(_CHUNK, len(tokens))).astype(np.int64))
+        for _ in range(2):  # the first time, memory is taken and kernels are chosen
+            began = time.monotonic()
+            for teacher in loss.teachers:
+                logits_of(teacher, few, half=half_pays())
+            each = (time.monotonic() - began) / len(few.ids)
+        most = min(plan.spliced_tokens, int(_LABELLING * plan.seconds / max(each, 1e-9)))
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(most), encoding="utf-8")
+        return most
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, key: dict[str, Any]) -> Tensor:
         """The model's logits of these rows; `key` names rows that are not those of the data."""

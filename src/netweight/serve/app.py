@@ -95,7 +95,8 @@ def application(
     app.add_middleware(Direct, predict=predict)
     if keys is not None:
         app.add_middleware(Gate, path=keys)
-    app.add_middleware(Guard, patience=models.patience)  # added last, so it is the outermost
+    door = metrics.requests.labels("", 429).inc  # which model was asked for is not known there yet
+    app.add_middleware(Guard, patience=models.patience, refused=door)  # added last, so it is the outermost
     return app
 
 

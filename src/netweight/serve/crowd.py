@@ -18,7 +18,7 @@ _MEMORY = 0.02  # weight of the newest answer in what is known about the time be
 class Crowd:
     """Requests inside one process."""
 
-    def __init__(self, patience: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, patience: Callable[[], float], clock: Callable[[], float] = time.monotonic) -> None:
         self._patience, self._clock = patience, clock
         self.inside = 0
         self._between: float | None = None
@@ -32,7 +32,7 @@ class Crowd:
     @property
     def full(self) -> bool:
         """Whether that is too long."""
-        return self.inside >= _LEAST and self.wait > self._patience
+        return self.inside >= _LEAST and self.wait > self._patience()
 
     def enter(self) -> None:
         """One more."""

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,10 +30,11 @@ _HEADERS = [
 class Guard:
     """Gives each request an id (the client's X-Request-Id where it has a harmless one), adds safe headers, and logs one
     JSON line without a word of what customers wrote. Predictions that would wait too long are refused here. Only those
-    count that wait for this server: not those whose body is still to come, or whose answer is still to be read."""
+    count that wait for this server: not those whose body is still to come, or whose answer is still to be read.
+    `refused` is called for each that is turned away."""
 
-    def __init__(self, app: ASGIApp, patience: float) -> None:
-        self._app, self._crowd = app, Crowd(patience)
+    def __init__(self, app: ASGIApp, patience: Callable[[], float], refused: Callable[[], None] = lambda: None) -> None:
+        self._app, self._crowd, self._refused = app, Crowd(patience), refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -67,6 +69,7 @@ class Guard:
 
         try:
             if counted and self._crowd.full:
+                self._refused()
                 await full(self._crowd.wait).response(scope["request_id"])(scope, receive, sent)
             else:
                 await self._app(scope, received, sent)

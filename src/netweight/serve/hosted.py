@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -25,6 +26,8 @@ from netweight.serve.steady import Said, begin, step
 from netweight.signals import Fingerprint
 
 log = logging.getLogger("netweight.serve")
+# While a model is loaded, and for a moment after it, requests may wait so many times longer: that ends by itself.
+_STALLED, _MOMENT = 20, 1.0
 Observe = Callable[[str, int, float], None]
 
 
@@ -81,7 +84,7 @@ class Models:
 
     Args:
         threads: of every engine.
-        patience: seconds that a request may wait for an engine.
+        patience: seconds that a request may wait for an engine, when nothing is being loaded.
         observe: told name, rows and seconds of each batch.
         memory: bytes that models may take together; the least recently asked sleep, and wake when they are asked. One
             is always awake.
@@ -94,11 +97,17 @@ class Models:
         observe: Observe = lambda name, rows, seconds: None,
         memory: int | None = None,
     ) -> None:
-        self._threads, self.patience, self._observe, self._memory = threads, patience, observe, memory
+        self._threads, self._patience, self._observe, self._memory = threads, patience, observe, memory
+        self._calm = 0.0  # when loading is over and done with
         self._hosted: OrderedDict[str, Hosted] = OrderedDict()  # awake, the least recently asked first
         self._known: dict[str, tuple[Path, dict[str, Any]]] = {}  # where they lie, and what is said of them
         self._changing = threading.Lock()
         self.trials: dict[str, Second] = {}
+
+    def patience(self) -> float:
+        """Seconds that who comes now may wait."""
+        stalled = self._changing.locked() or time.monotonic() < self._calm
+        return self._patience * (_STALLED if stalled else 1)
 
     def __iter__(self) -> Any:
         """Those that are awake."""
@@ -198,6 +207,7 @@ class Models:
             partial(self._observe, name),
         )
         memory = max(resident() - held, artifact.size(folder, manifest))
+        self._calm = time.monotonic() + _MOMENT
         return Hosted(name, folder, engine, queue, about, known, memory)
 
     def _make_room(self) -> None:

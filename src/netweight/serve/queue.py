@@ -4,15 +4,16 @@ The engine is never kept idle: a request that finds it free is taken at once, an
 works. (Waiting for company would only pay where a batch costs much more than its rows; static tiers have no such cost,
 and encoders reach their speed at a few rows.)
 
-Tiers take turns. What the first tier is sure of leaves at once; what it hands over waits for the next tier, in a line
-of its own, so that a request that is easily answered never waits for long behind hard ones, nor these for ever behind
-easy ones. How much is taken at a time, and how much may wait, follow from how fast the tiers were so far: a turn takes
-some milliseconds, and what would wait longer than `patience` is refused at once.
+Every tier works in a thread of its own, the first before the others where they share a core. What it is sure of leaves
+at once; what it hands over waits for the next tier, in a line of its own, so that a request that is easily answered
+never waits behind hard ones. How much is taken at a time, and how much may wait, follow from how fast the tiers were so
+far: a turn takes some milliseconds, and what would wait longer than `patience` is refused at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections import deque
@@ -25,8 +26,9 @@ from netweight.serve.steady import Said, Work
 
 # Characters of a token, roughly, and tokens that every text has: what a text weighs is known before it is encoded.
 _CHARACTERS, _SPECIALS = 4, 2
-_TURN = 0.005  # seconds that a turn should take
+_TURN = 0.002  # seconds that a turn should take
 _FIRST_GUESS = 1e-5  # seconds of a token, before the first turn
+_POLITE = 5  # how much nicer later tiers are
 _MEMORY = 0.2  # weight of the newest turn in what is known about a tier's speed
 
 Begin = Callable[[Sequence[str], Sequence[str] | None], Work]
@@ -52,6 +54,7 @@ class _Line:
         self.waiting: deque[Asked] = deque()
         self.weight = 0
         self.each = _FIRST_GUESS  # seconds of a token
+        self.busy = False
 
     def add(self, asked: Asked) -> None:
         self.waiting.append(asked)
@@ -84,9 +87,9 @@ class Queue:
     """Gives requests to one engine, in the order in which they came to each tier.
 
     Args:
-        begin, step: of the engine; called in one thread of the queue's own.
+        begin, step: of the engine; called in threads of the queue's own, one for each tier.
         tiers: how many there are.
-        patience: seconds that a request may have to wait for the engine.
+        patience: gives the seconds that a request may have to wait for the engine.
         observe: told rows that were begun, and seconds, of each turn.
     """
 
@@ -95,18 +98,20 @@ class Queue:
         begin: Begin,
         step: Step,
         tiers: int = 1,
-        patience: float = 0.1,
+        patience: Callable[[], float] = lambda: 0.1,
         observe: Callable[[int, float], None] = lambda rows, seconds: None,
     ) -> None:
         self._begin, self._step, self._patience, self._observe = begin, step, patience, observe
         self._lines = [_Line() for _ in range(tiers)]
-        self._turn = 0
         # Of late: tokens that were begun, and seconds that tiers behind the first have taken.
         self._begun, self._later = 1.0, 0.0
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._work, args=(i,), name=f"tier {i}", daemon=True) for i in range(tiers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def closed(self) -> bool:
@@ -127,24 +132,27 @@ class Queue:
                 raise closing()
             handed = self._later / self._begun  # seconds of later tiers for each token
             wait = sum(line.weight * line.each for line in self._lines) + self._lines[0].weight * handed
-            if len(self) and wait > self._patience:
+            if len(self) and wait > self._patience():
                 raise full(wait)
             loop = asyncio.get_running_loop()
             asked = Asked(texts, pairs, time.monotonic() + seconds, weight, loop.create_future())
             self._lines[0].add(asked)
-            self._changed.notify()
+            self._changed.notify_all()
         return asked.future
 
     def close(self, seconds: float = 30.0) -> None:
         """Answer what waits, take nothing more."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
-        self._thread.join(seconds)
+            self._changed.notify_all()
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
-    def _work(self) -> None:
-        while (turn := self._next()) is not None:
-            i, batch = turn
+    def _work(self, i: int) -> None:
+        if i:  # what is quickly done goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _POLITE)
+        while (batch := self._next(i)) is not None:
             if not batch:
                 continue
             began = time.monotonic()
@@ -157,6 +165,8 @@ class Queue:
             seconds = time.monotonic() - began
             with self._changed:
                 self._lines[i].took(weight, seconds)
+                self._lines[i].busy = False
+                self._changed.notify_all()
                 if i:
                     self._later += seconds
                 else:
@@ -189,17 +199,19 @@ class Queue:
                 self._lines[part.tier].add(asked)
         return told
 
-    def _next(self) -> tuple[int, list[Asked]] | None:
-        """The tier whose turn it is, and its requests; None when the queue is closed and nothing waits."""
+    def _next(self, i: int) -> list[Asked] | None:
+        """Requests for tier i; None when the queue is closed and nothing can come any more."""
+        line = self._lines[i]
         with self._changed:
-            while not len(self):
-                if self._closed:
+            while not line.waiting:
+                if self._closed and not any(before.waiting or before.busy for before in self._lines[:i]):
                     return None
                 self._changed.wait()
-            count = len(self._lines)
-            following = [(self._turn + i) % count for i in range(1, count + 1)]
-            self._turn = next(i for i in following if self._lines[i].waiting)
-            return self._turn, self._lines[self._turn].taken()
+            batch = line.taken()
+            line.busy = bool(batch)
+            if not batch:
+                self._changed.notify_all()
+            return batch
 
 
 def _tell(told: Sequence[tuple[Asked, Said | Exception]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -103,7 +104,11 @@ def worker() -> Any:
     """The application of one process, as `serve` described it."""
     given = json.loads(os.environ[_VARIABLE])
     given["folders"], given["rollout"] = tuple(given["folders"]), Rollout(**given["rollout"])
-    return built(Options(**given))
+    app = built(Options(**given))
+    # What is there now stays: looking through all of it again and again would stop requests for a tenth of a second.
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def built(options: Options) -> Any:
