@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -79,6 +80,14 @@ def served(words: list[str], path: str, text: str) -> Iterator[float]:
             with suppress(ProcessLookupError):  # processes of its own that it left behind
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            while answers():  # the socket may outlive the processes for a moment
+                time.sleep(0.1)
+
+
+def answers() -> bool:
+    """Whether anybody listens."""
+    with socket.socket() as one:
+        return one.connect_ex(PLACE) == 0
 
 
 def throughput(bodies: list[bytes], seconds: float) -> float:

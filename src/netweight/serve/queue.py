@@ -4,8 +4,7 @@ The engine is never kept idle: a request that finds it free is taken at once, an
 works. (Waiting for company would only pay where a batch costs much more than its rows; static tiers have no such cost,
 and encoders reach their speed at a few rows.)
 
-Every tier works in a thread of its own, the first before the others where they share a core. What it is sure of leaves
-at once; what it hands over waits for the next tier, in a line of its own, so that a request that is easily answered
+Every tier works in a thread of its own. What it is sure of leaves at once; what it hands over waits for the next tier, in a line of its own, so that a request that is easily answered
 never waits behind hard ones. How much is taken at a time, and how much may wait, follow from how fast the tiers were so
 far: a turn takes some milliseconds, and what would wait longer than `patience` is refused at once.
 """
@@ -13,7 +12,6 @@ far: a turn takes some milliseconds, and what would wait longer than `patience` 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections import deque
@@ -28,7 +26,6 @@ from netweight.serve.steady import Said, Work
 _CHARACTERS, _SPECIALS = 4, 2
 _TURN = 0.002  # seconds that a turn should take
 _FIRST_GUESS = 1e-5  # seconds of a token, before the first turn
-_POLITE = 5  # how much nicer later tiers are
 _MEMORY = 0.2  # weight of the newest turn in what is known about a tier's speed
 
 Begin = Callable[[Sequence[str], Sequence[str] | None], Work]
@@ -150,8 +147,6 @@ class Queue:
             thread.join(max(0.0, end - time.monotonic()))
 
     def _work(self, i: int) -> None:
-        if i:  # what is quickly done goes first
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _POLITE)
         while (batch := self._next(i)) is not None:
             if not batch:
                 continue
