@@ -4,9 +4,10 @@ The engine is never kept idle: a request that finds it free is taken at once, an
 works. (Waiting for company would only pay where a batch costs much more than its rows; static tiers have no such cost,
 and encoders reach their speed at a few rows.)
 
-Every tier works in a thread of its own. What it is sure of leaves at once; what it hands over waits for the next tier, in a line of its own, so that a request that is easily answered
-never waits behind hard ones. How much is taken at a time, and how much may wait, follow from how fast the tiers were so
-far: a turn takes some milliseconds, and what would wait longer than `patience` is refused at once.
+Every tier works in a thread of its own. What it is sure of leaves at once; what it hands over waits for the next tier,
+in a line of its own, so that a request that is easily answered never waits behind hard ones. How much is taken at a
+time, and how much may wait, follow from how fast the tiers were so far: a turn takes some milliseconds, and what would
+wait longer than `patience` is refused at once.
 """
 
 from __future__ import annotations
