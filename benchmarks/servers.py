@@ -1,6 +1,6 @@
 """The same artifact behind Netweight, LitServe and plain Ray Serve, in turns:
 
-    .venv/bin/python benchmarks/servers.py ARTIFACT INPUT [--text text] [--rounds 5] [--work runs]
+    .venv/bin/python benchmarks/servers.py ARTIFACT INPUT [--text text] [--rounds 5] [--work runs] [--kind K] [--peer P]
 
 Each server has the first core, all of its processes together, and one engine thread; the generator (`load.py`) the
 second. Every server answers lists of texts with label, confidence and tier. Throughput: 32 clients with one text each,
@@ -39,6 +39,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "servers.json"
 PORT, PLACE = 8766, (HOST, 8766)
 PEERS = ("litserve", "ray_serve")
+KINDS = ("static", "cascade")
 BATCHES = ((1, 0.0), (32, 2.0))  # requests together, milliseconds of waiting for them
 SECONDS, CLIENTS = 5.0, 32
 
@@ -136,20 +137,24 @@ def main() -> None:
     parser.add_argument("--text", default="text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, default=Path("runs"))
+    parser.add_argument("--kind", action="append", choices=KINDS, help="default: both")
+    parser.add_argument("--peer", action="append", choices=PEERS, help="default: both")
     given = parser.parse_args()
     os.sched_setaffinity(0, {1})
     texts = list(read(given.input, Columns(given.text), label_required=False).rows.text)
     found: dict[str, Any] = {"machine": asdict(machine(1)), "artifact": {}}
+    if RESULTS.exists():  # what is not asked for again stays
+        found["artifact"] = json.loads(RESULTS.read_text(encoding="utf-8"))["artifact"]
     with tempfile.TemporaryDirectory() as place:
         manifest = artifact.read_manifest(given.artifact)
         whole = Path(place) / "whole" / "model.nw"
         artifact.save(whole, manifest, {n: artifact.read_file(given.artifact, manifest, n) for n in manifest.files})
         for name, folder in (("static", first_tier(whole, Path(place) / "static" / "model.nw")), ("cascade", whole)):
-            for peer in PEERS:
+            for peer in (given.peer or PEERS) if name in (given.kind or KINDS) else ():
                 one = compare(peer, folder, texts, given.rounds, given.work.absolute())
                 found["artifact"].setdefault(name, {})[peer] = one
                 print(name, peer, json.dumps(one, indent=1), flush=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 from ray import serve
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from netweight.engine import load
 
@@ -33,9 +34,9 @@ class Api:
         said = [[next(found) for _ in texts] for texts in inputs]
         return [[{"label": p.label, "confidence": p.confidence, "tier": p.tier} for p in row] for row in said]
 
-    async def __call__(self, request: Request) -> dict[str, Any]:
-        """One request."""
-        return {"predictions": await self.many((await request.json())["texts"])}
+    async def __call__(self, request: Request) -> JSONResponse:
+        """One request. (A dict would come back in chunks, which `load.py` does not read.)"""
+        return JSONResponse({"predictions": await self.many((await request.json())["texts"])})
 
 
 if __name__ == "__main__":
