@@ -165,6 +165,10 @@ def test_bounds_of_a_share_are_those_of_the_mixture(yes: int, no: int, level: fl
             assert (mixed < -math.log(level)) == inside
 
 
+def test_how_many_rows_that_agree_make_a_candidate_safe() -> None:
+    assert share_bounds(0, 116, 0.05)[1] <= 0.05 < share_bounds(0, 115, 0.05)[1], "docs/serving.md names the number"
+
+
 def test_bounds_hold_at_every_row_at_once() -> None:
     rng = random.Random(4)
     times, missed = 200, 0

@@ -1,0 +1,59 @@
+"""What a table of words saves in tokenization: the same ids, with and without it, in turns.
+
+    .venv/bin/python benchmarks/words.py TABLE... [--text text] [--rounds 7]
+
+Takes the starter's tokenizer and at most 3,000 rows of each table; ends with 1 where an id differs. Prints microseconds
+a row, the ratio, and how many rows are plain text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import netweight.model
+from netweight.data import Columns, read
+from netweight.encode import TextEncoder
+
+MOST = 3_000
+
+
+def main() -> int:
+    """Compare and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("tables", nargs="+")
+    parser.add_argument("--text", default="text")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    definition = (netweight.model._folder("starter") / "tokenizer.json").read_text(encoding="utf-8")
+    fast, usual = TextEncoder(definition), TextEncoder(definition)
+    assert fast._words is not None
+    usual._words = None
+    differ = False
+    for table in given.tables:
+        texts = list(read(table, Columns(given.text), label_required=False).rows.text)[:MOST]
+        one, other = fast.encode(texts), usual.encode(texts)
+        differ |= one.ids.tolist() != other.ids.tolist() or one.offsets.tolist() != other.offsets.tolist()
+        took: dict[str, list[float]] = {"fast": [], "usual": []}
+        for _ in range(given.rounds):
+            for name, encoder in (("fast", fast), ("usual", usual)):
+                began = time.perf_counter()
+                encoder.encode(texts)
+                took[name].append(1e6 * (time.perf_counter() - began) / len(texts))
+        ratio = statistics.median(a / b for a, b in zip(took["usual"], took["fast"], strict=True))
+        plain = sum(fast._words.ids(text) is not None for text in texts) / len(texts)
+        middle = {name: statistics.median(values) for name, values in took.items()}
+        called = Path(table).parent.name or table
+        print(
+            f"{name}: {middle['usual']:.1f} and {middle['fast']:.1f} us a row, {ratio:.1f}x; {100 * plain:.1f} % plain"
+        )
+    if differ:
+        print("ids differ", file=sys.stderr)
+    return int(differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
