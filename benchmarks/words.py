@@ -47,9 +47,7 @@ def main() -> int:
         plain = sum(fast._words.ids(text) is not None for text in texts) / len(texts)
         middle = {name: statistics.median(values) for name, values in took.items()}
         called = Path(table).parent.name or table
-        print(
-            f"{name}: {middle['usual']:.1f} and {middle['fast']:.1f} us a row, {ratio:.1f}x; {100 * plain:.1f} % plain"
-        )
+        print(f"{called}: {middle['usual']:.1f} and {middle['fast']:.1f} us a row, {ratio:.1f}x; {plain:.1%} plain")
     if differ:
         print("ids differ", file=sys.stderr)
     return int(differ)
