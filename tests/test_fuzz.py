@@ -199,11 +199,14 @@ def test_a_client_that_never_reads_is_let_go(listening: Listening) -> None:
                 try:
                     one.sendall(asked)
                 except TimeoutError:
-                    assert listening.ask() == 200
+                    # It may have filled the queue: then others are told so, at once.
+                    assert listening.ask() in (200, 429)
         except (ConnectionResetError, BrokenPipeError):
             pass
         assert time.monotonic() < end, "it was not let go"
-    assert listening.ask() == 200
+    while (said := listening.ask()) == 429 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert said == 200
 
 
 def test_what_is_not_http_is_refused_as_a_problem(listening: Listening) -> None:
