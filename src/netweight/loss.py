@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
@@ -14,13 +15,21 @@ from netweight.errors import ModelError
 from netweight.model import Model
 from netweight.task import Classify, Score
 
+Everywhere = Callable[[Tensor], Tensor]
+
+
+def here(value: Tensor) -> Tensor:
+    """The sum over processes where there is one."""
+    return value
+
 
 @dataclass(frozen=True)
 class Batch:
     """Rows as the network sees them.
 
     ids, mask, types: (n, length). targets: (n,) label indices or standardised values, and -1 or NaN for a row
-    without a label. weight: (n,). teachers: logits (n, outputs) of each teacher that the loss names.
+    without a label. weight: (n,). teachers: logits (n, outputs) of each teacher that the loss names. `everywhere` adds
+    up a tensor (without gradient) over all processes that hold a part of the batch: see `mean`.
     """
 
     ids: Tensor
@@ -29,6 +38,7 @@ class Batch:
     targets: Tensor
     weight: Tensor
     teachers: tuple[Tensor, ...] = ()
+    everywhere: Everywhere = here
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,7 +100,7 @@ class SoftTargets:
         logits = network(batch.ids, batch.mask, batch.types).float()
         said = torch.stack([t.float() for t in batch.teachers])
         target = said.mean(dim=0) if self.combine == "mean" else confident(said)
-        loss = matching(self.task, logits, target, batch.weight, self.temperature)
+        loss = matching(self.task, logits, target, batch.weight, self.temperature, batch.everywhere)
         if self.hard:
             loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
         return loss
@@ -128,7 +138,8 @@ class Penalized:
         if lacking:
             raise ModelError(f"a penalty names {lacking[0]}, which the network does not have.")
         added = torch.stack([penalty(held[name], self.penalty) for name in self.names]).sum()
-        return self.loss(network, batch) + self.strength * added
+        # Every process adds its share of the penalty.
+        return self.loss(network, batch) + self.strength * added / batch.everywhere(torch.ones_like(added.detach()))
 
 
 def penalty(weight: Tensor, kind: Penalty) -> Tensor:
@@ -170,7 +181,15 @@ class PseudoLabels:
             per_row = torch.where(known, per_row, F.cross_entropy(logits, said, reduction="none"))
         counts = torch.tensor(self.weights, device=logits.device)[label]
         weight = batch.weight * torch.where(known, 1.0, kept * counts)
-        return (per_row * weight).sum() / weight.sum().clamp(min=1e-12)
+        return mean(per_row, weight, batch.everywhere)
+
+
+def mean(values: Tensor, weight: Tensor, everywhere: Everywhere = here) -> Tensor:
+    """This process's share of a weighted mean: sum(values * weight) / (sum of all weights, everywhere).
+
+    Gradients of the shares add up to the gradient of the mean over the whole batch, however it was divided.
+    """
+    return (values * weight).sum() / everywhere(weight.sum()).clamp(min=1e-12)
 
 
 def confident(said: Tensor) -> Tensor:
@@ -179,7 +198,14 @@ def confident(said: Tensor) -> Tensor:
     return (said * weight).sum(dim=0) / weight.sum(dim=0)
 
 
-def matching(task: Classify | Score, logits: Tensor, target: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def matching(
+    task: Classify | Score,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    temperature: float,
+    everywhere: Everywhere = here,
+) -> Tensor:
     """Weighted mean over rows of T^2 * KL(softmax(target / T) || softmax(logits / T)), or of squared differences."""
     if isinstance(task, Score):
         per_row = (logits - target).square().sum(dim=1)
@@ -187,7 +213,7 @@ def matching(task: Classify | Score, logits: Tensor, target: Tensor, weight: Ten
         wanted = F.log_softmax(target / temperature, dim=1)
         got = F.log_softmax(logits / temperature, dim=1)
         per_row = (wanted.exp() * (wanted - got)).sum(dim=1) * temperature**2
-    return (per_row * weight).sum() / weight.sum().clamp(min=1e-12)
+    return mean(per_row, weight, everywhere)
 
 
 def supervised(task: Classify | Score, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -199,5 +225,4 @@ def supervised(task: Classify | Score, logits: Tensor, batch: Batch, smoothing: 
     else:
         known = batch.targets >= 0
         per_row = F.cross_entropy(logits, batch.targets.clamp(min=0), reduction="none", label_smoothing=smoothing)
-    weight = batch.weight * known
-    return (per_row * weight).sum() / weight.sum().clamp(min=1e-12)
+    return mean(per_row, batch.weight * known, batch.everywhere)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from netweight.anatomy import blocks
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, SoftTargets, supervised
+from netweight.loss import Batch, SoftTargets, mean, supervised
 from netweight.model import Model
 from netweight.network import Transformer
 
@@ -76,7 +76,7 @@ class Matching:
                 task, logits = self.targets.task, network(batch.ids, batch.mask, batch.types)
                 loss = self.targets.hard * supervised(task, logits, batch, 0.0)
         per_row = self._inside(student, seen, shown, batch.mask)
-        return loss + self.scale * (per_row * batch.weight).sum() / batch.weight.sum().clamp(min=1e-12)
+        return loss + self.scale * mean(per_row, batch.weight, batch.everywhere)
 
     def _inside(self, student: Transformer, seen: Seen, shown: Seen, mask: Tensor) -> Tensor:
         parts: list[Tensor] = []

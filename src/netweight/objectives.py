@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from netweight.errors import ModelError
 from netweight.layers import FactoredEmbedding
-from netweight.loss import Batch, Supervised, matching
+from netweight.loss import Batch, Supervised, matching, mean
 from netweight.model import Model
 from netweight.network import Transformer
 
@@ -44,7 +44,7 @@ class MaskedLM:
         hidden = hidden_states(network, ids, batch.mask, batch.types)
         logits = vocabulary_logits(network, hidden[chosen])
         per_token = F.cross_entropy(logits.float(), batch.ids[chosen].long(), reduction="none")
-        return _mean(per_token, batch.weight[chosen.nonzero()[:, 0]])
+        return mean(per_token, batch.weight[chosen.nonzero()[:, 0]], batch.everywhere)
 
     def hide(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids with some of them changed, and which were chosen, both (n, length)."""
@@ -69,7 +69,7 @@ class CausalLM:
         real = (batch.mask[:, 1:] > 0) & (batch.mask[:, :-1] > 0)
         logits = vocabulary_logits(network, hidden[:, :-1][real])
         per_token = F.cross_entropy(logits.float(), batch.ids[:, 1:][real].long(), reduction="none")
-        return _mean(per_token, batch.weight[real.nonzero()[:, 0]])
+        return mean(per_token, batch.weight[real.nonzero()[:, 0]], batch.everywhere)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Contrastive:
         one, two = (F.normalize(pooled(network, batch).float(), dim=1) for _ in range(2))
         similar = one @ two.T / self.temperature
         per_row = F.cross_entropy(similar, torch.arange(len(batch), device=similar.device), reduction="none")
-        return _mean(per_row, batch.weight)
+        return mean(per_row, batch.weight, batch.everywhere)
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class RDrop:
         task = self.supervised.task
         one, two = (network(batch.ids, batch.mask, batch.types).float() for _ in range(2))
         labels = (self.supervised.of(one, batch) + self.supervised.of(two, batch)) / 2
-        apart = matching(task, one, two, batch.weight, 1.0) + matching(task, two, one, batch.weight, 1.0)
-        return labels + self.kl_weight * apart / 2
+        first, second = (matching(task, a, b, batch.weight, 1.0, batch.everywhere) for a, b in ((one, two), (two, one)))
+        return labels + self.kl_weight * (first + second) / 2
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,6 @@ class Adversarial:
         norm = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
         with embeddings_moved(network, self.epsilon * gradient / norm[:, None, None]):
             return plain + self.supervised(network, batch)
-
-
-def _mean(values: Tensor, weight: Tensor) -> Tensor:
-    return (values * weight).sum() / weight.sum().clamp(min=1e-12)
 
 
 def inner(network: nn.Module) -> Transformer:

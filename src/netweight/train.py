@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,7 +89,6 @@ class Plan:
     patience: int | None = None
     seconds: float | None = None
     seed: int = 0
-    device: str = "cpu"
     checkpoint_every: float = 30.0
     reporter: Reporter = field(default_factory=Silent, repr=False, compare=False)
 
@@ -117,13 +116,16 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Everything that changes the result, as plain values."""
-        chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "device", "seconds")}
+        chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "seconds")}
         return dict(sorted(chosen.items()))
 
     def changed(self) -> dict[str, Any]:
         """What differs from the default plan, as plain values."""
         usual = Plan().describe()
         return {name: value for name, value in self.describe().items() if value != usual[name]}
+
+
+Ask = Callable[[nn.Module, Batch], Tensor]
 
 
 class Source(Protocol):
@@ -135,25 +137,53 @@ class Source(Protocol):
 
 
 class Seams:
-    """Where a run may step into the loop. The defaults are what one process alone needs."""
+    """Where a run may step into the loop. The defaults are what one process alone needs.
+
+    `device` is where the network computes. `lane` numbers the processes that share a batch: each draws its own dropout.
+    The `first` of them writes checkpoints. What says "all" is called by all of them at the same place.
+    """
+
+    device = torch.device("cpu")
+    lane = 0
+    first = True
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Shard or wrap the network before the optimizer sees its parameters."""
+        """Move, shard or wrap the network before the optimizer sees its parameters."""
         return network
 
-    def share(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """This process's part of a global batch."""
-        return rows
+    def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
+        """This process's part of a global batch, on its device; what of it is a mean knows all parts."""
+        return source.batch(rows, rng, hide)
 
-    def backward(self, loss: Tensor) -> None:
-        """Plain, or a pipeline schedule."""
-        loss.backward()
+    def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
+        """Add the gradients of scale * loss to those that are there; returns scale * loss. Plain, row by row (privacy),
+        or a pipeline schedule."""
+        value = loss(network, batch) * scale
+        value.backward()
+        return value.item()
 
-    def sync(self, network: nn.Module) -> None:
-        """Combine gradients between processes."""
+    def sync(self, network: nn.Module, value: float) -> float:
+        """Add up gradients, and the loss, over all."""
+        return value
 
     def correct(self, network: nn.Module) -> None:
-        """Change gradients before the step (SCAFFOLD, proximal)."""
+        """Change gradients before they are clipped and the step is made (SCAFFOLD, proximal)."""
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        """Scale gradients down to a norm over the whole network of `limit`."""
+        nn.utils.clip_grad_norm_(parameters, limit)
+
+    def agree(self, value: float) -> float:
+        """What the first of all says: of clocks, and of sums whose last bits differ."""
+        return value
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of tensors of which each of all holds a part; only the first need get them."""
+        return dict(held)
+
+    def scatter(self, whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `gather`: this process's part of the tensors that `like` names."""
+        return {name: whole[name] for name in like}
 
 
 @dataclass
@@ -248,13 +278,13 @@ class _Loop:
                 mark, marked, p.timed = now, p.step, p.step - first == _LOOKS[-1]
             if p.step % self.per_epoch == 0 and self.stop_early():
                 break
-            if self.checkpoint and time.monotonic() - saved > plan.checkpoint_every:
+            if self.checkpoint and self.seams.agree(time.monotonic() - saved) > plan.checkpoint_every:
                 self.save(*self.checkpoint)
                 saved = time.monotonic()
         if self.best:
             self.network.load_state_dict(self.best)
         self.network.eval()
-        if self.checkpoint:
+        if self.checkpoint and self.seams.first:
             self.checkpoint[0].unlink(missing_ok=True)
 
     def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
@@ -265,29 +295,31 @@ class _Loop:
             for options in optimizer.param_groups:
                 options["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(hash((plan.seed, step)) & 0x7FFFFFFF)
-        rng = np.random.default_rng([plan.seed, step, 1])
+        torch.manual_seed((hash((plan.seed, step)) + self.seams.lane) & 0x7FFFFFFF)
+        rng = np.random.default_rng([plan.seed, step, 1 + self.seams.lane])
         rows = sum(len(g) for g in groups)
         total = 0.0
         for group in groups:
-            batch = self.source.batch(self.seams.share(group), rng, plan.token_dropout)
-            with torch.autocast("cpu", torch.bfloat16) if self.half else nullcontext():
-                loss = self.loss(self.wrapped, batch) * (len(group) / rows)
-            self.seams.backward(loss)
-            total += loss.item()
-        self.seams.sync(self.network)
+            batch = self.seams.share(self.source, group, rng, plan.token_dropout)
+            total += self.seams.backward(self.wrapped, self.ask, batch, len(group) / rows)
+        total = self.seams.sync(self.network, total)
         self.seams.correct(self.network)
         if plan.clip:
-            nn.utils.clip_grad_norm_(self.dense, plan.clip)
+            self.seams.clip(self.dense, plan.clip)
         for optimizer in self.optimizers:
             optimizer.step()
         return total, rate
+
+    def ask(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The loss in the plan's precision."""
+        with torch.autocast(self.seams.device.type, torch.bfloat16) if self.half else nullcontext():
+            return self.loss(network, batch)
 
     def fit_into(self, seconds: float, per_step: float, label: str) -> None:
         """As many of the plan's epochs as the seconds that are left allow; at least one more step."""
         p = self.progress
         affordable = max(p.step + seconds / max(per_step, 1e-9), p.step + 1) / self.per_epoch
-        epochs = min(affordable, self.plan.epochs)
+        epochs = self.seams.agree(min(affordable, self.plan.epochs))
         if abs(epochs - p.epochs) > _WORTH_SAYING * p.epochs:
             p.epochs = epochs
             self.plan.reporter.note(f"{label}: {p.epochs:.2f} epochs fit into the time that is left")
@@ -297,7 +329,7 @@ class _Loop:
         if self.evaluate is None:
             return False
         self.network.eval()
-        quality = self.evaluate()
+        quality = self.seams.agree(self.evaluate())
         self.network.train()
         self.plan.reporter.note(f"quality on select: {quality:.4f}")
         if quality > self.progress.best:
@@ -308,13 +340,16 @@ class _Loop:
         return self.progress.stale > (self.plan.patience or 0)
 
     def save(self, path: Path, digest: str) -> None:
-        """Atomic: a file that exists is complete."""
+        """Atomic: a file that exists is complete. It holds whole tensors, so that any run can go on from it."""
         held = {f"model/{name}": value.clone() for name, value in tensors(self.network).items()}
         held |= {f"best/{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
+        held = self.seams.gather(held)
+        if not self.seams.first:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         save_file(held, new, {"fit": digest, "progress": json.dumps(asdict(self.progress))})
@@ -332,11 +367,15 @@ class _Loop:
         if meta.get("fit") != digest:
             raise StoreError(f"checkpoint {path} belongs to another fit; delete it, or use another folder.")
         self.progress = _Progress(**json.loads(meta["progress"]))
-        self.network.load_state_dict({n[6:]: t for n, t in held.items() if n.startswith("model/")})
-        self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
+        there, mine = tensors(self.network), self.seams.scatter
+        self.network.load_state_dict(mine({n[6:]: t for n, t in held.items() if n.startswith("model/")}, there))
+        best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
+        self.best = mine(best, there) if best else {}
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
-            state = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
+            whole = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
+            # Moments are cut as their parameter is; a count of steps is not.
+            state = mine(whole, {key: parameter if t.shape == parameter.shape else t for key, t in whole.items()})
             if state:
                 sparse = name in self.network.sparse
                 # SparseAdam counts its steps in a plain number.

@@ -22,7 +22,7 @@ from netweight.loss import Batch, Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
 from netweight.task import Classify
-from netweight.train import Plan, fit, fit_digest, half_pays
+from netweight.train import Plan, Seams, fit, fit_digest, half_pays
 
 _CHUNK = 64
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
@@ -34,11 +34,13 @@ class Local:
     Args:
         data: train rows (labelled) and pool (not); `select` serves early stopping.
         folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
+        seams: where other runs step into the loop.
     """
 
-    def __init__(self, data: Dataset, folder: Path | None = None) -> None:
+    def __init__(self, data: Dataset, folder: Path | None = None, seams: Seams | None = None) -> None:
         self.data = data
         self.folder = folder
+        self.seams = seams or Seams()
         self._tokens: dict[tuple[str, bool], Tokens] = {}
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
@@ -74,7 +76,16 @@ class Local:
         if plan.seconds:
             plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))
         checkpoint = (self.folder / f"fit-{digest[:16]}.safetensors", digest) if self.folder else None
-        fit(new.network, source, loss, plan, evaluate=lambda: self.quality(new), checkpoint=checkpoint, label=label)
+        fit(
+            new.network,
+            source,
+            loss,
+            plan,
+            seams=self.seams,
+            evaluate=lambda: self.quality(new),
+            checkpoint=checkpoint,
+            label=label,
+        )
         return new
 
     def reduce(

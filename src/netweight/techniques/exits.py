@@ -91,7 +91,7 @@ class Staged:
         target = torch.stack([t.float() for t in batch.teachers]).mean(dim=0)
         total = torch.zeros(())
         for i, logits in enumerate(stages, 1):
-            soft = matching(self.task, logits.float(), target, batch.weight, self.temperature)
+            soft = matching(self.task, logits.float(), target, batch.weight, self.temperature, batch.everywhere)
             both = (1 - self.hard) * soft + self.hard * supervised(self.task, logits, batch, 0.0)
             total = total + i * both
         return total / sum(range(1, len(stages) + 1))
