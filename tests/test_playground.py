@@ -22,6 +22,7 @@ import netweight
 from conftest import GOOD, KIND, MEAN, Shop, tiny_encoder
 from netweight import artifact
 from netweight.artifact import Tier
+from netweight.client import AsyncClient
 from netweight.engine import Engine, load
 from netweight.serve.explain import explained
 from netweight.serve.hosted import Hosted
@@ -134,6 +135,19 @@ def test_bad_bodies(server: Server, body: Any, status: int, code: str, text: str
     said = response.json()
     assert (response.status_code, said["code"]) == (status, code)
     assert text in said["detail"]
+
+
+def test_the_client_reads_an_explanation(server: Server) -> None:
+    async def work(http: Any) -> tuple[Any, Any]:
+        client = AsyncClient("http://test")
+        client._http = http
+        return await client.explain("shop", "great zip"), await client.predict("shop", ["great zip"])
+
+    said, (prediction,) = server.run(work)
+    assert said.prediction == prediction
+    assert [word.text for word in said.words] == ["great", "zip"]
+    raw = explain(server, {"text": "great zip"}).json()["words"]
+    assert [(w.weight, w.label) for w in said.words] == [(w["weight"], w["label"]) for w in raw]
 
 
 def test_other_refusals(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

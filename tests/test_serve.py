@@ -30,6 +30,7 @@ from netweight.serve.metrics import Metrics
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
 from netweight.serve.schema import MOST_BYTES, MOST_ROWS
+from netweight.serve.standing import Standing
 from netweight.serve.steady import Said, Work, answer, begin, step
 
 TEXTS = list(many_rows(40).text)
@@ -221,6 +222,25 @@ def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatc
             queue.ask(["f"])
 
     asyncio.run(work())
+
+
+def test_a_burst_may_wait_and_overload_may_not() -> None:
+    now = [0.0]
+    standing = Standing(lambda: now[0])
+
+    def asked(wait: float, after: float = 0.01) -> float:
+        now[0] += after
+        return standing.patience(wait, 0.1)
+
+    assert [asked(0.05) for _ in range(5)] == [0.1] * 5, "a burst"
+    asked(0.001)
+    assert [asked(0.05) for _ in range(8)] == [0.1] * 8, "it was nearly empty meanwhile"
+    assert asked(0.05) == pytest.approx(0.1)
+    assert [asked(0.05) for _ in range(20)][-1] == pytest.approx(0.01), "it never is"
+    assert [asked(0.006) for _ in range(30)][-1] == pytest.approx(0.01), "what is let in keeps it busy"
+    assert [asked(0.004) for _ in range(30)][-1] == pytest.approx(0.1), "it is over"
+    [asked(0.05) for _ in range(30)]
+    assert asked(0.05, after=1.0) == pytest.approx(0.1), "nobody came for a while"
 
 
 def test_a_crowd_is_as_large_as_it_is_answered_in_time() -> None:

@@ -42,6 +42,30 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word, or a run of `count`: code points `start` to `end` of the first (`side` 0) or second text of a pair.
+
+    `weight` is how far the label's probability, or the value, falls without it; `label` is the one without it.
+    """
+
+    text: str
+    side: int
+    start: int
+    end: int
+    count: int
+    weight: float
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prediction, and its words in their order."""
+
+    prediction: Prediction
+    words: tuple[Word, ...]
+
+
+@dataclass(frozen=True)
 class _Sleep:
     seconds: float
 
@@ -71,6 +95,11 @@ class _Core:
             said = yield from self.send("POST", f"/v1/models/{model}/predict", body)
             found += [Prediction(**row) for row in said["predictions"]]
         return found
+
+    def explain(self, model: str, text: str | tuple[str, str]) -> Generator[_Step, _Met, Explanation]:
+        body = {"text": text} if isinstance(text, str) else {"pair": list(text)}
+        said = yield from self.send("POST", f"/v1/models/{model}/explain", body)
+        return Explanation(Prediction(**said["prediction"]), tuple(Word(**word) for word in said["words"]))
 
     def models(self) -> Generator[_Step, _Met, list[dict[str, Any]]]:
         said = yield from self.send("GET", "/v1/models")
@@ -126,6 +155,10 @@ class Client:
         """One prediction a row, in order. Raises EndpointError."""
         return self._drive(self._core.predict(model, texts, pairs, scores))
 
+    def explain(self, model: str, text: str | tuple[str, str]) -> Explanation:
+        """A text's (or pair's) prediction, and how far each word moved it. Raises EndpointError."""
+        return self._drive(self._core.explain(model, text))
+
     def models(self) -> list[dict[str, Any]]:
         """What the server has: names, versions, certificates, measurements."""
         return self._drive(self._core.models())
@@ -169,6 +202,10 @@ class AsyncClient:
     ) -> list[Prediction]:
         """One prediction a row, in order. Raises EndpointError."""
         return await self._drive(self._core.predict(model, texts, pairs, scores))
+
+    async def explain(self, model: str, text: str | tuple[str, str]) -> Explanation:
+        """A text's (or pair's) prediction, and how far each word moved it. Raises EndpointError."""
+        return await self._drive(self._core.explain(model, text))
 
     async def models(self) -> list[dict[str, Any]]:
         """What the server has: names, versions, certificates, measurements."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from netweight.serve.problems import closing, full, late
+from netweight.serve.standing import Standing
 from netweight.serve.steady import Said, Work
 
 # Characters of a token, roughly, and tokens that every text has: what a text weighs is known before it is encoded.
@@ -87,7 +88,7 @@ class Queue:
     Args:
         begin, step: of the engine; called in threads of the queue's own, one for each tier.
         tiers: how many there are.
-        patience: gives the seconds that a request may have to wait for the engine.
+        patience: gives the seconds that a request may have to wait for the engine: in bursts, see `standing`.
         observe: told rows that were begun, and seconds, of each turn.
     """
 
@@ -103,6 +104,7 @@ class Queue:
         self._lines = [_Line() for _ in range(tiers)]
         # Of late: tokens that were begun, and seconds that tiers behind the first have taken.
         self._begun, self._later = 1.0, 0.0
+        self._standing = Standing()
         self._changed = threading.Condition()
         self._closed = False
         self._threads = [
@@ -130,7 +132,8 @@ class Queue:
                 raise closing()
             handed = self._later / self._begun  # seconds of later tiers for each token
             wait = sum(line.weight * line.each for line in self._lines) + self._lines[0].weight * handed
-            if len(self) and wait > self._patience():
+            patience = self._standing.patience(wait if len(self) else 0.0, self._patience())
+            if len(self) and wait > patience:
                 raise full(wait)
             loop = asyncio.get_running_loop()
             asked = Asked(texts, pairs, time.monotonic() + seconds, weight, loop.create_future())
