@@ -1,0 +1,1 @@
+"""Federated runs: clients keep their rows; only updates travel."""
