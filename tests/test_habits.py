@@ -31,6 +31,7 @@ GROUPS = (
         "objectives",
         "matching",
         "llm",
+        "seams",
         "train",
         "track",
         "run",

@@ -14,6 +14,7 @@ from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.job import Job, Options, Tables
 from netweight.model import Model
+from netweight.run import Local
 from netweight.scratch import scratch
 from netweight.store import Store
 from netweight.task import Classify
@@ -37,14 +38,14 @@ def test_the_teacher_is_pretrained_on_train_and_pool_and_then_tuned(tmp_path: Pa
         Job(Tables(train), options=Options(model="scratch", max_length=32, threads=1)),
     )
     with Store(tmp_path, {"a": 1}) as store:
-        teacher = Builder(job, data, task, store, Silent(), Clock(8)).teacher
+        teacher = Builder(job, data, task, store, Silent(), Clock(8), Local(data, store.folder / "work")).teacher
         first = Model.load(store.model_folder(PRETRAINED))
         start = SMALL((*train.text, *pool.text), task, max_length=32)
         assert first.encoder.fingerprint == teacher.encoder.fingerprint == start.encoder.fingerprint
         assert store.get(f"model {PRETRAINED}")["digest"] == first.digest != start.digest
         assert store.get(f"model {TEACHER}")["digest"] == teacher.digest != first.digest
         assert first.network.head.weight.abs().sum() == 0  # type: ignore[union-attr,operator]
-        again = Builder(job, data, task, store, Silent(), Clock(8))
+        again = Builder(job, data, task, store, Silent(), Clock(8), Local(data, store.folder / "work"))
         assert again.teacher.digest == teacher.digest
 
 

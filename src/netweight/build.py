@@ -23,7 +23,7 @@ from netweight.engine.exits import ExitsEngine, thresholds
 from netweight.export import export
 from netweight.job import Job
 from netweight.model import Model, pretrained
-from netweight.run import Local
+from netweight.run import Run
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
@@ -70,9 +70,9 @@ class Builder:
     store: Store
     reporter: Reporter
     clock: Clock
+    run: Run
 
     def __post_init__(self) -> None:
-        self._run = Local(self.data, self.store.folder / "work")
         self.rungs: dict[str, Rung] = {}
 
     @cached_property
@@ -135,7 +135,7 @@ class Builder:
         model = self.model(part(first, plan), base, tuple(first), seconds, plan) if first else base()
         options = self.job.options
         model = last(
-            model, self._run, replace(plan, seed=options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
+            model, self.run, replace(plan, seed=options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
         )
         self.store.discard(name)
         model.save(folder)

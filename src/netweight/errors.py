@@ -10,6 +10,7 @@
     │   └── CorruptArtifact    a file differs from its recorded hash
     ├── StoreError             a run store belongs to another job, or is damaged
     ├── EndpointError          a service over HTTP refuses, is not there, or keeps failing
+    ├── RunError               processes of a run are gone, or one of them failed
     ├── CertificateError       a certificate cannot be made or does not hold
     └── MissingExtra           an optional dependency is not installed
 
@@ -67,6 +68,10 @@ class StoreError(NetweightError):
 
 class EndpointError(NetweightError):
     """A service over HTTP refuses, is not there, or keeps failing."""
+
+
+class RunError(NetweightError):
+    """Processes of a run are gone, do not answer, or one of them failed."""
 
 
 class CertificateError(NetweightError):

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from netweight.errors import CertificateError
 from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
+from netweight.run import Local, Runs
 from netweight.search import Point, Search, ladder
 from netweight.signals import Fingerprint
 from netweight.store import DEV, LOOKS, Store, store_of
@@ -84,6 +86,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     effort: Effort = "quick",
     reporter: Reporter | None = None,
     track: Sequence[Tracker] = (),
+    runs: Runs = Local,
 ) -> Result:
     """The lightest model that provably still does the job, saved as the artifact `out`.
 
@@ -95,6 +98,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
             to prove something with these certify rows.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
+        runs: makes the run that trains, of the rows and a folder; `netweight.run.named` knows names of some.
         track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
 
     Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
@@ -107,11 +111,11 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         options if threads is None else replace(options, threads=threads),
     )
     with Tracked(reporter or Silent(), trackers(track, store_of(Path(out)))) as told:
-        return run(job, Path(out), told)
+        return run(job, Path(out), told, runs)
 
 
-def run(job: Job, out: Path, reporter: Reporter) -> Result:
-    """Do the job."""
+def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
+    """Do the job; `runs` makes the run that trains."""
     clock = Clock(job.options.seconds)
     torch.set_num_threads(job.options.threads)
     artifact.writable(out)
@@ -119,9 +123,13 @@ def run(job: Job, out: Path, reporter: Reporter) -> Result:
     data, task, notes = prepare(job, folder)
     for note in notes:
         reporter.note(note)
-    with Store(folder, job.identity(data, task)) as store:
+    with ExitStack() as stack:
+        store = stack.enter_context(Store(folder, job.identity(data, task)))
         store.write(DEV, _lines(data.dev))
-        builder = Builder(job, data, task, store, reporter, clock)
+        made = runs(data, folder / "work")
+        if isinstance(made, AbstractContextManager):
+            stack.enter_context(made)
+        builder = Builder(job, data, task, store, reporter, clock, made)
         search = climb(builder)
         ranked = Ranked(builder, _worth(builder, search.points))
         return _finish(builder, ranked, out, notes)

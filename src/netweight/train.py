@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from netweight.errors import OptionError, StoreError
 from netweight.loss import Batch, Loss
 from netweight.network import Network, tensors
+from netweight.seams import Lost, Seams, Source, State
 
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -125,67 +126,6 @@ class Plan:
         return {name: value for name, value in self.describe().items() if value != usual[name]}
 
 
-Ask = Callable[[nn.Module, Batch], Tensor]
-
-
-class Source(Protocol):
-    """Rows that the loop can draw from."""
-
-    def __len__(self) -> int: ...
-    def epoch(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]: ...
-    def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch: ...
-
-
-class Seams:
-    """Where a run may step into the loop. The defaults are what one process alone needs.
-
-    `device` is where the network computes. `lane` numbers the processes that share a batch: each draws its own dropout.
-    The `first` of them writes checkpoints. What says "all" is called by all of them at the same place.
-    """
-
-    device = torch.device("cpu")
-    lane = 0
-    first = True
-
-    def prepare(self, network: nn.Module) -> nn.Module:
-        """Move, shard or wrap the network before the optimizer sees its parameters."""
-        return network
-
-    def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
-        """This process's part of a global batch, on its device; what of it is a mean knows all parts."""
-        return source.batch(rows, rng, hide)
-
-    def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
-        """Add the gradients of scale * loss to those that are there; returns scale * loss. Plain, row by row (privacy),
-        or a pipeline schedule."""
-        value = loss(network, batch) * scale
-        value.backward()
-        return value.item()
-
-    def sync(self, network: nn.Module, value: float) -> float:
-        """Add up gradients, and the loss, over all."""
-        return value
-
-    def correct(self, network: nn.Module) -> None:
-        """Change gradients before they are clipped and the step is made (SCAFFOLD, proximal)."""
-
-    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
-        """Scale gradients down to a norm over the whole network of `limit`."""
-        nn.utils.clip_grad_norm_(parameters, limit)
-
-    def agree(self, value: float) -> float:
-        """What the first of all says: of clocks, and of sums whose last bits differ."""
-        return value
-
-    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole of tensors of which each of all holds a part; only the first need get them."""
-        return dict(held)
-
-    def scatter(self, whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `gather`: this process's part of the tensors that `like` names."""
-        return {name: whole[name] for name in like}
-
-
 @dataclass
 class _Progress:
     """What a checkpoint holds besides tensors."""
@@ -195,6 +135,19 @@ class _Progress:
     timed: bool = False
     best: float = -math.inf
     stale: int = 0
+    judged: int = 0  # the step after which quality was asked last
+    stopped: bool = False
+
+
+@dataclass
+class _Clock:
+    """Of one process: when the fit began, or went on, at which step; the last look, and the last checkpoint."""
+
+    began: float
+    first: int
+    looked: float
+    marked: int
+    saved: float
 
 
 def fit(
@@ -249,6 +202,7 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
         self.half = _bf16(plan)
+        self.drawn, self.batches = -1, list[NDArray[np.int64]]()
         if checkpoint:
             self.resume(*checkpoint)
 
@@ -257,35 +211,54 @@ class _Loop:
         return max(1, round(self.progress.epochs * self.per_epoch))
 
     def run(self, label: str) -> None:
-        p, plan = self.progress, self.plan
-        plan.reporter.start(label, self.steps, p.step)
+        plan, now = self.plan, time.monotonic()
+        plan.reporter.start(label, self.steps, self.progress.step)
         self.network.train()
-        saved = began = mark = time.monotonic()
-        first = marked = p.step
-        while p.step < self.steps:
-            epoch, offset = divmod(p.step, self.per_epoch)
-            if offset == 0 or p.step == first:
-                rng = np.random.default_rng([plan.seed, epoch])
-                groups = self.source.epoch(plan.batch_size, rng)
-            at = offset * plan.accumulate
-            value, rate = self.update(groups[at : at + plan.accumulate])
-            p.step += 1
-            plan.reporter.step(p.step, value, rate)
-            if plan.seconds and not p.timed and p.step - first in _LOOKS:
-                now = time.monotonic()
-                if p.step - first > _LOOKS[0]:
-                    self.fit_into(plan.seconds - (now - began), (now - mark) / (p.step - marked), label)
-                mark, marked, p.timed = now, p.step, p.step - first == _LOOKS[-1]
-            if p.step % self.per_epoch == 0 and self.stop_early():
-                break
-            if self.checkpoint and self.seams.agree(time.monotonic() - saved) > plan.checkpoint_every:
-                self.save(*self.checkpoint)
-                saved = time.monotonic()
+        clock = _Clock(now, self.progress.step, now, self.progress.step, now)
+        while not self.done:
+            try:
+                if self.due:
+                    self.judge()
+                else:
+                    self.advance(clock, label)
+            except Lost:
+                self.adopt(self.seams.regroup(self.state(), (self.progress.step, self.progress.judged)))
+                plan.reporter.start(label, self.steps, self.progress.step)
         if self.best:
             self.network.load_state_dict(self.best)
         self.network.eval()
         if self.checkpoint and self.seams.first:
             self.checkpoint[0].unlink(missing_ok=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether an epoch has ended whose quality is not known."""
+        p = self.progress
+        return self.evaluate is not None and p.judged < p.step and p.step % self.per_epoch == 0
+
+    @property
+    def done(self) -> bool:
+        return self.progress.stopped or (self.progress.step >= self.steps and not self.due)
+
+    def advance(self, clock: _Clock, label: str) -> None:
+        """One step, and what follows from the time that it took."""
+        p, plan = self.progress, self.plan
+        epoch, offset = divmod(p.step, self.per_epoch)
+        if epoch != self.drawn:
+            self.batches = self.source.epoch(plan.batch_size, np.random.default_rng([plan.seed, epoch]))
+            self.drawn = epoch
+        at = offset * plan.accumulate
+        value, rate = self.update(self.batches[at : at + plan.accumulate])
+        p.step += 1
+        plan.reporter.step(p.step, value, rate)
+        if plan.seconds and not p.timed and p.step - clock.first in _LOOKS:
+            now = time.monotonic()
+            if p.step - clock.first > _LOOKS[0]:
+                self.fit_into(plan.seconds - (now - clock.began), (now - clock.looked) / (p.step - clock.marked), label)
+            clock.looked, clock.marked, p.timed = now, p.step, p.step - clock.first == _LOOKS[-1]
+        if self.checkpoint and self.seams.agree(time.monotonic() - clock.saved) > plan.checkpoint_every:
+            self.save(*self.checkpoint)
+            clock.saved = time.monotonic()
 
     def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
         """One optimizer step over `accumulate` batches; the loss is the mean over all of their rows."""
@@ -325,48 +298,59 @@ class _Loop:
             self.plan.reporter.note(f"{label}: {p.epochs:.2f} epochs fit into the time that is left")
             self.plan.reporter.start(label, self.steps, p.step)
 
-    def stop_early(self) -> bool:
-        if self.evaluate is None:
-            return False
+    def judge(self) -> None:
+        """Ask for quality; keep the best weights, and stop when there were none better for long enough."""
+        assert self.evaluate is not None  # else nothing is due
         self.network.eval()
         quality = self.seams.agree(self.evaluate())
         self.network.train()
         self.plan.reporter.note(f"quality on select: {quality:.4f}")
-        if quality > self.progress.best:
-            self.progress.best, self.progress.stale = quality, 0
+        p = self.progress
+        p.judged = p.step
+        if quality > p.best:
+            p.best, p.stale = quality, 0
             self.best = {name: value.clone() for name, value in tensors(self.network).items()}
-            return False
-        self.progress.stale += 1
-        return self.progress.stale > (self.plan.patience or 0)
+            return
+        p.stale += 1
+        p.stopped = p.stale > (self.plan.patience or 0)
 
-    def save(self, path: Path, digest: str) -> None:
-        """Atomic: a file that exists is complete. It holds whole tensors, so that any run can go on from it."""
+    def state(self) -> State:
+        """This process's part of all that the fit goes on from."""
         held = {f"model/{name}": value.clone() for name, value in tensors(self.network).items()}
         held |= {f"best/{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
-        held = self.seams.gather(held)
+        return State(held, json.dumps(asdict(self.progress)))
+
+    def save(self, path: Path, digest: str) -> None:
+        """Atomic: a file that exists is complete. It holds whole tensors, so that any run can go on from it."""
+        state = self.state()
+        held = self.seams.gather(state.tensors)
         if not self.seams.first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
-        save_file(held, new, {"fit": digest, "progress": json.dumps(asdict(self.progress))})
+        save_file(held, new, {"fit": digest, "progress": state.progress})
         new.replace(path)
 
     def resume(self, path: Path, digest: str) -> None:
-        if not path.exists():
+        if not self.seams.agree(path.exists()):
             return
         try:
             with safe_open(path, framework="pt") as file:
                 meta = file.metadata()
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as problem:
+        except (SafetensorError, FileNotFoundError) as problem:
             raise StoreError(f"checkpoint {path} is damaged ({problem}); delete it to start that fit again.") from None
         if meta.get("fit") != digest:
             raise StoreError(f"checkpoint {path} belongs to another fit; delete it, or use another folder.")
-        self.progress = _Progress(**json.loads(meta["progress"]))
+        self.adopt(State(held, meta["progress"]))
+
+    def adopt(self, state: State) -> None:
+        """Go on from whole tensors, of a file or of another process."""
+        held, self.progress = state.tensors, _Progress(**json.loads(state.progress))
         there, mine = tensors(self.network), self.seams.scatter
         self.network.load_state_dict(mine({n[6:]: t for n, t in held.items() if n.startswith("model/")}, there))
         best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
@@ -375,12 +359,12 @@ class _Loop:
             prefix = f"optimizer/{name}/"
             whole = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
             # Moments are cut as their parameter is; a count of steps is not.
-            state = mine(whole, {key: parameter if t.shape == parameter.shape else t for key, t in whole.items()})
-            if state:
+            state_of = mine(whole, {key: parameter if t.shape == parameter.shape else t for key, t in whole.items()})
+            if state_of:
                 sparse = name in self.network.sparse
                 # SparseAdam counts its steps in a plain number.
                 self.optimizers[-1 if sparse else 0].state[parameter] = (
-                    state | {"step": int(state["step"])} if sparse else state
+                    state_of | {"step": int(state_of["step"])} if sparse else state_of
                 )
 
 

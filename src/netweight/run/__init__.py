@@ -1,6 +1,6 @@
 """Runs own the rows and say where computation on them happens."""
 
-from netweight.run.base import Run, Statistic
+from netweight.run.base import InOnePlace, Run, Runs, Statistic
 from netweight.run.local import Local
 
-__all__ = ["Local", "Run", "Statistic"]
+__all__ = ["InOnePlace", "Local", "Run", "Runs", "Statistic"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from netweight.data import Dataset
 from netweight.loss import Batch, Loss
 from netweight.model import Model
 from netweight.network import Network
@@ -37,6 +40,18 @@ class Run(Protocol):
     ) -> dict[str, Tensor]:
         """The statistic over the training rows, or over `limit` of them; with `unlabelled` over the pool as well."""
         ...
+
+
+@runtime_checkable
+class InOnePlace(Protocol):
+    """A run whose rows are all in this process, open to techniques that add nothing up."""
+
+    data: Dataset
+
+
+# Makes the run of a job, of its rows and the folder in which it keeps what a killed fit goes on from. One that is a
+# context manager is left when the job ends.
+Runs = Callable[[Dataset, Path], Run]
 
 
 def merge(statistic: Statistic, parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

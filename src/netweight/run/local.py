@@ -21,8 +21,9 @@ from netweight.errors import OptionError
 from netweight.loss import Batch, Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
+from netweight.seams import Seams
 from netweight.task import Classify
-from netweight.train import Plan, Seams, fit, fit_digest, half_pays
+from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take

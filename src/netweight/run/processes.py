@@ -19,7 +19,7 @@ from torch import Tensor
 
 from netweight.errors import OptionError
 from netweight.loss import Batch
-from netweight.train import Seams, Source
+from netweight.seams import Seams, Source
 
 
 class Processes(Seams):

@@ -11,7 +11,7 @@ from netweight.errors import ModelError
 from netweight.features import features
 from netweight.model import Model
 from netweight.network import Linear
-from netweight.run import Local, Run
+from netweight.run import InOnePlace, Run
 from netweight.task import Classify
 from netweight.train import Plan
 
@@ -20,7 +20,7 @@ from netweight.train import Plan
 class LinearFloor:
     """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows.
 
-    Needs rows in one place, so it runs under `Local` only.
+    Needs rows in one place: `Local` and `Parallel` have them, a federated run has not.
     """
 
     buckets: int = 2**15
@@ -30,8 +30,8 @@ class LinearFloor:
         from scipy.sparse import csr_matrix
         from sklearn.linear_model import LogisticRegression, Ridge
 
-        if not isinstance(run, Local):
-            raise ModelError("LinearFloor needs all rows in one place; run it under Local.")
+        if not isinstance(run, InOnePlace):
+            raise ModelError("LinearFloor needs all rows in one place; run it under Local or Parallel.")
         rows = run.data.train
         tokens = model.encoder.encode(rows.text, rows.pair)
         vocabulary, n = model.encoder.vocabulary, len(tokens)

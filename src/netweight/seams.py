@@ -1,0 +1,100 @@
+"""Where a run may step into the optimizer loop (`train.py`). The defaults are what one process alone needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from netweight.errors import RunError
+from netweight.loss import Batch
+
+Ask = Callable[[nn.Module, Batch], Tensor]
+
+
+class Source(Protocol):
+    """Rows that the loop can draw from."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, size: int, rng: np.random.Generator) -> list[NDArray[np.int64]]: ...
+    def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch: ...
+
+
+class Lost(RunError):
+    """Raised by seams that wait for other processes: one of them is gone."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a fit goes on from: tensors by name (model/, best/ and optimizer/), and its `_Progress` as JSON."""
+
+    tensors: dict[str, Tensor]
+    progress: str
+
+
+class Seams:
+    """The loop as one process alone runs it; runs override what is different for them.
+
+    `device` is where the network computes. `lane` numbers the processes that share a batch: each draws its own dropout.
+    The `first` of them writes checkpoints. What says "all" is called by all of them at the same place.
+    """
+
+    device = torch.device("cpu")
+    lane = 0
+    first = True
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """Move, shard or wrap the network before the optimizer sees its parameters."""
+        return network
+
+    def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
+        """This process's part of a global batch, on its device; what of it is a mean knows all parts."""
+        return source.batch(rows, rng, hide)
+
+    def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
+        """Add the gradients of scale * loss to those that are there; returns scale * loss. Plain, row by row (privacy),
+        or a pipeline schedule."""
+        value = loss(network, batch) * scale
+        value.backward()
+        return value.item()
+
+    def sync(self, network: nn.Module, value: float) -> float:
+        """Add up gradients, and the loss, over all."""
+        return value
+
+    def correct(self, network: nn.Module) -> None:
+        """Change gradients before they are clipped and the step is made (SCAFFOLD, proximal)."""
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        """Scale gradients down to a norm over the whole network of `limit`."""
+        nn.utils.clip_grad_norm_(parameters, limit)
+
+    def agree(self, value: float) -> float:
+        """What the first of all says: of clocks, and of sums whose last bits differ."""
+        return value
+
+    def stretch(self, n: int) -> slice:
+        """Which of n rows, or of n other things that are worked on one by one, this process takes."""
+        return slice(0, n)
+
+    def collect(self, mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """What each of all gives, in their order."""
+        return [dict(mine)]
+
+    def regroup(self, mine: State, at: tuple[int, int]) -> State:
+        """After `Lost`: go on with the processes that are left, from what the furthest of them holds. `at` says how far
+        this one is. Raises Lost where that cannot be."""
+        raise Lost("a process of this run is gone.")
+
+    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole of tensors of which each of all holds a part; only the first need get them."""
+        return dict(held)
+
+    def scatter(self, whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `gather`: this process's part of the tensors that `like` names."""
+        return {name: whole[name] for name in like}
