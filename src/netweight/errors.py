@@ -9,6 +9,7 @@
     ├── ArtifactError          a folder is not an artifact that this version reads
     │   └── CorruptArtifact    a file differs from its recorded hash
     ├── StoreError             a run store belongs to another job, or is damaged
+    ├── ClientError            clients of a federated run are absent, or differ from it
     ├── EndpointError          a service over HTTP refuses, is not there, or keeps failing
     ├── RunError               processes of a run are gone, or one of them failed
     ├── CertificateError       a certificate cannot be made or does not hold
@@ -64,6 +65,10 @@ class CorruptArtifact(ArtifactError):
 
 class StoreError(NetweightError):
     """A run store belongs to another job, or is damaged."""
+
+
+class ClientError(NetweightError):
+    """Clients of a federated run are absent, or differ from it."""
 
 
 class EndpointError(NetweightError):

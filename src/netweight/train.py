@@ -71,7 +71,8 @@ class Plan:
     with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
     `seconds` bounds the fit: after a few steps, and again after some more, the number of epochs becomes what fits, the
     plan's at most, and the schedule with it. `patience` counts epochs without a better select quality; None keeps the
-    last weights and evaluates nothing.
+    last weights and evaluates nothing. `part` says which stretch of the learning rate's schedule this fit runs, as
+    shares of the whole: a federated run cuts one schedule into rounds.
     """
 
     epochs: float = 4.0
@@ -90,6 +91,7 @@ class Plan:
     patience: int | None = None
     seconds: float | None = None
     seed: int = 0
+    part: tuple[float, float] = (0.0, 1.0)
     checkpoint_every: float = 30.0
     reporter: Reporter = field(default_factory=Silent, repr=False, compare=False)
 
@@ -110,6 +112,7 @@ class Plan:
             "splice": self.splice >= 0,
             "spliced_tokens": self.spliced_tokens >= 0,
             "precision": self.precision in ("auto", "fp32", "bf16"),
+            "part": 0 <= self.part[0] < self.part[1] <= 1,
         }
         for name, fine in checks.items():
             if not fine:
@@ -118,12 +121,15 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """Everything that changes the result, as plain values."""
         chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "seconds")}
+        # Left out where it is the whole: fits keep the digests that they had before there were parts.
+        if self.part == (0.0, 1.0):
+            del chosen["part"]
         return dict(sorted(chosen.items()))
 
     def changed(self) -> dict[str, Any]:
         """What differs from the default plan, as plain values."""
         usual = Plan().describe()
-        return {name: value for name, value in self.describe().items() if value != usual[name]}
+        return {name: value for name, value in self.describe().items() if value != usual.get(name)}
 
 
 @dataclass
@@ -416,7 +422,13 @@ def _optimizer(trained: dict[str, nn.Parameter], plan: Plan) -> torch.optim.Opti
 
 
 def _factor(plan: Plan, step: int, steps: int) -> float:
-    """Share of the learning rate at `step`: linear warm-up, then the schedule down to zero."""
+    """Share of the learning rate at `step`: linear warm-up, then the schedule down to zero; of a part, its stretch."""
+    begin, end = plan.part
+    whole = steps / (end - begin)
+    return _whole_factor(plan, begin * whole + step, whole)
+
+
+def _whole_factor(plan: Plan, step: float, steps: float) -> float:
     warm = plan.warmup * steps
     if step < warm:
         return (step + 1) / (warm + 1)

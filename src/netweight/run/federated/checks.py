@@ -1,0 +1,98 @@
+"""What a server checks of what comes from clients: that they speak of the same thing, and that updates are sound."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+
+from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
+from netweight.run.federated.messages import Lost, Manifest, Tensors
+
+_CUT = 60  # characters of a value in a message
+
+
+def differing(server: Manifest, client: Manifest) -> str:
+    """A sentence on the first field in which a client's manifest differs; empty where none does."""
+    for f in fields(Manifest):
+        mine, theirs = getattr(server, f.name), getattr(client, f.name)
+        if mine != theirs:
+            return f"{f.name} differs: the server has {_short(mine)}, the client {_short(theirs)}."
+    return ""
+
+
+def _short(value: object) -> str:
+    said = str(list(value)) if isinstance(value, tuple) else repr(value)
+    return said if len(said) <= _CUT else f"{said[: _CUT - 4]} ..."
+
+
+@dataclass(frozen=True)
+class Round:
+    """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
+    encoded as differences, the seed that clients share, and how far from the median norm is too far."""
+
+    codec: Codec
+    old: Tensors
+    differences: frozenset[str]
+    shared: int
+    outlier: float
+
+    def accepted(self, sent: Mapping[str, Tensors]) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
+        """Decoded updates by client, and who was refused and why."""
+        refused: list[Lost] = []
+        sound: dict[str, Decoded] = {}
+        norms: dict[str, float] = {}
+        for client in sorted(sent):
+            problem = self._misfit(sent[client])
+            if not problem:
+                update = Decoded(self.codec, sent[client], self.old, self.differences, self.shared)
+                norms[client] = self.norm(update)
+                problem = "" if math.isfinite(norms[client]) else "values that are not finite."
+            if problem:
+                refused.append(Lost(client, f"the update has {problem}"))
+                continue
+            sound[client] = update
+        # Two cannot tell which of them is odd.
+        known = [norms[client] for client in sound]
+        usual = statistics.median(known) if len(known) > 2 else 0.0
+        for client in [c for c in sound if usual and norms[c] > self.outlier * usual]:
+            refused.append(
+                Lost(
+                    client,
+                    f"the update has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
+                    "the median of the round.",
+                )
+            )
+            del sound[client]
+        return sound, tuple(sorted(refused, key=lambda lost: lost.client))
+
+    def norm(self, update: Tensors) -> float:
+        """L2 norm of the change of the parameters; NaN or infinite where a value (of a buffer, too) is not finite."""
+        total = 0.0
+        for name, old in self.old.items():
+            value = update[name]
+            if value.is_floating_point():
+                change = (value.double() - old.double()).square().sum()
+                total += float(change) if name in self.differences or not math.isfinite(change) else 0.0
+        return math.sqrt(total) if total >= 0 else math.nan
+
+    def _misfit(self, sent: Tensors) -> str:
+        wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for name, old in self.old.items():
+            wanted |= parts_of(self.codec if name in self.differences else Full(), name, old)
+        for name in sorted(wanted.keys() ^ set(sent)):
+            return f"no tensor {name}." if name in wanted else f"a tensor {name} that nobody asked for."
+        for name, (shape, dtype) in wanted.items():
+            got = sent[name]
+            if tuple(got.shape) != shape or got.dtype != dtype:
+                return f"{name} as {got.dtype} {tuple(got.shape)}, which should be {dtype} {shape}."
+            parameter = name.partition("/")[0]
+            # Places are the only integers that are looked up.
+            if name != parameter and dtype == torch.int32 and got.numel():
+                n = self.old[parameter].numel()
+                if not (int(got.min()) >= 0 and int(got.max()) < n):
+                    return f"places outside of {parameter}, which has {n} values."
+        return ""

@@ -1,0 +1,268 @@
+"""A client: it keeps its rows, trains on them, and answers tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from netweight.data import Dataset, Rows
+from netweight.errors import DataError
+from netweight.model import Model
+from netweight.run.federated.codecs import encoded, put, seed_of, travelling
+from netweight.run.federated.messages import (
+    Answer,
+    FitTask,
+    Fitted,
+    Join,
+    Joined,
+    Manifest,
+    Reduced,
+    Scored,
+    ScoreTask,
+    Task,
+    Tensors,
+)
+from netweight.run.local import Local
+from netweight.task import Classify
+from netweight.train import Reporter, Seams
+
+_SEEN = ("text", "pair", "label", "weight")  # columns that a model or its loss reads
+
+
+class Client:
+    """Answers tasks from its own rows.
+
+    Args:
+        name: unique among the clients of a run.
+        data: its rows; only `train` (and the pool) are trained on, `select` tells how good a model is here.
+        folder: where it keeps checkpoints and what it carries from round to round, so that a killed client goes on;
+            None keeps that in memory.
+        expects: what it insists on: a server whose model differs is refused. None takes the server's model, as long as
+            its own labels are known to it.
+    """
+
+    def __init__(self, name: str, data: Dataset, folder: Path | None = None, expects: Manifest | None = None) -> None:
+        self.name, self.data, self.expects = name, data, expects
+        self._local = Local(data, folder and folder / "work")
+        self._kept = Kept(folder)
+
+    def answer(self, task: Task) -> Answer:
+        """The answer to a task. Raises what the work raises: DataError without rows, OptionError, ModelError."""
+        if isinstance(task, Join):
+            return self._join(task)
+        if isinstance(task, FitTask):
+            return self._fit(task)
+        if isinstance(task, ScoreTask):
+            rows = len(self.data.select)
+            model = self.own(task.model, task.fit) if task.fit else task.model
+            return Scored(self._local.quality(model) if rows else None, rows)
+        found = self._local.reduce(task.model, task.statistic, task.limit, task.unlabelled)
+        return Reduced(found, len(self.data.train) if task.limit is None else task.limit)
+
+    def own(self, model: Model, fit: str) -> Model:
+        """The model with the parameters that this client kept for itself in a fit."""
+        kept = self._kept.before(fit, None, "personal")
+        if not kept:
+            return model
+        mine = model.copy()
+        put(mine.network, kept)
+        return mine
+
+    def _join(self, task: Join) -> Joined:
+        rows = self.data.train
+        mine = replace(
+            self.expects or task.manifest,
+            columns=tuple(name for name, _ in rows.columns() if name in _SEEN),
+            version=version("netweight"),
+        )
+        if self.expects is None and mine.labels:
+            unknown = set(rows.label or ()) - set(mine.labels)
+            if unknown:
+                mine = replace(mine, labels=tuple(sorted(set(rows.label or ()))))
+        return Joined(mine, len(rows), len(set(rows.label or ())) if mine.labels else 0)
+
+    def _fit(self, task: FitTask) -> Fitted:
+        _require(self.data.train)
+        began = time.monotonic()
+        model = task.model
+        personal = self._kept.before(task.fit, task.round, "personal")
+        if personal:
+            model = model.copy()
+            put(model.network, personal)
+        mine = self._kept.before(task.fit, task.round, "variate")
+        seams = Correcting(model.network, task.proximal, task.variate, mine)
+        meter = Meter(task.plan.reporter)
+        self._local.seams = seams
+        fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
+        self._local.seams = Seams()
+        old, new = (travelling(network, task.personal) for network in (task.model.network, fitted.network))
+        seed = seed_of(task.fit, task.round)
+        residual = self._kept.before(task.fit, task.round, "residual")
+        draws = (seed, seed_of(seed, self.name))
+        sent, left = encoded(task.codec, old, new, trained(model) - set(task.personal), draws, residual)
+        keep = {"residual": left}
+        if task.personal:
+            keep["personal"] = {name: fitted.network.state_dict()[name].clone() for name in task.personal}
+        change = None
+        if task.variate is not None:
+            keep["variate"] = seams.variate()
+            change = {n: v - mine[n] if n in mine else v for n, v in keep["variate"].items()}
+        self._kept.save(task.fit, task.round, keep)
+        rows, seconds = len(self.data.train), time.monotonic() - began
+        return Fitted(sent, rows, meter.steps, seconds, meter.loss, change)
+
+
+def _require(rows: Rows) -> None:
+    if not len(rows):
+        raise DataError("this client has no training rows; it can take part once it has some.")
+
+
+def trained(model: Model) -> frozenset[str]:
+    """Names of the parameters that require gradients."""
+    return frozenset(name for name, p in model.network.named_parameters() if p.requires_grad)
+
+
+def manifest_of(model: Model, columns: tuple[str, ...]) -> Manifest:
+    """What a server asks of its clients: the model's own facts, and the columns of its rows."""
+    task = model.task
+    return Manifest(
+        tuple(name for name in _SEEN if name in columns),
+        f"{task.kind}, {task.metric}",
+        task.labels if isinstance(task, Classify) else (),
+        model.encoder.fingerprint,
+        model.encoder.max_length,
+        model.base.digest or model.base.name,
+        version("netweight"),
+    )
+
+
+class Correcting(Seams):
+    """Adds to each gradient what FedProx and SCAFFOLD ask for, before it is clipped.
+
+    FedProx (Li et al., MLSys 2020): mu * (w - w_server), the gradient of mu / 2 * ||w - w_server||^2.
+    SCAFFOLD (Karimireddy et al., ICML 2020): c - c_k. Its option II renews c_k as c_k - c + (x - y) / (K * rate), which
+    under plain SGD at a constant rate is the mean of the gradients seen on the way; that mean is what is taken here, so
+    that momentum or Adam do not change what a variate is. With them the correction is a heuristic all the same: the
+    paper's proofs are for SGD.
+    """
+
+    def __init__(self, network: nn.Module, mu: float, server: Tensors | None, mine: Tensors) -> None:
+        self.mu = mu
+        held = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        self.start = {name: p.clone() for name, p in held.items()} if mu else {}
+        self.push = None if server is None else {n: server[n] - mine[n] if n in mine else server[n] for n in held}
+        self.seen = {name: torch.zeros_like(p) for name, p in held.items()} if server is not None else {}
+        self.steps = 0
+
+    def correct(self, network: nn.Module) -> None:
+        self.steps += 1
+        for name, parameter in network.named_parameters():
+            if parameter.grad is None:
+                continue
+            if self.push is not None:
+                self.seen[name] += parameter.grad  # a sparse one adds to the rows that it has
+                add(parameter, self.push[name])
+            if self.mu:
+                add(parameter, self.mu * (parameter.detach() - self.start[name]))
+
+    def variate(self) -> dict[str, Tensor]:
+        """The mean of the gradients that this client saw."""
+        return {name: total / max(self.steps, 1) for name, total in self.seen.items()}
+
+
+def add(parameter: nn.Parameter, term: Tensor) -> None:
+    """Add to a gradient; of one that touches few rows, to those rows only."""
+    grad = parameter.grad
+    assert grad is not None
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        values = grad.values() + term[grad.indices()[0]]
+        parameter.grad = torch.sparse_coo_tensor(grad.indices(), values, grad.shape, is_coalesced=True)
+    else:
+        grad += term
+
+
+class Meter:
+    """A reporter that keeps count of steps and the mean loss, and passes everything on."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+        self.steps = 0
+        self.total = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Mean over the steps of this process."""
+        return self.total / max(self.steps, 1)
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """Passed on."""
+        self.reporter.start(label, steps, done)
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Counted and passed on."""
+        self.steps += 1
+        self.total += loss
+        self.reporter.step(step, loss, rate)
+
+    def note(self, message: str) -> None:
+        """Passed on."""
+        self.reporter.note(message)
+
+
+class Kept:
+    """What a client carries from round to round, by fit: residuals, its SCAFFOLD variate, personal parameters.
+
+    The state after the last two rounds is kept: a server that was killed may ask for the last one again, and must get
+    the same answer.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._held: dict[tuple[str, int], dict[str, Tensor]] = {}
+
+    def before(self, fit: str, round_: int | None, kind: str) -> dict[str, Tensor]:
+        """The latest tensors of a kind from before a round (None: the latest of all), by name; empty where none are."""
+        rounds = [r for r in self._rounds(fit) if round_ is None or r < round_]
+        held = self._load(fit, max(rounds)) if rounds else {}
+        return {name[len(kind) + 1 :]: value for name, value in held.items() if name.startswith(f"{kind}/")}
+
+    def save(self, fit: str, round_: int, state: Mapping[str, Tensors]) -> None:
+        """Keep the state after a round. Written whole or not at all."""
+        held = {f"{kind}/{name}": v.contiguous() for kind, tensors in state.items() for name, v in tensors.items()}
+        for old in [r for r in self._rounds(fit) if r > round_] + sorted(self._rounds(fit))[:-2]:
+            self._drop(fit, old)
+        if not held:
+            return
+        if self.folder is None:
+            self._held[fit, round_] = held
+            return
+        path = self._path(fit, round_)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def _path(self, fit: str, round_: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"rounds-{fit[:16]}" / f"{round_}.safetensors"
+
+    def _rounds(self, fit: str) -> list[int]:
+        if self.folder is None:
+            return [r for name, r in self._held if name == fit]
+        return [int(path.stem) for path in self._path(fit, 0).parent.glob("*.safetensors")]
+
+    def _load(self, fit: str, round_: int) -> dict[str, Tensor]:
+        return self._held[fit, round_] if self.folder is None else load_file(self._path(fit, round_))
+
+    def _drop(self, fit: str, round_: int) -> None:
+        if self.folder is None:
+            self._held.pop((fit, round_), None)
+        else:
+            self._path(fit, round_).unlink(missing_ok=True)

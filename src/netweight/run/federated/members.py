@@ -1,0 +1,97 @@
+"""Who takes part: clients are asked once what they have, and refused where it does not fit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from netweight.errors import ClientError
+from netweight.run.federated.checks import differing
+from netweight.run.federated.messages import Channel, Join, Joined, Lost, Manifest
+from netweight.run.federated.options import Rounds
+
+_LOOK = 0.2  # seconds between two looks at who is there
+
+
+class Members:
+    """The clients of a run, as they come and go.
+
+    The first manifest that is asked for holds for the whole run: techniques may change tokenizer and labels' order of a
+    model later, and clients follow. Columns are those of the server's rows, or of the first client where it has none.
+    """
+
+    def __init__(self, channel: Channel, rounds: Rounds) -> None:
+        self.channel, self.rounds = channel, rounds
+        self.manifest: Manifest | None = None
+        self.joined: dict[str, Joined] = {}
+        self.refused: dict[str, str] = {}
+
+    def there(self, manifest: Manifest) -> dict[str, Joined]:
+        """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`."""
+        self.manifest = self.manifest or manifest
+        end = time.monotonic() + self.rounds.wait
+        while True:
+            names = self.channel.clients()
+            self._ask([name for name in names if name not in self.joined])
+            usable = {n: self.joined[n] for n in sorted(names) if n in self.joined and self.joined[n].rows}
+            if len(usable) >= self.rounds.minimum:
+                return usable
+            if time.monotonic() >= end:
+                raise ClientError(self._lacking(names, usable))
+            time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+
+    def drawn(self, usable: Mapping[str, Joined], seed: int, round_: int) -> list[str]:
+        """Those that take part in a round, sorted; a share of them, drawn by seed."""
+        names = sorted(usable)
+        count = min(len(names), max(self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
+        picked = np.random.default_rng([seed, 3, round_]).permutation(len(names))[:count]
+        return sorted(names[i] for i in picked)
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on clients that are special: refused, without rows, with one label."""
+        said = [f"{name} was refused: {reason}" for name, reason in sorted(self.refused.items())]
+        for name, about in sorted(self.joined.items()):
+            if not about.rows:
+                said.append(f"{name} has no training rows and takes no part.")
+            elif about.labels == 1:
+                said.append(f"{name} has rows of one label only.")
+        return tuple(said)
+
+    def _ask(self, names: list[str]) -> None:
+        if not names:
+            return
+        assert self.manifest is not None
+        answers = self.channel.exchange({name: Join(self.manifest) for name in names}, self.rounds.seconds)
+        for name in sorted(answers):
+            answer = answers[name]
+            if not isinstance(answer, Joined):
+                self.refused[name] = answer.reason if isinstance(answer, Lost) else "it did not say what it has."
+                continue
+            if not self.manifest.columns:
+                self.manifest = replace(self.manifest, columns=answer.manifest.columns)
+            problem = differing(self.manifest, answer.manifest)
+            if problem:
+                self.refused[name] = problem
+            else:
+                self.joined[name] = answer
+                self.refused.pop(name, None)
+
+    def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined]) -> str:
+        least = self.rounds.minimum
+        if not names:
+            return (
+                f"no client appeared within {self.rounds.wait:g} s, and {least} must; start them, or raise `wait` of "
+                "the rounds."
+            )
+        why = " ".join(self.notes()) or "The others left."
+        return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
+
+
+def too_few(answered: int, lost: tuple[Lost, ...], least: int, what: str) -> ClientError:
+    """The error of a round in which not enough clients answered soundly."""
+    why = " ".join(f"{one.client}: {one.reason}" for one in lost)
+    return ClientError(f"{what}: {answered} clients answered, and {least} must. {why}")

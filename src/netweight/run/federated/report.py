@@ -1,0 +1,84 @@
+"""What is said after a federated fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from netweight.run.federated.messages import Lost
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One round: who took part, who was lost, whose update was refused; bytes of the encoded updates (`up`) and of the
+    parameters sent out (`down`), over all clients; mean training loss; `quality` on the server's select rows, where it
+    has any and was asked to look."""
+
+    round: int
+    took_part: tuple[str, ...]
+    lost: tuple[Lost, ...]
+    refused: tuple[Lost, ...]
+    up: int
+    down: int
+    loss: float
+    seconds: float
+    quality: float | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A client after the fit: its training rows, and the task's metric on its own select rows (None: it has none, or
+    did not answer)."""
+
+    client: str
+    rows: int
+    quality: float | None
+
+
+@dataclass(frozen=True)
+class FederationReport:
+    """A fit over all its rounds.
+
+    `moved` is the relative L2 distance of the trained parameters from where they began. `privacy` states what was done
+    to protect rows. `notes` are sentences on clients that are special.
+    """
+
+    label: str
+    fit: str
+    rounds: tuple[RoundReport, ...]
+    standings: tuple[Standing, ...]
+    moved: float
+    privacy: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> Standing | None:
+        """The client that the model serves worst; None where no client could tell."""
+        known = [s for s in self.standings if s.quality is not None]
+        return min(known, key=lambda s: (s.quality, s.client), default=None)
+
+    @property
+    def up(self) -> int:
+        """Bytes from clients to the server, over all rounds."""
+        return sum(r.up for r in self.rounds)
+
+    @property
+    def down(self) -> int:
+        """Bytes from the server to clients, over all rounds."""
+        return sum(r.down for r in self.rounds)
+
+    def lines(self) -> list[str]:
+        """The report as text: the whole, each client and the worst one, and what went wrong."""
+        worst = self.worst
+        said = [
+            f"{self.label}: {len(self.rounds)} rounds, {self.up / 1e6:.2f} MB up, {self.down / 1e6:.2f} MB down, "
+            f"weights moved by {self.moved:.2%}",
+            f"privacy: {self.privacy}",
+        ]
+        for s in self.standings:
+            quality = "unknown" if s.quality is None else f"{s.quality:.4f}"
+            mark = " (worst)" if worst is not None and s.client == worst.client else ""
+            said.append(f"  {s.client}: {s.rows} rows, quality {quality}{mark}")
+        for r in self.rounds:
+            said += [f"  round {r.round}: {lost.client} lost: {lost.reason}" for lost in r.lost]
+            said += [f"  round {r.round}: {lost.client} refused: {lost.reason}" for lost in r.refused]
+        return [*said, *(f"  {note}" for note in self.notes)]

@@ -1,0 +1,90 @@
+"""What a server knows after a round, on disk: one file, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from netweight.errors import StoreError
+from netweight.run.aggregate import Moments
+from netweight.run.federated.messages import Lost, Tensors
+from netweight.run.federated.report import RoundReport
+
+
+@dataclass(frozen=True)
+class State:
+    """The tensors that travel, the server's moments and SCAFFOLD variate, the best tensors so far and their quality
+    (early stopping), and a report of each finished round."""
+
+    values: Tensors
+    moments: Moments | None = None
+    variate: Tensors | None = None
+    best: Tensors | None = None
+    quality: float = float("-inf")
+    stale: int = 0
+    rounds: tuple[RoundReport, ...] = ()
+
+    def save(self, path: Path, fit: str) -> None:
+        """Write the state of a fit (SHA-256); atomic."""
+        held: dict[str, Tensor] = {}
+        for kind, tensors in self._kinds().items():
+            held |= {f"{kind}/{name}": value.clone().contiguous() for name, value in tensors.items()}
+        about = {"quality": self.quality, "stale": self.stale, "rounds": [asdict(r) for r in self.rounds]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, path.with_suffix(".new"), {"fit": fit, "about": json.dumps(about)})
+        path.with_suffix(".new").replace(path)
+
+    @staticmethod
+    def load(path: Path, fit: str) -> State:
+        """Inverse of `save`. Raises StoreError for a damaged file, and for one of another fit."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata()
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as problem:
+            raise StoreError(f"round state {path} is damaged ({problem}); delete it to begin that fit again.") from None
+        if meta.get("fit") != fit:
+            raise StoreError(f"round state {path} belongs to another fit; delete it, or use another folder.")
+        about = json.loads(meta["about"])
+
+        def kind(name: str) -> dict[str, Tensor]:
+            return {n[len(name) + 1 :]: t for n, t in held.items() if n.startswith(f"{name}/")}
+
+        first = kind("first")
+        return State(
+            kind("values"),
+            Moments(first, kind("second")) if first else None,
+            kind("variate") or None,
+            kind("best") or None,
+            about["quality"],
+            about["stale"],
+            tuple(_round(given) for given in about["rounds"]),
+        )
+
+    def _kinds(self) -> dict[str, Tensors]:
+        found: dict[str, Tensors | None] = {"values": self.values, "variate": self.variate, "best": self.best}
+        if self.moments:
+            found |= {"first": self.moments.first, "second": self.moments.second}
+        return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def _round(given: dict[str, Any]) -> RoundReport:
+    lists = {name: tuple(Lost(**lost) for lost in given[name]) for name in ("lost", "refused")}
+    return RoundReport(**{**given, **lists, "took_part": tuple(given["took_part"])})
+
+
+def distance(values: Tensors, start: Tensors) -> float:
+    """Relative L2 distance of floating tensors from where they began; absolute where that was zero."""
+    apart, size = 0.0, 0.0
+    for name, was in start.items():
+        if was.is_floating_point():
+            apart += float((values[name].double() - was.double()).square().sum())
+            size += float(was.double().square().sum())
+    return math.sqrt(apart / (size or 1.0))
