@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from netweight.errors import RunError
-from netweight.loss import Batch
+from netweight.loss import Batch, Loss
 
 Ask = Callable[[nn.Module, Batch], Tensor]
 
@@ -47,6 +47,9 @@ class Seams:
     device = torch.device("cpu")
     lane = 0
     first = True
+
+    def admit(self, loss: Loss) -> None:
+        """Raise OptionError for a loss that cannot be evaluated this way."""
 
     def prepare(self, network: nn.Module) -> nn.Module:
         """Move, shard or wrap the network before the optimizer sees its parameters."""
@@ -95,6 +98,9 @@ class Seams:
         """The whole of tensors of which each of all holds a part; only the first need get them."""
         return dict(held)
 
-    def scatter(self, whole: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inverse of `gather`: this process's part of the tensors that `like` names."""
-        return {name: whole[name] for name in like}
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inverse of `gather`: this process's part of these tensors."""
+        return dict(whole)
+
+    def finish(self, network: nn.Module) -> None:
+        """Undo `prepare` in place: the network is whole and plain again in every process."""

@@ -198,10 +198,12 @@ class _Loop:
         self.plan, self.source, self.loss, self.seams = plan, source, loss, seams
         self.network, self.checkpoint = network, checkpoint
         self.evaluate = evaluate if plan.patience is not None else None
-        self.wrapped = seams.prepare(network)
-        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        if not self.trained:
+        if not any(p.requires_grad for p in network.parameters()):
             raise OptionError("every parameter is frozen; there is nothing to fit.")
+        seams.admit(loss)
+        self.wrapped = seams.prepare(network)
+        # None in a process whose part of the network is frozen.
+        self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimizers = _optimizers(self.trained, network.sparse, plan)
         self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
         self.progress = _Progress(epochs=plan.epochs)
@@ -232,6 +234,7 @@ class _Loop:
                 plan.reporter.start(label, self.steps, self.progress.step)
         if self.best:
             self.network.load_state_dict(self.best)
+        self.seams.finish(self.network)
         self.network.eval()
         if self.checkpoint and self.seams.first:
             self.checkpoint[0].unlink(missing_ok=True)
@@ -356,21 +359,18 @@ class _Loop:
 
     def adopt(self, state: State) -> None:
         """Go on from whole tensors, of a file or of another process."""
-        held, self.progress = state.tensors, _Progress(**json.loads(state.progress))
-        there, mine = tensors(self.network), self.seams.scatter
-        self.network.load_state_dict(mine({n[6:]: t for n, t in held.items() if n.startswith("model/")}, there))
-        best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
-        self.best = mine(best, there) if best else {}
+        self.progress = _Progress(**json.loads(state.progress))
+        held = self.seams.scatter(state.tensors)
+        self.network.load_state_dict({n[6:]: t for n, t in held.items() if n.startswith("model/")})
+        self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"
-            whole = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
-            # Moments are cut as their parameter is; a count of steps is not.
-            state_of = mine(whole, {key: parameter if t.shape == parameter.shape else t for key, t in whole.items()})
-            if state_of:
+            given: dict[str, Any] = {n[len(prefix) :]: t for n, t in held.items() if n.startswith(prefix)}
+            if given:
                 sparse = name in self.network.sparse
                 # SparseAdam counts its steps in a plain number.
                 self.optimizers[-1 if sparse else 0].state[parameter] = (
-                    state_of | {"step": int(state_of["step"])} if sparse else state_of
+                    given | {"step": int(given["step"])} if sparse else given
                 )
 
 

@@ -1,0 +1,381 @@
+"""Pipeline parallel: consecutive layers live in consecutive processes, and micro-batches flow through them.
+
+One forward, one backward (Narayanan et al., PipeDream, SOSP 2019, and Megatron-LM, SC 2021, section 2.2): a stage
+starts with as many forward passes as there are stages behind it, then alternates, so that it holds the activations of
+that many micro-batches and no more. With p stages and m micro-batches a process idles for (p - 1) / (m + p - 1) of the
+time at least (Huang et al., GPipe, NeurIPS 2019).
+
+Every stage evaluates the loss with a network that stops behind its own last layer. So a loss may change the tokens
+(masked language modelling): all stages draw the same. Only the last stage's goes on to a value.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from netweight.errors import OptionError
+from netweight.loss import Batch, Loss, PseudoLabels, SoftTargets, Supervised
+from netweight.network import Exits, Transformer
+from netweight.objectives import CausalLM, MaskedLM
+from netweight.run.divided import Divided, clip, entry
+from netweight.run.processes import shares
+from netweight.seams import Ask
+
+# What one forward pass is enough for, row by row.
+_ONE_PASS = (Supervised, SoftTargets, PseudoLabels, MaskedLM, CausalLM)
+
+Mode = Literal["relay", "train", "sums"]
+
+
+class _Stopped(Exception):
+    """The forward pass has reached the end of this stage."""
+
+
+@dataclass
+class _Flow:
+    """What the hooks of a stage share. `relay`: evaluation, from stage to stage. `train`: `given` comes in, `taken` is
+    what goes out. `sums`: layers do nothing; only what a loss divides by is asked."""
+
+    mode: Mode = "relay"
+    given: Tensor | None = None
+    taken: Tensor | None = None
+    seed: int = 0
+
+
+@dataclass
+class _Micro:
+    """Some rows of a batch on their way through this stage: what came in and what went out, while both are needed."""
+
+    batch: Batch
+    seed: int
+    given: Tensor | None = None
+    out: Tensor | None = None
+
+
+class Pipelined(Divided):
+    """The layers of a network one behind the other in all processes; each sees every row.
+
+    Args:
+        micro_batches: parts that a batch is cut into; more leave less time idle, and smaller products.
+        device, activation_checkpointing: see `Divided`.
+
+    `busy` and `idle` are the seconds that `backward` has taken so far: computing, and waiting for other stages.
+    """
+
+    strategy = "pipeline"
+
+    def __init__(
+        self,
+        micro_batches: int = 4,
+        device: torch.device | None = None,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        if micro_batches < 1:
+            raise OptionError(f"micro_batches is {micro_batches}; use 1 or more.")
+        # All stages see the same rows: each is alone in its group of those that hold different ones.
+        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+        super().__init__(alone[dist.get_rank()], device, activation_checkpointing)
+        self.stage, self.stages = dist.get_rank(), dist.get_world_size()
+        self.last = self.stage == self.stages - 1
+        self.micro_batches = micro_batches
+        # Two groups, so that what goes down and what comes back up never wait for each other.
+        self.down, self.up = dist.new_group(), dist.new_group()
+        self.busy = self.idle = 0.0
+        self._flow = _Flow()
+        self._owner: dict[str, int] = {}
+        self._tied: tuple[str, ...] = ()
+        self._ends = dist.new_group(sorted({0, self.stages - 1}))
+        self._held: dict[str, nn.Parameter] = {}
+        self._entries: frozenset[str] = frozenset()
+        self._width = self._outputs = 0
+        self._ties = False
+        self._sending: list[tuple[dist.Work, Tensor]] = []
+
+    def admit(self, loss: Loss) -> None:
+        super().admit(loss)
+        if not isinstance(loss, _ONE_PASS):
+            raise OptionError(
+                f"{type(loss).__name__} needs more than one forward pass, or what is inside of layers, and under "
+                "pipeline these are in several processes; use local, ddp or fsdp."
+            )
+        self._ties = isinstance(loss, MaskedLM | CausalLM)
+
+    def divide(self, network: Transformer) -> None:
+        if isinstance(network, Exits):
+            raise OptionError("exits answer from layers of several stages; use local, ddp or fsdp.")
+        layers = network.layers()
+        if len(layers) < self.stages:
+            raise OptionError(
+                f"{len(layers)} layers cannot be divided into {self.stages} stages; use as many processes as there "
+                "are layers at most."
+            )
+        self._width, self._outputs = network.head.in_features, network.head.out_features
+        sizes = shares(len(layers), [1.0] * self.stages)
+        begins = [sum(sizes[:s]) for s in range(self.stages)]
+        ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
+        self._note_owners(network, begins)
+        for i in range(len(layers)):
+            if not begins[self.stage] <= i < ends[self.stage]:
+                layers[i] = _Passed()
+        first, final = begins[self.stage], ends[self.stage] - 1
+        for i in range(first, final + 1):
+            layer = layers[i]
+            layer.forward = partial(self._layer, layer.forward, i == first, i == final)
+        for name, module in list(network.named_modules()):
+            entries = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
+            if entries and not any(self._mine(entry) for entry in entries):
+                parent, _, leaf = name.rpartition(".")
+                width = module.embedding_dim if isinstance(module, nn.Embedding) else 0
+                setattr(network.get_submodule(parent), leaf, _Passed(width))
+        self._held, self._entries = dict(network.named_parameters()), frozenset(network.state_dict())
+        network.register_forward_pre_hook(self._begin)
+        network.register_forward_hook(self._answer)
+
+    def _note_owners(self, network: Transformer, begins: list[int]) -> None:
+        """Which stage holds each entry of the state: what runs before the first layer is the first's, the rest the
+        last's. A loss that multiplies with the token table needs it in the last stage as well."""
+        before: list[str] = []
+        stack = network.stack
+        order: list[nn.Module] = []
+        handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in network.modules()]
+        entered = network.layers()[0].register_forward_pre_hook(lambda *_: before.append(str(len(order))))
+        device = next(network.parameters()).device
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            one = torch.ones((1, 2), dtype=torch.long, device=device)
+            network(one, one, torch.zeros_like(one))
+        for handle in (*handles, entered):
+            handle.remove()
+        early = {id(module) for module in order[: int(before[0])]}
+        names = {name for name, module in network.named_modules() if id(module) in early}
+        table = cast(Any, network.backbone).get_input_embeddings()
+        at = next(name for name, module in network.named_modules() if module is table)
+        self._owner = {}
+        for name in network.state_dict():
+            if name.startswith(f"{stack}."):
+                layer = int(name[len(stack) + 1 :].partition(".")[0])
+                self._owner[name] = max(s for s, begin in enumerate(begins) if begin <= layer)
+            else:
+                self._owner[name] = 0 if name.rpartition(".")[0] in names else self.stages - 1
+        self._tied = tuple(n for n in self._owner if n.startswith(f"{at}.")) if self._ties and self.stages > 1 else ()
+
+    def _mine(self, name: str) -> bool:
+        return self._owner.get(name) == self.stage or (self.last and name in self._tied)
+
+    def _begin(self, network: nn.Module, given: tuple[Tensor, ...]) -> None:
+        """What a loss draws is the same in all stages; what layers draw is not."""
+        if self._flow.mode == "train":
+            torch.manual_seed(_mixed(self._flow.seed, self.stage))
+
+    def _layer(
+        self, forward: Callable[..., Tensor], first: bool, final: bool, hidden: Tensor, *given: Any, **more: Any
+    ) -> Tensor:
+        """The first and the last layer of a stage take in, and give out, what flows between stages."""
+        flow = self._flow
+        if flow.mode == "sums":
+            return hidden
+        if first and self.stage:
+            if flow.mode == "relay":
+                size = (hidden.shape[0], hidden.shape[1])
+                flow.given = self._received(size, self.stage - 1, self.down)
+            assert flow.given is not None
+            hidden = flow.given
+        out = forward(hidden, *given, **more)
+        if final and not self.last:
+            flow.taken = out
+            if flow.mode == "train":
+                raise _Stopped
+            dist.send(out.detach().float().contiguous(), self.stage + 1, group=self.down)
+        return out
+
+    def _answer(self, network: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+        """In evaluation the last stage tells the others."""
+        if self._flow.mode != "relay":
+            return None
+        empty = torch.zeros(len(given[0]), self._outputs, device=self.device)
+        said = out.detach().float().contiguous() if self.last else empty
+        dist.broadcast(said, src=self.stages - 1)
+        return said
+
+    def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
+        began, waited = time.monotonic(), self.idle
+        sizes = shares(len(batch), [1.0] * min(self.micro_batches, len(batch)))
+        seed = torch.initial_seed()
+        micros = [_Micro(_rows(batch, sum(sizes[:i]), sum(sizes[: i + 1])), _mixed(seed, i)) for i in range(len(sizes))]
+
+        def ask(part: Batch) -> Tensor:
+            return loss(network, part) * scale
+
+        if self.last:
+            self._add_up(micros, ask)
+        self._flow.mode = "train"
+        self._sending = []
+        ahead = min(len(micros), self.stages - 1 - self.stage)
+        total = 0.0
+        for i in range(len(micros) + ahead):
+            if i < len(micros):
+                self._forward(micros[i], ask)
+            if i >= ahead:
+                total += self._back(micros[i - ahead])
+        paused = time.monotonic()
+        for work, _ in self._sending:
+            work.wait()
+        self.idle += time.monotonic() - paused
+        # The next of the batches of one step draws others, and in all stages the same.
+        torch.manual_seed(_mixed(seed, len(batch), 1))
+        self._flow.mode = "relay"
+        self.busy += time.monotonic() - began - (self.idle - waited)
+        return total
+
+    def _add_up(self, micros: list[_Micro], ask: Callable[[Batch], Tensor]) -> None:
+        """Make every micro-batch know what the others add to the sums that the loss divides by."""
+        asked: list[list[Tensor]] = []
+        self._flow.mode = "sums"
+        with torch.no_grad():
+            for micro in micros:
+                sums: list[Tensor] = []
+                torch.manual_seed(micro.seed)
+                ask(replace(micro.batch, everywhere=partial(_noted, sums)))
+                asked.append(sums)
+        totals = [torch.stack(some).sum(dim=0) for some in zip(*asked, strict=True)]
+        for micro in micros:
+            micro.batch = replace(micro.batch, everywhere=partial(_next, iter(totals)))
+
+    def _forward(self, micro: _Micro, ask: Callable[[Batch], Tensor]) -> None:
+        flow = self._flow
+        if self.stage:
+            size = (micro.batch.ids.shape[0], micro.batch.ids.shape[1])
+            micro.given = flow.given = self._received(size, self.stage - 1, self.down).requires_grad_()
+        flow.seed = micro.seed
+        torch.manual_seed(micro.seed)
+        try:
+            micro.out = ask(micro.batch)
+        except _Stopped:
+            micro.out = flow.taken
+            assert micro.out is not None
+            self._send(micro.out, self.stage + 1, self.down)
+        flow.given = flow.taken = None
+
+    def _back(self, micro: _Micro) -> float:
+        """The gradients of one micro-batch; its part of the loss where it is known."""
+        assert micro.out is not None
+        out, given = micro.out, micro.given
+        if self.last:
+            out.backward()
+        else:
+            slope = self._received((out.shape[0], out.shape[1]), self.stage + 1, self.up)
+            if out.requires_grad:
+                out.backward(slope.to(out.dtype))
+        if given is not None:
+            assert given.grad is not None
+            self._send(given.grad, self.stage - 1, self.up)
+        micro.out = micro.given = None
+        return out.item() if self.last else 0.0
+
+    def _send(self, value: Tensor, to: int, group: dist.ProcessGroup) -> None:
+        """Begin to send hidden states, or gradients by them, in fp32."""
+        held = value.detach().float().contiguous()
+        work = dist.isend(held, to, group=group)
+        assert work is not None
+        self._sending.append((work, held))
+
+    def _received(self, size: tuple[int, int], source: int, group: dist.ProcessGroup) -> Tensor:
+        """Hidden states (rows, length, hidden) of another stage; waiting for them counts as idle."""
+        began = time.monotonic()
+        value = torch.empty(*size, self._width, device=self.device)
+        dist.recv(value, source, group=group)
+        self.idle += time.monotonic() - began
+        return value
+
+    def sync(self, network: nn.Module, value: float) -> float:
+        for name in self._tied:
+            parameter = self._held.get(name)
+            if parameter is not None and parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=self._ends)
+        said = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.broadcast(said, src=self.stages - 1)
+        return float(said)
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        tied = {id(self._held[name]) for name in self._tied if self.stage and name in self._held}
+        held = [p for p in parameters if p.grad is not None]
+        mine = [cast(Tensor, p.grad) for p in held if id(p) not in tied]
+        clip(mine, (), limit, None, self.device, [cast(Tensor, p.grad) for p in held if id(p) in tied])
+
+    def whole(self, held: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+        listed = {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in held.items()}
+        kept: dict[str, Tensor] = {}
+        seen: set[str] = set()
+        for stage, said in enumerate(_announced(json.dumps(listed), self.device)):
+            for name, (dtype, shape) in json.loads(said).items():
+                if name in seen:
+                    continue
+                seen.add(name)
+                mine = stage == self.stage
+                value = (
+                    held[name].to(self.device)
+                    if mine
+                    else torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
+                )
+                value = value.contiguous()
+                dist.broadcast(value, src=stage)
+                if wanted:
+                    kept[name] = value.cpu()
+        return kept
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value for name, value in whole.items() if entry(name) in self._entries}
+
+
+class _Passed(nn.Module):
+    """Stands for what another stage holds: gives on what it is given, or for a table zeros of its width."""
+
+    def __init__(self, width: int = 0) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, *given: Any, **more: Any) -> Tensor:
+        return torch.zeros(*x.shape, self.width, device=x.device) if self.width else x
+
+
+def _noted(sums: list[Tensor], value: Tensor) -> Tensor:
+    sums.append(value)
+    return value
+
+
+def _next(totals: Iterator[Tensor], value: Tensor) -> Tensor:
+    return next(totals)
+
+
+def _rows(batch: Batch, begin: int, end: int) -> Batch:
+    """A stretch of a batch's rows."""
+    rows = slice(begin, end)
+    cut = {name: getattr(batch, name)[rows] for name in ("ids", "mask", "types", "targets", "weight")}
+    return replace(batch, **cut, teachers=tuple(t[rows] for t in batch.teachers))
+
+
+def _mixed(*numbers: int) -> int:
+    """One seed from several."""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1)[0])
+
+
+def _announced(text: str, device: torch.device) -> list[str]:
+    """What each process has to say, by rank."""
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
+    room = int(torch.cat(sizes).max())
+    said = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in sizes]
+    dist.all_gather(said, torch.cat([mine, mine.new_zeros(room - len(mine))]))
+    return [bytes(one[: int(size)].tolist()).decode() for one, size in zip(said, sizes, strict=True)]

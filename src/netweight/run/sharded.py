@@ -1,0 +1,82 @@
+"""Fully sharded data parallel: each process holds rows of its own and a share of every parameter.
+
+FSDP2 (`torch.distributed.fsdp.fully_shard`; Zhao et al., PyTorch FSDP, VLDB 2023; Rajbhandari et al., ZeRO, SC 2020,
+stage 3): before a layer runs, its parameters are gathered, and afterwards dropped; gradients are summed and scattered,
+so that each process keeps, and steps, its share of parameters, gradients and optimizer state only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from netweight.errors import OptionError
+from netweight.network import Exits, Transformer
+from netweight.run.divided import Divided
+
+
+class Fsdp(Divided):
+    """One share of a network among the processes of a group, each of which holds different rows of a batch.
+
+    Args:
+        group, device, activation_checkpointing: see `Divided`.
+        offload: keep parameters, gradients and optimizer state in the memory of the host, and send a layer's to the
+            device when it runs. Refused on the CPU, where both memories are one.
+    """
+
+    strategy = "fsdp"
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        activation_checkpointing: bool = False,
+        offload: bool = False,
+    ) -> None:
+        super().__init__(group, device, activation_checkpointing)
+        if offload and self.device.type == "cpu":
+            raise OptionError(
+                "offload moves parameters from a device's memory to the host's, and this run computes on the CPU, "
+                "where both are one; leave offload out."
+            )
+        self.policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+        kind = self.device.type
+        self.mesh = init_device_mesh(kind, (self.lanes,)) if group is None else DeviceMesh.from_group(group, kind)
+        self._shards: dict[str, DTensor] = {}
+
+    def divide(self, network: Transformer) -> None:
+        for module in (*network.layers(), network):
+            fully_shard(module, mesh=self.mesh, offload_policy=self.policy)
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                # The losses of the parts add up to that of the whole batch, so their gradients do too.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        if isinstance(network, Exits):
+            # Parameters are gathered where `forward` is called; this is another way in.
+            register_fsdp_forward_method(network, "stages")
+        self._shards = {name: p.data for name, p in network.named_parameters() if isinstance(p.data, DTensor)}
+
+    def sync(self, network: torch.nn.Module, value: float) -> float:
+        return float(self.everywhere(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    def joined(self, name: str, part: Tensor) -> Tensor:
+        return part.full_tensor() if isinstance(part, DTensor) else part
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        shard = self._shards.get(name)
+        if shard is None or shard.shape != whole.shape:
+            return whole
+        # Every process reads the same file: nothing has to be sent.
+        part = distribute_tensor(whole.to(self.device), self.mesh, shard.placements, src_data_rank=None)
+        return part.to(shard.device)

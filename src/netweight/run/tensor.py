@@ -1,0 +1,243 @@
+"""Tensor parallel: attention heads and feed-forward neurons of every layer are divided over processes.
+
+Shoeybi et al., Megatron-LM (2019), section 3: the matrices that make heads and neurons are cut by outputs, those that
+read them by inputs, so that each half of a layer needs one sum over the processes forward (after the second matrix) and
+one backward (before the first). What lies outside of that is held, and computed alike, by each of them.
+
+Cut are plain tensors, not DTensors: rounding layers, adapters and fused optimizers then work on them as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from netweight.anatomy import Block, blocks
+from netweight.errors import OptionError
+from netweight.loss import Loss
+from netweight.matching import Matching
+from netweight.network import Transformer
+from netweight.run.divided import Divided, clip
+
+Side = Literal["outputs", "inputs"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a parameter is divided. `dim`: along which dimension, of which `groups` stretches each are divided by
+    themselves; None where each process has all of it, but computes only its part of the gradient, `factor` times."""
+
+    dim: int | None
+    groups: int = 1
+    factor: float = 1.0
+
+
+class TensorParallel(Divided):
+    """Heads and neurons divided over `tensor` neighbouring processes; rows over groups of so many.
+
+    Args:
+        tensor: processes that divide the layers between them; None for all.
+        device, activation_checkpointing: see `Divided`.
+
+    Raises OptionError where the number of processes is no multiple of `tensor`.
+    """
+
+    strategy = "tensor"
+
+    def __init__(
+        self, tensor: int | None = None, device: torch.device | None = None, activation_checkpointing: bool = False
+    ) -> None:
+        world = dist.get_world_size()
+        self.ways = world if tensor is None else tensor
+        if self.ways < 1 or world % self.ways:
+            raise OptionError(f"{world} processes cannot be divided into groups of tensor={self.ways}.")
+        kind = (device or torch.device("cpu")).type
+        mesh = init_device_mesh(kind, (world // self.ways, self.ways), mesh_dim_names=("data", "tensor"))
+        super().__init__(mesh["data"].get_group(), device, activation_checkpointing)
+        self.team = mesh["tensor"].get_group()
+        self.place = dist.get_rank(self.team)
+        self.cuts: dict[str, Cut] = {}
+        self._held: dict[str, nn.Parameter] = {}
+        self._shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
+
+    def admit(self, loss: Loss) -> None:
+        super().admit(loss)
+        if isinstance(loss, Matching) and {"attention", "relations"} & set(loss.match):
+            raise OptionError(
+                "matching attention or relations reads all heads of a layer, and under tensor each process has some; "
+                "match logits or hidden states, or use local, ddp or fsdp."
+            )
+
+    def divide(self, network: Transformer) -> None:
+        self.cuts = {}
+        for block in blocks(network):
+            for what, units in (("key heads", block.heads), ("neurons", block.neurons)):
+                if units % self.ways:
+                    raise OptionError(
+                        f"{block.name} has {units} {what}, which {self.ways} processes cannot divide evenly; use a "
+                        "divisor of it as tensor, or fsdp."
+                    )
+            for names, groups in ((block.qkv, block.qkv_groups), (block.up, block.up_groups)):
+                self._enter(network, names)
+                for name in names:
+                    self._plan(network, name, "outputs", groups)
+            for name in (block.out, block.down):
+                self._leave(network, name)
+                self._plan(network, name, "inputs", 1)
+            self._within(network, block)
+        self._shapes = {}
+        self._held = dict(network.named_parameters())
+        held = dict(network.named_parameters()) | dict(network.named_buffers())
+        for name, cut in self.cuts.items():
+            if cut.dim is None:
+                continue
+            value = held[name]
+            part = self._part(value.detach(), cut)
+            self._shapes[name] = (value.shape, part.shape)
+            # The parameter itself stays, so that whoever refers to it (an adapter, a rounding layer) sees its part.
+            value.data = part
+
+    def _plan(self, network: Transformer, name: str, side: Side, groups: int) -> None:
+        """Note the cuts of everything that a linear layer, or what stands for one, holds."""
+        module = network.get_submodule(name)
+        steps, spec = getattr(module, "steps", None), getattr(module, "spec", None)
+        if spec is not None and steps is None and not (spec.granularity == "group" and side == "outputs"):
+            raise OptionError(
+                f"the grid of {name} follows from weights that tensor divides; use symmetric weights per channel or "
+                "tensor, or local, ddp or fsdp."
+            )
+        for part, value in (*module.named_parameters(), *module.named_buffers()):
+            *at, leaf = part.split(".")
+            whole = part.startswith("lora_") and (part[5] == "A") == (side == "outputs")
+            if part in ("bias", "base_layer.bias"):
+                if side == "outputs":
+                    self.cuts[f"{name}.{part}"] = Cut(0, groups)
+            elif part in ("weight", "mask", "base_layer.weight") or (part.startswith("lora_") and not whole):
+                self.cuts[f"{name}.{part}"] = Cut(0, groups) if side == "outputs" else Cut(1)
+            elif whole:
+                self.cuts[f"{name}.{part}"] = Cut(None)
+            elif at[:1] == ["steps"] and value.numel() > 1 and side == "outputs":
+                self.cuts[f"{name}.{part}"] = Cut(0, groups)
+            elif leaf == "ratio":
+                # LSQ divides by the square root of how many values share a scale: fewer do in each process.
+                narrower = side == "inputs" or at[0] == "out" or (at[0] == "steps" and value.numel() == 1)
+                self.cuts[f"{name}.{part}"] = Cut(None, factor=self.ways**-0.5 if narrower else 1.0)
+            elif leaf not in ("first", "zero", "top"):
+                raise OptionError(
+                    f"{name} is a {type(module).__name__}, which tensor cannot divide; use local, ddp or fsdp."
+                )
+
+    def _within(self, network: Transformer, block: Block) -> None:
+        """What else an attention module holds: norms of heads, and how wide GPT-2's queries are."""
+        at = block.qkv[0].rpartition(".")[0]
+        attention = network.get_submodule(at)
+        for name, _ in attention.named_parameters():
+            if name.startswith(("q_norm", "k_norm")):
+                self.cuts[f"{at}.{name}"] = Cut(None)
+        if hasattr(attention, "split_size"):
+            setattr(attention, "split_size", cast(int, attention.split_size) // self.ways)  # noqa: B010
+
+    def _enter(self, network: Transformer, names: Iterable[str]) -> None:
+        """The gradient of what goes into these layers is the sum over the team; one sum for those with one input."""
+        last: list[Tensor] = []
+
+        def hook(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+            if not last or last[0] is not given[0]:
+                last[:] = [given[0], _Entered.apply(given[0], self.team)]  # type: ignore[no-untyped-call]
+            return (last[1], *given[1:])
+
+        for name in names:
+            network.get_submodule(name).register_forward_pre_hook(hook)
+
+    def _leave(self, network: Transformer, name: str) -> None:
+        """What comes out of this layer is the sum over the team, in which its bias counts once."""
+        module = network.get_submodule(name)
+        linear = cast(nn.Linear, getattr(module, "base_layer", module))
+
+        def hook(_: nn.Module, __: object, out: Tensor) -> Tensor:
+            total = cast(Tensor, _Left.apply(out, self.team))  # type: ignore[no-untyped-call]
+            # Each has added it, and each gets its whole gradient.
+            return total if linear.bias is None else total - (self.ways - 1) * linear.bias.detach()
+
+        module.register_forward_hook(hook)
+
+    def sync(self, network: nn.Module, value: float) -> float:
+        found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        partial = [(found[name], cut.factor) for name, cut in self.cuts.items() if cut.dim is None and name in found]
+        for gradient, factor in partial:
+            gradient.mul_(factor)
+        added([gradient for gradient, _ in partial], self.team)
+        if self.lanes > 1:
+            added(list(found.values()), self.group)
+        return float(self.everywhere(torch.tensor(value, dtype=torch.float64, device=self.device)))
+
+    def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
+        held = [p for p in parameters if p.grad is not None]
+        parts = {id(self._held[name]) for name in self._shapes if name in self._held}
+        mine = [cast(Tensor, p.grad) for p in held if id(p) in parts]
+        clip(mine, [cast(Tensor, p.grad) for p in held if id(p) not in parts], limit, self.team, self.device)
+
+    def joined(self, name: str, part: Tensor) -> Tensor:
+        whole, mine = self._shapes.get(name, (None, None))
+        if whole is None or part.shape != mine:
+            return part
+        cut = self.cuts[name]
+        assert cut.dim is not None
+        parts = [torch.empty_like(part) for _ in range(self.ways)]
+        dist.all_gather(parts, part.contiguous(), group=self.team)
+        stretches = [p.unflatten(cut.dim, (cut.groups, -1)) for p in parts]
+        return torch.stack(stretches, cut.dim + 1).reshape(whole)
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        shapes = self._shapes.get(name)
+        return whole if shapes is None or shapes[0] != whole.shape else self._part(whole, self.cuts[name])
+
+    def _part(self, whole: Tensor, cut: Cut) -> Tensor:
+        assert cut.dim is not None
+        parted: Tensor = whole.unflatten(cut.dim, (cut.groups, self.ways, -1))
+        return parted.select(cut.dim + 1, self.place).flatten(cut.dim, cut.dim + 1).clone().contiguous()
+
+
+def added(values: list[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Sum these tensors over a group in place, in one message for each dtype."""
+    for dtype in sorted({v.dtype for v in values}, key=str):
+        some = [v for v in values if v.dtype == dtype]
+        flat = torch.cat([v.reshape(-1) for v in some])
+        dist.all_reduce(flat, group=group)
+        for value, total in zip(some, flat.split([v.numel() for v in some]), strict=True):
+            value.copy_(total.view_as(value))
+
+
+class _Entered(torch.autograd.Function):
+    """Megatron's f: nothing forward, the sum backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Left(torch.autograd.Function):
+    """Megatron's g: the sum forward, nothing backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
