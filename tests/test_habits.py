@@ -54,6 +54,7 @@ GROUPS = (
         "explain",
         "litert",
         "deliver",
+        "federate",
     ),
     ("monitor", "serve", "client", "cluster"),
     ("samples", "demo", "progress", "cli", "testing"),

@@ -12,6 +12,7 @@
     ├── ClientError            clients of a federated run are absent, or differ from it
     ├── EndpointError          a service over HTTP refuses, is not there, or keeps failing
     ├── RunError               processes of a run are gone, or one of them failed
+    ├── WireError              a message of a federated run cannot be sent, or cannot be read
     ├── CertificateError       a certificate cannot be made or does not hold
     └── MissingExtra           an optional dependency is not installed
 
@@ -77,6 +78,10 @@ class EndpointError(NetweightError):
 
 class RunError(NetweightError):
     """Processes of a run are gone, do not answer, or one of them failed."""
+
+
+class WireError(NetweightError):
+    """A message between server and client cannot be sent, or what came cannot be read."""
 
 
 class CertificateError(NetweightError):
