@@ -11,7 +11,7 @@ asserts, so any test runner will do:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from netweight.model import Model
     from netweight.network import Network
     from netweight.run import Run
+    from netweight.run.aggregate import Aggregator
     from netweight.techniques import Technique
     from netweight.train import Plan
 
@@ -177,6 +178,86 @@ class RunContract:
         assert float(self.run().reduce(self.model, Count())["found"]) == n
         assert float(self.run().reduce(self.model, Count(), limit=n // 2)["found"]) == n // 2
         assert float(self.run().reduce(self.model, Count("max"))["found"]) == longest
+
+
+@dataclass(frozen=True)
+class AggregateContract:
+    """What every aggregator of a federated run promises, for `clients` clients."""
+
+    aggregate: Aggregator
+    clients: int = 7
+    seed: int = 0
+
+    def check(self) -> None:
+        """All promises."""
+        self.keeps_one_as_it_is()
+        self.keeps_what_all_agree_on()
+        self.does_not_depend_on_the_order()
+        self.keeps_shapes_and_dtypes()
+        self.leaves_what_it_is_given()
+
+    def updates(self) -> dict[str, dict[str, Tensor]]:
+        """Random tensors by client: a matrix, a vector in bf16, a count, a flag, and one without elements."""
+        import torch
+
+        drawn = torch.Generator().manual_seed(self.seed)
+        return {
+            f"client{i}": {
+                "matrix": torch.randn(3, 4, generator=drawn),
+                "vector": torch.randn(5, generator=drawn).to(torch.bfloat16),
+                "count": torch.randint(0, 2**40, (2,), generator=drawn),
+                "flag": torch.rand(3, generator=drawn) > 0.5,
+                "nothing": torch.zeros(0, 2),
+            }
+            for i in range(self.clients)
+        }
+
+    def weights(self) -> dict[str, float]:
+        """Rows of each client, all different."""
+        return {f"client{i}": 3.0 + i for i in range(self.clients)}
+
+    def keeps_one_as_it_is(self) -> None:
+        """One client alone: its tensors, bit for bit."""
+        one = self.updates()["client0"]
+        self._same(self.aggregate({"client0": one}, {"client0": 3.0}), one)
+
+    def keeps_what_all_agree_on(self) -> None:
+        """All clients alike: their tensors, bit for bit."""
+        one = self.updates()["client0"]
+        self._same(self.aggregate(dict.fromkeys(self.weights(), one), self.weights()), one)
+
+    def does_not_depend_on_the_order(self) -> None:
+        """Who answered first changes nothing, bit for bit; nor does asking twice."""
+        updates, weights = self.updates(), self.weights()
+        usual = self.aggregate(updates, weights)
+        self._same(self.aggregate(dict(reversed(updates.items())), dict(reversed(weights.items()))), usual)
+        self._same(self.aggregate(updates, weights), usual)
+
+    def keeps_shapes_and_dtypes(self) -> None:
+        """Integers stay integers, and no value leaves the span of what came in."""
+        updates = self.updates()
+        made = self.aggregate(updates, self.weights())
+        for name, like in updates["client0"].items():
+            assert made[name].dtype == like.dtype, f"{name} came as {like.dtype} and left as {made[name].dtype}"
+            assert made[name].shape == like.shape, f"{name} changed its shape"
+            for where in np.ndindex(*like.shape):
+                seen = [float(update[name][where]) for update in updates.values()]
+                assert min(seen) <= float(made[name][where]) <= max(seen), f"{name} left the span of the updates"
+
+    def leaves_what_it_is_given(self) -> None:
+        """The updates stay as they were, and share no memory with the result."""
+        updates = self.updates()
+        for value in self.aggregate(updates, self.weights()).values():
+            value.zero_()
+        for client, update in self.updates().items():
+            self._same(updates[client], update)
+
+    def _same(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+        import torch
+
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), f"{name} differs"
 
 
 @dataclass(frozen=True)

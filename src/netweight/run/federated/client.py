@@ -30,8 +30,9 @@ from netweight.run.federated.messages import (
     Tensors,
 )
 from netweight.run.local import Local
+from netweight.seams import Seams
 from netweight.task import Classify
-from netweight.train import Reporter, Seams
+from netweight.train import Reporter
 
 _SEEN = ("text", "pair", "label", "weight")  # columns that a model or its loss reads
 
@@ -79,7 +80,7 @@ class Client:
         rows = self.data.train
         mine = replace(
             self.expects or task.manifest,
-            columns=tuple(name for name, _ in rows.columns() if name in _SEEN),
+            columns=tuple(name for name in _SEEN if getattr(rows, name) is not None),
             version=version("netweight"),
         )
         if self.expects is None and mine.labels:

@@ -82,6 +82,11 @@ class Members:
 
     def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined]) -> str:
         least = self.rounds.minimum
+        if not names and self.joined:
+            return (
+                f"all clients left ({', '.join(sorted(self.joined))}); start them again: a run with a folder goes on "
+                "from its last finished round."
+            )
         if not names:
             return (
                 f"no client appeared within {self.rounds.wait:g} s, and {least} must; start them, or raise `wait` of "

@@ -66,7 +66,7 @@ class Federated:
         travel: Travel | None = None,
     ) -> None:
         self.channel: Channel = InProcess(clients) if isinstance(clients, Sequence) else clients
-        self.data, self.folder = data, folder
+        self.held_out, self.folder = data, folder
         self.rounds = rounds or Rounds()
         self.algorithm: Algorithm = algorithm or FedAvg()
         self.travel = travel or Travel()
@@ -102,8 +102,8 @@ class Federated:
 
     def quality(self, model: Model) -> float:
         """The task's metric on the server's select rows, or, where it has none, the mean over clients by their rows."""
-        if self.data is not None:
-            return Local(self.data).quality(model)
+        if self.held_out is not None:
+            return Local(self.held_out).quality(model)
         scores = self.scores(model, "")
         known = [(s.quality, s.rows) for s in scores.values() if s.quality is not None]
         if not known:
@@ -118,7 +118,7 @@ class Federated:
 
     def usable(self, model: Model) -> dict[str, Joined]:
         """Clients that can take part now, by name."""
-        columns = tuple(name for name, _ in self.data.select.columns()) if self.data is not None else ()
+        columns = tuple(name for name, _ in self.held_out.select.columns()) if self.held_out is not None else ()
         return self.members.there(manifest_of(model, columns))
 
     @property

@@ -1,0 +1,339 @@
+"""Clients of a federated run: what algorithms make them do, and what happens when they differ, fail, or lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import tiny_model, tiny_rows
+from netweight.data import Rows
+from netweight.errors import ClientError, ModelError, OptionError
+from netweight.loss import Supervised
+from netweight.model import Model
+from netweight.run import Local
+from netweight.run.federated import Client, FedAvg, Federated, FedProx, InProcess, Rounds, Scaffold, Travel
+from netweight.run.federated.client import Correcting, manifest_of
+from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Task
+from netweight.train import Plan
+from test_federated import PLAN, fitted, part, shops, values
+
+# Full batches at a constant rate, and nothing but gradients: easy to repeat by hand.
+PLAIN = Plan(
+    batch_size=64,
+    learning_rate=0.05,
+    optimizer="sgd",
+    schedule="constant",
+    warmup=0.0,
+    weight_decay=0.0,
+    clip=0.0,
+    precision="fp32",
+)
+
+
+def still(model: Model) -> Model:
+    """Without dropout."""
+    for module in model.network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def gradient(network: nn.Module, model: Model, rows: Rows) -> dict[str, Tensor]:
+    tokens = model.encoder.encode(rows.text)
+    ids, mask, types = map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad))
+    network.zero_grad()
+    logits = network(ids, mask, types)
+    torch.nn.functional.cross_entropy(logits, torch.from_numpy(model.task.targets(rows.label or ()))).backward()
+    return {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def test_scaffold_equals_a_plain_loop() -> None:
+    """Two rounds of two steps for three clients, as Karimireddy et al. write them, with the loop's momentum."""
+    model, clients = still(tiny_model()), shops(3, rows=60)
+    run = Federated(clients, rounds=Rounds(2), algorithm=Scaffold())
+    made = values(fitted(run, model, replace(PLAIN, epochs=4)))
+
+    x = {n: v.clone() for n, v in values(model).items()}
+    zero = {n: torch.zeros_like(v) for n, v in x.items()}
+    c, c_k = dict(zero), {client.name: dict(zero) for client in clients}
+    for _ in range(2):
+        ends, changes = [], []
+        for client in clients:
+            network, seen, v = model.copy().network.eval(), [], dict(zero)
+            parameters = dict(network.named_parameters())
+            with torch.no_grad():
+                for n, p in parameters.items():
+                    p.copy_(x[n])
+            for _ in range(2):
+                g = gradient(network, model, client.data.train)
+                seen.append(g)
+                with torch.no_grad():
+                    for n in g:
+                        v[n] = 0.9 * v[n] + g[n] + c[n] - c_k[client.name][n]
+                        parameters[n] -= 0.05 * v[n]
+            new = {n: sum(g[n] for g in seen) / 2 if n in seen[0] else zero[n] for n in x}
+            changes.append({n: new[n] - c_k[client.name][n] for n in x})
+            c_k[client.name] = new
+            ends.append({n: p.detach().clone() for n, p in parameters.items()})
+        x = {n: sum(end[n] for end in ends) / 3 for n in x}
+        c = {n: c[n] + sum(change[n] for change in changes) / 3 for n in x}
+    for name in x:
+        torch.testing.assert_close(made[name], x[name], rtol=1e-4, atol=2e-6, msg=name)
+    plain = values(fitted(Federated(clients, rounds=Rounds(2)), model, replace(PLAIN, epochs=4)))
+    assert max(float((plain[n] - made[n]).abs().max()) for n in x) > 1e-5, "the correction did something"
+
+
+def test_the_variate_is_that_of_option_two() -> None:
+    """c_k - c + (x - y) / (K * rate), of one step of SGD, in which momentum plays no part."""
+    model, client = still(tiny_model()), shops(1, rows=60)[0]
+    x = values(model)
+    c = {n: 0.01 * torch.ones_like(v) for n, v in x.items()}
+    task = FitTask("f" * 64, 0, model, Supervised(model.task), replace(PLAIN, epochs=1), variate=c)
+    answer = client.answer(task)
+    assert isinstance(answer, Fitted)
+    assert answer.variate is not None
+    assert answer.steps == 1
+    for name in x:
+        wanted = -c[name] + (x[name] - answer.tensors[name]) / 0.05
+        if "pooler" not in name:  # nobody reads it, so no gradient reaches it
+            torch.testing.assert_close(answer.variate[name], wanted, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_the_proximal_term_is_not_zero_after_the_first_batch(model: Model) -> None:
+    """Zero where the fit begins, mu * (w - w_server) from then on, in every parameter that moves."""
+    start = {n: v.clone() for n, v in values(model).items()}
+    terms: list[float] = []
+
+    class Spy(Correcting):
+        def correct(self, network: nn.Module) -> None:
+            held = {n: p for n, p in network.named_parameters() if p.grad is not None}
+            before = {n: p.grad.clone() for n, p in held.items() if p.grad is not None}
+            super().correct(network)
+            terms.append(0.0)
+            for n, p in held.items():
+                assert p.grad is not None
+                term = 0.3 * (p.detach() - start[n])
+                torch.testing.assert_close(p.grad - before[n], term, rtol=1e-3, atol=1e-6)
+                terms[-1] += float(term.norm())
+
+    data = part(tiny_rows(80))
+    Local(data, seams=Spy(model.network, 0.3, None, {})).fit(model, Supervised(model.task), PLAN)
+    assert len(terms) == 10
+    assert terms[0] == 0
+    assert min(terms[1:]) > 1e-4
+    near = values(fitted(Federated(shops(2), rounds=Rounds(1), algorithm=FedProx(mu=10.0)), model))
+    free = values(fitted(Federated(shops(2), rounds=Rounds(1)), model))
+    apart = [sum(float((v[n] - start[n]).norm()) for n in start) for v in (near, free)]
+    assert apart[0] < 0.9 * apart[1], "the pull keeps clients near the server"
+
+
+def test_a_personal_head_stays_at_home() -> None:
+    """Two shops use the labels the other way round: with one head for both nobody is served, with two both are."""
+    rows = tiny_rows(120)
+    turned = replace(rows, label=tuple({"good": "bad", "bad": "good"}[v] for v in rows.label or ()))
+    plan, model = replace(PLAN, epochs=9, learning_rate=3e-3), tiny_model()
+    runs = {}
+    for personal in (False, True):
+        clients = [Client("one", part(rows)), Client("two", part(turned))]
+        runs[personal] = Federated(clients, rounds=Rounds(3), travel=Travel(personal_head=personal))
+        made = fitted(runs[personal], model, plan)
+    standings = {personal: [s.quality or 0.0 for s in run.report.standings] for personal, run in runs.items()}
+    assert min(standings[True]) >= 0.9
+    assert sum(standings[False]) <= 1.4
+    assert torch.equal(values(made)["head.weight"], values(model)["head.weight"])
+    heads = [values(c.own(made, runs[True].report.fit))["head.weight"] for c in clients]
+    assert not torch.equal(heads[0], heads[1])
+    saved = 4 * (32 * 2 + 2) * 2
+    assert runs[False].report.rounds[0].up - runs[True].report.rounds[0].up == saved
+
+
+class Changed:
+    """A channel whose answers a test may change."""
+
+    def __init__(self, clients: list[Client], change: Callable[[str, Task, Answer | Lost], Answer | Lost]) -> None:
+        self.inner, self.change, self.gone = InProcess(clients), change, set[str]()
+        self.asked: list[tuple[str, ...]] = []
+
+    def clients(self) -> tuple[str, ...]:
+        return tuple(name for name in self.inner.clients() if name not in self.gone)
+
+    def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
+        if isinstance(next(iter(tasks.values())), FitTask):
+            self.asked.append(tuple(tasks))
+        return {n: self.change(n, tasks[n], a) for n, a in self.inner.exchange(tasks, seconds).items()}
+
+
+def same(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+    return answer
+
+
+def test_a_client_that_differs_is_refused_with_the_field_and_both_values(model: Model) -> None:
+    clients = shops(3)
+    mine = manifest_of(model, ("text", "label"))
+    others = {
+        "task": "classify, macro-f1",
+        "labels": ("bad", "fine", "good"),
+        "tokenizer": "0" * 64,
+        "max_length": 64,
+        "base": "another",
+    }
+    for field, value in others.items():
+        clients[1].expects = replace(mine, **{field: value})
+        run = Federated(clients, rounds=Rounds(1))
+        fitted(run, model)
+        (note,) = run.report.notes
+        assert note.startswith(f"shop1 was refused: {field} differs: the server has ")
+        assert str(value)[2:20] in note
+        assert [s.client for s in run.report.standings] == ["shop0", "shop2"]
+
+    def old(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(answer, Joined) and name == "shop2":
+            return replace(answer, manifest=replace(answer.manifest, version="0.1"))
+        return answer
+
+    run = Federated(Changed(shops(3), old), rounds=Rounds(1))
+    fitted(run, model)
+    assert "shop2 was refused: version differs: the server has" in run.report.notes[0]
+    assert "the client '0.1'" in run.report.notes[0]
+
+
+def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
+    rows = tiny_rows(30)
+    strange = replace(rows, label=("great", *(rows.label or ())[1:]))
+    paired = replace(rows, pair=rows.text)
+    clients = [*shops(2), Client("strange", part(strange)), Client("twins", part(paired))]
+    run = Federated(clients, rounds=Rounds(1))
+    fitted(run, model)
+    assert run.report.notes == (
+        "strange was refused: labels differs: the server has ['bad', 'good'], the client ['bad', 'good', 'great'].",
+        "twins was refused: columns differs: the server has ['text', 'label'], the client ['text', 'pair', 'label'].",
+    )
+    with pytest.raises(
+        ClientError, match="0 of 1 clients can take part, and 1 must. strange was refused: labels differs"
+    ):
+        fitted(Federated([Client("strange", part(strange))]), model)
+
+
+def test_one_label_only_works_and_is_said_and_no_rows_take_no_part(model: Model) -> None:
+    rows = tiny_rows(60)
+    good = rows.take([i for i in range(60) if (rows.label or ())[i] == "good"])
+    clients = [*shops(2), Client("sunny", part(good)), Client("empty", part(rows.take([])))]
+    run = Federated(clients, rounds=Rounds(1))
+    fitted(run, model)
+    assert run.report.rounds[0].took_part == ("shop0", "shop1", "sunny")
+    assert run.report.notes == (
+        "empty has no training rows and takes no part.",
+        "sunny has rows of one label only.",
+    )
+    assert (run.report.standings[0].client, run.report.standings[0].rows) == ("empty", 0)
+    with pytest.raises(ClientError, match="empty has no training rows and takes no part"):
+        fitted(Federated([clients[-1]]), model)
+    lost = InProcess([clients[-1]]).exchange({"empty": FitTask("f", 0, model, Supervised(model.task), PLAN)})
+    assert lost["empty"] == Lost("empty", "this client has no training rows; it can take part once it has some.")
+
+
+def test_nobody_appears_or_all_leave(model: Model) -> None:
+    with pytest.raises(ClientError, match="no client appeared within 0.1 s, and 1 must; start them, or raise `wait`"):
+        fitted(Federated([], rounds=Rounds(1, wait=0.1)), model)
+    channel = Changed(shops(3), same)
+
+    def leaving(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(task, FitTask) and task.round == 1:
+            channel.gone |= {"shop0", "shop1", "shop2"}
+        return answer
+
+    channel.change = leaving
+    with pytest.raises(ClientError, match=r"all clients left \(shop0, shop1, shop2\); start them again"):
+        fitted(Federated(channel, rounds=Rounds(3)), model)
+
+    def failing(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        return Lost(name, "it left.") if isinstance(task, FitTask) else answer
+
+    with pytest.raises(ClientError, match="round 0: 0 clients answered, and 1 must. shop0: it left. shop1: it left."):
+        fitted(Federated(Changed(shops(2), failing)), model)
+    with pytest.raises(ClientError, match="0 of 2 clients can take part.*shop0 was refused: no answer within 1e-09 s"):
+        fitted(Federated(shops(2), rounds=Rounds(1, seconds=1e-9)), model)
+
+
+def test_slow_and_absent_clients_are_normal(model: Model) -> None:
+    channel = Changed(shops(4), same)
+
+    def slow(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(task, FitTask):
+            if task.round == 0:
+                channel.gone.add("shop3")
+            if task.round == 2:
+                channel.gone.clear()
+            if name == "shop1" and task.round == 1:
+                return Lost(name, "no answer within 5 s")
+        return answer
+
+    channel.change = slow
+    run = Federated(channel, rounds=Rounds(4))
+    fitted(run, model)
+    took_part = [r.took_part for r in run.report.rounds]
+    assert [len(t) for t in took_part] == [4, 2, 3, 4]
+    assert took_part[3] == ("shop0", "shop1", "shop2", "shop3"), "one that comes back takes part again"
+    assert run.report.rounds[1].lost == (Lost("shop1", "no answer within 5 s"),)
+    assert any("round 1: shop1 lost: no answer within 5 s" in line for line in run.report.lines())
+
+
+def test_a_share_of_the_clients_takes_part_in_each_round(model: Model) -> None:
+    asked = []
+    for seed in (0, 0, 1):
+        channel = Changed(shops(5, rows=60), same)
+        fitted(Federated(channel, rounds=Rounds(6, share=0.4)), model, replace(PLAN, epochs=1, seed=seed))
+        asked.append(channel.asked)
+    assert all(len(names) == 2 for names in asked[0])
+    assert len(set(asked[0])) > 2
+    assert asked[0] == asked[1] != asked[2]
+
+
+def test_a_poisoned_update_changes_nothing_and_is_named(model: Model) -> None:
+    def lying(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(answer, Fitted) and name == "shop3":
+            return replace(answer, tensors={n: v * float("nan") for n, v in answer.tensors.items()})
+        return answer
+
+    run = Federated(Changed(shops(4), lying), rounds=Rounds(1))
+    made = fitted(run, model)
+    assert [lost.client for lost in run.report.rounds[0].refused] == ["shop3"]
+    honest = fitted(Federated(shops(4)[:3], rounds=Rounds(1)), model)
+    for name, value in values(honest).items():
+        torch.testing.assert_close(values(made)[name], value)
+
+
+def test_options_that_make_no_sense(model: Model) -> None:
+    frozen = model.copy()
+    frozen.network.requires_grad_(False)
+    with pytest.raises(OptionError, match="every parameter is frozen"):
+        fitted(Federated(shops(2)), frozen)
+    frozen.network.head.requires_grad_(True)  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match="only the head is trained and each client keeps its own"):
+        fitted(Federated(shops(2), travel=Travel(personal_head=True)), frozen)
+    with pytest.raises(OptionError, match="3 clients bear 2 names"):
+        InProcess([*shops(2), shops(1)[0]])
+    for wrong in ({"number": 0}, {"share": 0.0}, {"minimum": 0}, {"seconds": 0.0}, {"wait": -1.0}, {"outlier": 1.0}):
+        with pytest.raises(OptionError, match=f"{next(iter(wrong))} of federated rounds is"):
+            Rounds(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="mu of FedProx is 0"):
+        FedProx(mu=0)
+    with pytest.raises(OptionError, match="this run has not fitted anything yet"):
+        _ = Federated(shops(2)).report
+
+    def idle(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        return replace(answer, tensors=values(model)) if isinstance(answer, Fitted) else answer
+
+    with pytest.raises(ModelError, match="fit: no weight moved in 2 rounds"):
+        fitted(Federated(Changed(shops(2), idle), rounds=Rounds(2), algorithm=FedAvg()), model)
+
+
+def test_a_client_answers_what_it_is_asked(model: Model) -> None:
+    client = shops(1)[0]
+    answer = client.answer(Join(manifest_of(model, ("text", "label"))))
+    assert answer == Joined(manifest_of(model, ("text", "label")), 81, 2)
