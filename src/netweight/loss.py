@@ -43,6 +43,18 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def to(self, device: torch.device) -> Batch:
+        """The same rows on a device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the rows, padded as all are."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        ids, mask, types, targets, weight = map(change, (self.ids, self.mask, self.types, self.targets, self.weight))
+        return Batch(ids, mask, types, targets, weight, tuple(map(change, self.teachers)), self.everywhere)
+
 
 class Loss(Protocol):
     """What a run needs to know of a loss: whose outputs to fetch, and whether unlabelled rows help."""

@@ -278,7 +278,7 @@ class _Loop:
                 options["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
         torch.manual_seed((hash((plan.seed, step)) + self.seams.lane) & 0x7FFFFFFF)
-        rng = np.random.default_rng([plan.seed, step, 1 + self.seams.lane])
+        rng = np.random.default_rng([plan.seed, step, 1])
         rows = sum(len(g) for g in groups)
         total = 0.0
         for group in groups:

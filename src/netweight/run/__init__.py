@@ -1,6 +1,9 @@
 """Runs own the rows and say where computation on them happens."""
 
 from netweight.run.base import InOnePlace, Run, Runs, Statistic
+from netweight.run.commands import Setup
 from netweight.run.local import Local
+from netweight.run.parallel import Parallel
+from netweight.run.pool import Pool
 
-__all__ = ["InOnePlace", "Local", "Run", "Runs", "Statistic"]
+__all__ = ["InOnePlace", "Local", "Parallel", "Pool", "Run", "Runs", "Setup", "Statistic"]

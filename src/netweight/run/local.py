@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
 from netweight.encode import TextEncoder, Tokens
-from netweight.errors import OptionError
+from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
@@ -77,6 +78,9 @@ class Local:
         if plan.seconds:
             plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))
         checkpoint = (self.folder / f"fit-{digest[:16]}.safetensors", digest) if self.folder else None
+        told = float(int(fit_digest({"model": model.digest, "plan": plan.describe(), "frozen": frozen})[:12], 16))
+        if self.seams.agree(told) != told:
+            raise RunError("processes of one run were given different models or plans; seeds and inputs must be equal.")
         fit(
             new.network,
             source,
@@ -97,13 +101,15 @@ class Local:
         n = len(source)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).astype(np.int64)
         chosen = chosen[np.argsort(source.tokens.lengths[chosen], kind="stable")]
-        rng = np.random.default_rng(0)
+        rng, device = np.random.default_rng(0), self.seams.device
         parts: dict[str, Tensor] = {}
+        starts = range(0, len(chosen), _CHUNK)
+        network = self._placed(model).network
         with torch.no_grad():
-            for start in range(0, len(chosen), _CHUNK):
-                part = statistic(model.network, source.batch(chosen[start : start + _CHUNK], rng, 0.0))
+            for start in starts[self.seams.stretch(len(starts))]:
+                part = statistic(network, source.batch(chosen[start : start + _CHUNK], rng, 0.0).to(device))
                 parts = merge(statistic, [parts, part])
-        return parts
+        return merge(statistic, [{n: t.cpu() for n, t in part.items()} for part in self.seams.collect(parts)])
 
     def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
         """Logits of the training rows (and of the pool behind them), computed once per content of the model."""
@@ -116,16 +122,17 @@ class Local:
             return plan.spliced_tokens
         named = {"model": model.digest, "teachers": [t.digest for t in loss.teachers], "plan": plan.describe()}
         kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'data': self.data.fingerprint})[:16]}.json"
-        if kept and kept.exists():
-            return int(json.loads(kept.read_text(encoding="utf-8")))
+        known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1
+        if (known := int(self.seams.agree(known))) >= 0:
+            return known
         few = tokens.take(np.linspace(0, len(tokens) - 1, min(_CHUNK, len(tokens))).astype(np.int64))
         for _ in range(2):  # the first time, memory is taken and kernels are chosen
             began = time.monotonic()
             for teacher in loss.teachers:
                 logits_of(teacher, few, half=half_pays())
             each = (time.monotonic() - began) / len(few.ids)
-        most = min(plan.spliced_tokens, int(_LABELLING * plan.seconds / max(each, 1e-9)))
-        if kept:
+        most = int(self.seams.agree(min(plan.spliced_tokens, int(_LABELLING * plan.seconds / max(each, 1e-9)))))
+        if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(most), encoding="utf-8")
         return most
@@ -136,10 +143,10 @@ class Local:
         if self.folder:
             rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, **key})
             kept = self.folder / f"outputs-{rows[:16]}.safetensors"
-            if kept.exists():
+            if self.seams.agree(kept.exists()):
                 return load_file(kept)["logits"]
-        logits = logits_of(model, tokens, half=bool(key) and half_pays())
-        if kept:
+        logits = self._said(model, tokens, half=bool(key) and half_pays())
+        if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
             save_file({"logits": logits}, new)
@@ -149,8 +156,19 @@ class Local:
     def quality(self, model: Model) -> float:
         """The task's metric on the select rows."""
         rows = self.data.select
-        logits = logits_of(model, model.encoder.encode(rows.text, rows.pair)).numpy()
+        logits = self._said(model, model.encoder.encode(rows.text, rows.pair)).numpy()
         return float(model.task.quality(model.task.outcomes(logits, model.task.targets(rows.label or ()))))
+
+    def _said(self, model: Model, tokens: Tokens, half: bool = False) -> Tensor:
+        """Outputs of the model, each process those of its own stretch of the rows."""
+        mine = np.arange(len(tokens))[self.seams.stretch(len(tokens))]
+        part = logits_of(self._placed(model), tokens.take(mine) if len(mine) < len(tokens) else tokens, half)
+        return torch.cat([found["logits"] for found in self.seams.collect({"logits": part})])
+
+    def _placed(self, model: Model) -> Model:
+        """The model where this process computes."""
+        here, device = next(model.network.parameters()).device, self.seams.device
+        return model if here == device else replace(model, network=copy.deepcopy(model.network).to(device))
 
     def _rows(self, unlabelled: bool) -> Rows:
         return _with_pool(self.data) if unlabelled else self.data.train
@@ -166,12 +184,12 @@ class Local:
 def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     """Outputs (n, outputs) of a model, batched by length, in order; in fp32, or with `half` in bf16 where that is
     good enough (targets of synthetic rows)."""
-    out = torch.zeros(len(tokens), model.task.outputs)
+    out, device = torch.zeros(len(tokens), model.task.outputs), next(model.network.parameters()).device
     model.network.eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
         for rows in tokens.buckets(_CHUNK):
-            given = map(torch.from_numpy, tokens.padded(rows, model.encoder.pad))
-            out[torch.from_numpy(rows)] = model.network(*given).float()
+            given = (torch.from_numpy(part).to(device) for part in tokens.padded(rows, model.encoder.pad))
+            out[torch.from_numpy(rows)] = model.network(*given).float().cpu()
     return out
 
 

@@ -41,13 +41,13 @@ class Processes(Seams):
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
         sizes = shares(len(rows), self.speeds)
         end = sum(sizes[: self.lane + 1])
-        mine = rows[end - sizes[self.lane] : end]
-        # A process without rows must still take part in every sum: it takes one that does not count.
-        batch = source.batch(mine if len(mine) else rows[:1], rng, hide)
-        weight = batch.weight if len(mine) else torch.zeros_like(batch.weight)
-        moved = {name: getattr(batch, name).to(self.device) for name in ("ids", "mask", "types", "targets")}
-        teachers = tuple(t.to(self.device) for t in batch.teachers)
-        return replace(batch, **moved, weight=weight.to(self.device), teachers=teachers, everywhere=self.everywhere)
+        mine = sizes[self.lane]
+        # All draw all: the same tokens are hidden as in one process; rows are padded alike, so that one costs the same
+        # wherever it is, and tables of bigrams meet the same ones. A process without rows takes one that
+        # does not count: it must take part in every sum.
+        batch = source.batch(rows, rng, hide).part(slice(end - mine, end) if mine else slice(0, 1)).to(self.device)
+        weight = batch.weight if mine else torch.zeros_like(batch.weight)
+        return replace(batch, weight=weight, everywhere=self.everywhere)
 
     def everywhere(self, value: Tensor) -> Tensor:
         """The sum of a tensor over these processes, without gradient."""

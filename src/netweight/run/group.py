@@ -1,0 +1,119 @@
+"""A group of processes: how they meet, and what happens to those who wait for one that is gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from netweight.errors import RunError
+from netweight.seams import Lost
+
+
+@dataclass(frozen=True)
+class Join:
+    """Where a group meets: a file that each of its processes can open, and this one's rank in it.
+
+    `timeout`: seconds after which a process that waits for another gives up.
+    """
+
+    file: str
+    rank: int
+    size: int
+    timeout: float
+
+    def __call__(self) -> None:
+        """Leave the group that there was, if any, and enter this one. Raises Lost where others do not come."""
+        leave()
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        with waiting():
+            dist.init_process_group(
+                backend(self.size),
+                store=cast(Any, dist).FileStore(self.file, self.size),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=timedelta(seconds=self.timeout),
+            )
+
+
+def launched() -> bool:
+    """Whether torchrun, or another launcher that sets the same variables, started this program."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+def enter(timeout: float) -> None:
+    """The group of the processes that a launcher started; entered once. Raises RunError where they do not come."""
+    if dist.is_initialized():
+        return
+    if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    with waiting():
+        dist.init_process_group(backend(int(os.environ["WORLD_SIZE"])), timeout=timedelta(seconds=timeout))
+
+
+def leave() -> None:
+    """Leave the group; whoever waits for this process in it learns that at once."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def backend(size: int) -> str:
+    """NCCL between graphics cards where each process of this machine has one; gloo else."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
+
+
+def device_of(rank: int, kind: str = "auto") -> torch.device:
+    """A graphics card for each process of this machine as far as there are some, and the CPU for the others."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    if kind == "auto" and torch.cuda.is_available() and local < torch.cuda.device_count():
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """A collective: when others are gone or silent, Lost says who waited, and for how long."""
+    began = time.monotonic()
+    try:
+        yield
+    except RuntimeError as problem:
+        who = f"rank {dist.get_rank()}" if dist.is_initialized() else "a process"
+        lines = str(problem).strip().splitlines() or [type(problem).__name__]
+        raise Lost(
+            f"{who} (pid {os.getpid()}) waited {time.monotonic() - began:.1f} s for the others, and then: {lines[0]}"
+        ) from None
+
+
+def told(mine: Mapping[str, Tensor], source: int) -> dict[str, Tensor]:
+    """The named tensors that the process `source` of all holds, in its order; what others give does not matter."""
+    own = dist.get_rank() == source
+    plan = json.dumps([[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in mine.items()])
+    header = torch.frombuffer(bytearray(plan.encode()), dtype=torch.uint8)
+    with waiting():
+        length = torch.tensor([len(header)])
+        dist.broadcast(length, source)
+        header = header if own else torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(header, source)
+        found = {}
+        for name, kind, shape in json.loads(bytes(header.tolist())):
+            value = mine[name].cpu().contiguous() if own else torch.empty(shape, dtype=getattr(torch, kind))
+            if value.numel():
+                dist.broadcast(value, source)
+            found[name] = value
+    return found
+
+
+def refused(what: str) -> RunError:
+    """The error of a run that cannot go on."""
+    return RunError(f"{what}; the fit goes on from its last checkpoint when it is started again.")

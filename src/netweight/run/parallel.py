@@ -1,0 +1,113 @@
+"""Several processes that own all rows together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch.distributed as dist
+from torch import Tensor
+
+from netweight.data import Dataset
+from netweight.errors import OptionError
+from netweight.loss import Loss
+from netweight.model import Model
+from netweight.run import group
+from netweight.run.base import Statistic
+from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
+from netweight.run.local import Local
+from netweight.run.pool import Pool
+from netweight.run.strategies import seams_of
+from netweight.train import Plan, Reporter, Silent
+
+
+class Parallel:
+    """Trains and adds up on several processes; a `Run`, and a context manager that ends them.
+
+    In a program that torchrun started, every process runs the program and makes the same calls; none is started, and
+    each gets the trained model. Elsewhere they are started by the first call.
+
+    Args:
+        data: as for `Local`.
+        processes: how many; None: as many as torchrun started, else 2.
+        strategy: "ddp": each process holds the whole network, and some rows of each batch.
+        folder: as for `Local`; all processes must see it.
+        threads: of each process.
+        setup: how the processes work.
+        pool: processes that are there already; they stay when this run is closed.
+
+    Raises OptionError where the number of processes is not the one that torchrun started.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        processes: int | None = None,
+        strategy: Strategy = "ddp",
+        folder: Path | None = None,
+        threads: int = 1,
+        setup: Setup | None = None,
+        pool: Pool | None = None,
+    ) -> None:
+        self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
+        self._local: Local | None = None
+        self._number = -1
+        if group.launched():
+            group.enter(self.setup.timeout)
+            if processes not in (None, dist.get_world_size()):
+                raise OptionError(
+                    f"{processes} processes are asked for, and torchrun started {dist.get_world_size()}; leave the "
+                    "number out, or give the same to both."
+                )
+            self._local = Local(data, folder)
+            return
+        self._owned = pool is None
+        self._pool = pool or Pool(2 if processes is None else processes, threads, self.setup.pin)
+        self._number = self._pool.open(Open(-1, data, folder, strategy, self.setup))
+
+    def __enter__(self) -> Parallel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes that this run started."""
+        if self._local is not None:
+            return
+        self._pool.shut(self._number)
+        if self._owned:
+            self._pool.close()
+
+    def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
+        """A trained copy of `model`. Raises as `Local.fit` does, and RunError where no process is left."""
+        new = model.copy()
+        new.network.load_state_dict(self._do(Fit(model, loss, plan, label), plan.reporter))
+        new.network.eval()
+        return new
+
+    def reduce(
+        self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
+    ) -> dict[str, Tensor]:
+        """As `Local.reduce`; each process takes a stretch of the rows."""
+        return self._do(Reduce(model, statistic, limit, unlabelled))
+
+    def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
+        """As `Local.outputs`."""
+        return self._do(Outputs(model, unlabelled))["logits"]
+
+    def quality(self, model: Model) -> float:
+        """As `Local.quality`."""
+        return float(self._do(Quality(model))["quality"])
+
+    def _do(self, command: Command, reporter: Reporter | None = None) -> dict[str, Tensor]:
+        if self._local is None:
+            if isinstance(command, Fit):
+                command = replace(command, plan=replace(command.plan, reporter=Silent()))
+            return self._pool.do(self._number, command, reporter or Silent())
+        rank = dist.get_rank()
+        if isinstance(command, Fit) and rank:
+            command = replace(command, plan=replace(command.plan, reporter=Silent()))
+        self._local.seams = seams_of(self.strategy, self.setup, group.device_of(rank, self.setup.device), None)
+        return command(self._local)
