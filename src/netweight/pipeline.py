@@ -30,12 +30,12 @@ from netweight.errors import CertificateError
 from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
-from netweight.run import Local, Runs
-from netweight.search import Point, Search, ladder
+from netweight.run import InOnePlace, Local, Runs
+from netweight.search import Point, Rung, Search, ladder
 from netweight.signals import Fingerprint
 from netweight.store import DEV, LOOKS, Store, store_of
 from netweight.task import Floats, Task
-from netweight.techniques import describe
+from netweight.techniques import LinearFloor, describe
 from netweight.track import Name as Tracker
 from netweight.track import Tracked, trackers
 from netweight.train import Reporter, Silent
@@ -145,9 +145,8 @@ def _lines(rows: Rows) -> bytes:
 
 def climb(builder: Builder) -> Search:
     """Walk the ladder, as far as the time box allows; the first three rungs are always made."""
-    teacher = builder.teacher
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
-    rungs = ladder(teacher)
+    rungs = _rungs(builder)
     trials = builder.trials()
     search = Search(rungs, builder.told(rungs), trials)
     while (rung := search.ask()) is not None:
@@ -162,6 +161,14 @@ def climb(builder: Builder) -> Search:
             builder.keep(trials.asked)
         search.tell(builder.point(rung))
     return search
+
+
+def _rungs(builder: Builder) -> tuple[Rung, ...]:
+    """The ladder; without its floor where the run's rows are in no single place, since nobody could fit that there."""
+    rungs = ladder(builder.teacher)
+    if isinstance(builder.run, InOnePlace):
+        return rungs
+    return tuple(rung for rung in rungs if not isinstance(rung.recipe[0], LinearFloor))
 
 
 def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
@@ -182,7 +189,7 @@ def _asked(builder: Builder, reference: Floats) -> tuple[Any, Task, float, int, 
 
 def _worth(builder: Builder, points: Mapping[str, Point]) -> dict[str, Point]:
     """The ladder's points, and of the others those that nothing beats."""
-    always = {rung.name for rung in ladder(builder.teacher)}
+    always = {rung.name for rung in _rungs(builder)}
     good = {point.name for point in undominated(points.values(), builder.disagreement)}
     return {name: point for name, point in points.items() if name in always | good}
 
@@ -195,8 +202,8 @@ class Ranked:
         costs = self._costs(points)
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
-        teacher, floor = builder.quality(builder.teacher_dev), builder.quality(self.points["linear"].logits)
-        self.floor_wins = floor >= teacher
+        floor = self.points.get("linear")
+        self.floor_wins = floor is not None and builder.quality(floor.logits) >= builder.quality(builder.teacher_dev)
         self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
         found = self._judged()
         self.max_drop = self._points(found)

@@ -79,8 +79,7 @@ class Federated:
         Raises ClientError (nobody is there, or too few answer), ModelError (no weight moved), OptionError (nothing
         would travel).
         """
-        made = _Fit(self, model, loss, plan, label).run()
-        return made
+        return _Fit(self, model, loss, plan, label).run()
 
     def reduce(
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False

@@ -1,0 +1,119 @@
+"""Techniques know nothing of federated runs, and work under them: several here, all of them under `slow`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import journal, many_rows, quick_measuring, tiny_base
+from netweight.data import Dataset
+from netweight.engine import load
+from netweight.errors import ModelError
+from netweight.model import Model
+from netweight.pipeline import optimize
+from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
+from netweight.run.federated.partition import Dirichlet, Quantity, datasets
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    FactorEmbedding,
+    Finetune,
+    Half,
+    LinearFloor,
+    MixedBits,
+    Pretrain,
+    Prune,
+    Quantize,
+    QuantizeAware,
+    SelfTrain,
+    Shrink,
+    Static,
+    SwapActivation,
+    Technique,
+    Vocab,
+)
+from netweight.testing import TechniqueContract
+from netweight.train import Plan
+
+PLAN = Plan(batch_size=16, precision="fp32")
+LORA = Finetune(train="lora", rank=2, epochs=2, learning_rate=1e-3, freeze_embeddings=True)
+FEW: list[Technique] = [
+    LORA,
+    Distill(layers=1, epochs=1),
+    Prune(sparsity=0.5, epochs=1),
+    QuantizeAware(Quantize(weight_bits=4, rows=20), epochs=1),
+]
+MORE: list[Technique] = [
+    Finetune(epochs=1, learning_rate=1e-3),
+    Finetune(train="head", epochs=2, learning_rate=1e-2),
+    Static(width=8, buckets=64, epochs=2, batch_size=16),
+    Quantize(rows=40),
+    MixedBits(mean_bits=5.0, rows=20, quantize=Quantize(rows=20)),
+    Factor(rank=4, epochs=1),
+    Shrink(heads=0.5, neurons=0.5, rows=20, epochs=1, multiple=8),
+    SwapActivation(epochs=1),
+    EarlyExit((1,), epochs=1, splice=0.0),
+    Pretrain(epochs=1),
+    SelfTrain(floor=0.5, epochs=1, learning_rate=1e-3, drift=1.0),
+    Vocab(),
+    FactorEmbedding(4),
+    Half(),
+]
+
+
+def federated(data: Dataset, travel: Travel | None = None) -> Federated:
+    clients = [Client(name, mine) for name, mine in datasets(data, Quantity(3, 2.0)).items()]
+    return Federated(clients, data, rounds=Rounds(2), travel=travel)
+
+
+@pytest.mark.parametrize("technique", FEW, ids=lambda t: type(t).__name__)
+def test_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    contract = TechniqueContract(technique, model, lambda: federated(dataset), PLAN, dataset.train.text)
+    made = contract.returns_a_new_model()
+    contract.survives_saving(made, tmp_path)
+    contract.survives_export(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", [*FEW, *MORE], ids=lambda t: type(t).__name__)
+def test_whole_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    TechniqueContract(technique, model, lambda: federated(dataset), PLAN, dataset.train.text).check(tmp_path)
+
+
+def test_adapters_and_heads_are_all_that_travels(model: Model, dataset: Dataset) -> None:
+    full, lora = federated(dataset), federated(dataset, Travel(Int8()))
+    Finetune(epochs=2, freeze_embeddings=False)(model, full, PLAN)
+    LORA(model, lora, PLAN)
+    assert lora.report.label == "fine-tune"
+    assert lora.report.rounds[0].up < full.report.rounds[0].up / 20
+
+
+def test_what_needs_rows_in_one_place_is_refused(model: Model, dataset: Dataset) -> None:
+    with pytest.raises(ModelError, match="LinearFloor needs all rows in one place"):
+        LinearFloor()(model, federated(dataset), PLAN)
+
+
+def test_a_federated_model_is_searched_certified_and_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main call with three shops: each keeps a part of train; dev and certify rows are the server's."""
+    quick_measuring(monkeypatch)
+    base = tiny_base(tmp_path / "base")
+    rows = many_rows(1000, noise=0.02)
+    train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 600), (600, 1000)))
+    made: list[Federated] = []
+
+    def shops(data: Dataset, folder: Path) -> Federated:
+        clients = [Client(n, d, folder / n) for n, d in datasets(data, Dirichlet(3, 1.0)).items()]
+        made.append(Federated(clients, data, folder, rounds=Rounds(2)))
+        return made[-1]
+
+    options: dict[str, Any] = {"model": str(base), "max_drop": 5.0, "threads": 1, "runs": shops}
+    result = optimize(train, dev=dev, certify=certify, out=tmp_path / "made.nw", **options)
+    assert result.certificate.verdict == "certified"
+    assert "linear" not in [key.removeprefix("point ") for key in journal(tmp_path / "made.nw")], "nobody could fit it"
+    reports = made[0].reports
+    assert {"fine-tune"} < {report.label for report in reports}
+    assert all(len(report.standings) == 3 and report.worst for report in reports)
+    assert len(load(tmp_path / "made.nw", threads=1).predict(["the zip was late"])) == 1
