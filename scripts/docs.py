@@ -7,17 +7,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import typer
+
 from netweight.cli import app
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
-COMMANDS = ("", *(command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands))
+
+
+def commands(group: typer.Typer, before: str = "") -> list[str]:
+    """Names of a group's commands, in the order of its --help; those of a group in it have its name before theirs."""
+    found = [before + str(c.name or getattr(c.callback, "__name__", "")) for c in group.registered_commands]
+    for inner in group.registered_groups:
+        if inner.typer_instance is not None:
+            found += [f"{before}{inner.name}", *commands(inner.typer_instance, f"{before}{inner.name} ")]
+    return found
 
 
 def page() -> str:
     """The page's text."""
     parts = ["# The command line\n\nWritten by `make docs` from `--help`.\n"]
-    for name in COMMANDS:
-        words = ["netweight", *([name] if name else []), "--help"]
+    for name in ["", *commands(app)]:
+        words = ["netweight", *name.split(), "--help"]
         # A fixed width and no colours, so that every terminal writes the same page.
         environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
         done = subprocess.run(

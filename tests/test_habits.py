@@ -54,9 +54,8 @@ GROUPS = (
         "explain",
         "litert",
         "deliver",
-        "federate",
     ),
-    ("monitor", "serve", "client", "cluster"),
+    ("monitor", "serve", "client", "cluster", "federate"),
     ("samples", "demo", "progress", "cli", "testing"),
 )
 ORDER = {name: i for i, name in enumerate(name for group in GROUPS for name in group)}

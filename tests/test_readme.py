@@ -59,6 +59,7 @@ def test_both_languages_show_the_same_code() -> None:
 
 def test_every_command_that_it_shows_exists() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    names |= {group.name for group in app.registered_groups if group.name}
     shown = set(re.findall(r"^    netweight ([a-z]+)", ENGLISH, re.MULTILINE))
     assert shown
     assert shown <= names

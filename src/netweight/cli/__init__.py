@@ -17,10 +17,11 @@ from netweight.errors import NetweightError
 from netweight.cli import make
 from netweight.cli import run
 from netweight.cli import look
+from netweight.cli import federate
 
 # isort: on
 
-__all__ = ["app", "look", "main", "make", "run"]
+__all__ = ["app", "federate", "look", "main", "make", "run"]
 
 
 def _version(asked: bool) -> None:

@@ -1,0 +1,161 @@
+"""The server's side of a deployment: Flower's fleet service over gRPC, and its Grid in the same process.
+
+Flower's own SuperLink (1.42) starts a Python process for each message, from an app bundle, and speaks HTTPS. Here its
+parts are put together without that: its link state, its fleet service for gRPC with TLS, its check of clients'
+signatures, and its Grid, which calls the handlers of that state instead of a web service.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from netweight.errors import OptionError
+from netweight.federate.keys import ServerKeys
+from netweight.federate.kinds import WIRE
+from netweight.quiet import flower
+from netweight.run.federated.flower import FlowerChannel, Node
+from netweight.run.federated.wire import Wire
+
+MESSAGE = 64 << 20  # bytes of one gRPC message; Flower cuts tensors into pieces of 5 MiB
+_THREADS = 64
+_BEAT = 20.0  # seconds between signs of life of the run, which Flower ends after 60 without
+
+
+@contextmanager
+def listening(address: str, keys: ServerKeys, wire: Wire = WIRE, patience: float = 60.0) -> Iterator[FlowerChannel]:
+    """A channel to the clients that connect to `address` (HOST:PORT), while the block runs.
+
+    At its end clients that are there are told so. Raises OptionError where the address cannot be listened on, or where
+    certificate and key do not fit.
+    """
+    flower()
+    link = _Link(keys)
+    server = link.serve(address)
+    try:
+        yield FlowerChannel(link.grid, link.nodes, wire, patience)
+    finally:
+        link.stop.set()
+        server.stop(grace=1).wait()
+
+
+class _Link:
+    """Flower's state of one run, and the nodes that may take part."""
+
+    def __init__(self, keys: ServerKeys) -> None:
+        from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
+        from flwr.server.superlink.linkstate import LinkStateFactory
+        from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
+        from flwr.supercore.object_store import ObjectStoreFactory
+        from flwr.supercore.task_identity import TaskIdentity
+        from flwr.superlink.federation import NoOpFederationManager
+
+        self.keys = keys
+        self.objects = ObjectStoreFactory()
+        self.factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.objects)
+        self.state: Any = self.factory.state()
+        self.run_id = self.state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        run = self.state.get_run_info(run_ids=[self.run_id])[0]
+        self.task = run.primary_task_id
+        self.state.claim_task(self.task)
+        self.state.activate_task(self.task)
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = self.run_id, SUPERLINK_NODE_ID, self.task
+        self.names = {
+            self.state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, public, 0, name=name): name
+            for name, public in keys.clients.items()
+        }
+        self.sessions: dict[int, int] = {}
+        self.grid = _grid(self.state, run)
+        self.stop = threading.Event()
+
+    def nodes(self) -> Mapping[str, Node]:
+        """Those that are connected now, by name."""
+        return {self.names[i]: Node(i, self.sessions.get(i, 0)) for i in self.grid.get_node_ids() if i in self.names}
+
+    def serve(self, address: str) -> Any:
+        """The gRPC server, started."""
+        from flwr.proto.fleet_pb2_grpc import add_FleetServicer_to_server
+        from flwr.server.superlink.fleet.grpc_rere.node_auth_server_interceptor import NodeAuthServerInterceptor
+        from flwr.supercore.address import is_port_in_use, parse_address
+        from flwr.supercore.grpc import generic_create_grpc_server
+        from flwr.supercore.interceptors import RpcErrorTranslationServerInterceptor
+
+        if parse_address(address) is None:
+            raise OptionError(f"address is {address!r}; use HOST:PORT, such as 0.0.0.0:9092.")
+        if is_port_in_use(address):
+            raise OptionError(f"{address} is taken by another program, or is no address of this machine; use another.")
+        try:
+            server = generic_create_grpc_server(
+                (_servicer(self), add_FleetServicer_to_server),
+                address,
+                max_concurrent_workers=_THREADS,
+                max_message_length=MESSAGE,
+                certificates=(self.keys.authority, self.keys.certificate, self.keys.key),
+                interceptors=[RpcErrorTranslationServerInterceptor(), NodeAuthServerInterceptor(self.factory)],
+            )
+            server.start()
+        except RuntimeError as problem:
+            raise OptionError(f"no server can listen on {address} with these certificates: {problem}") from None
+        threading.Thread(target=self._live, daemon=True).start()
+        return server
+
+    def _live(self) -> None:
+        while not self.stop.wait(_BEAT):
+            self.state.acknowledge_task_heartbeat(self.task)
+
+
+def _servicer(link: _Link) -> Any:
+    from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
+
+    class Fleet(FleetServicer):  # type: ignore[misc]
+        """Flower's service, with one change: a client that was killed and is back is let in at once, and counted as a
+        new session, instead of being turned away until its old one has timed out."""
+
+        def ActivateNode(self, request: Any, context: Any) -> Any:  # noqa: N802
+            node = link.state.get_node_id_by_public_key(request.public_key)
+            if node is not None:
+                link.state.deactivate_node(node)
+                link.sessions[node] = link.sessions.get(node, 0) + 1
+            return super().ActivateNode(request, context)
+
+    return Fleet(link.factory, link.objects, enable_supernode_auth=True)
+
+
+def _grid(state: Any, run: Any) -> Any:
+    from flwr.proto.task_pb2 import Task
+    from flwr.superlink.grid.http_grid import HttpGrid
+    from flwr.superlink.servicer.runtime import runtime_handlers
+
+    task = Task(run_id=run.run_id)
+
+    class Here:
+        """The calls that Flower's Grid makes of a web service, answered by the handlers behind it."""
+
+        def __getattr__(self, call: str) -> Any:
+            handler = getattr(runtime_handlers, _CALLS[call])
+            return lambda request: handler(request, state, task)
+
+    class Grid(HttpGrid):  # type: ignore[misc]
+        """Flower's Grid over a state in this process."""
+
+        @property
+        def _runtime_client(self) -> Any:
+            return Here()
+
+    grid = Grid(token="unused")
+    grid.set_run(run)
+    return grid
+
+
+_CALLS = {
+    "GetNodes": "get_nodes",
+    "PushMessages": "push_messages",
+    "PullMessages": "pull_messages",
+    "PushObject": "push_object",
+    "PullObject": "pull_object",
+    "ConfirmMessageReceived": "confirm_message_received",
+}
