@@ -1,0 +1,279 @@
+"""Federated against pooled training and against each client alone, cell by cell.
+
+    python benchmarks/runs_federated.py [--data ../shared/data] [--only TEXT] [--scale 1.0] [--minutes M] [--json FILE]
+
+A cell is one data set, one way of training and one seed, in a process of its own; cells that the JSON file has are not
+made again. `amazon`: amazon_multidomain, its four categories as four shops; `banking77`: ten clients, Dirichlet(0.3).
+Both train the starter model with frozen embeddings and a closed-form head. Rows to train on and rows to be asked are
+cut from the train split by seed; no official test row is read. Every client's share of the rows that are asked is cut
+as its training rows are, so that a client is judged on rows like its own. `--scale` below 1 takes fewer rows: a trial.
+
+Ways: "pooled" (all rows in one place), "alone" (each client by itself), "fedavg" (all weights but the embeddings),
+"lora-int8" (adapters and head in int8 with error feedback), "head-int8" (first seed only), and, on banking77, "many"
+(50 clients, one round of "fedavg": peak memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from netweight.data import Dataset, Rows
+from netweight.data.rows import Sealed
+from netweight.model import Model, pretrained
+from netweight.run import Local
+from netweight.run.federated import Client, Federated, Full, Int8, Rounds, Travel
+from netweight.run.federated.partition import ByColumn, Dirichlet, Partition, datasets
+from netweight.task import Classify
+from netweight.techniques import Finetune
+from netweight.train import Plan
+
+SEEDS = (0, 1, 2)
+WAYS = ("pooled", "fedavg", "lora-int8", "alone", "head-int8")
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "runs-federated.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Sizes of one data set's cells. `rate` is for one place, `together` for rounds: an average of many short fits
+    moves less than one long fit does."""
+
+    folder: str
+    rows: int
+    asked: int
+    max_length: int
+    epochs: float
+    rounds: int
+    batch: int
+    rate: float
+    together: float
+    lora: float
+
+
+SETTINGS = {
+    "banking77": Setting("banking77", 4000, 2000, 48, 6.0, 12, 16, 1e-4, 4e-4, 2e-3),
+    "amazon": Setting("amazon_multidomain", 1600, 1600, 96, 3.0, 6, 16, 1e-4, 2e-4, 1e-3),
+}
+MANY = 50
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result. Accuracies are on the rows that are asked, over all and by client; bytes are of one round over all
+    clients; `peak_mb` is the process's largest resident memory, `base_mb` that after loading model and rows."""
+
+    name: str
+    accuracy: float
+    clients: dict[str, float]
+    rows: dict[str, int]
+    up: int
+    down: int
+    seconds: float
+    base_mb: float
+    peak_mb: float
+    epochs: float
+    rounds: int
+    moved: float
+
+
+def table(path: Path) -> Rows:
+    """A split with its category, where it has one."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        held = list(csv.DictReader(file))
+    slices = {"category": tuple(r["category"] for r in held)} if "category" in held[0] else {}
+    return Rows(tuple(r["text"] for r in held), tuple(r["label"] for r in held), slices=slices)
+
+
+def cut(setting: Setting, data: Path, seed: int, scale: float) -> Dataset:
+    """Training rows, and those that are asked as `select`; drawn from the train split by seed."""
+    every = table(data / setting.folder / "train.csv.gz")
+    order = np.random.default_rng([seed, 11]).permutation(len(every))
+    train, asked = round(setting.rows * scale), round(setting.asked * scale)
+    nothing = every.take([])
+    return Dataset(every.take(order[:train]), every.take(order[train : train + asked]), nothing, Sealed(nothing))
+
+
+def partition(name: str, seed: int, clients: int = 10) -> Partition:
+    """How a data set's rows are cut into clients."""
+    return ByColumn("category") if name == "amazon" else Dirichlet(clients, 0.3, seed)
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def technique(way: str, setting: Setting, seed: int) -> tuple[Finetune, Plan]:
+    """What is trained, and how."""
+    plan = Plan(batch_size=setting.batch, precision="bf16", seed=seed)
+    if way == "lora-int8":
+        return Finetune(train="lora", rank=6, epochs=setting.epochs, learning_rate=setting.lora), plan
+    if way == "head-int8":
+        return Finetune(train="head", epochs=setting.epochs, learning_rate=5e-3), plan
+    rate = setting.together if way in ("fedavg", "many") else setting.rate
+    return Finetune(epochs=setting.epochs, learning_rate=rate), plan
+
+
+def by_client(model: Model, parts: dict[str, Dataset]) -> dict[str, float]:
+    """Accuracy on each client's rows."""
+    return {name: Local(part).quality(model) for name, part in parts.items() if len(part.select)}
+
+
+def federated(
+    way: str, model: Model, parts: dict[str, Dataset], setting: Setting, seed: int
+) -> tuple[Model, Federated]:
+    """A model trained over rounds, and its run."""
+    codec = Int8() if way.endswith("int8") else Full()
+    rounds = Rounds(1 if way == "many" else setting.rounds)
+    run = Federated([Client(n, p) for n, p in parts.items()], rounds=rounds, travel=Travel(codec))
+    tuned, plan = technique(way, setting, seed)
+    return replace(tuned, epochs=0.5 if way == "many" else setting.epochs)(model, run, plan), run
+
+
+def measured(name: str, data: Path, scale: float) -> Cell:
+    """One cell."""
+    kind, way, number = name.split("/")
+    setting, seed = SETTINGS[kind], int(number)
+    rows = cut(setting, data, seed, scale)
+    clients = round(MANY * min(1.0, max(scale, 0.1))) if way == "many" else 10
+    parts = datasets(rows, partition(kind, seed, clients))
+    labels = tuple(sorted({*(rows.train.label or ()), *(rows.select.label or ())}))
+    model = pretrained("starter", Classify(labels), setting.max_length, seed)
+    tuned, plan = technique(way, setting, seed)
+    base, began = peak(), time.monotonic()
+    up = down = 0
+    moved = 0.0
+    if way == "alone":
+        scores = {n: Local(p).quality(tuned(model, Local(p), plan)) for n, p in parts.items() if len(p.select)}
+    elif way == "pooled":
+        scores = by_client(tuned(model, Local(rows), plan), parts)
+    else:
+        made, run = federated(way, model, parts, setting, seed)
+        up, down, moved = run.report.rounds[0].up, run.report.rounds[0].down, run.report.moved
+        scores = {s.client: s.quality for s in run.report.standings if s.quality is not None}
+        if way == "many":
+            scores = by_client(made, parts)
+    asked = {n: len(p.select) for n, p in parts.items()}
+    accuracy = sum(scores[n] * asked[n] for n in scores) / sum(asked[n] for n in scores)
+    return Cell(
+        name,
+        round(accuracy, 5),
+        {n: round(q, 4) for n, q in scores.items()},
+        {n: len(p.train) for n, p in parts.items()},
+        up,
+        down,
+        round(time.monotonic() - began, 1),
+        round(base, 1),
+        round(peak(), 1),
+        setting.epochs,
+        setting.rounds if up else 0,
+        round(moved, 5),
+    )
+
+
+def cells() -> list[str]:
+    """Names of all cells; what decides most comes first."""
+    found = [f"{kind}/{way}/{seed}" for seed in SEEDS for way in WAYS[:-1] for kind in SETTINGS]
+    return [*found, "banking77/many/0", *(f"{kind}/{WAYS[-1]}/0" for kind in SETTINGS)]
+
+
+def load(path: Path) -> dict[str, Cell]:
+    """Cells that are done, by name."""
+    if not path.exists():
+        return {}
+    return {c["name"]: Cell(**c) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]}
+
+
+def save(path: Path, done: dict[str, Cell], scale: float) -> None:
+    """Write all cells; whole or not at all."""
+    about = {
+        "machine": f"{torch.get_num_threads()} threads",
+        "scale": scale,
+        "settings": {name: asdict(s) for name, s in SETTINGS.items()},
+        "cells": [asdict(done[name]) for name in cells() if name in done],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".new").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".new").replace(path)
+
+
+def show(done: dict[str, Cell]) -> None:
+    """The figures of the issue, from what is there."""
+    for kind in SETTINGS:
+        for way in WAYS:
+            found = [done[f"{kind}/{way}/{s}"] for s in SEEDS if f"{kind}/{way}/{s}" in done]
+            if not found:
+                continue
+            mean = float(np.mean([c.accuracy for c in found]))
+            worst = float(np.mean([min(c.clients.values()) for c in found]))
+            sent = (found[0].up + found[0].down) / 1e6
+            took = sum(c.seconds for c in found)
+            print(
+                f"{kind:10} {way:10} {len(found)} seeds: accuracy {mean:.4f}, worst client {worst:.4f}, "
+                f"{sent:9.2f} MB a round, {took:.0f} s"
+            )
+        for seed in SEEDS:
+            named = {way: done.get(f"{kind}/{way}/{seed}") for way in WAYS}
+            together, pooled, alone, small = (named[w] for w in ("fedavg", "pooled", "alone", "lora-int8"))
+            said = [f"{kind} seed {seed}:"]
+            if together and pooled:
+                said.append(f"fedavg - pooled {100 * (together.accuracy - pooled.accuracy):+.2f} points;")
+            if together and alone:
+                at = min(together.clients, key=lambda n: together.clients[n])
+                said.append(f"worst client {at} {together.clients[at]:.4f}, alone {alone.clients[at]:.4f};")
+            if together and small:
+                ratio = (together.up + together.down) / (small.up + small.down)
+                points = 100 * (small.accuracy - together.accuracy)
+                said.append(f"lora-int8 sends 1/{ratio:.0f} of the same fit's fp32 at {points:+.2f} points")
+            if len(said) > 1:
+                print(" ".join(said))
+    many = done.get("banking77/many/0")
+    if many:
+        print(
+            f"{len(many.rows)} clients: peak {many.peak_mb:.0f} MB, of which model, rows, libraries {many.base_mb:.0f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--only", default="", help="cells whose name has this in it")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the rows")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after that")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cell", help="make this one here and print it")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.cell:
+        print(json.dumps(asdict(measured(given.cell, given.data, given.scale))))
+        return
+    began = time.monotonic()
+    done = load(given.json)
+    for name in [c for c in cells() if given.only in c and c not in done]:
+        if time.monotonic() - began > 60 * given.minutes:
+            break
+        options = [f"--{k}={getattr(given, k)}" for k in ("data", "scale", "threads")]
+        made = subprocess.run(
+            [sys.executable, __file__, f"--cell={name}", *options], check=True, capture_output=True, text=True
+        )
+        done[name] = Cell(**json.loads(made.stdout.splitlines()[-1]))
+        save(given.json, done, given.scale)
+        print(f"{name}: {done[name].accuracy:.4f} in {done[name].seconds:.0f} s", flush=True)
+    show(done)
+
+
+if __name__ == "__main__":
+    main()
