@@ -4,33 +4,51 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from conftest import tiny_base, tiny_rows, write_table
-from netweight.errors import OptionError, WireError
+from conftest import tiny_base, tiny_model, tiny_rows, write_table
+from netweight.errors import ClientError, EndpointError, OptionError, WireError
 from netweight.federate.keys import ClientKeys, ServerKeys, make_keys
 from netweight.federate.kinds import WIRE
+from netweight.federate.link import listening
+from netweight.federate.node import Connection, reachable
 from netweight.federate.options import run_of, task_of
 from netweight.federate.simulate import simulated
 from netweight.federate.start import Place, kept_apart, serve
+from netweight.loss import SoftTargets
 from netweight.model import Model
 from netweight.quiet import flower
 from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
-from netweight.run.federated.flower import FlowerChannel, Node, addressed, addressee, answered, from_record, to_record
-from netweight.run.federated.messages import Lost, Reduced, Scored, ScoreTask
+from netweight.run.federated.flower import (
+    FlowerChannel,
+    Memory,
+    Node,
+    addressed,
+    addressee,
+    answered,
+    from_record,
+    to_record,
+)
+from netweight.run.federated.messages import FitTask, Fitted, Lost, Reduced, Scored, ScoreTask
 from netweight.task import Classify
 from netweight.techniques import Finetune
 from netweight.train import Plan
-from test_federated import fitted, shops
+from test_federated import PLAN, fitted, shops
+from test_habits import _CONNECTIONS, python
 
 flower()
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # noqa: E402
@@ -52,6 +70,8 @@ class FakeGrid:
         self.said: dict[str, Any] = {}
         self.replies: dict[str, Any] = {}
         self.pushed: list[str] = []
+        self.bytes: list[int] = []
+        self.memory: dict[str, Memory] = {}
 
     def nodes(self) -> dict[str, Node]:
         return {c.name: Node(i, self.sessions[i]) for i, c in self.clients.items() if c.name not in self.away}
@@ -63,10 +83,15 @@ class FakeGrid:
             name = f"m{len(self.pushed)}"
             message.metadata.__dict__["_message_id"] = name
             self.pushed.append(client.name)
+            self.bytes.append(sum(len(a.data) for a in message.content.array_records.get("tensors", {}).values()))
             ids.append(name)
             if client.name not in self.silent:
                 odd = client.name in self.said
-                content = self.said[client.name] if odd else answered(client, WIRE, message.content)
+                content = (
+                    self.said[client.name]
+                    if odd
+                    else answered(client, WIRE, message.content, self.memory.get(client.name))
+                )
                 self.replies[name] = Message(content, reply_to=message)
         return ids
 
@@ -86,6 +111,34 @@ def test_a_run_over_a_grid_equals_one_in_this_process(model: Model) -> None:
     assert made[0].digest == made[1].digest
     assert [s.quality for s in runs[0].report.standings] == [s.quality for s in runs[1].report.standings]
     assert runs[0].report.up == runs[1].report.up
+
+
+def test_what_a_client_holds_is_not_sent_again(model: Model) -> None:
+    grid = FakeGrid(shops(1))
+    grid.memory = {"shop0": Memory()}
+    over = FlowerChannel(grid, grid.nodes, WIRE, remembers=True)
+
+    def asked(task: Any) -> int:
+        answer = over.exchange({"shop0": task})["shop0"]
+        assert isinstance(answer, Scored | Fitted), answer
+        return grid.bytes[-1]
+
+    teacher, student = tiny_model(seed=1), model.copy()
+    loss = SoftTargets(model.task, (teacher,))  # type: ignore[arg-type]
+    fit = FitTask("f", 0, student, loss, replace(PLAN, epochs=0.1))
+    whole = asked(fit)
+    assert whole > 2 * 0.9 * model.bytes
+    with torch.no_grad():
+        student.network.head.weight += 1  # type: ignore[union-attr]
+    assert asked(ScoreTask(student)) < 0.2 * model.bytes
+    assert asked(fit) < 0.4 * model.bytes  # the teacher was not in the message before, and is remembered
+    # What a client lost it is sent again, once; who claims it forever is lost.
+    grid.memory = {"shop0": Memory()}
+    before = len(grid.pushed)
+    assert asked(fit) > 2 * 0.9 * model.bytes
+    assert len(grid.pushed) == before + 2
+    grid.said = {"shop0": RecordDict({"lacks": ConfigRecord({"some": True})})}
+    assert over.exchange({"shop0": fit})["shop0"] == Lost("shop0", "it keeps asking for tensors that it was sent.")
 
 
 def test_a_record_holds_a_message_and_nothing_else() -> None:
@@ -161,12 +214,15 @@ def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(model: Model, monkeyp
 
 def test_flower_errors_are_told(model: Model) -> None:
     from flwr.app import Error
+    from flwr.common.constant import ErrorCode
 
     grid = FakeGrid(shops())
     grid.push_messages = lambda messages: ["m"]  # type: ignore[method-assign]
     sent = Message(RecordDict({}), 10, "query")
     sent.metadata.__dict__["_message_id"] = "m"
-    grid.replies["m"] = Message(Error(code=1, reason="out of memory"), reply_to=sent)
+    grid.replies["m"] = Message(
+        Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="out of memory"), reply_to=sent
+    )
     assert channel(grid).exchange({"shop0": ScoreTask(model)})["shop0"] == Lost("shop0", "Flower says: out of memory")
 
 
@@ -225,6 +281,218 @@ def test_a_share_of_a_clients_rows_measures_quality() -> None:
     assert len(data.train) + len(data.select) == 400
     assert not set(data.train.text) & set(data.select.text)
     assert kept_apart(rows.take(list(reversed(range(400))))).select.text[::-1] == data.select.text
+
+
+# --- over TLS, in this process ---
+
+
+class Joining(threading.Thread):
+    """A client in a thread; `said` is what it told, `problem` how it ended."""
+
+    def __init__(self, address: str, keys: Path, client: Client, patience: float = 20.0) -> None:
+        super().__init__(daemon=True)
+        self.said: list[str] = []
+        self.problem: BaseException | None = None
+        found = ClientKeys.load(keys / "ca.crt", keys / "client.key")
+        self.connection = Connection(address, found, patience, self.said.append)
+        self.client = client
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.connection.serve(self.client)
+        except BaseException as problem:
+            self.problem = problem
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("federation") / "keys"
+    make_keys(folder, ("shop0", "shop1", "shop2"))
+    return folder
+
+
+def test_clients_come_leave_and_are_told_the_end(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server"), patience=0.3) as over:
+        assert over.clients() == ()
+        first, second = (Joining(address, keys / c.name, c) for c in shops()[:2])
+        soon(lambda: over.clients() == ("shop0", "shop1"))
+        task = ScoreTask(model)
+        answers = over.exchange(dict.fromkeys(("shop0", "shop1", "shop2"), task))
+        assert isinstance(answers["shop0"], Scored)
+        assert isinstance(answers["shop1"], Scored)
+        assert answers["shop2"] == Lost("shop2", "it left, and was away for 0.3 s.")
+        over.dismiss({"shop1": "labels differ."})
+        first.join(10)
+        second.join(10)
+        assert over.clients() == ()
+    assert first.problem is None
+    assert first.said[-1] == "the server has ended the run"
+    assert isinstance(second.problem, ClientError)
+    assert str(second.problem) == "the server refused this client: labels differ."
+
+
+def test_no_client_appears(keys: Path, model: Model) -> None:
+    with listening(f"127.0.0.1:{free_port()}", ServerKeys.load(keys / "server")) as over:
+        run = Federated(over, rounds=Rounds(1, wait=0.3))
+        with pytest.raises(
+            ClientError, match=r"no client appeared within 0.3 s, and 1 must; start them, or raise `wait`"
+        ):
+            fitted(run, model)
+
+
+def test_all_clients_leave(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+
+    class Leaves(Client):
+        def answer(self, task: Any) -> Any:
+            if isinstance(task, FitTask):
+                raise SystemExit  # as a process that ends: the connection is left
+            return super().answer(task)
+
+    client = Leaves("shop0", shops()[0].data)
+    with listening(address, ServerKeys.load(keys / "server"), patience=0.5) as over:
+        joined = Joining(address, keys / "shop0", client)
+        run = Federated(over, rounds=Rounds(2, wait=10))
+        with pytest.raises(
+            ClientError, match=r"0 clients answered, and 1 must. shop0: it left, and was away for 0.5 s"
+        ):
+            fitted(run, model)
+        joined.join(10)
+    assert isinstance(joined.problem, SystemExit)
+
+
+def test_a_client_that_differs_is_refused_with_the_field(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    odd = shops()[1].data
+    odd = replace(odd, train=replace(odd.train, label=tuple("other" for _ in odd.train.label or ())))
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = [Joining(address, keys / c.name, c) for c in (shops()[0], Client("shop1", odd))]
+        soon(lambda: len(over.clients()) == 2)
+        run = Federated(over, rounds=Rounds(1))
+        fitted(run, model)
+        over.dismiss(run.members.refused)
+        for one in joined:
+            one.join(10)
+    assert joined[0].problem is None
+    assert "labels" in str(joined[1].problem)
+    assert any("shop1 was refused" in note for note in run.report.notes)
+
+
+def test_a_server_that_is_away_or_is_another(keys: Path, tmp_path: Path) -> None:
+    nobody = f"127.0.0.1:{free_port()}"
+    authority = (keys / "server/ca.crt").read_bytes()
+    with pytest.raises(EndpointError, match=r"no server answers at .*Connection refused.*has been started"):
+        reachable(nobody, authority, 0.1)
+    with pytest.raises(OptionError, match="the server is 'example.com'; use HOST:PORT"):
+        reachable("example.com", authority, 0.1)
+    make_keys(tmp_path / "other", ("shop0",))
+    make_keys(tmp_path / "name", ("shop0",), ("federation.example.com",))
+    for folder, wanted in ((tmp_path / "other", authority), (tmp_path / "name", None)):
+        address = f"127.0.0.1:{free_port()}"
+        other = pytest.raises(EndpointError, match=r"certificate of the server at .* does not match: .*Use the ca.crt")
+        with listening(address, ServerKeys.load(folder / "server")), other:
+            reachable(address, wanted or (folder / "server/ca.crt").read_bytes(), 5)
+
+
+def test_a_port_that_is_taken_and_certificates_that_do_not_fit(keys: Path, tmp_path: Path) -> None:
+    server = ServerKeys.load(keys / "server")
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        taken_by = pytest.raises(OptionError, match=r"is taken by another program, or is no address of this machine")
+        with taken_by, listening(address, server):
+            pass
+    with pytest.raises(OptionError, match="address is 'here'; use HOST:PORT"), listening("here", server):
+        pass
+    make_keys(tmp_path / "other", ("shop0",))
+    mixed = replace(server, key=(tmp_path / "other/server/server.key").read_bytes())
+    with pytest.raises(OptionError, match="with these certificates"), listening(f"127.0.0.1:{free_port()}", mixed):
+        pass
+
+
+def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) -> None:
+    import grpc
+    from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
+    from flwr.proto.fleet_pb2_grpc import FleetStub
+    from flwr.proto.node_pb2 import Node as Place_
+
+    make_keys(tmp_path / "other", ("shop0",))
+    address = f"127.0.0.1:{free_port()}"
+    authority = (keys / "server/ca.crt").read_bytes()
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        stranger = Connection(address, ClientKeys(authority, (tmp_path / "other/shop0/client.key").read_bytes()))
+        with pytest.raises(ClientError, match=r"does not let this client in .*its public key must lie among"):
+            stranger.activate()
+        with pytest.raises(grpc.RpcError) as refused:  # nor may it register itself
+            stranger.stub.RegisterNode(RegisterNodeFleetRequest(public_key=stranger._public()))
+        assert over.clients() == ()
+        # Without a signature, or in the name of another, nothing is answered.
+        plain = FleetStub(grpc.secure_channel(address, grpc.ssl_channel_credentials(authority)))
+        with pytest.raises(grpc.RpcError) as refused:
+            plain.PullMessages(PullMessagesRequest(node=Place_(node_id=1)))
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        one, two = (
+            Connection(address, ClientKeys(authority, (keys / name / "client.key").read_bytes()))
+            for name in ("shop0", "shop1")
+        )
+        one.activate()
+        two.activate()
+        one.node = two.node
+        with pytest.raises(grpc.RpcError) as refused:
+            one.stub.PullMessages(PullMessagesRequest(node=one.node))
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(grpc.RpcError):  # TLS alone is spoken
+            FleetStub(grpc.insecure_channel(address)).PullMessages(PullMessagesRequest(), timeout=5)
+
+
+def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    client = shops()[0]
+    found = ClientKeys.load(keys / "shop0/ca.crt", keys / "shop0/client.key")
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        first = Connection(address, found)
+        first.activate()
+        answers: dict[str, Any] = {}
+        asking = threading.Thread(target=lambda: answers.update(over.exchange({"shop0": ScoreTask(model)})))
+        asking.start()
+        soon(lambda: first._pull() is not None)  # it took the task, and dies
+        Joining(address, keys / "shop0", client)
+        asking.join(20)
+        assert isinstance(answers["shop0"], Scored)
+
+
+def test_a_server_that_comes_back_without_memory_finds_its_clients(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    server = ServerKeys.load(keys / "server")
+    with listening(address, server) as over:
+        joined = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        assert isinstance(over.exchange({"shop0": ScoreTask(model)})["shop0"], Scored)
+    with listening(address, server) as over:
+        soon(lambda: over.clients() == ("shop0",))
+        assert isinstance(over.exchange({"shop0": ScoreTask(model)})["shop0"], Scored)
+        over.dismiss({})
+        joined.join(10)
+    assert f"connected to {address} again" in joined.said
+
+
+def test_a_client_gives_up_on_a_server_that_stays_away(keys: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = Joining(address, keys / "shop0", shops()[0], patience=1.0)
+        soon(lambda: over.clients() == ("shop0",))
+    joined.join(30)
+    assert isinstance(joined.problem, EndpointError)
+    assert "is away for 1 s" in str(joined.problem)
+
+
+def soon(true: Any) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 # --- processes ---
@@ -350,3 +618,80 @@ def test_names_of_simulated_clients_are_their_own() -> None:
     twice = [*shops(2), *shops(2)]
     with pytest.raises(OptionError, match="4 clients bear 2 names"), simulated(twice):
         pass
+
+
+@pytest.mark.slow
+def test_a_killed_server_goes_on_from_its_last_round_and_a_killed_client_comes_back(federation: Federation) -> None:
+    many = ("--rounds", 6, "--epochs", 6, "--minimum", 2, "--wait", 90)
+    server = federation.server(*many)
+    north, south = (federation.client(name) for name in federation.names)
+    work = federation.folder / "out" / "work"
+    waited(lambda: list(work.glob("rounds-*.safetensors")))
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    north.kill()
+    north.wait()
+    with safe_open(next(iter(work.glob("rounds-*.safetensors"))), "pt") as file:
+        before = json.loads(file.metadata()["about"])["rounds"]
+    server = federation.server(*many)
+    north = federation.client("north")
+    status, said = ended(server)
+    assert status == 0, said
+    (report,) = json.loads((federation.folder / "out" / "federation.json").read_text())
+    assert [r["round"] for r in report["rounds"]] == [0, 1, 2, 3, 4, 5]
+    assert report["rounds"][: len(before)] == before  # to the second: they were not made again
+    assert before
+    for client in (north, south):
+        status, told = ended(client)
+        assert status == 0, told
+    assert "again" in told
+
+
+def waited(true: Any) -> None:
+    end = time.monotonic() + SECONDS
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_run_over_flower_reaches_nobody_but_loopback(keys: Path) -> None:
+    code = """
+import sys, threading
+from pathlib import Path
+sys.path.append(sys.argv[2])
+from netweight.federate.keys import ClientKeys, ServerKeys
+from netweight.federate.link import listening
+from netweight.federate.node import Connection
+from netweight.run.federated.messages import Scored, ScoreTask
+from conftest import tiny_model
+from test_federated import shops
+keys, address = Path(sys.argv[1]), sys.argv[3]
+with listening(address, ServerKeys.load(keys / "server")) as over:
+    found = ClientKeys.load(keys / "shop0/ca.crt", keys / "shop0/client.key")
+    client = threading.Thread(target=lambda: Connection(address, found).serve(shops()[0]))
+    client.start()
+    while not over.clients():
+        pass
+    assert isinstance(over.exchange({"shop0": ScoreTask(tiny_model())})["shop0"], Scored)
+    over.dismiss({})
+    client.join()
+from flwr.supercore import telemetry
+assert telemetry.create_event(telemetry.EventType.PING, None) == "disabled"
+print("done")
+"""
+    home = keys.parent / "home"
+    where = f"127.0.0.1:{free_port()}"
+    told = python(_CONNECTIONS + code, keys, Path(__file__).parent, where, HOME=str(home), HF_HUB_OFFLINE="1")
+    assert told.endswith("done\n")
+    assert not list(home.rglob(".flwr/*"))
+
+
+def test_importing_flower_leaves_the_environment_alone() -> None:
+    code = """
+import os
+before = dict(os.environ)
+from netweight.quiet import flower
+flower()
+assert dict(os.environ) == before
+"""
+    python(code)

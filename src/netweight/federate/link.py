@@ -35,7 +35,7 @@ def listening(address: str, keys: ServerKeys, wire: Wire = WIRE, patience: float
     link = _Link(keys)
     server = link.serve(address)
     try:
-        yield FlowerChannel(link.grid, link.nodes, wire, patience)
+        yield FlowerChannel(link.grid, link.nodes, wire, patience, remembers=True)
     finally:
         link.stop.set()
         server.stop(grace=1).wait()

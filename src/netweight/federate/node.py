@@ -20,7 +20,7 @@ from netweight.federate.kinds import WIRE
 from netweight.federate.link import MESSAGE
 from netweight.quiet import flower
 from netweight.run.federated import Client
-from netweight.run.federated.flower import answered, ended
+from netweight.run.federated.flower import Memory, answered, ended
 from netweight.run.federated.wire import Wire
 
 _INTERVAL = 10  # seconds, the least that Flower allows; after twice as long without a sign of life a client is away
@@ -44,6 +44,7 @@ class Connection:
         self.address, self.keys, self.patience = address, keys, patience
         self.said = said or (lambda _: None)
         self.node: Any = None
+        self.memory = Memory()
         self.stub = self._stub()
 
     def serve(self, client: Client, wire: Wire = WIRE) -> None:
@@ -97,7 +98,7 @@ class Connection:
         from flwr.app import Message
 
         began = time.monotonic()
-        reply = Message(answered(client, wire, message.content), reply_to=message)
+        reply = Message(answered(client, wire, message.content, self.memory), reply_to=message)
         if ended(message.content) is None:
             self.said(f"{client.name} answered a task in {time.monotonic() - began:.1f} s")
         session = self.node

@@ -6,8 +6,10 @@ where it is used.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,8 @@ from netweight.run.federated.wire import Packed, Wire, raw, tensor
 
 QUERY = "query"  # the one type of message: what is asked stands inside
 _LOOK = 0.05  # seconds between two looks for answers
+_SMALL = 4096  # bytes of a tensor that is sent again rather than remembered
+_AGAIN = 3  # times that a task is sent again because it, or its answer, did not come through
 _STYPE = "netweight"  # a tensor's bytes, without the header that Flower's own type of array has
 
 
@@ -41,17 +45,23 @@ class FlowerChannel:
         nodes: the clients that are there now, by name.
         wire: what may travel.
         patience: seconds that a client may be away while it is asked; then it is `Lost`.
+        remembers: whether clients have a `Memory`: tensors that they hold already are then named and not sent.
     """
 
-    def __init__(self, grid: Any, nodes: Nodes, wire: Wire, patience: float = 60.0) -> None:
+    def __init__(self, grid: Any, nodes: Nodes, wire: Wire, patience: float = 60.0, remembers: bool = False) -> None:
         self.grid, self.nodes, self.wire, self.patience = grid, nodes, wire, patience
+        self.remembers = remembers
+        self._held: dict[Node, Recent] = {}
 
     def clients(self) -> tuple[str, ...]:
         return tuple(sorted(self.nodes()))
 
     def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
         records = {key: to_record(self.wire.pack(task)) for key, task in {id(t): t for t in tasks.values()}.items()}
-        asked = {name: _Asked(addressed(records[id(task)], name)) for name, task in sorted(tasks.items())}
+        hashes = {key: hashes_of(record) if self.remembers else {} for key, record in records.items()}
+        asked = {
+            name: _Asked(addressed(records[id(task)], name), hashes[id(task)]) for name, task in sorted(tasks.items())
+        }
         answers: dict[str, Answer | Lost] = {}
         end = None if seconds is None else time.monotonic() + seconds
         while len(answers) < len(asked):
@@ -70,7 +80,8 @@ class FlowerChannel:
         from flwr.app import ConfigRecord, RecordDict
 
         asked = {
-            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reasons.get(name, "")})})) for name in self.nodes()
+            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reasons.get(name, "")})}), {})
+            for name in self.nodes()
         }
         self._ask_again(asked, seconds, {})
         end = time.monotonic() + seconds
@@ -91,11 +102,16 @@ class FlowerChannel:
             else:
                 one.away = None
                 if node != one.node:
-                    one.node, one.message = node, self._push(one.record, node, seconds)
+                    one.node, one.message = node, self._push(one, node, seconds)
 
-    def _push(self, record: Any, node: Node, seconds: float | None) -> str | None:
+    def _push(self, one: _Asked, node: Node, seconds: float | None) -> str | None:
         from flwr.app import Message
 
+        record = one.record
+        if one.hashes:
+            recent = self._held.setdefault(node, Recent())
+            record = shortened(record, {n: h for n, h in one.hashes.items() if h in recent.all()})
+            recent.add(one.hashes.values())
         message = Message(record, node.id, QUERY, ttl=None if seconds is None else seconds + self.patience)
         return next(iter(self.grid.push_messages([message])), None)
 
@@ -104,8 +120,17 @@ class FlowerChannel:
         found: dict[str, Answer | Lost] = {}
         for reply in self.grid.pull_messages(sorted(names)) if names else ():
             name = names.get(reply.metadata.reply_to_message_id)
-            if name is not None:
+            if name is None:
+                continue
+            why = _fell_through(reply)
+            one = waiting[name]
+            if why is None:
                 found[name] = self._read(name, reply)
+            elif one.again < _AGAIN:
+                self._held.pop(one.node or Node(0), None)
+                one.node, one.message, one.again = None, None, one.again + 1
+            else:
+                found[name] = Lost(name, why)
         return found
 
     def _read(self, name: str, reply: Any) -> Answer | Lost:
@@ -121,14 +146,87 @@ class FlowerChannel:
             return Lost(name, f"its answer cannot be read: {problem}")
 
 
+def _fell_through(reply: Any) -> str | None:
+    """Why a task must be asked again: the client left before or while it answered, or lacks what it was sent before."""
+    from flwr.common.constant import ErrorCode
+
+    if reply.has_error():
+        codes = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
+        return f"Flower says: {reply.error.reason}" if reply.error.code in codes else None
+    return "it keeps asking for tensors that it was sent." if "lacks" in reply.content.config_records else None
+
+
 @dataclass
 class _Asked:
-    """A task on its way to a client: to which session it was sent, as which message, and since when that is away."""
+    """A task on its way to a client: hashes of its tensors, to which session it was sent, as which message, and since
+    when that is away."""
 
     record: Any
+    hashes: Mapping[str, str]
     node: Node | None = None
     message: str | None = None
     away: float | None = None
+    again: int = 0
+
+
+class Recent:
+    """Hashes of the tensors of the last two messages that had any: what a client's `Memory` holds. Two, since a round
+    may train and then score, and a teacher is part of the first alone."""
+
+    def __init__(self) -> None:
+        self.last: deque[frozenset[str]] = deque(maxlen=2)
+
+    def add(self, hashes: Iterable[str]) -> None:
+        self.last.append(frozenset(hashes))
+
+    def all(self) -> frozenset[str]:
+        return frozenset().union(*self.last)
+
+
+class Memory:
+    """Tensors that a client received lately, by hash, so that frozen ones and teachers travel once."""
+
+    def __init__(self) -> None:
+        self.recent = Recent()
+        self.arrays: dict[str, Any] = {}
+
+    def completed(self, record: Any) -> Any:
+        """The record with what was left out of it; None where this client does not have it."""
+        from flwr.app import ArrayRecord, RecordDict
+
+        known = record.config_records.get("known")
+        named = dict(zip(known["names"], known["sha256"], strict=True)) if known else {}
+        if not set(named.values()) <= set(self.arrays):
+            return None
+        arrays = dict(record.array_records.get("tensors", {})) | {n: self.arrays[h] for n, h in named.items()}
+        whole = RecordDict({**record, "tensors": ArrayRecord(arrays)})
+        hashes = hashes_of(whole)
+        if hashes:
+            self.recent.add(hashes.values())
+            there = self.arrays | {h: arrays[n] for n, h in hashes.items()}
+            self.arrays = {h: there[h] for h in self.recent.all()}
+        return whole
+
+
+def hashes_of(record: Any) -> dict[str, str]:
+    """SHA-256 of each of a record's larger tensors, by name."""
+    arrays = record.array_records.get("tensors", {})
+    return {
+        name: hashlib.sha256(f"{a.dtype} {tuple(a.shape)}\n".encode() + a.data).hexdigest()
+        for name, a in arrays.items()
+        if len(a.data) >= _SMALL
+    }
+
+
+def shortened(record: Any, known: Mapping[str, str]) -> Any:
+    """The record without the tensors of these names, which are told by their hashes."""
+    from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+
+    if not known:
+        return record
+    left = ArrayRecord({name: a for name, a in record.array_records["tensors"].items() if name not in known})
+    told = ConfigRecord({"names": list(known), "sha256": list(known.values())})
+    return RecordDict({**record, "tensors": left, "known": told})
 
 
 def to_record(packed: Packed) -> Any:
@@ -175,7 +273,7 @@ def ended(record: Any) -> str | None:
     return None if said is None else str(said.get("reason", ""))
 
 
-def answered(client: Client, wire: Wire, record: Any) -> Any:
+def answered(client: Client, wire: Wire, record: Any, memory: Memory | None = None) -> Any:
     """The record of a client's answer to the record of a task; what goes wrong is told in a sentence."""
     from flwr.app import ConfigRecord, RecordDict
 
@@ -186,7 +284,10 @@ def answered(client: Client, wire: Wire, record: Any) -> Any:
         text = f"the server knows this client's key as that of {to!r}, and it calls itself {client.name!r}."
         return RecordDict({"error": ConfigRecord({"text": text})})
     try:
-        return to_record(wire.pack(client.answer(wire.unpack(from_record(record)))))
+        whole = memory.completed(record) if memory else record
+        if whole is None:
+            return RecordDict({"lacks": ConfigRecord({"some": True})})
+        return to_record(wire.pack(client.answer(wire.unpack(from_record(whole)))))
     except NetweightError as problem:
         text = str(problem)
     except Exception as problem:  # its text might hold rows
