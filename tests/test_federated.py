@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +34,7 @@ from netweight.run.federated import (
     TopK,
     Travel,
 )
-from netweight.run.federated.messages import Answer, FitTask, Lost, Task
+from netweight.run.federated.messages import Answer, FitTask, Fitted, Lost, Task
 from netweight.testing import RunContract
 from netweight.train import Plan
 
@@ -177,3 +180,67 @@ def test_a_killed_server_goes_on_to_the_same_weights(
     assert fitted(Federated(killer, folder=tmp_path, **options), model, plan).digest == whole.digest  # type: ignore[arg-type]
     assert killer.seen == [2, 3]
     assert not list(tmp_path.glob("rounds-*.safetensors"))
+
+
+def test_what_simulated_clients_send_waits_in_files(model: Model) -> None:
+    channel = InProcess(shops(3))
+    task = FitTask("f" * 64, 0, model, Supervised(model.task), PLAN)
+    answers = channel.exchange(dict.fromkeys(channel.clients(), task))
+    folder = Path(channel._folder.name)
+    first = answers["shop0"]
+    assert isinstance(first, Fitted)
+    assert len(list(folder.iterdir())) == 3
+    assert torch.equal(first.tensors["head.bias"], first.tensors["head.bias"])
+    with pytest.raises(KeyError):
+        _ = first.tensors["tail.bias"]
+    channel.exchange({"shop1": replace(task, round=1)})
+    assert len(list(folder.iterdir())) == 1, "what was read is gone"
+    del channel, answers, first
+    gc.collect()
+    assert not folder.exists()
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}]
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from conftest import tiny_model
+from test_federated import *
+class Say:
+    def start(self, label, steps, done): print("from", done, flush=True)
+    def step(self, step, loss, rate): print("round", step, flush=True)
+    def note(self, message): pass
+folder = Path({folder!r})
+run = Federated(shops(3, folder), folder=folder, rounds=Rounds(20), algorithm=Scaffold(), travel=Travel(TopK(0.1)))
+print(fitted(run, tiny_model(), replace(PLAN, epochs=20, reporter=Say())).digest, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_goes_on_from_its_last_round(tmp_path: Path) -> None:
+    """kill -9, in the middle of whatever it does; what it made before is not made again."""
+
+    def started(folder: Path) -> subprocess.Popen[str]:
+        script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+        return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+
+    said: list[list[str]] = []
+    for folder, kill_at in ((tmp_path / "killed", "round 7\n"), (tmp_path / "killed", ""), (tmp_path / "whole", "")):
+        process = started(folder)
+        try:
+            assert process.stdout is not None
+            said.append([])
+            for line in process.stdout:
+                said[-1].append(line)
+                if line == kill_at:
+                    process.kill()
+        finally:
+            process.kill()
+            process.wait()
+    killed, again, whole = said
+    assert killed[0] == whole[0] == "from 0\n"
+    assert int(again[0].split()[1]) >= 7
+    assert len(again) < 20
+    assert again[-1] == whole[-1]
