@@ -112,11 +112,11 @@ class Close:
 
 @dataclass(frozen=True)
 class Do:
-    """A command on the rows of that number, in this group."""
+    """A command on the rows of that number, in this group; None: in the one that there is."""
 
     number: int
     command: Command
-    join: Join
+    join: Join | None
 
 
 @dataclass(frozen=True)

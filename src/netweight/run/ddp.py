@@ -6,6 +6,7 @@ it waits forever for a gradient that one process has and another has not.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -142,7 +143,8 @@ class Ddp(Processes):
     def regroup(self, mine: State, at: tuple[int, int]) -> State:
         if self.rejoin is None:
             return super().regroup(mine, at)
-        lost = Lost("a process is gone")
+        lost = sys.exception()  # where the loop was when it was lost
+        lost = lost if isinstance(lost, Lost) else Lost("a process is gone")
         while True:
             self.rejoin(lost)
             self._count()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ def leave() -> None:
     """Leave the group; whoever waits for this process in it learns that at once."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        gc.collect()
 
 
 def backend(size: int) -> str:
@@ -88,6 +91,8 @@ def waiting() -> Iterator[None]:
     try:
         yield
     except RuntimeError as problem:
+        # Their variables hold the group, and others learn that this process has left when its last owner has gone.
+        traceback.clear_frames(problem.__traceback__)
         who = f"rank {dist.get_rank()}" if dist.is_initialized() else "a process"
         lines = str(problem).strip().splitlines() or [type(problem).__name__]
         raise Lost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -37,7 +38,8 @@ class Parallel:
         setup: how the processes work.
         pool: processes that are there already; they stay when this run is closed.
 
-    Raises OptionError where the number of processes is not the one that torchrun started.
+    Raises OptionError for a strategy that is not known, and where the number of processes is not the one that
+    torchrun started.
     """
 
     def __init__(
@@ -50,6 +52,8 @@ class Parallel:
         setup: Setup | None = None,
         pool: Pool | None = None,
     ) -> None:
+        if strategy not in get_args(Strategy):
+            raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
         self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
         self._local: Local | None = None
         self._number = -1

@@ -90,6 +90,7 @@ class Pool:
         self._numbers = itertools.count()
         self.opened: dict[int, Open] = {}
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self.together: float | None = None  # the timeout of the group that all members are in
 
     def __enter__(self) -> Pool:
         return self
@@ -106,7 +107,7 @@ class Pool:
         """End the processes. The next command would start new ones."""
         for member in self.members:
             member.kill()
-        self.members = []
+        self.members, self.together = [], None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -191,7 +192,10 @@ class _Round:
     def _begin(self) -> None:
         """The command, for all."""
         self.heard = {}
-        for member, join in zip(self.pool.members, self.pool.joins(self.setup.timeout), strict=True):
+        new = self.pool.together != self.setup.timeout
+        joins = list(self.pool.joins(self.setup.timeout)) if new else [None] * len(self.pool.members)
+        self.pool.together = None
+        for member, join in zip(self.pool.members, joins, strict=True):
             member.say(Do(self.number, self.command, join))
 
     def played(self) -> dict[str, Tensor] | None:
@@ -216,6 +220,7 @@ class _Round:
             done[0].say(Give())
             given = done[0].hear()
             if isinstance(given, Result):
+                self.pool.together = self.setup.timeout if len(done) == len(self.pool.members) else None
                 return given.held
             self._lose(done[0], "ended")
         self._again(whole=self.whole and not failed and not done)

@@ -37,7 +37,7 @@ from netweight.run.ddp import Again
 from netweight.run.group import Join, device_of, leave
 from netweight.run.local import Local
 from netweight.run.strategies import seams_of
-from netweight.seams import Lost, State
+from netweight.seams import Lost, Seams, State
 
 _LINES = 3  # of a traceback that an error shows
 
@@ -102,21 +102,23 @@ class Worker:
         try:
             self.held = self._done(command, local, opened, asked.join)
             return Done()
-        except Cancelled:
-            leave()
-            return Idle()
-        except NetweightError as problem:
-            leave()
-            return Failed(type(problem).__name__, str(problem), "")
         except Exception as problem:
             lines = traceback.format_exc().strip().splitlines()[-2 * _LINES :]
+            # Others learn that this process has left when nothing holds the group any more.
+            traceback.clear_frames(problem.__traceback__)
+            local.seams = Seams()
             leave()
+            if isinstance(problem, Cancelled):
+                return Idle()
+            if isinstance(problem, NetweightError):
+                return Failed(type(problem).__name__, str(problem), "")
             return Failed("", f"{type(problem).__name__}: {problem}", "\n".join(lines))
 
-    def _done(self, command: Command, local: Local, opened: Open, join: Join) -> dict[str, Tensor]:
+    def _done(self, command: Command, local: Local, opened: Open, join: Join | None) -> dict[str, Tensor]:
         """The command, again and again while processes are lost."""
         try:
-            join()
+            if join is not None:
+                join()
         except Lost as lost:
             self.rejoin(lost)
         while True:
