@@ -60,14 +60,16 @@ def optimize(
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
+    run: Annotated[str, typer.Option(help="Where training happens: local, or ddp:2 for two processes.")] = "local",
 ) -> None:
     """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
-    from netweight.pipeline import optimize as run
+    from netweight.pipeline import optimize as made
     from netweight.progress import Bar
+    from netweight.run import named
 
-    seconds = seconds_of(time_limit)
+    seconds, runs = seconds_of(time_limit), named(run, threads)
     with Bar(Console(stderr=True)) as bar:
-        result = run(
+        result = made(
             train,
             out=out,
             text=text,
@@ -90,6 +92,7 @@ def optimize(
             effort=effort,
             reporter=bar,
             track=[t.value for t in track or ()],
+            runs=runs,
         )
     print_summary(result.folder)
 

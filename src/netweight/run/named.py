@@ -1,0 +1,47 @@
+"""Runs by name, as the command line knows them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import get_args
+
+from netweight.data import Dataset
+from netweight.errors import OptionError
+from netweight.run import group
+from netweight.run.base import Run, Runs
+from netweight.run.commands import Strategy
+from netweight.run.local import Local
+from netweight.run.parallel import Parallel
+
+
+def named(text: str, threads: int | None = None) -> Runs:
+    """What makes the runs of that name.
+
+    Args:
+        text: `local`, or a strategy and a number of processes on this machine: `ddp:2`.
+        threads: of all processes together; None: the cores of this one.
+
+    Raises OptionError for other names, and for `ddp:2` and the like in a program that torchrun started.
+    """
+    if text == "local":
+        return Local
+    found = re.fullmatch(rf"({'|'.join(get_args(Strategy))}):([1-9]\d*)", text)
+    if not found:
+        raise OptionError(
+            f"a run is local, or one of {', '.join(get_args(Strategy))} with a number of processes, such as ddp:2; "
+            f"given was {text!r}."
+        )
+    if group.launched():
+        raise OptionError(
+            f"--run {text} starts its own processes, and this program was started by torchrun; start it by itself. "
+            "torchrun is for programs that call `Parallel` themselves."
+        )
+    name, processes = found[1], int(found[2])
+    each = max(1, (threads or len(os.sched_getaffinity(0))) // processes)
+
+    def made(data: Dataset, folder: Path) -> Run:
+        return Parallel(data, processes, name, folder, each)  # type: ignore[arg-type]
+
+    return made
