@@ -36,8 +36,8 @@ class Mean:
         total = sum(weights[c] for c in clients)
         made: dict[str, Tensor] = {}
         for name, like in updates[clients[0]].items():
-            held = torch.zeros(like.shape, dtype=torch.float64)
-            for client in clients:
+            held = like.double() * (weights[clients[0]] / total)
+            for client in clients[1:]:
                 held += updates[client][name].double() * (weights[client] / total)
             made[name] = as_dtype(held, like.dtype)
         return made

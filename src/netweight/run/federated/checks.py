@@ -75,8 +75,8 @@ class Round:
         for name, old in self.old.items():
             value = update[name]
             if value.is_floating_point():
-                change = (value.double() - old.double()).square().sum()
-                total += float(change) if name in self.differences or not math.isfinite(change) else 0.0
+                change = float(torch.linalg.vector_norm(value - old, dtype=torch.float64)) ** 2
+                total += change if name in self.differences or not math.isfinite(change) else 0.0
         return math.sqrt(total) if total >= 0 else math.nan
 
     def _misfit(self, sent: Tensors) -> str:
