@@ -35,6 +35,7 @@ class Node:
 
 
 Nodes = Callable[[], Mapping[str, Node]]
+Made = dict[Any, tuple[Any, list[str]]]  # arrays by the memory of their tensors, and their hashes once they are known
 
 
 class FlowerChannel:
@@ -57,8 +58,10 @@ class FlowerChannel:
         return tuple(sorted(self.nodes()))
 
     def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
-        records = {key: to_record(self.wire.pack(task)) for key, task in {id(t): t for t in tasks.values()}.items()}
-        hashes = {key: hashes_of(record) if self.remembers else {} for key, record in records.items()}
+        distinct = {id(task): task for task in tasks.values()}
+        made: Made = {}
+        records = {key: to_record(self.wire.pack(task), made) for key, task in distinct.items()}
+        hashes = {key: hashes_of(record, made) if self.remembers else {} for key, record in records.items()}
         asked = {
             name: _Asked(addressed(records[id(task)], name), hashes[id(task)]) for name, task in sorted(tasks.items())
         }
@@ -208,14 +211,19 @@ class Memory:
         return whole
 
 
-def hashes_of(record: Any) -> dict[str, str]:
-    """SHA-256 of each of a record's larger tensors, by name."""
+def hashes_of(record: Any, made: Made | None = None) -> dict[str, str]:
+    """SHA-256 of each of a record's larger tensors, by name; those in `made` are computed once."""
     arrays = record.array_records.get("tensors", {})
-    return {
-        name: hashlib.sha256(f"{a.dtype} {tuple(a.shape)}\n".encode() + a.data).hexdigest()
-        for name, a in arrays.items()
-        if len(a.data) >= _SMALL
-    }
+    known = {id(array.data): hashed for array, hashed in (made or {}).values()}
+    found = {}
+    for name, array in arrays.items():
+        if len(array.data) >= _SMALL:
+            hashed = known.get(id(array.data), [])
+            if not hashed:
+                head = f"{array.dtype} {tuple(array.shape)}\n".encode()
+                hashed.append(hashlib.sha256(head + array.data).hexdigest())
+            found[name] = hashed[0]
+    return found
 
 
 def shortened(record: Any, known: Mapping[str, str]) -> Any:
@@ -229,15 +237,20 @@ def shortened(record: Any, known: Mapping[str, str]) -> Any:
     return RecordDict({**record, "tensors": left, "known": told})
 
 
-def to_record(packed: Packed) -> Any:
-    """A Flower RecordDict that holds a message."""
+def to_record(packed: Packed, made: Made | None = None) -> Any:
+    """A Flower RecordDict that holds a message. Tensors that are in `made` are not copied again: messages to many
+    clients, each with a part of its own, share one copy of the model."""
     flower()
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    arrays = {
-        name: Array(str(t.dtype).removeprefix("torch."), tuple(t.shape), _STYPE, bytes(raw(t)))
-        for name, t in packed.tensors.items()
-    }
+    made = {} if made is None else made
+    arrays = {}
+    for name, t in packed.tensors.items():
+        dtype, shape = str(t.dtype).removeprefix("torch."), tuple(t.shape)
+        key = (t.data_ptr(), t.stride(), dtype, shape)
+        if key not in made or not t.numel():
+            made[key] = Array(dtype, shape, _STYPE, bytes(raw(t))), []
+        arrays[name] = made[key][0]
     return RecordDict({"header": ConfigRecord({"json": packed.header}), "tensors": ArrayRecord(arrays)})
 
 
