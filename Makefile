@@ -12,6 +12,7 @@
 #   make bench-fuzz ARTIFACT=reviews.nw      10,000 odd requests; make bench-endure ARTIFACT=reviews.nw INPUT=reviews.csv      a million right ones
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
 #                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
+#   make bench-runs [ARGS='--rounds 3']      what several processes gain in training
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -27,7 +28,7 @@ INSTALLED := .venv/.installed
 FLOWER := flwr grpcio-health-checking iterators prompt_toolkit pycryptodome tomli tomli_w wcwidth
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint docs bench bench-serve bench-servers bench-fuzz bench-endure lock size
+.PHONY: help setup demo test lint docs bench bench-serve bench-servers bench-fuzz bench-endure bench-runs lock size
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
@@ -97,6 +98,9 @@ bench-fuzz: $(INSTALLED)
 
 bench-endure: $(INSTALLED)
 	$(BIN)/python benchmarks/endure.py $(ARTIFACT) $(INPUT) $(ARGS)
+
+bench-runs: $(INSTALLED)
+	$(BIN)/python benchmarks/runs.py parallel $(ARGS)
 
 size:
 	@$(PYTHON) scripts/size.py

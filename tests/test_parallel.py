@@ -20,6 +20,8 @@ from netweight.run.local import logits_of
 from netweight.techniques import Distill, Finetune, LinearFloor, Quantize, Static, Technique
 from netweight.testing import RunContract, TechniqueContract
 from netweight.train import Plan
+from test_federated_techniques import FEW as OTHERS
+from test_federated_techniques import MORE
 
 # Without balancing, the same seed gives the same bits.
 SAME = Setup(balance=False, timeout=60)
@@ -119,6 +121,15 @@ def test_sums_and_outputs_are_those_of_one_process(model: Model, dataset: Datase
 def test_contract_of_a_parallel_run(model: Model, dataset: Dataset, pool: Pool) -> None:
     run = lambda: Parallel(dataset, setup=SAME, pool=pool)  # noqa: E731
     RunContract(run, model, Supervised(model.task), PLAN, dataset.train.text).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("technique", [*OTHERS, *MORE], ids=lambda t: type(t).__name__)
+def test_whole_contract_of_every_technique(
+    technique: Technique, model: Model, dataset: Dataset, pool: Pool, tmp_path: Path
+) -> None:
+    run = lambda: Parallel(dataset, setup=SAME, pool=pool)  # noqa: E731
+    TechniqueContract(technique, model, run, PLAN, dataset.train.text).check(tmp_path)
 
 
 FEW: list[Technique] = [

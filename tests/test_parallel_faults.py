@@ -22,6 +22,7 @@ from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
 from netweight.run import Local, Parallel, Pool, Setup
+from netweight.run import pool as pool_module
 from netweight.train import Silent
 from test_parallel import PLAN, SAME, assert_equal, undropped
 
@@ -43,6 +44,11 @@ class At(Silent):
 
     def __init__(self, step: int, act: Callable[[], object]) -> None:
         self.at, self.act, self.notes, self.done = step, act, list[str](), list[int]()
+        self.starts: list[int] = []
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """Keep."""
+        self.starts.append(done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Act."""
@@ -199,11 +205,11 @@ def test_a_silent_process_is_named_and_ended(model: Model, dataset: Dataset, poo
 
 def test_training_goes_on_without_killed_processes(model: Model, dataset: Dataset, pool: Pool) -> None:
     loss, run = Supervised(model.task), Parallel(dataset, setup=SAME, pool=pool)
-    told = At(6, lambda: os.kill(pool.pids[0], signal.SIGKILL))
+    told = At(6, lambda: [os.kill(pid, signal.SIGKILL) for pid in pool.pids[:-1]])
     made = run.fit(model, loss, replace(PLAN, reporter=told))
     assert len(pool.pids) == 1
-    assert len(told.notes) == 1
-    assert re.fullmatch(r"rank 0 \(pid \d+\) was ended by signal 9: going on with 1 process", told.notes[0])
+    assert re.match(r"rank 0 \(pid \d+\) was ended by signal 9", told.notes[0])
+    assert told.notes[-1].endswith("was ended by signal 9: going on with 1 process")
     assert [step for step in told.done if step > 7] == list(range(8, 21)), "no step is lost, and none begins anew"
     assert_equal(made, Local(dataset).fit(model, loss, PLAN), dataset)
     with pytest.raises(RunError, match=r"no process is left: rank 0 \(pid \d+\) ended with status 7; the fit goes on"):
@@ -211,3 +217,21 @@ def test_training_goes_on_without_killed_processes(model: Model, dataset: Datase
     assert not pool.pids
     assert_equal(run.fit(model, loss, PLAN), made, dataset)
     assert len(pool.pids) == 3, "the next command starts new ones"
+
+
+def test_what_is_sharded_goes_on_from_the_checkpoint(
+    model: Model, dataset: Dataset, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "WHOLE", ())
+    loss, run = Supervised(model.task), Parallel(dataset, setup=SAME, folder=tmp_path, pool=pool)
+    told = At(7, lambda: os.kill(pool.pids[-1], signal.SIGKILL))
+    pool.start()
+    last = len(pool.pids) - 1
+    made = run.fit(model, loss, replace(PLAN, checkpoint_every=0, reporter=told))
+    assert re.fullmatch(
+        rf"rank {last} \(pid \d+\) was ended by signal 9: going on with {last} process(es)?, from the last checkpoint",
+        told.notes[0],
+    )
+    assert told.starts[0] == 0
+    assert told.starts[1] in (6, 7)
+    assert_equal(made, Local(dataset).fit(model, loss, PLAN), dataset)

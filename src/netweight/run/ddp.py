@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from netweight.seams import Lost, Source, State
 
 _AGAIN = 5  # steps between looks at the speeds
 _FIRST = 2  # steps that say nothing of speed: memory is taken, kernels are chosen
-_NEWEST = 0.3  # weight of the newest step in the average of seconds per row
+_NEWEST = 0.5  # weight of the latest steps in the average of seconds per row
 _WORTH = 0.1  # shares stay as they are while no speed differs by more than this part
 _SLOWEST = 0.05  # of the fastest: one that gets no rows at all would never be measured again
 
@@ -58,6 +59,7 @@ class Ddp(Processes):
         self.first = self.lane == 0
         self.speeds: Sequence[float] = [1.0] * self.lanes
         self.pace, self.steps, self.rows = 0.0, 0, 0
+        self.latest: list[float] = []
         self.began = self.waited = 0.0
 
     def prepare(self, network: nn.Module) -> nn.Module:
@@ -88,7 +90,10 @@ class Ddp(Processes):
         seconds = time.perf_counter() - self.began - self.waited
         self.steps += 1
         if self.steps > _FIRST and self.rows:
-            each = max(seconds / self.rows, 1e-9)
+            self.latest.append(max(seconds / self.rows, 1e-9))
+        if self.latest and self.steps % _AGAIN == 0:
+            # Of the latest steps the median: one in which the machine was busy must not move the rows.
+            each, self.latest = median(self.latest), []
             self.pace = each if not self.pace else (1 - _NEWEST) * self.pace + _NEWEST * each
         self.rows = 0
         sparse = network.sparse if isinstance(network, Network) else frozenset()

@@ -133,7 +133,7 @@ class Pool:
         raises, and RunError where no process is left.
         """
         try:
-            self._start()
+            self.start()
             round_ = _Round(self, number, command, reporter)
             while True:
                 if (found := round_.played()) is not None:
@@ -143,7 +143,8 @@ class Pool:
                 self.close()  # Ctrl-C: nobody waits for the end of a step
             raise
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the processes, where there are none. Raises RunError where they do not come."""
         if self.members:
             return
         self._folder = tempfile.TemporaryDirectory(prefix="netweight-")

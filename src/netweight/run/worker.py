@@ -110,7 +110,8 @@ class Worker:
             leave()
             if isinstance(problem, Cancelled):
                 return Idle()
-            if isinstance(problem, NetweightError):
+            # Lost is no failure of this process: the program knows who is gone.
+            if isinstance(problem, NetweightError) and not isinstance(problem, Lost):
                 return Failed(type(problem).__name__, str(problem), "")
             return Failed("", f"{type(problem).__name__}: {problem}", "\n".join(lines))
 
