@@ -51,6 +51,7 @@ class Ddp(Processes):
     ) -> None:
         super().__init__(None, device)
         self.balance, self.rejoin = balance, rejoin
+        self.buffer: Tensor | None = None
         self._count()
 
     def _count(self) -> None:
@@ -113,7 +114,12 @@ class Ddp(Processes):
         paces[self.lane] = self.pace
         extra = torch.tensor([value, *paces, *known], device=self.device)
         parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in dense]
-        flat = torch.cat([*(part.float() for part in parts), extra])
+        size = sum(p.numel() for p in dense) + len(extra)
+        if self.buffer is None or len(self.buffer) != size:
+            self.buffer = torch.empty(size, device=self.device)
+        # The last step's gradients, which were parts of it, are gone: the loop drops them before each step. A fresh
+        # vector of this size would cost as much again, in pages that the system has to clear.
+        flat = torch.cat([*(part.float() for part in parts), extra], out=self.buffer)
         dist.all_reduce(flat)
         *gradients, extra = flat.split([*(p.numel() for p in dense), len(extra)])
         total, *told_ = extra.tolist()
