@@ -63,7 +63,11 @@ def test_by_column_and_whole_datasets() -> None:
     city = tuple(("Graz", "Bonn", "Lyon")[i % 3] for i in range(100))
     rows = Rows(every.text, every.label, slices={"city": city})
     data = Dataset(
-        rows.take(range(60)), rows.take(range(60, 80)), rows.take(range(80, 90)), Sealed(rows.take(range(90, 100)))
+        rows.take(range(60)),
+        rows.take(range(60, 80)),
+        rows.take(range(80, 90)),
+        Sealed(rows.take(range(90, 100))),
+        rows.take(range(7)),
     )
     found = datasets(data, ByColumn("city"))
     assert list(found) == ["Bonn", "Graz", "Lyon"]
@@ -73,6 +77,8 @@ def test_by_column_and_whole_datasets() -> None:
     for split in ("train", "select", "calibrate"):
         texts = sorted(t for mine in found.values() for t in getattr(mine, split).text)
         assert texts == sorted(getattr(data, split).text)
+    assert [len(mine.pool or ()) for mine in found.values()] == [3, 2, 2]
+    assert sorted(t for mine in found.values() for t in mine.pool.text) == sorted(rows.text[:7])  # type: ignore[union-attr]
     with pytest.raises(ColumnError, match="has no column 'town'"):
         ByColumn("town")(rows)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from conftest import journal, many_rows, quick_measuring, tiny_base
+from conftest import KIND, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.engine import load
 from netweight.errors import ModelError
@@ -56,7 +57,7 @@ MORE: list[Technique] = [
     Shrink(heads=0.5, neurons=0.5, rows=20, epochs=1, multiple=8),
     SwapActivation(epochs=1),
     EarlyExit((1,), epochs=1, splice=0.0),
-    Pretrain(epochs=1),
+    Pretrain(objective="contrastive", epochs=1),
     SelfTrain(floor=0.5, epochs=1, learning_rate=1e-3, drift=1.0),
     Vocab(),
     FactorEmbedding(4),
@@ -79,8 +80,10 @@ def test_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", [*FEW, *MORE], ids=lambda t: type(t).__name__)
-def test_whole_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    TechniqueContract(technique, model, lambda: federated(dataset), PLAN, dataset.train.text).check(tmp_path)
+def test_whole_contract(technique: Technique, dataset: Dataset, tmp_path: Path) -> None:
+    """With words that no row has, and a pool."""
+    model, pooled = tiny_model(more=KIND[:5]), replace(dataset, pool=tiny_rows(160).take(range(120, 160)).unlabelled())
+    TechniqueContract(technique, model, lambda: federated(pooled), PLAN, dataset.train.text).check(tmp_path)
 
 
 def test_adapters_and_heads_are_all_that_travels(model: Model, dataset: Dataset) -> None:

@@ -117,14 +117,17 @@ class LabelSkew:
 
 def datasets(data: Dataset, partition: Partition) -> dict[str, Dataset]:
     """A dataset for each client: train, select and calibrate rows are cut as one table, so that a client's select rows
-    are like its train rows. The certify split stays with who calls; clients' own are empty."""
+    are like its train rows; pool rows are dealt out in turn. The certify split stays with who calls; clients' own are
+    empty."""
     every = concat(data.train, data.dev)
     ends = np.cumsum([len(data.train), len(data.select), len(data.calibrate)])
     nothing = Sealed(every.take([]))
     found = {}
-    for name, at in partition(every).items():
+    parts = partition(every)
+    for i, (name, at) in enumerate(parts.items()):
+        pool = None if data.pool is None else data.pool.take(range(i, len(data.pool), len(parts)))
         train, select, calibrate = (every.take(part) for part in np.split(at, np.searchsorted(at, ends[:2])))
-        found[name] = Dataset(train, select, calibrate, nothing)
+        found[name] = Dataset(train, select, calibrate, nothing, pool)
     return found
 
 
