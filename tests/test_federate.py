@@ -106,7 +106,8 @@ def channel(grid: FakeGrid, patience: float = 0.3) -> FlowerChannel:
 
 def test_a_run_over_a_grid_equals_one_in_this_process(model: Model) -> None:
     runs = [
-        Federated(where, rounds=Rounds(2), travel=Travel(Int8())) for where in (channel(FakeGrid(shops())), shops())
+        Federated(where, rounds=Rounds(2), travel=Travel(Int8()), privacy=None)
+        for where in (channel(FakeGrid(shops())), shops())
     ]
     made = [fitted(run, model) for run in runs]
     assert made[0].digest == made[1].digest
@@ -617,9 +618,11 @@ def test_a_server_and_a_client_train_a_model_over_tls(federation: Federation) ->
 def test_a_simulation_on_ray_equals_a_run_in_this_process(model: Model, tmp_path: Path) -> None:
     with simulated(shops(), tmp_path) as over:
         assert over.clients() == ("shop0", "shop1", "shop2")
-        run = Federated(over, rounds=Rounds(2), travel=Travel(Int8()))
+        run = Federated(over, rounds=Rounds(2), travel=Travel(Int8()), privacy=None)
         made = fitted(run, model)
-    assert made.digest == fitted(Federated(shops(), rounds=Rounds(2), travel=Travel(Int8())), model).digest
+    assert (
+        made.digest == fitted(Federated(shops(), rounds=Rounds(2), travel=Travel(Int8()), privacy=None), model).digest
+    )
     assert not (tmp_path / "shop0" / "work").exists() or not list((tmp_path / "shop0" / "work").glob("fit-*"))
 
 

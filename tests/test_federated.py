@@ -64,14 +64,14 @@ def values(model: Model) -> dict[str, Tensor]:
 @pytest.mark.parametrize("plan", [PLAN, replace(PLAN, patience=1), replace(PLAN, schedule="linear", optimizer="sgd")])
 def test_one_client_and_one_round_equal_a_local_run(plan: Plan, model: Model) -> None:
     data = part(tiny_rows(80))
-    run = Federated([Client("shop", data)], rounds=Rounds(1))
+    run = Federated([Client("shop", data)], rounds=Rounds(1), privacy=None)
     assert fitted(run, model, plan).digest == Local(data).fit(model, Supervised(model.task), plan).digest
     assert run.report.rounds[0].took_part == ("shop",)
 
 
 def test_a_mean_of_one_round_is_the_mean_of_local_fits(model: Model) -> None:
     clients = shops(3, rows=100)
-    made = values(fitted(Federated(clients, rounds=Rounds(1)), model))
+    made = values(fitted(Federated(clients, rounds=Rounds(1), privacy=None), model))
     alone = [values(Local(c.data).fit(model, Supervised(model.task), PLAN)) for c in clients]
     rows = [len(c.data.train) for c in clients]
     for name, value in made.items():
@@ -111,12 +111,16 @@ def test_contract_and_learning(algorithm: FedAvg, model: Model) -> None:
     texts = [text for client in shops() for text in client.data.train.text]
     plan = replace(PLAN, epochs=1)
     RunContract(
-        lambda: Federated(shops(), rounds=rounds, algorithm=algorithm), model, Supervised(model.task), plan, texts
+        lambda: Federated(shops(), rounds=rounds, algorithm=algorithm, privacy=None),
+        model,
+        Supervised(model.task),
+        plan,
+        texts,
     ).check()
 
 
 def test_learning_and_its_report(model: Model) -> None:
-    run = Federated(shops(), rounds=Rounds(3))
+    run = Federated(shops(), rounds=Rounds(3), privacy=None)
     made = fitted(run, model, replace(PLAN, epochs=6, learning_rate=3e-3))
     assert run.quality(made) >= 0.9 > run.quality(model)
     report = run.report
@@ -130,14 +134,14 @@ def test_learning_and_its_report(model: Model) -> None:
     text = "\n".join(report.lines())
     assert all(f"shop{i}: 27 rows" in text for i in range(3))
     assert "(worst)" in text
-    assert "privacy: none" in text
+    assert "privacy: OFF, as was asked for" in text
 
 
 def test_what_takes_no_gradient_does_not_travel(model: Model) -> None:
     head = model.copy()
     head.network.requires_grad_(False)
     head.network.head.requires_grad_(True)  # type: ignore[union-attr]
-    run = Federated(shops(), rounds=Rounds(1))
+    run = Federated(shops(), rounds=Rounds(1), privacy=None)
     fitted(run, head)
     assert run.report.up == 3 * 4 * (32 * 2 + 2)
 
@@ -172,12 +176,12 @@ def test_a_killed_server_goes_on_to_the_same_weights(
     """It dies after the clients have finished round 2: they are asked for it again, and must not count it twice."""
     plan = replace(PLAN, epochs=2)
     options = {"rounds": Rounds(4, share=0.67), "algorithm": algorithm, "travel": travel}
-    whole = fitted(Federated(shops(3), **options), model, plan)  # type: ignore[arg-type]
+    whole = fitted(Federated(shops(3), **options, privacy=None), model, plan)  # type: ignore[arg-type]
     killer = Killer(shops(3, tmp_path), at=2)
     with pytest.raises(Killed):
-        fitted(Federated(killer, folder=tmp_path, **options), model, plan)  # type: ignore[arg-type]
+        fitted(Federated(killer, folder=tmp_path, **options, privacy=None), model, plan)  # type: ignore[arg-type]
     killer = Killer(shops(3, tmp_path), at=-1)
-    assert fitted(Federated(killer, folder=tmp_path, **options), model, plan).digest == whole.digest  # type: ignore[arg-type]
+    assert fitted(Federated(killer, folder=tmp_path, **options, privacy=None), model, plan).digest == whole.digest  # type: ignore[arg-type]
     assert killer.seen == [2, 3]
     assert not list(tmp_path.glob("rounds-*.safetensors"))
 

@@ -55,7 +55,7 @@ def gradient(network: nn.Module, model: Model, rows: Rows) -> dict[str, Tensor]:
 def test_scaffold_equals_a_plain_loop() -> None:
     """Two rounds of two steps for three clients, as Karimireddy et al. write them, with the loop's momentum."""
     model, clients = still(tiny_model()), shops(3, rows=60)
-    run = Federated(clients, rounds=Rounds(2), algorithm=Scaffold())
+    run = Federated(clients, rounds=Rounds(2), algorithm=Scaffold(), privacy=None)
     made = values(fitted(run, model, replace(PLAIN, epochs=4)))
 
     x = {n: v.clone() for n, v in values(model).items()}
@@ -84,7 +84,7 @@ def test_scaffold_equals_a_plain_loop() -> None:
         c = {n: c[n] + sum(change[n] for change in changes) / 3 for n in x}
     for name in x:
         torch.testing.assert_close(made[name], x[name], rtol=1e-4, atol=2e-6, msg=name)
-    plain = values(fitted(Federated(clients, rounds=Rounds(2)), model, replace(PLAIN, epochs=4)))
+    plain = values(fitted(Federated(clients, rounds=Rounds(2), privacy=None), model, replace(PLAIN, epochs=4)))
     assert max(float((plain[n] - made[n]).abs().max()) for n in x) > 1e-5, "the correction did something"
 
 
@@ -126,8 +126,8 @@ def test_the_proximal_term_is_not_zero_after_the_first_batch(model: Model) -> No
     assert len(terms) == 10
     assert terms[0] == 0
     assert min(terms[1:]) > 1e-4
-    near = values(fitted(Federated(shops(2), rounds=Rounds(1), algorithm=FedProx(mu=10.0)), model))
-    free = values(fitted(Federated(shops(2), rounds=Rounds(1)), model))
+    near = values(fitted(Federated(shops(2), rounds=Rounds(1), algorithm=FedProx(mu=10.0), privacy=None), model))
+    free = values(fitted(Federated(shops(2), rounds=Rounds(1), privacy=None), model))
     apart = [sum(float((v[n] - start[n]).norm()) for n in start) for v in (near, free)]
     assert apart[0] < 0.9 * apart[1], "the pull keeps clients near the server"
 
@@ -140,7 +140,7 @@ def test_a_personal_head_stays_at_home() -> None:
     runs = {}
     for personal in (False, True):
         clients = [Client("one", part(rows)), Client("two", part(turned))]
-        runs[personal] = Federated(clients, rounds=Rounds(3), travel=Travel(personal_head=personal))
+        runs[personal] = Federated(clients, rounds=Rounds(3), travel=Travel(personal_head=personal), privacy=None)
         made = fitted(runs[personal], model, plan)
     standings = {personal: [s.quality or 0.0 for s in run.report.standings] for personal, run in runs.items()}
     assert min(standings[True]) >= 0.9
@@ -184,7 +184,7 @@ def test_a_client_that_differs_is_refused_with_the_field_and_both_values(model: 
     }
     for field, value in others.items():
         clients[1].expects = replace(mine, **{field: value})
-        run = Federated(clients, rounds=Rounds(1))
+        run = Federated(clients, rounds=Rounds(1), privacy=None)
         fitted(run, model)
         (note,) = run.report.notes
         assert note.startswith(f"shop1 was refused: {field} differs: the server has ")
@@ -196,7 +196,7 @@ def test_a_client_that_differs_is_refused_with_the_field_and_both_values(model: 
             return replace(answer, manifest=replace(answer.manifest, version="0.1"))
         return answer
 
-    run = Federated(Changed(shops(3), old), rounds=Rounds(1))
+    run = Federated(Changed(shops(3), old), rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert "shop2 was refused: version differs: the server has" in run.report.notes[0]
     assert "the client '0.1'" in run.report.notes[0]
@@ -207,7 +207,7 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
     strange = replace(rows, label=("great", *(rows.label or ())[1:]))
     paired = replace(rows, pair=rows.text)
     clients = [*shops(2), Client("strange", part(strange)), Client("twins", part(paired))]
-    run = Federated(clients, rounds=Rounds(1))
+    run = Federated(clients, rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert run.report.notes == (
         "strange was refused: labels differs: the server has ['bad', 'good'], the client ['bad', 'good', 'great'].",
@@ -216,14 +216,14 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
     with pytest.raises(
         ClientError, match="0 of 1 clients can take part, and 1 must. strange was refused: labels differs"
     ):
-        fitted(Federated([Client("strange", part(strange))]), model)
+        fitted(Federated([Client("strange", part(strange))], privacy=None), model)
 
 
 def test_one_label_only_works_and_is_said_and_no_rows_take_no_part(model: Model) -> None:
     rows = tiny_rows(60)
     good = rows.take([i for i in range(60) if (rows.label or ())[i] == "good"])
     clients = [*shops(2), Client("sunny", part(good)), Client("empty", part(rows.take([])))]
-    run = Federated(clients, rounds=Rounds(1))
+    run = Federated(clients, rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert run.report.rounds[0].took_part == ("shop0", "shop1", "sunny")
     assert run.report.notes == (
@@ -232,14 +232,14 @@ def test_one_label_only_works_and_is_said_and_no_rows_take_no_part(model: Model)
     )
     assert (run.report.standings[0].client, run.report.standings[0].rows) == ("empty", 0)
     with pytest.raises(ClientError, match="empty has no training rows and takes no part"):
-        fitted(Federated([clients[-1]]), model)
+        fitted(Federated([clients[-1]], privacy=None), model)
     lost = InProcess([clients[-1]]).exchange({"empty": FitTask("f", 0, model, Supervised(model.task), PLAN)})
     assert lost["empty"] == Lost("empty", "this client has no training rows; it can take part once it has some.")
 
 
 def test_nobody_appears_or_all_leave(model: Model) -> None:
     with pytest.raises(ClientError, match="no client appeared within 0.1 s, and 1 must; start them, or raise `wait`"):
-        fitted(Federated([], rounds=Rounds(1, wait=0.1)), model)
+        fitted(Federated([], rounds=Rounds(1, wait=0.1), privacy=None), model)
     channel = Changed(shops(3), same)
 
     def leaving(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
@@ -249,15 +249,15 @@ def test_nobody_appears_or_all_leave(model: Model) -> None:
 
     channel.change = leaving
     with pytest.raises(ClientError, match=r"all clients left \(shop0, shop1, shop2\); start them again"):
-        fitted(Federated(channel, rounds=Rounds(3)), model)
+        fitted(Federated(channel, rounds=Rounds(3), privacy=None), model)
 
     def failing(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
         return Lost(name, "it left.") if isinstance(task, FitTask) else answer
 
     with pytest.raises(ClientError, match="round 0: 0 clients answered, and 1 must. shop0: it left. shop1: it left."):
-        fitted(Federated(Changed(shops(2), failing)), model)
+        fitted(Federated(Changed(shops(2), failing), privacy=None), model)
     with pytest.raises(ClientError, match="0 of 2 clients can take part.*shop0 was refused: no answer within 1e-09 s"):
-        fitted(Federated(shops(2), rounds=Rounds(1, seconds=1e-9)), model)
+        fitted(Federated(shops(2), rounds=Rounds(1, seconds=1e-9), privacy=None), model)
 
 
 def test_slow_and_absent_clients_are_normal(model: Model) -> None:
@@ -274,7 +274,7 @@ def test_slow_and_absent_clients_are_normal(model: Model) -> None:
         return answer
 
     channel.change = slow
-    run = Federated(channel, rounds=Rounds(4))
+    run = Federated(channel, rounds=Rounds(4), privacy=None)
     fitted(run, model)
     took_part = [r.took_part for r in run.report.rounds]
     assert [len(t) for t in took_part] == [4, 2, 3, 4]
@@ -287,7 +287,7 @@ def test_a_share_of_the_clients_takes_part_in_each_round(model: Model) -> None:
     asked = []
     for seed in (0, 0, 1):
         channel = Changed(shops(5, rows=60), same)
-        fitted(Federated(channel, rounds=Rounds(6, share=0.4)), model, replace(PLAN, epochs=1, seed=seed))
+        fitted(Federated(channel, rounds=Rounds(6, share=0.4), privacy=None), model, replace(PLAN, epochs=1, seed=seed))
         asked.append(channel.asked)
     assert all(len(names) == 2 for names in asked[0])
     assert len(set(asked[0])) > 2
@@ -300,10 +300,10 @@ def test_a_poisoned_update_changes_nothing_and_is_named(model: Model) -> None:
             return replace(answer, tensors={n: v * float("nan") for n, v in answer.tensors.items()})
         return answer
 
-    run = Federated(Changed(shops(4), lying), rounds=Rounds(1))
+    run = Federated(Changed(shops(4), lying), rounds=Rounds(1), privacy=None)
     made = fitted(run, model)
     assert [lost.client for lost in run.report.rounds[0].refused] == ["shop3"]
-    honest = fitted(Federated(shops(4)[:3], rounds=Rounds(1)), model)
+    honest = fitted(Federated(shops(4)[:3], rounds=Rounds(1), privacy=None), model)
     for name, value in values(honest).items():
         torch.testing.assert_close(values(made)[name], value)
 
@@ -312,10 +312,10 @@ def test_options_that_make_no_sense(model: Model) -> None:
     frozen = model.copy()
     frozen.network.requires_grad_(False)
     with pytest.raises(OptionError, match="every parameter is frozen"):
-        fitted(Federated(shops(2)), frozen)
+        fitted(Federated(shops(2), privacy=None), frozen)
     frozen.network.head.requires_grad_(True)  # type: ignore[union-attr]
     with pytest.raises(OptionError, match="only the head is trained and each client keeps its own"):
-        fitted(Federated(shops(2), travel=Travel(personal_head=True)), frozen)
+        fitted(Federated(shops(2), travel=Travel(personal_head=True), privacy=None), frozen)
     with pytest.raises(OptionError, match="3 clients bear 2 names"):
         InProcess([*shops(2), shops(1)[0]])
     for wrong in ({"number": 0}, {"share": 0.0}, {"minimum": 0}, {"seconds": 0.0}, {"wait": -1.0}, {"outlier": 1.0}):
@@ -324,13 +324,13 @@ def test_options_that_make_no_sense(model: Model) -> None:
     with pytest.raises(OptionError, match="mu of FedProx is 0"):
         FedProx(mu=0)
     with pytest.raises(OptionError, match="this run has not fitted anything yet"):
-        _ = Federated(shops(2)).report
+        _ = Federated(shops(2), privacy=None).report
 
     def idle(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
         return replace(answer, tensors=values(model)) if isinstance(answer, Fitted) else answer
 
     with pytest.raises(ModelError, match="fit: no weight moved in 2 rounds"):
-        fitted(Federated(Changed(shops(2), idle), rounds=Rounds(2), algorithm=FedAvg()), model)
+        fitted(Federated(Changed(shops(2), idle), rounds=Rounds(2), algorithm=FedAvg(), privacy=None), model)
 
 
 def test_a_client_answers_what_it_is_asked(model: Model) -> None:

@@ -67,7 +67,7 @@ MORE: list[Technique] = [
 
 def federated(data: Dataset, travel: Travel | None = None) -> Federated:
     clients = [Client(name, mine) for name, mine in datasets(data, Quantity(3, 2.0)).items()]
-    return Federated(clients, data, rounds=Rounds(2), travel=travel)
+    return Federated(clients, data, rounds=Rounds(2), travel=travel, privacy=None)
 
 
 @pytest.mark.parametrize("technique", FEW, ids=lambda t: type(t).__name__)
@@ -109,7 +109,7 @@ def test_a_federated_model_is_searched_certified_and_saved(tmp_path: Path, monke
 
     def shops(data: Dataset, folder: Path) -> Federated:
         clients = [Client(n, d, folder / n) for n, d in datasets(data, Dirichlet(3, 1.0)).items()]
-        made.append(Federated(clients, data, folder, rounds=Rounds(2)))
+        made.append(Federated(clients, data, folder, rounds=Rounds(2), privacy=None))
         return made[-1]
 
     options: dict[str, Any] = {"model": str(base), "max_drop": 5.0, "threads": 1, "runs": shops}

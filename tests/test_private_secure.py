@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netweight.errors import OptionError, RunError
+from netweight.run.federated.privacy import two_thirds
 from netweight.run.federated.secure import (
     Fixed,
     Keys,
@@ -15,7 +16,6 @@ from netweight.run.federated.secure import (
     mask,
     route,
     split,
-    threshold_for,
     unmasked,
 )
 
@@ -29,7 +29,7 @@ class Rounds:
 
     def __init__(self, vectors, threshold=None, absent=()):
         self.vectors = vectors
-        self.threshold = threshold or threshold_for(len(vectors))
+        self.threshold = threshold or two_thirds(len(vectors))
         self.members = {name: Member(name, self.threshold) for name in vectors}
         self.keys = {name: m.advertise() for name, m in self.members.items()}
         sent = {name: m.share(self.keys) for name, m in self.members.items() if name not in absent}
@@ -41,7 +41,7 @@ class Rounds:
     def sum(self, gone=(), late=()):
         sent = self.masked(gone)
         shares = {n: self.members[n].unmask(frozenset(sent)) for n in sent if n not in late}
-        return unmasked(sent, shares, self.keys, self.routed, self.threshold)
+        return unmasked(plain(sent), list(sent), shares, self.keys, self.routed, self.threshold)
 
 
 def vectors_of(count, length, seed=0):
@@ -57,7 +57,7 @@ def plain(vectors, gone=()):
 @given(st.integers(2, 9), st.integers(1, 40), st.data())
 def test_the_sum_is_that_of_the_survivors(count, length, data):
     vectors = vectors_of(count, length, count)
-    spare = count - threshold_for(count)
+    spare = count - two_thirds(count)
     lost = data.draw(st.lists(st.sampled_from(names_of(count)), max_size=spare, unique=True))
     cut = data.draw(st.integers(0, len(lost)))
     gone, late = lost[:cut], lost[cut:]
@@ -82,7 +82,7 @@ def test_fewer_than_the_threshold_are_refused():
     with pytest.raises(OptionError, match="3 clients are left for secure aggregation, and 4 are needed"):
         rounds.members["shop02"].unmask(frozenset(sent))
     with pytest.raises(RunError, match="3 clients are left .* nothing of their vectors can be read"):
-        unmasked(sent, {n: Shares({}, {}) for n in sent}, rounds.keys, rounds.routed, 4)
+        unmasked(plain(sent), list(sent), {n: Shares({}, {}) for n in sent}, rounds.keys, rounds.routed, 4)
     with pytest.raises(RunError, match="1 clients are left"):
         route({"shop00": {}}, 2)
 
@@ -156,10 +156,12 @@ def test_damaged_shares_and_keys_are_refused():
     shares = {n: rounds.members[n].unmask(frozenset(sent)) for n in sent}
     wrong = {**shares, "shop00": Shares(dict.fromkeys(shares["shop00"].seeds, bytes([1] * 66)), shares["shop00"].keys)}
     with pytest.raises(RunError, match="shares of a secret do not fit together"):
-        unmasked(sent, wrong, rounds.keys, rounds.routed, 2)
+        unmasked(plain(sent), list(sent), wrong, rounds.keys, rounds.routed, 2)
+    with pytest.raises(RunError, match="shop00 told shares of others than it was asked for"):
+        unmasked(plain(sent), list(sent), {**shares, "shop00": Shares({}, {})}, rounds.keys, rounds.routed, 2)
     other = {**rounds.keys, "shop02": Member("shop02", 2).advertise()}
     with pytest.raises(RunError, match="shares of the key of shop02 do not fit its public key"):
-        unmasked(sent, shares, other, rounds.routed, 2)
+        unmasked(plain(sent), list(sent), shares, other, rounds.routed, 2)
     member = Member("a", 2)
     with pytest.raises(RunError, match="a public key that is none"):
         member.share({"a": member.advertise(), "b": Keys(bytes(32), bytes(31))})

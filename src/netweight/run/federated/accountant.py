@@ -18,7 +18,7 @@ from netweight.errors import OptionError
 
 # Orders at which Renyi divergences are taken: those of the library dp-accounting, so that both give the same numbers.
 ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
-_LEAST, _MOST = 1e-2, 1e6  # noise that is looked for
+_LEAST, _MOST = 0.1, 1e6  # noise that is looked for
 _CLOSE = 1e-4  # relative; what is returned is on the safe side
 
 
@@ -88,18 +88,20 @@ def _renyi(noise: float, rate: float) -> NDArray[np.float64]:
     even grid, which for such smooth functions is exact to the last digits (Trefethen and Weideman, 2014); the paper's
     series give the same numbers.
     """
-    if rate == 1:
+    # Next to no noise hides nothing, and needs a very fine grid: as if each unit were in every sum, which is more.
+    if rate == 1 or noise < _LEAST:
         return np.array(ORDERS) / (2 * noise**2)
     width = min(noise, noise**2) / 8
     tail = 12 * noise
-    z = np.arange(-tail, max(ORDERS) + tail, width) if noise > 0.3 else None
-    return np.array([_moment(noise, rate, order, z, width) / (order - 1) for order in ORDERS])
+    # With little noise large orders are never the best, and their grids are long.
+    most = 64.0 if noise < 0.5 else ORDERS[-1]
+    z = np.arange(-tail, most + tail, width)
+    return np.array([_moment(noise, rate, a, z, width) / (a - 1) if a <= most else math.inf for a in ORDERS])
 
 
-def _moment(noise: float, rate: float, order: float, z: NDArray[np.float64] | None, width: float) -> float:
-    tail = 12 * noise
-    # At large orders the mass lies around `order`, nothing of it beyond.
-    here = np.arange(-tail, order + tail, width) if z is None else z[: int((order + 2 * tail) / width) + 1]
+def _moment(noise: float, rate: float, order: float, z: NDArray[np.float64], width: float) -> float:
+    # The mass lies between 0 and `order`, and within a few deviations of both.
+    here = z[: int((order + 24 * noise) / width) + 1]
     ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * here - 1) / (2 * noise**2))
     log = order * ratio - np.square(here / noise) / 2
     top = float(log.max())
@@ -110,6 +112,8 @@ def _converted(divergence: NDArray[np.float64], delta: float) -> float:
     """The least epsilon over all orders."""
     found = math.inf
     for order, at in zip(ORDERS, divergence.tolist(), strict=True):
+        if at == math.inf:
+            continue
         if delta**2 + math.expm1(-at) > 0:
             # By Bretagnolle and Huber (1979) the total variation is then below delta.
             return 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,8 +17,12 @@ from netweight.data import Dataset, Rows
 from netweight.errors import DataError
 from netweight.model import Model
 from netweight.run.federated.codecs import encoded, put, seed_of, travelling
+from netweight.run.federated.guard import Guard
+from netweight.run.federated.membership import membership
 from netweight.run.federated.messages import (
+    Advertise,
     Answer,
+    AttackTask,
     FitTask,
     Fitted,
     Join,
@@ -26,14 +31,17 @@ from netweight.run.federated.messages import (
     Reduced,
     Scored,
     ScoreTask,
+    Share,
     Task,
     Tensors,
+    Unmask,
 )
 from netweight.run.local import Local
 from netweight.seams import Seams
 from netweight.task import Classify
 from netweight.train import Reporter
 
+_ATTACKED = 500  # rows of each kind in a membership check
 _SEEN = ("text", "pair", "label", "weight")  # columns that a model or its loss reads
 
 
@@ -53,6 +61,7 @@ class Client:
         self.name, self.data, self.expects = name, data, expects
         self._local = Local(data, folder and folder / "work")
         self._kept = Kept(folder)
+        self._guard = Guard(name, folder)
 
     def answer(self, task: Task) -> Answer:
         """The answer to a task. Raises what the work raises: DataError without rows, OptionError, ModelError."""
@@ -64,6 +73,11 @@ class Client:
             rows = len(self.data.select)
             model = self.own(task.model, task.fit) if task.fit else task.model
             return Scored(self._local.quality(model) if rows else None, rows)
+        if isinstance(task, AttackTask):
+            model = self.own(task.model, task.fit) if task.fit else task.model
+            return membership(model, self.data.train, self.data.select, _ATTACKED)
+        if isinstance(task, Advertise | Share | Unmask):
+            return self._guard.answer(task)
         found = self._local.reduce(task.model, task.statistic, task.limit, task.unlabelled)
         return Reduced(found, len(self.data.train) if task.limit is None else task.limit)
 
@@ -91,6 +105,15 @@ class Client:
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
+        old, names = travelling(task.model.network, task.personal), trained(task.model) - set(task.personal)
+        # Asked again, as by a server that was killed: a second answer of the same rows would cost twice.
+        said = self._kept.at(task.fit, task.round, "said") if task.privacy else {}
+        fitted = Fitted(said, len(self.data.train), 0, 0.0, math.nan) if said else self._train(task, old, names)
+        spent, in_all = self._guard.spent(task)
+        tensors = self._guard.masked(task, old, fitted.tensors, names)
+        return replace(fitted, tensors=tensors, epsilon=spent, in_all=in_all)
+
+    def _train(self, task: FitTask, old: Tensors, names: frozenset[str]) -> Fitted:
         began = time.monotonic()
         model = task.model
         personal = self._kept.before(task.fit, task.round, "personal")
@@ -100,15 +123,21 @@ class Client:
         mine = self._kept.before(task.fit, task.round, "variate")
         seams = Correcting(model.network, task.proximal, task.variate, mine)
         meter = Meter(task.plan.reporter)
-        self._local.seams = seams
+        pool = self.data.pool if task.loss.unlabelled else None
+        drawn = len(self.data.train) + len(pool or ())
+        self._local.seams = self._guard.seams(task, drawn, seams)
         fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
         self._local.seams = Seams()
-        old, new = (travelling(network, task.personal) for network in (task.model.network, fitted.network))
+        self._guard.note(task, drawn, meter.at)
+        new = travelling(fitted.network, task.personal)
         seed = seed_of(task.fit, task.round)
         residual = self._kept.before(task.fit, task.round, "residual")
         draws = (seed, seed_of(seed, self.name))
-        sent, left = encoded(task.codec, old, new, trained(model) - set(task.personal), draws, residual)
-        keep = {"residual": left}
+        sent, left = encoded(task.codec, old, new, names, draws, residual)
+        sent = self._guard.noised(task, old, sent, names)
+        keep: dict[str, Tensors] = {"residual": left}
+        if task.privacy and self._kept.folder:
+            keep["said"] = sent
         if task.personal:
             keep["personal"] = {name: fitted.network.state_dict()[name].clone() for name in task.personal}
         change = None
@@ -117,7 +146,7 @@ class Client:
             change = {n: v - mine[n] if n in mine else v for n, v in keep["variate"].items()}
         self._kept.save(task.fit, task.round, keep)
         rows, seconds = len(self.data.train), time.monotonic() - began
-        return Fitted(sent, rows, meter.steps, seconds, meter.loss, change)
+        return Fitted(sent, rows, meter.steps, seconds, math.nan if task.privacy else meter.loss, change)
 
 
 def _require(rows: Rows) -> None:
@@ -196,6 +225,7 @@ class Meter:
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.steps = 0
+        self.at = 0  # the step that the fit has come to, with those before it was killed
         self.total = 0.0
 
     @property
@@ -205,11 +235,13 @@ class Meter:
 
     def start(self, label: str, steps: int, done: int) -> None:
         """Passed on."""
+        self.at = done
         self.reporter.start(label, steps, done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Counted and passed on."""
         self.steps += 1
+        self.at = step
         self.total += loss
         self.reporter.step(step, loss, rate)
 
@@ -234,6 +266,10 @@ class Kept:
         rounds = [r for r in self._rounds(fit) if round_ is None or r < round_]
         held = self._load(fit, max(rounds)) if rounds else {}
         return {name[len(kind) + 1 :]: value for name, value in held.items() if name.startswith(f"{kind}/")}
+
+    def at(self, fit: str, round_: int, kind: str) -> dict[str, Tensor]:
+        """The tensors of a kind from after this very round, by name; empty where none are."""
+        return self.before(fit, round_ + 1, kind) if round_ in self._rounds(fit) else {}
 
     def save(self, fit: str, round_: int, state: Mapping[str, Tensors]) -> None:
         """Keep the state after a round. Written whole or not at all."""

@@ -16,6 +16,7 @@ from netweight.loss import Loss
 from netweight.model import Model
 from netweight.run.base import Statistic
 from netweight.run.federated.codecs import Codec, Full
+from netweight.run.federated.membership import Membership
 from netweight.train import Plan
 
 Tensors = Mapping[str, Tensor]
@@ -56,13 +57,106 @@ class Joined:
 
 
 @dataclass(frozen=True)
+class RowNoise:
+    """Train with DP-SGD: over `rounds` rounds of one fit a client's rows may cost `epsilon` at `delta`; gradients of
+    rows are clipped to `clip`. The client works the noise out for itself, and keeps count."""
+
+    epsilon: float
+    delta: float
+    clip: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class UpdateNoise:
+    """Clip the update to `clip` and add Gaussian noise of standard deviation noise * clip / sqrt(cohort); with those of
+    `cohort` clients it adds up to noise * clip. Over all rounds it costs `epsilon` at `delta`."""
+
+    noise: float
+    clip: float
+    cohort: int
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A client's place in secure aggregation (see `secure`): sealed shares by sender, as hexadecimal text; the number
+    of clients whose vectors are added up; what this client multiplies its update by, and the norm it may have."""
+
+    sealed: Mapping[str, str]
+    clients: int
+    weight: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Advertise:
+    """Asks for fresh public keys for one round; so many clients must be left in its end."""
+
+    fit: str
+    round: int
+    threshold: int
+
+
+@dataclass(frozen=True)
+class Advertised:
+    """Public keys as hexadecimal text."""
+
+    seal: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class Share:
+    """Tells everyone's keys, by client, and asks for sealed shares of two secrets."""
+
+    fit: str
+    round: int
+    keys: Mapping[str, Advertised]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Sealed shares by receiver, as hexadecimal text."""
+
+    sealed: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """Tells who sent a masked update, and asks for shares that take masks away."""
+
+    fit: str
+    round: int
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Told:
+    """Shares by client, as hexadecimal text: of survivors' seeds, and of the keys of those that vanished."""
+
+    seeds: Mapping[str, str]
+    keys: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class AttackTask:
+    """Asks how well training rows can be told from held-out ones by a model's loss."""
+
+    model: Model
+    fit: str = ""
+
+
+@dataclass(frozen=True)
 class FitTask:
     """One round of training.
 
     `fit` names the whole fit (SHA-256), so that what a client keeps between rounds is not mixed with that of another;
     `round` counts from 0. The parameters of `model` that require gradients are trained; a carrier must keep those
     flags. `plan` is this round's part. `personal` parameters stay with the client. `proximal` is FedProx's mu,
-    `variate` SCAFFOLD's server variate. `codec` says how the update is to be encoded.
+    `variate` SCAFFOLD's server variate. `codec` says how the update is to be encoded, `privacy` what noise it needs;
+    with a `seat` it is masked.
     """
 
     fit: str
@@ -75,6 +169,8 @@ class FitTask:
     personal: tuple[str, ...] = ()
     proximal: float = 0.0
     variate: Tensors | None = None
+    privacy: RowNoise | UpdateNoise | None = None
+    seat: Seat | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +178,9 @@ class Fitted:
     """What a client has learned in a round.
 
     `tensors` are as the task's codec encodes them (`Full`: the new values themselves; others: differences to the
-    task's model). `variate` is the change of the client's SCAFFOLD variate. `loss` is the mean over the round's steps.
+    task's model). `variate` is the change of the client's SCAFFOLD variate. `loss` is the mean over the round's steps;
+    NaN under privacy, since it tells of rows. `epsilon` is what this fit has cost the client's rows so far, `in_all`
+    all fits. With a seat there is one tensor, "masked", of 32-bit words.
     """
 
     tensors: Tensors
@@ -91,6 +189,8 @@ class Fitted:
     seconds: float
     loss: float
     variate: Tensors | None = None
+    epsilon: float = 0.0
+    in_all: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,8 +236,8 @@ class Lost:
     reason: str
 
 
-Task = Join | FitTask | ReduceTask | ScoreTask
-Answer = Joined | Fitted | Reduced | Scored
+Task = Join | FitTask | ReduceTask | ScoreTask | AttackTask | Advertise | Share | Unmask
+Answer = Joined | Fitted | Reduced | Scored | Membership | Advertised | Shared | Told
 
 
 class Channel(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import Lost
 
 
@@ -11,7 +12,8 @@ from netweight.run.federated.messages import Lost
 class RoundReport:
     """One round: who took part, who was lost, whose update was refused; bytes of the encoded updates (`up`) and of the
     parameters sent out (`down`), over all clients; mean training loss; `quality` on the server's select rows, where it
-    has any and was asked to look."""
+    has any and was asked to look; `epsilon` is the most that this fit had cost a client by then, `in_all` that of all
+    its fits."""
 
     round: int
     took_part: tuple[str, ...]
@@ -22,6 +24,8 @@ class RoundReport:
     loss: float
     seconds: float
     quality: float | None = None
+    epsilon: float = 0.0
+    in_all: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,21 @@ class Standing:
 
 
 @dataclass(frozen=True)
+class Attacked:
+    """The membership check of a client's rows, on the model from before the fit and from after it."""
+
+    client: str
+    before: Membership
+    after: Membership
+
+
+@dataclass(frozen=True)
 class FederationReport:
     """A fit over all its rounds.
 
     `moved` is the relative L2 distance of the trained parameters from where they began. `privacy` states what was done
-    to protect rows. `notes` are sentences on clients that are special.
+    to protect rows, `epsilon` is the most that the fit cost a client (None: privacy was off). `attacks` has those
+    clients that have rows enough for a membership check. `notes` are sentences on clients that are special.
     """
 
     label: str
@@ -49,6 +63,8 @@ class FederationReport:
     moved: float
     privacy: str
     notes: tuple[str, ...] = ()
+    epsilon: float | None = None
+    attacks: tuple[Attacked, ...] = ()
 
     @property
     def worst(self) -> Standing | None:
@@ -78,6 +94,12 @@ class FederationReport:
             quality = "unknown" if s.quality is None else f"{s.quality:.4f}"
             mark = " (worst)" if worst is not None and s.client == worst.client else ""
             said.append(f"  {s.client}: {s.rows} rows, quality {quality}{mark}")
+        for a in self.attacks:
+            said.append(
+                f"  {a.client}: membership attack AUC {a.before.auc:.3f} before, {a.after.auc:.3f} after (95 % "
+                f"interval {a.after.low:.3f} to {a.after.high:.3f}; 0.5 tells nothing), "
+                f"advantage {a.after.advantage:.3f}"
+            )
         for r in self.rounds:
             said += [f"  round {r.round}: {lost.client} lost: {lost.reason}" for lost in r.lost]
             said += [f"  round {r.round}: {lost.client} refused: {lost.reason}" for lost in r.refused]

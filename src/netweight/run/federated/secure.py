@@ -100,12 +100,6 @@ class Shares:
     keys: Mapping[str, bytes]
 
 
-def threshold_for(clients: int) -> int:
-    """Two thirds of the clients, rounded up, at least two: a third may vanish, and fewer than that many learn nothing
-    together with the server."""
-    return max(_LEAST, math.ceil(2 * clients / 3))
-
-
 class Member:
     """A client in one aggregation; a new one is made for each.
 
@@ -198,11 +192,13 @@ def route(sent: Mapping[str, Mapping[str, bytes]], threshold: int) -> dict[str, 
     """The server after round 2: what each client gets, by sender, of what those that are still there sent."""
     if len(sent) < threshold:
         raise RunError(_too_few(len(sent), threshold))
-    return {to: {name: parts[to] for name, parts in sent.items() if name != to} for to in sent}
+    # Who left a share out sends an empty one: its receiver says so.
+    return {to: {name: parts.get(to, b"") for name, parts in sent.items() if name != to} for to in sent}
 
 
 def unmasked(
-    vectors: Mapping[str, Words],
+    total: Words,
+    survivors: Collection[str],
     shares: Mapping[str, Shares],
     keys: Mapping[str, Keys],
     shared: Collection[str],
@@ -211,28 +207,31 @@ def unmasked(
     """The server in the end: the sum of the survivors' vectors.
 
     Args:
-        vectors: masked ones, of those that sent one.
-        shares: what survivors told, by name.
+        total: the sum of the survivors' masked vectors.
+        survivors: those that sent one.
+        shares: what they told, by name.
         keys: public keys of all that advertised (round 1).
         shared: those that shared secrets (round 2).
 
     Raises RunError where fewer than `threshold` told their shares, or a share is damaged.
     """
-    if len(shares) < threshold or len(vectors) < threshold:
-        raise RunError(_too_few(min(len(shares), len(vectors)), threshold))
+    if len(shares) < threshold or len(survivors) < threshold:
+        raise RunError(_too_few(min(len(shares), len(survivors)), threshold))
     names = sorted(keys)
     told = sorted(shares)[:threshold]
-    total = sum(vectors[name] for name in sorted(vectors))
-    assert isinstance(total, np.ndarray)
-    for name in sorted(vectors):
+    gone = sorted(set(shared) - set(survivors))
+    for t in told:
+        if set(shares[t].seeds) != set(survivors) or set(shares[t].keys) != set(gone):
+            raise RunError(f"{t} told shares of others than it was asked for; begin the round again.")
+    for name in sorted(survivors):
         at = {names.index(t) + 1: shares[t].seeds[name] for t in told}
         total = total - mask(join(at), len(total))
-    for name in sorted(set(shared) - set(vectors)):
+    for name in gone:
         at = {names.index(t) + 1: shares[t].keys[name] for t in told}
         private = X25519PrivateKey.from_private_bytes(join(at))
         if _public(private) != keys[name].mask:
             raise RunError(f"shares of the key of {name} do not fit its public key; begin the round again.")
-        for other in sorted(vectors):
+        for other in sorted(survivors):
             # What `other` added for the pair is what `name` would have taken away.
             total = _paired(total, name, other, _agreed(private, keys[other].mask, _MASK))
     return total.astype(np.uint32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from netweight.run.federated.client import Client, manifest_of, trained
 from netweight.run.federated.codecs import put, seed_of, size, travelling
 from netweight.run.federated.inprocess import InProcess
 from netweight.run.federated.members import Members, too_few
+from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import (
+    AttackTask,
     Channel,
     FitTask,
     Fitted,
@@ -33,13 +35,27 @@ from netweight.run.federated.messages import (
     Tensors,
 )
 from netweight.run.federated.options import Algorithm, FedAvg, Rounds, Travel
-from netweight.run.federated.report import FederationReport, RoundReport, Standing
+from netweight.run.federated.privacy import (
+    OFF,
+    Automatic,
+    ClientLevel,
+    Guarded,
+    Privacy,
+    Setting,
+    least,
+    noise_to_signal,
+    refuse,
+    statement,
+)
+from netweight.run.federated.report import Attacked, FederationReport, RoundReport, Standing
 from netweight.run.federated.state import State, distance
+from netweight.run.federated.veiled import Veiled
 from netweight.run.local import Local
 from netweight.run.processes import shares
 from netweight.train import Plan, Silent, fit_digest
 
 _HEADS = ("head", "heads")
+_PRIVATE = Automatic()
 
 
 class Federated:
@@ -53,6 +69,7 @@ class Federated:
         data: rows of the server's own, for `quality` and early stopping; none of them is trained on. None asks clients.
         folder: where the state after each round is kept, so that a killed server goes on; None keeps nothing.
         rounds, algorithm, travel: see there.
+        privacy: what is promised of rows; None turns it off, and the report says so.
     """
 
     def __init__(
@@ -64,12 +81,14 @@ class Federated:
         rounds: Rounds | None = None,
         algorithm: Algorithm | None = None,
         travel: Travel | None = None,
+        privacy: Automatic | Privacy | None = _PRIVATE,
     ) -> None:
         self.channel: Channel = InProcess(clients) if isinstance(clients, Sequence) else clients
         self.held_out, self.folder = data, folder
         self.rounds = rounds or Rounds()
         self.algorithm: Algorithm = algorithm or FedAvg()
         self.travel = travel or Travel()
+        self.privacy = privacy
         self.members = Members(self.channel, self.rounds)
         self.reports: list[FederationReport] = []
 
@@ -85,6 +104,12 @@ class Federated:
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
     ) -> dict[str, Tensor]:
         """The statistic over all clients' rows; of a limit each client takes its share by rows."""
+        if self.privacy is not None:
+            raise OptionError(
+                f"{type(statistic).__name__} is an exact sum over rows, which no noise hides: a technique that needs "
+                "it cannot run with privacy (Finetune: probe=False, class_weights=False). Leave it out, or use "
+                "privacy=None."
+            )
         usable = self.usable(model)
         names = sorted(usable)
         rows = [usable[name].rows for name in names]
@@ -148,11 +173,12 @@ class _Fit:
                 "teachers": [t.digest for t in loss.teachers],
                 "plan": plan.describe(),
                 "trained": sorted(self.trained),
-                "run": [repr(run.rounds), repr(run.algorithm), repr(run.travel)],
+                "run": [repr(run.rounds), repr(run.algorithm), repr(run.travel), repr(run.privacy)],
             }
         )
         self.path = run.folder / f"rounds-{self.fit[:16]}.safetensors" if run.folder else None
         self.began = time.monotonic()
+        self.guarded = self._guarded() if run.privacy is not None else None
 
     def run(self) -> Model:
         path, total = self.path, self.run_.rounds.number
@@ -181,26 +207,71 @@ class _Fit:
         usable = run.usable(self.model)
         chosen = run.members.drawn(usable, self.plan.seed, number)
         task = self.task(state, number)
-        answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
-        fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
-        lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
-        shared = seed_of(self.fit, number)
-        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
-        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
-        if len(updates) < run.rounds.minimum:
-            raise too_few(len(updates), (*lost, *refused), run.rounds.minimum, f"round {number}")
-        rows = {name: float(usable[name].rows) for name in updates}
-        mean = run.algorithm.aggregate(updates, rows)
+        collect = self._veiled if self.guarded and self.guarded.privacy.secure else self._open
+        found = collect(state, task, chosen, usable)
+        mean, fitted, took = found.mean, found.fitted, found.took
         was = {name: state.values[name] for name in self.travelling}
         new, moments = run.algorithm.step(was, mean, state.moments)
         values = {**mean, **new}
-        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
         down = len(chosen) * (size(state.values) + size(task.variate or {}))
-        variate = self._variate(state, {name: fitted[name] for name in updates}, len(usable))
-        loss = sum(fitted[n].loss * rows[n] for n in updates) / sum(rows.values())
-        quality = self._quality(values)
-        report = RoundReport(number, tuple(updates), lost, refused, up, down, loss, time.monotonic() - began, quality)
+        variate = self._variate(state, {name: fitted[name] for name in took}, len(usable))
+        loss = sum(fitted[n].loss * usable[n].rows for n in took) / sum(usable[n].rows for n in took)
+        quality, seconds = self._quality(values), time.monotonic() - began
+        cost = (max(a.epsilon for a in fitted.values()), max(a.in_all for a in fitted.values()))
+        report = RoundReport(number, took, found.lost, found.refused, found.up, down, loss, seconds, quality, *cost)
         return self._next(replace(state, values=values, moments=moments, variate=variate), report)
+
+    def _open(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
+        """Updates that the server sees one by one."""
+        run = self.run_
+        answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
+        fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
+        lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
+        shared = seed_of(self.fit, task.round)
+        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
+        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
+        minimum = self.guarded.least if self.guarded else run.rounds.minimum
+        if len(updates) < minimum:
+            raise too_few(len(updates), (*lost, *refused), minimum, f"round {task.round}")
+        mean = run.algorithm.aggregate(updates, self._weights(updates, usable))
+        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
+        return _Collected(mean, fitted, tuple(updates), lost, refused, up)
+
+    def _veiled(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
+        """Updates of which the server sees the sum."""
+        assert self.guarded is not None
+        weights = self._weights(chosen, usable)
+        most = max(weights.values())
+        shares = {name: weight / most for name, weight in weights.items()}
+        run = self.run_
+        veiled = Veiled(
+            lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
+            task,
+            shares,
+            self.guarded.least,
+            self.guarded.privacy.largest,
+        )
+        mean = veiled.mean(state.values, self.travelling, seed_of(self.fit, task.round))
+        lost = tuple(veiled.lost[name] for name in sorted(veiled.lost))
+        return _Collected(mean, veiled.fitted, tuple(veiled.fitted), lost, (), veiled.up)
+
+    def _weights(self, clients: Iterable[str], usable: Mapping[str, Joined]) -> dict[str, float]:
+        """Rows, or 1 where a client is the unit that is hidden."""
+        alike = self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel)
+        return {name: 1.0 if alike else float(usable[name].rows) for name in clients}
+
+    def _guarded(self) -> Guarded:
+        """What is promised to the clients that are there. Raises OptionError where it cannot be kept, or nothing would
+        be learned."""
+        run = self.run_
+        assert run.privacy is not None
+        usable = run.usable(self.model)
+        kind = run.privacy.among(len(usable)) if isinstance(run.privacy, Automatic) else run.privacy
+        rows = {name: about.rows for name, about in usable.items()}
+        d = sum(self.start[name].numel() for name in self.travelling)
+        setting = Setting(self.plan, run.rounds, rows, d)
+        refuse(kind, setting, run.algorithm, run.travel)
+        return Guarded(kind, least(kind, setting), noise_to_signal(kind, setting)[0])
 
     def task(self, state: State, number: int) -> FitTask:
         """What clients are asked in a round."""
@@ -231,6 +302,7 @@ class _Fit:
             self.personal,
             run.algorithm.proximal,
             variate,
+            self.guarded.privacy.task(rounds, self.guarded.least) if self.guarded else None,
         )
 
     def _with(self, values: Tensors) -> Model:
@@ -275,10 +347,49 @@ class _Fit:
             Standing(name, about.rows, scores[name].quality if name in scores else None)
             for name, about in sorted(run.members.joined.items())
         )
-        privacy = "none: updates travel as they are"
         run.reports.append(
-            FederationReport(self.label, self.fit, state.rounds, standings, moved, privacy, run.members.notes())
+            FederationReport(
+                self.label,
+                self.fit,
+                state.rounds,
+                standings,
+                moved,
+                self._statement(state),
+                run.members.notes(),
+                max(r.epsilon for r in state.rounds) if self.guarded else None,
+                self._attacks(made),
+            )
         )
+
+    def _statement(self, state: State) -> str:
+        if self.guarded is None:
+            return OFF
+        spent, in_all = (max(getattr(r, name) for r in state.rounds) for name in ("epsilon", "in_all"))
+        ratio = f"; predicted noise to signal {self.guarded.ratio:.2f}"
+        return statement(self.guarded.privacy, spent, in_all) + ratio
+
+    def _attacks(self, made: Model) -> tuple[Attacked, ...]:
+        """What clients' training rows can be told by, before and after; of those that have rows enough."""
+        run, names = self.run_, sorted(self.run_.usable(self.model))
+        found = []
+        for model, fit in ((self.model, ""), (made, self.fit if self.personal else "")):
+            answers = run.channel.exchange(dict.fromkeys(names, AttackTask(model, fit)), run.rounds.seconds)
+            found.append({n: a for n, a in answers.items() if isinstance(a, Membership)})
+        before, after = found
+        return tuple(Attacked(n, before[n], after[n]) for n in names if n in before and n in after)
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """What a round brought: the aggregate of the updates, answers, who took part, was lost, was refused; bytes of the
+    updates."""
+
+    mean: dict[str, Tensor]
+    fitted: Mapping[str, Fitted]
+    took: tuple[str, ...]
+    lost: tuple[Lost, ...]
+    refused: tuple[Lost, ...]
+    up: int
 
 
 def _personal(model: Model) -> tuple[str, ...]:

@@ -26,7 +26,11 @@ from netweight.model import Base, Model, Range, Weights
 from netweight.network import Network, build, tensors
 from netweight.objectives import Adversarial, CausalLM, Contrastive, MaskedLM, RDrop
 from netweight.run.federated.codecs import Full, Int8, RandomK, TopK
+from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import (
+    Advertise,
+    Advertised,
+    AttackTask,
     FitTask,
     Fitted,
     Join,
@@ -34,15 +38,26 @@ from netweight.run.federated.messages import (
     Manifest,
     Reduced,
     ReduceTask,
+    RowNoise,
     Scored,
     ScoreTask,
+    Seat,
+    Share,
+    Shared,
+    Told,
+    Unmask,
+    UpdateNoise,
 )
 from netweight.task import Classify, Score
 from netweight.train import Plan
 
-MESSAGES: tuple[type, ...] = (Join, Joined, FitTask, Fitted, ReduceTask, Reduced, ScoreTask, Scored)
+MESSAGES: tuple[type, ...] = (
+    *(Join, Joined, FitTask, Fitted, ReduceTask, Reduced, ScoreTask, Scored, AttackTask, Membership),
+    *(Advertise, Advertised, Share, Shared, Unmask, Told),
+)
 KINDS: tuple[type, ...] = (
     *MESSAGES,
+    *(RowNoise, UpdateNoise, Seat),
     *(Manifest, Plan, Classify, Score, Base, Range, Weights),
     *(Full, Int8, RandomK, TopK),
     *(Supervised, SoftTargets, Penalized, PseudoLabels, Matching),

@@ -1,0 +1,213 @@
+"""A client's side of privacy: noise, a ledger of what its rows have cost, and its seat in secure aggregation."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from netweight.errors import OptionError, StoreError
+from netweight.run.federated.accountant import Steps, epsilon
+from netweight.run.federated.codecs import Full
+from netweight.run.federated.messages import (
+    Advertise,
+    Advertised,
+    FitTask,
+    RowNoise,
+    Share,
+    Shared,
+    Tensors,
+    Told,
+    Unmask,
+)
+from netweight.run.federated.privacy import planned, row_noise
+from netweight.seams import Seams
+
+if TYPE_CHECKING:
+    from netweight.run.federated.secure import Member
+
+RANGE = 8.0  # no weight moves so far in a round that trains anything
+_SLACK = 1 + 1e-9
+
+
+class Guard:
+    """Keeps a client's rows to what was promised of them.
+
+    `folder` holds the ledger, so that a killed client does not forget; None keeps it in memory.
+    """
+
+    def __init__(self, name: str, folder: Path | None) -> None:
+        self.name = name
+        self.ledger = Ledger(folder and folder / "privacy.json")
+        self._members: dict[tuple[str, int], Member] = {}
+
+    def seams(self, task: FitTask, rows: int, inner: Seams) -> Seams:
+        """Those of the loop. Raises OptionError for what row-level privacy cannot hide, and where the budget of this
+        fit does not last for one more round."""
+        if task.privacy is None:
+            return inner
+        self._afford(task, rows)
+        if not isinstance(task.privacy, RowNoise):
+            return inner
+        from netweight.run.federated.private import RowPrivate, require
+
+        require(task.model.network, task.loss, task.plan)
+        return RowPrivate(self._round(task, rows).noise, task.privacy.clip, task.plan.batch_size, inner)
+
+    def note(self, task: FitTask, rows: int, steps: int) -> None:
+        """Enter the steps of a round into the ledger."""
+        if task.privacy is None:
+            return
+        one = self._round(task, rows)
+        self.ledger.add(task.fit, Steps(one.noise, one.rate, steps if isinstance(task.privacy, RowNoise) else 1))
+
+    def spent(self, task: FitTask) -> tuple[float, float]:
+        """What this fit, and all fits, have cost by now at the task's delta."""
+        if task.privacy is None:
+            return 0.0, 0.0
+        delta = task.privacy.delta
+        return epsilon(self.ledger.of(task.fit), delta), epsilon(self.ledger.of(None), delta)
+
+    def noised(self, task: FitTask, old: Tensors, sent: dict[str, Tensor], names: frozenset[str]) -> dict[str, Tensor]:
+        """What may leave: the update, clipped and noised where clients are hidden.
+
+        `sent` is what the task's codec made of the parameters of these `names`; buffers are what is left. Raises
+        OptionError where a buffer changed, or a value is not finite.
+        """
+        if task.privacy is None:
+            return sent
+        for name in sorted(set(sent) - names):
+            if name in old and not torch.equal(sent[name], old[name]):
+                raise OptionError(
+                    f"training changed the buffer {name}, which no noise hides; train another way, or turn privacy off."
+                )
+        if isinstance(task.privacy, RowNoise):
+            return sent
+        changes = _changes(task, old, sent, names)
+        shortened(changes, task.privacy.clip)
+        noises = torch.Generator().manual_seed(secrets.randbits(62))
+        deviation = task.privacy.noise * task.privacy.clip / math.sqrt(task.privacy.cohort)
+        held = dict(sent)
+        for name, value in changes.items():
+            value += deviation * torch.randn(value.shape, generator=noises, dtype=torch.float64)
+            whole = old[name].double() + value if isinstance(task.codec, Full) else value
+            held[name] = whole.to(sent[name].dtype)
+        return held
+
+    def masked(self, task: FitTask, old: Tensors, sent: Tensors, names: frozenset[str]) -> Tensors:
+        """The update under masks, where the task has a seat: one tensor of 32-bit words, of the changes in the order of
+        their names. Raises OptionError for what is not finite or out of range."""
+        if task.seat is None:
+            return sent
+        from netweight.run.federated.secure import Fixed
+
+        changes = _changes(task, old, sent, names)
+        shortened(changes, task.seat.largest)
+        values = torch.cat([v.flatten() for v in changes.values()]) * task.seat.weight
+        words = Fixed(RANGE, task.seat.clients).encode(values.numpy())
+        received = {name: _bytes(part) for name, part in task.seat.sealed.items()}
+        hidden = self._member((task.fit, task.round)).masked(words, received)
+        return {"masked": torch.from_numpy(hidden.view(np.int32))}
+
+    def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
+        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does."""
+        from netweight.run.federated.secure import Keys, Member
+
+        at = (task.fit, task.round)
+        if isinstance(task, Advertise):
+            self._members = {at: Member(self.name, task.threshold)}
+            keys = self._members[at].advertise()
+            return Advertised(keys.seal.hex(), keys.mask.hex())
+        member = self._member(at)
+        if isinstance(task, Share):
+            everyone = {n: Keys(_bytes(k.seal), _bytes(k.mask)) for n, k in task.keys.items()}
+            return Shared({name: part.hex() for name, part in member.share(everyone).items()})
+        shares = member.unmask(frozenset(task.survivors))
+        return Told({n: s.hex() for n, s in shares.seeds.items()}, {n: s.hex() for n, s in shares.keys.items()})
+
+    def _member(self, at: tuple[str, int]) -> Member:
+        if at not in self._members:
+            raise OptionError(f"{self.name} has advertised no keys for round {at[1]}; it takes part in the next one.")
+        return self._members[at]
+
+    def _round(self, task: FitTask, rows: int) -> Steps:
+        """What the task's round will release, as planned."""
+        if not isinstance(task.privacy, RowNoise):
+            assert task.privacy is not None
+            return Steps(task.privacy.noise, 1.0, 1)
+        p, size = task.privacy, task.plan.batch_size
+        steps = planned(rows, task.plan.epochs, size)
+        return Steps(row_noise(p.epsilon, p.delta, rows, size, steps * p.rounds), min(1.0, size / rows), steps)
+
+    def _afford(self, task: FitTask, rows: int) -> None:
+        assert task.privacy is not None
+        after = epsilon([*self.ledger.of(task.fit), self._round(task, rows)], task.privacy.delta)
+        if after > task.privacy.epsilon * _SLACK:
+            raise OptionError(
+                f"one more round would cost the rows of {self.name} epsilon {after:.2f} in this fit, and "
+                f"{task.privacy.epsilon:g} was promised; it answers no more."
+            )
+
+
+def _changes(task: FitTask, old: Tensors, sent: Tensors, names: frozenset[str]) -> dict[str, Tensor]:
+    """What was learned, of the parameters of these names; in fp64."""
+    full = isinstance(task.codec, Full)
+    return {n: sent[n].double() - old[n].double() if full else sent[n].double() for n in sorted(names)}
+
+
+class Ledger:
+    """What was released of a client's rows, fit by fit; written before it is released."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._held: dict[str, list[Steps]] = {}
+        if path and path.exists():
+            try:
+                given = json.loads(path.read_text(encoding="utf-8"))
+                self._held = {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
+            except (ValueError, TypeError, AttributeError) as problem:
+                raise StoreError(
+                    f"the privacy ledger {path} is damaged ({problem}); what these rows have cost is not known any "
+                    "more. Restore it from a backup; without it, deleting it starts to count from nothing."
+                ) from None
+
+    def of(self, fit: str | None) -> list[Steps]:
+        """The releases of a fit, or of all."""
+        return [s for name, steps in self._held.items() if fit in (None, name) for s in steps]
+
+    def add(self, fit: str, steps: Steps) -> None:
+        """Enter a release."""
+        self._held.setdefault(fit, []).append(steps)
+        if self.path is None:
+            return
+        text = json.dumps({name: [asdict(s) for s in held] for name, held in self._held.items()})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_suffix(".new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(self.path)
+
+
+def shortened(values: Mapping[str, Tensor], limit: float) -> None:
+    """Scale tensors down, in place, to a norm over all of them of `limit`. Raises OptionError where one is not
+    finite."""
+    norm = math.sqrt(sum(float(v.square().sum()) for v in values.values()))
+    if not math.isfinite(norm):
+        raise OptionError("the update has values that are not finite; lower the learning rate.")
+    if norm > limit:
+        for value in values.values():
+            value *= limit / norm
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise OptionError("keys and shares travel as hexadecimal text, and something else came.") from None

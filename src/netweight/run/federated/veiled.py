@@ -1,0 +1,152 @@
+"""A server's side of secure aggregation: one round, over any channel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from netweight.errors import RunError
+from netweight.run.federated.codecs import Decoded, Full, parts_of
+from netweight.run.federated.guard import RANGE
+from netweight.run.federated.members import too_few
+from netweight.run.federated.messages import (
+    Advertise,
+    Advertised,
+    Answer,
+    FitTask,
+    Fitted,
+    Lost,
+    Seat,
+    Share,
+    Shared,
+    Task,
+    Tensors,
+    Told,
+    Unmask,
+)
+
+T = TypeVar("T")
+Exchange = Callable[[Mapping[str, Task]], Mapping[str, Answer | Lost]]
+
+
+class Veiled:
+    """One round whose updates the server sees the sum of, and nothing else.
+
+    Args:
+        exchange: how tasks reach clients.
+        task: what they are asked, without a seat.
+        weights: of each client that is asked, above 0 and at most 1.
+        threshold: clients that must be left in the end.
+        largest: the norm that an update may have.
+    """
+
+    def __init__(
+        self, exchange: Exchange, task: FitTask, weights: Mapping[str, float], threshold: int, largest: float
+    ) -> None:
+        self.exchange, self.task, self.weights = exchange, task, weights
+        self.threshold, self.largest = threshold, largest
+        self.lost: dict[str, Lost] = {}
+        self.fitted: dict[str, Fitted] = {}
+        self.up = 0
+
+    def mean(self, old: Tensors, names: frozenset[str], shared: int) -> dict[str, Tensor]:
+        """New values: old ones plus the weighted mean of the updates; who answered is in `fitted`, who did not in
+        `lost`; `up` counts bytes of masked updates.
+
+        Raises ClientError where fewer than the threshold are left, RunError for a sum that no honest clients make.
+        """
+        from netweight.run.federated.secure import Fixed, Keys, Shares, route, unmasked
+
+        fit, number = self.task.fit, self.task.round
+        keys = self._ask(dict.fromkeys(sorted(self.weights), Advertise(fit, number, self.threshold)), Advertised)
+        shares = self._ask(dict.fromkeys(keys, Share(fit, number, keys)), Shared)
+        routed = route({n: {to: _bytes(s) for to, s in a.sealed.items()} for n, a in shares.items()}, self.threshold)
+        tasks: dict[str, Task] = {}
+        for name, parts in routed.items():
+            sealed = {sender: part.hex() for sender, part in parts.items()}
+            tasks[name] = replace(self.task, seat=Seat(sealed, len(keys), self.weights[name], self.largest))
+        length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
+        self.fitted = self._ask(tasks, Fitted, lambda a: _is_vector(a, length))
+        # Added up before the next exchange, after which answers may be gone.
+        total = np.zeros(length, np.uint32)
+        for answer in self.fitted.values():
+            total += answer.tensors["masked"].numpy().view(np.uint32)
+            self.up += total.nbytes
+        told = self._ask(dict.fromkeys(self.fitted, Unmask(fit, number, tuple(self.fitted))), Told)
+        words = unmasked(
+            total,
+            list(self.fitted),
+            {n: Shares(_all_bytes(a.seeds), _all_bytes(a.keys)) for n, a in told.items()},
+            {n: Keys(_bytes(a.seal), _bytes(a.mask)) for n, a in keys.items()},
+            list(routed),
+            self.threshold,
+        )
+        summed = Fixed(RANGE, len(keys)).decode(words)
+        weight = sum(self.weights[name] for name in self.fitted)
+        self._sound(summed, weight)
+        return self._values(torch.from_numpy(summed / weight), old, names, shared)
+
+    def _ask(self, tasks: Mapping[str, Task], kind: type[T], fine: Callable[[T], bool] | None = None) -> dict[str, T]:
+        """Answers of a kind, by client; the others are lost. Raises ClientError where too few are left."""
+        answers = self.exchange(tasks)
+        found: dict[str, T] = {}
+        for name in sorted(tasks):
+            answer = answers.get(name)
+            if isinstance(answer, kind) and (fine is None or fine(answer)):
+                found[name] = answer
+            elif isinstance(answer, Lost):
+                self.lost[name] = answer
+            else:
+                self.lost[name] = Lost(name, f"no {kind.__name__} that can be used came.")
+        if len(found) < self.threshold:
+            raise too_few(len(found), tuple(self.lost.values()), self.threshold, f"round {self.task.round}, secure sum")
+        return found
+
+    def _sound(self, total: np.ndarray[tuple[int, ...], np.dtype[np.float64]], weight: float) -> None:
+        norm, most = float(np.linalg.norm(total)), weight * self.largest
+        step = 2 * RANGE * len(self.weights) / 2**31 * len(self.fitted) * math.sqrt(len(total))
+        if not norm <= most + step:
+            raise RunError(
+                f"round {self.task.round}: the sum of updates has norm {norm:.4g}, and those of {len(self.fitted)} "
+                f"clients that keep to the rules have {most:.4g} at most. One did not, and a sum does not tell which: "
+                "begin again with fewer clients, or with secure=False."
+            )
+
+    def _values(self, mean: Tensor, old: Tensors, names: frozenset[str], shared: int) -> dict[str, Tensor]:
+        held, at = dict(old), 0
+        codec = self.task.codec
+        for name in sorted(names):
+            shape = parts_of(codec, name, old[name])[name][0]
+            part = mean[at : at + math.prod(shape)].reshape(shape)
+            at += part.numel()
+            if isinstance(codec, Full):
+                held[name] = (old[name].double() + part).to(old[name].dtype)
+            else:
+                held[name] = Decoded(codec, {name: part.float()}, old, frozenset({name}), shared)[name]
+        return held
+
+
+def _is_vector(answer: Fitted, length: int) -> bool:
+    held = dict.fromkeys(answer.tensors)
+    return (
+        list(held) == ["masked"]
+        and answer.tensors["masked"].dtype == torch.int32
+        and tuple(answer.tensors["masked"].shape) == (length,)
+    )
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise RunError("keys and shares travel as hexadecimal text, and something else came.") from None
+
+
+def _all_bytes(texts: Mapping[str, str]) -> dict[str, bytes]:
+    return {name: _bytes(text) for name, text in texts.items()}

@@ -1,0 +1,382 @@
+"""Federated runs under privacy: on unless turned off, within the budget, and equal to plain ones where they must be."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import tiny_model, tiny_rows
+from netweight.data import Dataset
+from netweight.data.rows import Sealed
+from netweight.errors import ClientError, OptionError, RunError, StoreError
+from netweight.loss import Supervised
+from netweight.objectives import Contrastive
+from netweight.run.aggregate import Krum, Median, TrimmedMean
+from netweight.run.federated import (
+    Automatic,
+    Client,
+    ClientLevel,
+    FedAdam,
+    FedAvg,
+    Federated,
+    InProcess,
+    Int8,
+    RandomK,
+    Rounds,
+    RowLevel,
+    Scaffold,
+    TopK,
+    Travel,
+    server,
+)
+from netweight.run.federated.accountant import Steps, epsilon
+from netweight.run.federated.guard import Ledger, shortened
+from netweight.run.federated.messages import Advertise, FitTask, Fitted, Lost, Share, Unmask
+from netweight.run.federated.privacy import Setting, client_noise, noise_to_signal, planned, refuse
+from netweight.techniques import Finetune
+from netweight.techniques.finetune import freeze_embeddings
+from netweight.train import Plan
+
+PLAN = Plan(epochs=2, batch_size=16, learning_rate=1e-2, precision="fp32")
+
+
+def part(rows):
+    cut = len(rows) - max(12, len(rows) // 10)
+    return Dataset(rows.take(range(cut)), rows.take(range(cut, len(rows))), rows.take([]), Sealed(rows.take([])))
+
+
+def shops(n=3, folder=None, rows=60):
+    every = tiny_rows(n * rows)
+    return [
+        Client(f"shop{i}", part(every.take(range(i * rows, (i + 1) * rows))), folder and folder / f"shop{i}")
+        for i in range(n)
+    ]
+
+
+def head_only():
+    model = tiny_model()
+    for module in model.network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.network.backbone.requires_grad_(False)
+    return model
+
+
+def fitted(run, model=None, plan=PLAN):
+    model = model or head_only()
+    return run.fit(model, Supervised(model.task), plan)
+
+
+def change(made, start):
+    was = dict(start.network.named_parameters())
+    return torch.cat(
+        [(p - was[n]).detach().flatten() for n, p in made.network.named_parameters() if was[n].requires_grad]
+    )
+
+
+def test_privacy_is_on_unless_turned_off():
+    run = Federated(shops(), rounds=Rounds(2))
+    made = fitted(run)
+    report = run.report
+    assert 0 < report.epsilon <= 8
+    # Noise is the least that keeps the budget, so nearly all of it is used.
+    assert report.epsilon > 7.9
+    text = "\n".join(report.lines())
+    assert "privacy: row-level: one row more or less" in text
+    assert f"epsilon spent {report.epsilon:.2f} of 8 at delta 1e-05" in text
+    assert "the server saw sums of updates only" in text
+    assert "predicted noise to signal" in text
+    assert report.moved > 0
+    assert float(change(made, head_only()).abs().min()) > 0
+    assert np.isnan(report.rounds[0].loss)
+    assert [a.client for a in report.attacks] == ["shop0", "shop1", "shop2"]
+    assert "membership attack AUC" in text
+    for attacked in report.attacks:
+        assert attacked.after.low <= attacked.after.auc <= attacked.after.high
+
+
+def test_turned_off_it_says_so():
+    run = Federated(shops(), rounds=Rounds(1), privacy=None)
+    fitted(run)
+    assert run.report.epsilon is None
+    assert "privacy: OFF, as was asked for: updates travel as they are" in "\n".join(run.report.lines())
+
+
+class Plain:
+    """Takes the noise out, so that sums can be compared."""
+
+    def __init__(self, monkeypatch):
+        from netweight.run.federated import guard, privacy
+
+        monkeypatch.setattr(guard, "row_noise", lambda *_: 1e-9)
+        monkeypatch.setattr(guard.secrets, "randbits", lambda _: 7)
+        monkeypatch.setattr(privacy, "row_noise", lambda *_: 1e-9)
+        monkeypatch.setattr(Ledger, "of", lambda *_: [])
+        monkeypatch.setattr(guard, "epsilon", lambda *_: 0.0)
+        from netweight.run.federated import private
+
+        monkeypatch.setattr(private.secrets, "randbits", lambda _: 7)
+
+
+@pytest.mark.parametrize("travel", [Travel(), Travel(RandomK(0.5))])
+@pytest.mark.parametrize("algorithm", [FedAvg(), FedAdam()])
+def test_a_secure_sum_gives_the_plain_mean_up_to_fixed_point(monkeypatch, travel, algorithm):
+    Plain(monkeypatch)
+    monkeypatch.setattr(server, "fit_digest", lambda _: "f" * 64)  # places of a random mask follow from it
+    options = {"rounds": Rounds(2), "travel": travel, "algorithm": algorithm}
+    start = head_only()
+    made = {s: change(fitted(Federated(shops(), privacy=RowLevel(secure=s), **options)), start) for s in (True, False)}
+    # FedAdam divides by the size of the change, which magnifies rounding.
+    torch.testing.assert_close(made[True], made[False], atol=1e-6 if algorithm == FedAvg() else 1e-4, rtol=1e-4)
+    assert float(made[True].norm()) > 1e-3
+
+
+class Vanishing(InProcess):
+    """Some clients leave a round at a stage; what the server saw is kept."""
+
+    def __init__(self, clients, gone, stage):
+        super().__init__(clients)
+        self.gone, self.stage, self.seen = gone, stage, []
+
+    def exchange(self, tasks, seconds=None):
+        stage = type(next(iter(tasks.values())))
+        there = {n: t for n, t in tasks.items() if not (stage is self.stage and n in self.gone)}
+        answers = super().exchange(there, seconds)
+        self.seen += [a for a in answers.values() if isinstance(a, Fitted)]
+        return {**answers, **{n: Lost(n, "gone") for n in tasks if n not in there}}
+
+
+@pytest.mark.parametrize("stage", [Advertise, Share, FitTask, Unmask])
+def test_a_fifth_of_the_clients_vanish_in_a_round_and_the_sum_is_that_of_the_others(monkeypatch, stage):
+    Plain(monkeypatch)
+    clients = shops(5)
+    run = Federated(Vanishing(clients, ("shop3",), stage), rounds=Rounds(1), privacy=RowLevel())
+    made = change(fitted(run), head_only())
+    left = [c for c in shops(5) if stage is Unmask or c.name != "shop3"]
+    plain = change(fitted(Federated(left, rounds=Rounds(1), privacy=RowLevel(secure=False))), head_only())
+    torch.testing.assert_close(made, plain, atol=1e-6, rtol=1e-4)
+    (done,) = run.report.rounds
+    assert ("shop3" in done.took_part) == (stage is Unmask)
+    assert [lost.client for lost in done.lost] == ["shop3"]
+
+
+def test_too_few_are_left():
+    run = Federated(Vanishing(shops(5), ("shop1", "shop3"), FitTask), rounds=Rounds(1))
+    with pytest.raises(ClientError, match="round 0, secure sum: 3 clients answered, and 4 must. shop1: gone"):
+        fitted(run)
+
+
+def test_the_server_sees_masked_words_only():
+    channel = Vanishing(shops(3), (), None)
+    fitted(Federated(channel, rounds=Rounds(1)))
+    assert len(channel.seen) == 3
+    for answer in channel.seen:
+        assert list(answer.tensors) == ["masked"]
+        assert np.isnan(answer.loss)
+
+
+def test_a_sum_that_no_honest_clients_make_is_refused():
+    class Lying(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            for name, a in answers.items():
+                if isinstance(a, Fitted) and name == "shop0":
+                    answers[name] = replace(a, tensors={"masked": a.tensors["masked"] + 2**29})
+            return answers
+
+    with pytest.raises(RunError, match="the sum of updates has norm .* One did not, and a sum does not tell which"):
+        fitted(Federated(Lying(shops()), rounds=Rounds(1), privacy=RowLevel(largest=1.0)))
+
+
+def test_client_level_noise_adds_up_over_the_smallest_cohort():
+    start = head_only()
+    run = Federated(shops(6, rows=40), rounds=Rounds(1), privacy=ClientLevel(epsilon=20.0))
+    made = fitted(run, start, replace(PLAN, learning_rate=1e-9))
+    # The change is noise alone: of 6 clients, each with the share for 4.
+    size = client_noise(20.0, 1e-5, 1) / 2 * 6**0.5 / 6
+    found = change(made, start)
+    assert 0.7 * size < float(found.std()) < 1.3 * size
+    assert run.report.epsilon == pytest.approx(20.0, rel=1e-3)
+    assert "client-level: one client more or less" in "\n".join(run.report.lines())
+
+
+def test_many_clients_are_hidden_whole():
+    assert isinstance(Automatic().among(99), RowLevel)
+    assert isinstance(Automatic(4.0, 1e-6).among(100), ClientLevel)
+    assert Automatic(4.0, 1e-6).among(100).epsilon == 4.0
+
+
+def setting(rows=2000, clients=4, d=1000, rounds=10, **plan):
+    held = {f"c{i}": rows for i in range(clients)}
+    return Setting(Plan(**{"epochs": 5, "batch_size": 32, **plan}), Rounds(rounds), held, d)
+
+
+def test_noise_to_signal_is_what_a_simulation_gives():
+    """Noise of all steps and clients, added up, over the way of gradients that all agree."""
+    here = setting(rows=200, clients=3, d=400, rounds=2)
+    ratio, noise = noise_to_signal(RowLevel(), here)
+    drawn = np.random.default_rng(0)
+    steps = 2 * planned(200, 2.5, 32)
+    lengths = []
+    for _ in range(200):
+        total = sum(drawn.normal(0, noise / 32, (steps, 400)).sum(axis=0) / 3 for _ in range(3))
+        lengths.append(np.linalg.norm(total) / steps)
+    assert ratio == pytest.approx(np.mean(lengths), rel=0.03)
+    client, noise = noise_to_signal(ClientLevel(), here)
+    total = [np.linalg.norm(drawn.normal(0, noise, (2, 400)).sum(axis=0)) / 2 / 2 for _ in range(200)]
+    assert client == pytest.approx(np.mean(total), rel=0.03)
+
+
+def test_what_is_said_to_help_helps():
+    base = noise_to_signal(RowLevel(), setting())[0]
+    assert noise_to_signal(RowLevel(), setting(rows=8000))[0] < base
+    assert noise_to_signal(RowLevel(), setting(clients=16))[0] < base
+    assert noise_to_signal(RowLevel(), setting(d=100))[0] < base
+    assert noise_to_signal(RowLevel(), setting(batch_size=256))[0] < base
+    assert noise_to_signal(RowLevel(epsilon=20), setting())[0] < base
+    client = noise_to_signal(ClientLevel(), setting(clients=100))[0]
+    assert noise_to_signal(ClientLevel(), setting(clients=400))[0] < client
+
+
+def test_noise_that_drowns_the_signal_is_refused_with_its_numbers():
+    model = tiny_model()
+    freeze_embeddings(model.network, True)
+    run = Federated(shops(2, rows=30), rounds=Rounds(2), privacy=Automatic(0.1))
+    with pytest.raises(OptionError) as raised:
+        fitted(run, model)
+    text = str(raised.value)
+    assert "the noise of epsilon 0.1 (delta 1e-05) would be" in text
+    assert "from 36 rows of 2 clients in 2 rounds" in text
+    assert (
+        "What helps: fewer trained parameters (Finetune(train='lora') or 'head'), more rows, a larger batch_size"
+        in text
+    )
+    with pytest.raises(OptionError, match="more clients in a round"):
+        refuse(ClientLevel(), setting(d=10**6), FedAvg(), Travel())
+
+
+@pytest.mark.parametrize("aggregate", [Median(), TrimmedMean(), Krum()])
+def test_secure_sums_cannot_be_ordered(aggregate):
+    with pytest.raises(OptionError, match=f"{type(aggregate).__name__} orders or compares clients' values"):
+        fitted(Federated(shops(4), algorithm=FedAvg(aggregate)))
+
+
+def test_what_does_not_add_up_is_refused():
+    for codec in (TopK(), Int8()):
+        with pytest.raises(OptionError, match=f"{type(codec).__name__} picks places or scales of each client's own"):
+            fitted(Federated(shops(), travel=Travel(codec)))
+    with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors"):
+        fitted(Federated(shops(), algorithm=Scaffold()))
+    with pytest.raises(OptionError, match="secure aggregation hides a client among others, and 1 takes part"):
+        fitted(Federated(shops(1)))
+    with pytest.raises(OptionError, match="ClientLevel hides a client among others"):
+        fitted(Federated(shops(1), privacy=ClientLevel(secure=False)))
+
+
+def test_without_secure_sums_they_are_allowed():
+    for options in ({"algorithm": FedAvg(Median())}, {"travel": Travel(Int8())}, {"algorithm": Scaffold()}):
+        run = Federated(shops(3, rows=40), rounds=Rounds(2), privacy=RowLevel(secure=False), **options)
+        fitted(run)
+        assert run.report.epsilon <= 8
+        assert "the server saw each client's update" in run.report.privacy
+
+
+def test_statistics_are_refused_and_the_text_says_what_to_do():
+    run = Federated(shops())
+    with pytest.raises(OptionError, match="Moments is an exact sum over rows.* probe=False"):
+        Finetune(train="head")(tiny_model(), run, PLAN)
+    made = Finetune(train="head", probe=False, epochs=1, learning_rate=1e-2)(tiny_model(), run, PLAN)
+    assert made.digest != tiny_model().digest
+
+
+def test_adapters_move_under_the_default_privacy():
+    run = Federated(shops(3, rows=60), rounds=Rounds(1), privacy=RowLevel(epsilon=50.0))
+    model = tiny_model()
+    made = Finetune(train="lora", rank=1, probe=False, epochs=1, learning_rate=1e-2)(model, run, PLAN)
+    was = dict(model.network.named_parameters())
+    moved = {n for n, p in made.network.named_parameters() if not torch.equal(p, was[n])}
+    assert any("attention" in n for n in moved)
+
+
+def test_a_loss_that_is_no_sum_over_rows_is_refused_by_the_client():
+    with pytest.raises(ClientError, match="Contrastive is no sum over rows"):
+        Federated(shops(2), rounds=Rounds(1)).fit(head_only(), Contrastive(), PLAN)
+
+
+def test_options_out_of_range_are_refused():
+    with pytest.raises(OptionError, match="epsilon of RowLevel is 0; use a number above 0"):
+        RowLevel(epsilon=0)
+    with pytest.raises(OptionError, match="delta of ClientLevel is 0.5"):
+        ClientLevel(delta=0.5)
+    with pytest.raises(OptionError, match="delta of RowLevel is 0"):
+        Automatic(delta=0)
+
+
+def test_a_server_that_was_killed_gets_the_same_answer_and_it_costs_nothing(tmp_path):
+    (client,) = shops(1, tmp_path)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=RowLevel().task(1, 1))
+    first = client.answer(task)
+    (again,) = shops(1, tmp_path)
+    second = again.answer(task)
+    assert second.epsilon == first.epsilon <= 8
+    for name, value in first.tensors.items():
+        assert torch.equal(second.tensors[name], value)
+
+
+def test_a_client_stops_when_its_budget_is_spent(tmp_path):
+    (client,) = shops(1, tmp_path)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=RowLevel().task(2, 1))
+    costs = [client.answer(replace(task, round=r)).epsilon for r in (0, 1)]
+    assert 0 < costs[0] < costs[1] <= 8
+    (again,) = shops(1, tmp_path)
+    with pytest.raises(OptionError, match="one more round would cost the rows of shop0 epsilon .* 8 was promised"):
+        again.answer(replace(task, round=2))
+    other = again.answer(replace(task, fit="e" * 64))
+    assert other.epsilon == pytest.approx(costs[0])
+    assert other.in_all > other.epsilon
+
+
+def test_a_time_box_that_stops_early_costs_less(tmp_path):
+    (client,) = shops(1, tmp_path)
+    plan = replace(PLAN, epochs=40, seconds=0.05)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), plan, privacy=RowLevel().task(1, 1))
+    found = client.answer(task)
+    held = json.loads((tmp_path / "shop0" / "privacy.json").read_text())
+    ((one,),) = held.values()
+    assert one["count"] == found.steps < planned(48, 40, 16)
+    assert found.epsilon == pytest.approx(epsilon([Steps(**one)], 1e-5))
+    assert found.epsilon < 8
+
+
+def test_a_damaged_ledger_is_no_empty_one(tmp_path):
+    (tmp_path / "privacy.json").write_text("{")
+    with pytest.raises(StoreError, match="the privacy ledger .* is damaged"):
+        Ledger(tmp_path / "privacy.json")
+
+
+def test_buffers_that_training_changes_are_refused():
+    (client,) = shops(1)
+    model = head_only()
+    task = FitTask("f" * 64, 0, model, Supervised(model.task), PLAN, privacy=RowLevel().task(1, 1))
+    old, sent = (
+        {"head.bias": torch.zeros(2), "mean": torch.zeros(2)},
+        {"head.bias": torch.ones(2), "mean": torch.ones(2)},
+    )
+    with pytest.raises(OptionError, match="training changed the buffer mean, which no noise hides"):
+        client._guard.noised(task, old, sent, frozenset({"head.bias"}))
+
+
+def test_updates_are_shortened_and_must_be_finite():
+    values = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+    shortened(values, 1.0)
+    assert float(values["a"]) == pytest.approx(0.6)
+    with pytest.raises(OptionError, match="values that are not finite"):
+        shortened({"a": torch.tensor([torch.nan])}, 1.0)
+
+
+def test_a_client_that_came_back_in_the_middle_of_a_round_waits_for_the_next():
+    (client,) = shops(1)
+    with pytest.raises(OptionError, match="shop0 has advertised no keys for round 3"):
+        client.answer(Unmask("f", 3, ("shop0",)))
