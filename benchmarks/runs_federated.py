@@ -139,7 +139,7 @@ def federated(
     """A model trained over rounds, and its run."""
     codec = Int8() if way.endswith("int8") else Full()
     number = {"many": 1, "lora-int8": round(setting.rounds * setting.longer)}.get(way, setting.rounds)
-    run = Federated([Client(n, p) for n, p in parts.items()], rounds=Rounds(number), travel=Travel(codec))
+    run = Federated([Client(n, p) for n, p in parts.items()], rounds=Rounds(number), travel=Travel(codec), privacy=None)
     tuned, plan = technique(way, setting, seed)
     return (replace(tuned, epochs=0.5) if way == "many" else tuned)(model, run, plan), run
 

@@ -348,7 +348,7 @@ def test_clients_come_leave_and_are_told_the_end(keys: Path, model: Model) -> No
 
 def test_no_client_appears(keys: Path, model: Model) -> None:
     with listening(f"127.0.0.1:{free_port()}", ServerKeys.load(keys / "server")) as over:
-        run = Federated(over, rounds=Rounds(1, wait=0.3))
+        run = Federated(over, rounds=Rounds(1, wait=0.3), privacy=None)
         with pytest.raises(
             ClientError, match=r"no client appeared within 0.3 s, and 1 must; start them, or raise `wait`"
         ):
@@ -367,7 +367,7 @@ def test_all_clients_leave(keys: Path, model: Model) -> None:
     client = Leaves("shop0", shops()[0].data)
     with listening(address, ServerKeys.load(keys / "server"), patience=0.5) as over:
         joined = Joining(address, keys / "shop0", client)
-        run = Federated(over, rounds=Rounds(2, wait=10))
+        run = Federated(over, rounds=Rounds(2, wait=10), privacy=None)
         with pytest.raises(
             ClientError, match=r"0 clients answered, and 1 must. shop0: it left, and was away for 0.5 s"
         ):
@@ -383,7 +383,7 @@ def test_a_client_that_differs_is_refused_with_the_field(keys: Path, model: Mode
     with listening(address, ServerKeys.load(keys / "server")) as over:
         joined = [Joining(address, keys / c.name, c) for c in (shops()[0], Client("shop1", odd))]
         soon(lambda: len(over.clients()) == 2)
-        run = Federated(over, rounds=Rounds(1))
+        run = Federated(over, rounds=Rounds(1), privacy=None)
         fitted(run, model)
         over.dismiss(run.members.refused)
         for one in joined:
@@ -578,6 +578,9 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
         made.stop()
 
 
+OPEN = ("--privacy", "off")
+
+
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     said, _ = process.communicate(timeout=SECONDS)
     return process.returncode, said
@@ -598,7 +601,7 @@ def test_a_finished_model_is_not_overwritten(model: Model, tmp_path: Path) -> No
 
 def test_a_server_and_a_client_train_a_model_over_tls(federation: Federation) -> None:
     """Two processes; more of them are in the slow test below."""
-    server = federation.server("--rounds", 2, "--epochs", 2, "--minimum", 1, "--wait", 60, "--travel", "int8")
+    server = federation.server("--rounds", 2, "--epochs", 2, "--minimum", 1, "--wait", 60, "--travel", "int8", *OPEN)
     client = federation.client("north")
     status, said = ended(server)
     assert status == 0, said
@@ -611,7 +614,20 @@ def test_a_server_and_a_client_train_a_model_over_tls(federation: Federation) ->
     assert [s["client"] for s in report["standings"]] == ["north"]
     assert [r["took_part"] for r in report["rounds"]] == [["north"]] * 2
     assert isinstance(made.task, Classify)
-    assert "privacy:" in said
+    assert "privacy: OFF, as was asked for" in said
+
+
+def test_over_tls_it_is_private_unless_told_otherwise(federation: Federation) -> None:
+    server = federation.server(*ROUNDS, "--train", "head", "--learning-rate", 0.01)
+    clients = [federation.client(name) for name in federation.names]
+    status, said = ended(server)
+    assert status == 0, said
+    assert all(ended(client)[0] == 0 for client in clients)
+    (report,) = json.loads((federation.folder / "out" / "federation.json").read_text())
+    assert 0 < report["epsilon"] <= 8
+    assert [r["took_part"] for r in report["rounds"]] == [["north", "south"]] * 2
+    assert "privacy: row-level" in said
+    assert (federation.folder / "state" / "north" / "privacy.json").exists()
 
 
 @pytest.mark.slow
@@ -634,7 +650,7 @@ def test_names_of_simulated_clients_are_their_own() -> None:
 
 @pytest.mark.slow
 def test_a_killed_server_goes_on_from_its_last_round_and_a_killed_client_comes_back(federation: Federation) -> None:
-    many = ("--rounds", 6, "--epochs", 6, "--minimum", 2, "--wait", 90)
+    many = ("--rounds", 6, "--epochs", 6, "--minimum", 2, "--wait", 90, "--privacy", "off")
     server = federation.server(*many)
     north, south = (federation.client(name) for name in federation.names)
     work = federation.folder / "out" / "work"

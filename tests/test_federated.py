@@ -217,7 +217,7 @@ class Say:
     def step(self, step, loss, rate): print("round", step, flush=True)
     def note(self, message): pass
 folder = Path({folder!r})
-run = Federated(shops(3, folder), folder=folder, rounds=Rounds(20), algorithm=Scaffold(), travel=Travel(TopK(0.1)))
+run = Federated(shops(3, folder), folder=folder, rounds=Rounds(20), algorithm=Scaffold(), travel=Travel(TopK(0.1)), privacy=None)
 print(fitted(run, tiny_model(), replace(PLAN, epochs=20, reporter=Say())).digest, flush=True)
 """
 

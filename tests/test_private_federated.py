@@ -33,7 +33,7 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.guard import Ledger, shortened
-from netweight.run.federated.messages import Advertise, FitTask, Fitted, Lost, Share, Unmask
+from netweight.run.federated.messages import Advertise, FitTask, Fitted, Lost, Share, Shared, Unmask
 from netweight.run.federated.privacy import Setting, client_noise, noise_to_signal, planned, refuse
 from netweight.techniques import Finetune
 from netweight.techniques.finetune import freeze_embeddings
@@ -90,7 +90,7 @@ def test_privacy_is_on_unless_turned_off():
     assert "predicted noise to signal" in text
     assert report.moved > 0
     assert float(change(made, head_only()).abs().min()) > 0
-    assert np.isnan(report.rounds[0].loss)
+    assert report.rounds[0].loss is None
     assert [a.client for a in report.attacks] == ["shop0", "shop1", "shop2"]
     assert "membership attack AUC" in text
     for attacked in report.attacks:
@@ -374,6 +374,41 @@ def test_updates_are_shortened_and_must_be_finite():
     assert float(values["a"]) == pytest.approx(0.6)
     with pytest.raises(OptionError, match="values that are not finite"):
         shortened({"a": torch.tensor([torch.nan])}, 1.0)
+
+
+def test_keys_and_shares_are_hexadecimal():
+    (client,) = shops(1)
+    keys = client.answer(Advertise("f", 0, 2))
+    with pytest.raises(OptionError, match="keys and shares travel as hexadecimal text"):
+        client.answer(Share("f", 0, {"shop0": replace(keys, seal="no"), "shop1": keys}))
+
+    class Odd(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            return {
+                n: Shared(dict.fromkeys(a.sealed, "no")) if isinstance(a, Shared) else a for n, a in answers.items()
+            }
+
+    with pytest.raises(RunError, match="keys and shares travel as hexadecimal text"):
+        fitted(Federated(Odd(shops()), rounds=Rounds(1)))
+
+
+def test_what_is_no_vector_of_words_is_left_out():
+    class Odd(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            return {
+                n: replace(a, tensors={"masked": a.tensors["masked"][1:]})
+                if isinstance(a, Fitted) and n == "shop1"
+                else a
+                for n, a in answers.items()
+            }
+
+    run = Federated(Odd(shops(4)), rounds=Rounds(1))
+    fitted(run)
+    assert [(lost.client, lost.reason) for lost in run.report.rounds[0].lost] == [
+        ("shop1", "no Fitted that can be used came.")
+    ]
 
 
 def test_a_client_that_came_back_in_the_middle_of_a_round_waits_for_the_next():

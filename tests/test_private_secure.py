@@ -1,11 +1,15 @@
 """Secure aggregation: exact sums, vanishing clients, and what nobody may learn."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netweight.errors import OptionError, RunError
+from netweight.errors import MissingExtra, OptionError, RunError
+from netweight.run.federated import secure
 from netweight.run.federated.privacy import two_thirds
 from netweight.run.federated.secure import (
     Fixed,
@@ -147,6 +151,22 @@ def test_shares_that_were_changed_on_their_way_are_refused():
     parts["shop01"] = parts["shop01"][:-1] + bytes([parts["shop01"][-1] ^ 1])
     with pytest.raises(RunError, match="sealed shares .shop01>shop00. were changed on their way"):
         rounds.members["shop00"].masked(np.zeros(4, np.uint32), parts)
+
+
+def test_sealed_shares_of_another_length_are_refused():
+    one, other = Member("a", 2), Member("b", 2)
+    keys = {"a": one.advertise(), "b": other.advertise()}
+    one.share(keys)
+    other.share(keys)
+    short = secure._seal(one._sealing("b"), b"short", "a>b")
+    with pytest.raises(RunError, match="sealed shares .a>b. have 5 bytes, not 132"):
+        other.masked(np.zeros(2, np.uint32), {"a": short})
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
+    with pytest.raises(MissingExtra, match=r"secure aggregation needs an extra: pip install 'netweight\[federated\]'"):
+        exec(compile(Path(secure.__file__).read_text(encoding="utf-8"), "secure", "exec"), {"__name__": "again"})
 
 
 def test_damaged_shares_and_keys_are_refused():

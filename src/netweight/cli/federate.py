@@ -60,6 +60,11 @@ def server(
         Literal["full", "int8", "random-k", "top-k"], typer.Option(help="How updates are encoded.")
     ] = "full",
     personal_head: Annotated[bool, typer.Option(help="Each client keeps a head of its own.")] = False,
+    privacy: Annotated[
+        Literal["on", "off"],
+        typer.Option(help="On: noise within the budget, and the server sees sums of updates."),
+    ] = "on",
+    epsilon: Annotated[float, typer.Option(help="Privacy budget of each client's rows; 8 is weak, 1 strong.")] = 8.0,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of training and of drawing clients.")] = 0,
 ) -> None:
@@ -69,24 +74,26 @@ def server(
     from netweight.federate.start import Place, held_out, serve
     from netweight.model import pretrained
     from netweight.progress import Bar
-    from netweight.run.federated import Rounds
+    from netweight.run.federated import Automatic, Rounds
     from netweight.techniques import Finetune
     from netweight.train import Plan
 
     _use(threads)
     rows = read(dev, Columns(text, label, pair)).rows if dev else None
     base = pretrained(model, task_of(labels and _names(labels), rows), seed=seed)
+    private = Automatic(epsilon) if privacy == "on" else None
     run = run_of(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),
         (algorithm, aggregate, travel),
         personal_head,
         held_out(rows) if rows else None,
+        private,
     )
     with Bar(Console(stderr=True)) as bar:
         serve(
             Place(address, keys, out),
             base,
-            Finetune(epochs, learning_rate, train=train),
+            Finetune(epochs, learning_rate, train=train, probe=private is None),
             run,
             Plan(seed=seed, reporter=bar),
             bar.note,

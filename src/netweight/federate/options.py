@@ -9,6 +9,7 @@ from netweight.data import Dataset, Rows
 from netweight.errors import OptionError
 from netweight.run.aggregate import Aggregator, Krum, Mean, Median, TrimmedMean
 from netweight.run.federated import (
+    Automatic,
     FedAdam,
     FedAvg,
     Federated,
@@ -54,7 +55,11 @@ def task_of(labels: Sequence[str] | None, rows: Rows | None) -> Task:
 
 
 def run_of(
-    rounds: Rounds, chosen: tuple[str, str, str], personal_head: bool, data: Dataset | None
+    rounds: Rounds,
+    chosen: tuple[str, str, str],
+    personal_head: bool,
+    data: Dataset | None,
+    privacy: Automatic | None = None,
 ) -> Callable[[FlowerChannel, Path], Federated]:
     """What makes the run of a channel and a folder; `chosen` names algorithm, aggregate and codec."""
     algorithm, aggregate, codec = chosen
@@ -62,6 +67,6 @@ def run_of(
     def made(channel: FlowerChannel, folder: Path) -> Federated:
         how = ALGORITHMS[algorithm](aggregate=AGGREGATORS[aggregate])
         travel = Travel(CODECS[codec], personal_head)
-        return Federated(channel, data, folder, rounds=rounds, algorithm=how, travel=travel)
+        return Federated(channel, data, folder, rounds=rounds, algorithm=how, travel=travel, privacy=privacy)
 
     return made

@@ -11,9 +11,9 @@ from netweight.run.federated.messages import Lost
 @dataclass(frozen=True)
 class RoundReport:
     """One round: who took part, who was lost, whose update was refused; bytes of the encoded updates (`up`) and of the
-    parameters sent out (`down`), over all clients; mean training loss; `quality` on the server's select rows, where it
-    has any and was asked to look; `epsilon` is the most that this fit had cost a client by then, `in_all` that of all
-    its fits."""
+    parameters sent out (`down`), over all clients; mean training loss (None under privacy: it tells of rows);
+    `quality` on the server's select rows, where it has any and was asked to look; `epsilon` is the most that this fit
+    had cost a client by then, `in_all` that of all its fits."""
 
     round: int
     took_part: tuple[str, ...]
@@ -21,7 +21,7 @@ class RoundReport:
     refused: tuple[Lost, ...]
     up: int
     down: int
-    loss: float
+    loss: float | None
     seconds: float
     quality: float | None = None
     epsilon: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,7 +191,7 @@ class _Fit:
             if path:
                 state.save(path, self.fit)
             done = state.rounds[-1]
-            reporter.step(len(state.rounds), done.loss, self.plan.learning_rate)
+            reporter.step(len(state.rounds), math.nan if done.loss is None else done.loss, self.plan.learning_rate)
             if done.quality is not None:
                 reporter.note(f"quality on select: {done.quality:.4f}")
         final = state.best if state.best is not None else state.values
@@ -215,7 +216,8 @@ class _Fit:
         values = {**mean, **new}
         down = len(chosen) * (size(state.values) + size(task.variate or {}))
         variate = self._variate(state, {name: fitted[name] for name in took}, len(usable))
-        loss = sum(fitted[n].loss * usable[n].rows for n in took) / sum(usable[n].rows for n in took)
+        every = sum(usable[n].rows for n in took)
+        loss = None if self.guarded else sum(fitted[n].loss * usable[n].rows for n in took) / every
         quality, seconds = self._quality(values), time.monotonic() - began
         cost = (max(a.epsilon for a in fitted.values()), max(a.in_all for a in fitted.values()))
         report = RoundReport(number, took, found.lost, found.refused, found.up, down, loss, seconds, quality, *cost)
