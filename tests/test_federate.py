@@ -617,6 +617,7 @@ def test_a_server_and_a_client_train_a_model_over_tls(federation: Federation) ->
     assert "privacy: OFF, as was asked for" in said
 
 
+@pytest.mark.slow
 def test_over_tls_it_is_private_unless_told_otherwise(federation: Federation) -> None:
     server = federation.server(*ROUNDS, "--train", "head", "--learning-rate", 0.01)
     clients = [federation.client(name) for name in federation.names]
