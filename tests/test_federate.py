@@ -619,7 +619,9 @@ def test_a_server_and_a_client_train_a_model_over_tls(federation: Federation) ->
 
 @pytest.mark.slow
 def test_over_tls_it_is_private_unless_told_otherwise(federation: Federation) -> None:
-    server = federation.server(*ROUNDS, "--train", "head", "--learning-rate", 0.01)
+    server = federation.server(
+        "--rounds", 2, "--epochs", 2, "--minimum", 2, "--wait", 60, "--train", "head", "--learning-rate", 0.01
+    )
     clients = [federation.client(name) for name in federation.names]
     status, said = ended(server)
     assert status == 0, said
