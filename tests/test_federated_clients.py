@@ -333,6 +333,22 @@ def test_options_that_make_no_sense(model: Model) -> None:
         fitted(Federated(Changed(shops(2), idle), rounds=Rounds(2), algorithm=FedAvg(), privacy=None), model)
 
 
+def test_clients_that_train_in_turn_share_a_time_box(model: Model) -> None:
+    boxes: list[float | None] = []
+
+    class Timed(Client):
+        def answer(self, task: Task) -> Answer:
+            assert isinstance(task, FitTask)
+            boxes.append(task.plan.seconds)
+            return super().answer(replace(task, plan=replace(task.plan, seconds=None)))
+
+    channel = InProcess([Timed(c.name, c.data) for c in shops(4, rows=80)])
+    task = FitTask("f" * 64, 0, model, Supervised(model.task), replace(PLAN, epochs=0.2, seconds=8.0))
+    channel.exchange({"shop1": task})
+    channel.exchange(dict.fromkeys(channel.clients(), task))
+    assert boxes == [8.0, 2.0, 2.0, 2.0, 2.0]
+
+
 def test_a_client_answers_what_it_is_asked(model: Model) -> None:
     client = shops(1)[0]
     answer = client.answer(Join(manifest_of(model, ("text", "label"))))

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from netweight.errors import NetweightError, OptionError
 from netweight.run.federated.client import Client
-from netweight.run.federated.messages import Answer, Fitted, Lost, Task, Tensors
+from netweight.run.federated.messages import Answer, FitTask, Fitted, Lost, Task, Tensors
 
 
 class InProcess:
     """Simulates clients: each answers in turn, by name.
 
     One model is trained at a time, and what clients send waits in files of a temporary folder, so that memory does not
-    grow with the number of clients. Raises OptionError where two clients bear one name.
+    grow with the number of clients. A plan's time box is shared by those that train, since they do so in turn. Raises
+    OptionError where two clients bear one name.
     """
 
     def __init__(self, clients: Sequence[Client]) -> None:
@@ -40,7 +41,7 @@ class InProcess:
         for path in Path(self._folder.name).glob("*.safetensors"):
             path.unlink()
         self._exchanges += 1
-        return {name: self._ask(name, tasks[name], seconds) for name in sorted(tasks)}
+        return {name: self._ask(name, _in_turn(tasks[name], len(tasks)), seconds) for name in sorted(tasks)}
 
     def _ask(self, name: str, task: Task, seconds: float | None) -> Answer | Lost:
         began = time.monotonic()
@@ -56,6 +57,13 @@ class InProcess:
             variate = None if answer.variate is None else Spilled.of(answer.variate, place.with_suffix(".variate"))
             return replace(answer, tensors=Spilled.of(answer.tensors, place.with_suffix(".update")), variate=variate)
         return answer
+
+
+def _in_turn(task: Task, clients: int) -> Task:
+    """A client's part of the time box that all of them have together."""
+    if isinstance(task, FitTask) and task.plan.seconds:
+        return replace(task, plan=replace(task.plan, seconds=task.plan.seconds / clients))
+    return task
 
 
 class Spilled(Mapping[str, Tensor]):
