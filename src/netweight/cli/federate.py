@@ -43,7 +43,10 @@ def server(
     text: Text = "text",
     label: Annotated[str, typer.Option(help="Column of DEV that holds the label.")] = "label",
     pair: MaybePair = None,
-    train: Annotated[Literal["full", "lora", "head"], typer.Option(help="What is trained, and travels.")] = "full",
+    train: Annotated[
+        Literal["full", "lora", "head"] | None,
+        typer.Option(help="What is trained, and travels.", show_default="lora; full with --privacy off"),
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Over each client's rows, in all rounds together.")] = 5.0,
     learning_rate: Annotated[float, typer.Option(help="Of clients.")] = 1e-4,
     rounds: Annotated[int, typer.Option(help="Rounds in all.")] = 10,
@@ -82,6 +85,7 @@ def server(
     rows = read(dev, Columns(text, label, pair)).rows if dev else None
     base = pretrained(model, task_of(labels and _names(labels), rows), seed=seed)
     private = Automatic(epsilon) if privacy == "on" else None
+    train = train or ("lora" if private else "full")
     run = run_of(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),
         (algorithm, aggregate, travel),
