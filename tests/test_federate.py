@@ -500,6 +500,29 @@ def test_a_client_gives_up_on_a_server_that_stays_away(keys: Path) -> None:
     assert "is away for 1 s" in str(joined.problem)
 
 
+@pytest.mark.slow
+def test_a_client_that_trains_for_long_is_not_taken_for_gone(
+    keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("netweight.federate.node._INTERVAL", 10)  # the least: after 20 s of silence it is gone
+    address = f"127.0.0.1:{free_port()}"
+
+    class Slow(Client):
+        asked = 0
+
+        def answer(self, task: Any) -> Any:
+            Slow.asked += 1
+            time.sleep(25)
+            return super().answer(task)
+
+    with listening(address, ServerKeys.load(keys / "server"), patience=0.1) as over:
+        Joining(address, keys / "shop0", Slow("shop0", shops()[0].data))
+        soon(lambda: over.clients() == ("shop0",))
+        assert isinstance(over.exchange({"shop0": ScoreTask(model)})["shop0"], Scored)
+        over.dismiss({})
+    assert Slow.asked == 1
+
+
 def soon(true: Any) -> None:
     """Wait until something holds."""
     end = time.monotonic() + 20
