@@ -23,6 +23,8 @@ from netweight.loss import Batch, Supervised
 from netweight.model import Model
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run import pool as pool_module
+from netweight.run.group import Join
+from netweight.seams import Lost, Seams, State
 from netweight.train import Silent
 from test_parallel import PLAN, SAME, assert_equal, undropped
 
@@ -173,6 +175,28 @@ def test_a_script_without_its_guard_is_told(tmp_path: Path) -> None:
     said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert "rank 0" in said.stderr.splitlines()[-1]
     assert "`if __name__ == '__main__':`" in said.stderr.splitlines()[-1]
+
+
+def test_a_group_that_never_meets_is_given_up(
+    model: Model, dataset: Dataset, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, run = Pool.joins, Parallel(dataset, setup=Setup(balance=False, timeout=1), pool=pool)
+
+    def lonely(self: Pool, timeout: float) -> Iterator[Join]:
+        return (replace(join, size=join.size + 1) for join in usual(self, timeout))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pool, "joins", lonely)
+        with pytest.raises(
+            RunError, match=r"^5 groups of processes failed one after the other: .* waited .* and then:"
+        ):
+            run.quality(model)
+    assert run.quality(model) == Local(dataset).quality(model)
+
+
+def test_one_process_alone_does_not_recover() -> None:
+    with pytest.raises(Lost, match="a process of this run is gone"):
+        Seams().regroup(State({}, "{}"), (0, 0))
 
 
 # --- slow and lost processes; these end some of the pool's ---
