@@ -50,7 +50,7 @@ RESULTS = HERE / "results" / "runs-federated.json"
 class Setting:
     """Sizes of one data set's cells. `rate` is for one place, `together` for rounds: an average of many short fits
     moves less than one long fit does. `lora` is that of adapters, which train `longer` times the epochs and rounds;
-    `head` is that of the head alone under privacy."""
+    `noisy` is that of the head alone under privacy, for so many `passes`."""
 
     folder: str
     rows: int
@@ -63,16 +63,17 @@ class Setting:
     together: float
     lora: float
     longer: float
-    head: float
+    noisy: float
+    passes: float
 
 
 SETTINGS = {
-    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 12, 16, 1e-4, 4e-4, 5e-3, 1.5, 2e-2),
-    "amazon": Setting("amazon_multidomain", 1600, 1600, 64, 3.0, 6, 16, 1e-4, 2e-4, 2e-3, 1.5, 2e-2),
+    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 12, 16, 1e-4, 4e-4, 5e-3, 1.5, 9.0, 9.0),
+    "amazon": Setting("amazon_multidomain", 1600, 1600, 64, 3.0, 6, 16, 1e-4, 2e-4, 2e-3, 1.5, 1.0, 6.0),
 }
 MANY = 50
 EPSILONS = ("8", "1", "3", "off")  # the first with all seeds
-PRIVATE_BATCH = 64  # noise is added once a step
+PRIVATE_BATCH = 128  # noise is added once a step
 
 
 @dataclass(frozen=True)
@@ -129,8 +130,9 @@ def technique(way: str, setting: Setting, seed: int) -> tuple[Finetune, Plan]:
         return Finetune(train="lora", rank=6, epochs=epochs, learning_rate=setting.lora), plan
     if way.startswith("private"):
         # No probe: sums over rows are exact, and no noise hides them.
-        tuned = Finetune(train="head", probe=False, epochs=setting.epochs, learning_rate=setting.head)
-        return tuned, replace(plan, batch_size=PRIVATE_BATCH)
+        tuned = Finetune(train="head", probe=False, epochs=setting.passes, learning_rate=setting.noisy)
+        # Adam makes steps of one size of noise and signal alike; tried on pooled features, SGD reached 61 % where Adam reached 43.
+        return tuned, replace(plan, batch_size=PRIVATE_BATCH, optimizer="sgd")
     if way == "head-int8":
         return Finetune(train="head", epochs=setting.epochs, learning_rate=5e-3), plan
     rate = setting.together if way in ("fedavg", "many") else setting.rate
