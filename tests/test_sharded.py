@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from conftest import tiny_model, tiny_rows
+from conftest import FAMILIES, Killed, Killer, tiny_model
 from netweight.data import Dataset
-from netweight.data.rows import Sealed
-from netweight.loss import Supervised
+from netweight.errors import OptionError
+from netweight.loss import Loss, Penalized, PseudoLabels, SoftTargets, Supervised
 from netweight.model import Model
-from netweight.run import Local
-from netweight.run.divided import Divided
+from netweight.objectives import CausalLM, Contrastive, MaskedLM
+from netweight.run import Local, Parallel, Pool, Setup
+from netweight.run.commands import Strategy
 from netweight.run.local import logits_of
-from netweight.run.pipelined import Pipelined
-from netweight.run.sharded import Fsdp
-from netweight.run.tensor import TensorParallel
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    Finetune,
+    Quantize,
+    QuantizeAware,
+    Shrink,
+    Static,
+    Technique,
+)
+from netweight.testing import RunContract
 from netweight.train import Plan
-from processes import Team
 
-PLAN = Plan(epochs=4, batch_size=16, precision="fp32", learning_rate=1e-3)  # 20 steps
-
-
-def rows() -> Dataset:
-    every = tiny_rows()
-    parts = [every.take(range(a, b)) for a, b in ((0, 80), (80, 90), (90, 100), (100, 120))]
-    return Dataset(parts[0], parts[1], parts[2], Sealed(parts[3]))
+PLAN = Plan(epochs=4, batch_size=16, precision="fp32", learning_rate=1e-3)  # 20 steps over 80 rows
+STRATEGIES: tuple[Strategy, ...] = ("fsdp", "tensor", "pipeline")
+SETUP = Setup(timeout=60)
 
 
-def still(family: str = "bert", layers: int = 2) -> Model:
+@pytest.fixture(scope="module")
+def both() -> Iterator[Pool]:
+    """Two processes for all tests that do not kill any."""
+    with Pool(2) as made:
+        yield made
+
+
+@pytest.fixture
+def pool(both: Pool) -> Iterator[Pool]:
+    """They are still two after each test: one process alone equals itself."""
+    yield both
+    assert len(both.members) == 2
+
+
+def still(family: str = "bert", layers: int = 2, seed: int = 0) -> Model:
     """A model without dropout."""
-    model = tiny_model(family=family, layers=layers)
+    model = tiny_model(family=family, layers=layers, seed=seed, more=("[MASK]",))
     for module in model.network.modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in ("attention_dropout", "dropout_prob"):
             if isinstance(getattr(module, name, None), float):
@@ -45,47 +68,248 @@ def still(family: str = "bert", layers: int = 2) -> Model:
 
 def distance(one: Model, other: Model) -> float:
     """Relative L2 distance of all weights but the biases of keys: their true gradient is zero (softmax does not see
-    what is added to all scores of a query), so Adam steps on the noise of rounding."""
-    a, b = (dict(m.network.named_parameters()) for m in (one, other))
-    assert a.keys() == b.keys()
-    names = [name for name in a if not name.endswith(("key.bias", "k_lin.bias"))]
-    apart = sum(float((a[n] - b[n]).detach().double().square().sum()) for n in names)
-    return math.sqrt(apart / sum(float(a[n].detach().double().square().sum()) for n in names))
+    what is added to all scores of a query), so Adam makes whole steps of what rounding leaves. GPT-2 and ModernBERT keep
+    them inside a fused bias, of which the middle third is left out."""
+    apart = size = 0.0
+    mine, others = one.network.state_dict(), other.network.state_dict()
+    assert mine.keys() == others.keys()
+    for name, a in mine.items():
+        b = others[name]
+        if name.endswith(("key.bias", "k_lin.bias")):
+            continue
+        if name.endswith(("c_attn.bias", "Wqkv.bias")):
+            a, b = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (a, b))
+        apart += float((a.double() - b.double()).square().sum())
+        size += float(a.double().square().sum())
+    return float((apart / size) ** 0.5)
 
 
-def close(one: Model, other: Model, limit: float = 1e-6) -> None:
-    assert distance(one, other) <= limit
-    tokens = one.encoder.encode(rows().train.text)
+def assert_equal(one: Model, other: Model, data: Dataset) -> None:
+    assert type(one.network) is type(other.network)
+    assert distance(one, other) <= 1e-6
+    tokens = one.encoder.encode(data.train.text)
     assert float((logits_of(one, tokens) - logits_of(other, tokens)).abs().max()) <= 1e-5
 
 
-def fitted(family: str, kind: type[Divided], options: dict[str, object]) -> dict[str, torch.Tensor]:
-    torch.set_num_threads(1)
+def fit(
+    data: Dataset, pool: Pool, strategy: Strategy, model: Model, loss: Loss, plan: Plan = PLAN, setup: Setup = SETUP
+) -> Model:
+    with Parallel(data, strategy=strategy, setup=setup, pool=pool) as run:
+        return run.fit(model, loss, plan)
+
+
+# The tolerance of 1e-6 holds for tensor parallel too, though its sums over heads and neurons are taken in parts: each
+# is off by an ulp or so, and 20 steps of Adam at 1e-3 move the weights by what the gradients' signs and sizes say.
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_train_as_one(family: str, strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
     model = still(family)
-    new = Local(rows(), seams=kind(**options)).fit(model, Supervised(model.task), PLAN)  # type: ignore[arg-type]
-    assert type(new.network) is type(model.network)
-    return {name: value.numpy() for name, value in new.network.state_dict().items()}
+    made = fit(dataset, pool, strategy, model, Supervised(model.task))
+    wanted = Local(dataset).fit(model, Supervised(model.task), PLAN)
+    assert distance(made, model) > 1e-4
+    assert_equal(made, wanted, dataset)
 
 
-def loaded(model: Model, state: dict[str, object]) -> Model:
-    new = model.copy()
-    new.network.load_state_dict({name: torch.as_tensor(value) for name, value in state.items()})
-    return new
+def losses(model: Model) -> dict[str, tuple[Loss, Plan]]:
+    task, teacher = model.task, still(seed=3)
+    return {
+        "class weights": (Supervised(task, 0.1, class_weights=(0.3, 2.0)), PLAN),
+        "a teacher": (SoftTargets(task, (teacher,), hard=0.3), PLAN),
+        "pseudo-labels": (PseudoLabels(task, (teacher,), 0.5, (1.0, 0.5)), PLAN),  # type: ignore[arg-type]
+        "spliced rows": (SoftTargets(task, (teacher,)), replace(PLAN, splice=1.0)),
+        "uneven batches": (Supervised(task), replace(PLAN, batch_size=27, epochs=7)),
+        "fewer rows than processes": (Supervised(task), replace(PLAN, batch_size=1, epochs=0.25)),
+        "several batches a step": (Supervised(task), replace(PLAN, batch_size=5, accumulate=3, epochs=3.5)),
+        "the best of epochs": (Supervised(task), replace(PLAN, patience=1)),
+    }
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Team]:
-    with Team(2) as team:
-        yield team
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", list(losses(tiny_model())))
+def test_losses_and_plans(name: str, strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    model = still()
+    loss, plan = losses(model)[name]
+    assert_equal(fit(dataset, pool, strategy, model, loss, plan), Local(dataset).fit(model, loss, plan), dataset)
 
 
-KINDS = {"fsdp": Fsdp, "tensor": TensorParallel, "pipeline": Pipelined}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_equals_local(two: Team, family: str, kind: str) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "qwen3"])
+def test_language_modelling(family: str, strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    """Also where the table of tokens lies in another stage than the losses' products with it. Hidden tokens are drawn by
+    micro-batch, so the pipeline has one here; fsdp draws them by process, so it is left to the causal ones."""
     model = still(family)
-    alone = Local(rows()).fit(model, Supervised(model.task), PLAN)
-    for state in two(fitted, family, KINDS[kind], {}):
-        close(alone, loaded(model, state))
+    vocabulary = model.encoder.vocabulary
+    loss: Loss = MaskedLM(vocabulary - 1, (0, 1, 2, 3), vocabulary) if family == "bert" else CausalLM()
+    setup = replace(SETUP, micro_batches=1 if family == "bert" else 3) if strategy == "pipeline" else SETUP
+    made = fit(dataset, pool, strategy, model, loss, PLAN, setup)
+    if family == "bert" and strategy == "fsdp":
+        assert distance(made, model) > 1e-4
+    else:
+        assert_equal(made, Local(dataset).fit(model, loss, PLAN), dataset)
+
+
+MANDATORY: tuple[Technique, ...] = (
+    Finetune(epochs=2),
+    Finetune(epochs=2, train="lora", rank=2, probe=False),
+    Finetune(epochs=2, train="head", probe=False),
+    Distill(layers=2, epochs=2, splice=0.0, token_dropout=0.0),
+    QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=2, token_dropout=0.0),
+    QuantizeAware(Quantize(weight_bits=4, rows=16, granularity="tensor"), epochs=2, token_dropout=0.0),
+)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("technique", MANDATORY, ids=lambda t: f"{type(t).__name__} {getattr(t, 'train', '')}")
+def test_techniques(technique: Technique, strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    model, plan = still(layers=3), Plan(batch_size=16, precision="fp32")
+    with Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool) as run:
+        made = technique(model, run, plan)
+    assert_equal(made, technique(model, Local(dataset), plan), dataset)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_activation_checkpointing_changes_nothing(strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    model = tiny_model()  # with dropout: what is computed again must draw the same
+    plan = replace(PLAN, epochs=1)
+    plain, again = (
+        fit(
+            dataset,
+            pool,
+            strategy,
+            model,
+            Supervised(model.task),
+            plan,
+            replace(SETUP, activation_checkpointing=wanted),
+        )
+        for wanted in (False, True)
+    )
+    assert_equal(plain, again, dataset)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_contract(strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    model = still()
+    run = lambda: Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool)  # noqa: E731
+    RunContract(run, model, Supervised(model.task), replace(PLAN, epochs=1), dataset.train.text).check()
+
+
+TRIPS: tuple[tuple[Strategy | None, Strategy | None], ...] = (
+    ("fsdp", "fsdp"),
+    ("fsdp", None),
+    ("fsdp", "tensor"),
+    ("tensor", "pipeline"),
+    ("pipeline", "fsdp"),
+    ("pipeline", "pipeline"),
+    (None, "tensor"),
+    ("tensor", "ddp"),
+)
+
+
+@pytest.mark.parametrize(("first", "then"), TRIPS)
+def test_a_checkpoint_goes_on_under_any_strategy(
+    first: Strategy | None, then: Strategy | None, dataset: Dataset, pool: Pool, tmp_path: Path
+) -> None:
+    """Killed under one, resumed under the other, and equal to what was never interrupted."""
+    model, loss = still(), Supervised(still().task)
+    plan = replace(PLAN, checkpoint_every=0.0, patience=5)
+
+    def run(strategy: Strategy | None, killer: Killer) -> Model:
+        given = replace(plan, reporter=killer)
+        if strategy is None:
+            return Local(dataset, tmp_path).fit(model, loss, given)
+        with Parallel(dataset, strategy=strategy, setup=SETUP, folder=tmp_path, pool=pool) as made:
+            return made.fit(model, loss, given)
+
+    with pytest.raises(Killed):
+        run(first, Killer(12))
+    killer = Killer(-1)
+    made = run(then, killer)
+    assert killer.resumed_at == 11
+    assert_equal(made, Local(dataset).fit(model, loss, plan), dataset)
+    assert not list(tmp_path.glob("fit-*"))
+
+
+def test_rows_and_layers_are_divided_on_a_mesh(dataset: Dataset) -> None:
+    model = still()
+    setup = Setup(timeout=60, tensor=2)
+    with Pool(4) as four:
+        made = fit(dataset, four, "tensor", model, Supervised(model.task), PLAN, setup)
+    assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+def test_a_lost_process_sends_the_others_back_to_the_checkpoint(
+    strategy: Strategy, dataset: Dataset, tmp_path: Path
+) -> None:
+    model = still()
+    with Pool(2) as two:
+
+        class Murderer(Killer):
+            notes: tuple[str, ...] = ()
+
+            def step(self, step: int, loss: float, rate: float) -> None:
+                if step == 8 and len(two.members) == 2:
+                    os.kill(two.pids[1], signal.SIGKILL)
+
+            def note(self, message: str) -> None:
+                self.notes = (*self.notes, message)
+
+        murderer = Murderer(-1)
+        plan = replace(PLAN, checkpoint_every=0.0, reporter=murderer)
+        with Parallel(dataset, strategy=strategy, setup=Setup(timeout=20), folder=tmp_path, pool=two) as run:
+            made = run.fit(model, Supervised(model.task), plan)
+    assert "from the last checkpoint" in " ".join(murderer.notes)
+    assert murderer.resumed_at >= 6
+    assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
+
+
+Attempt = tuple[Strategy, Callable[[Model, Parallel], Model], str]
+ATTEMPTS: tuple[Attempt, ...] = (
+    (
+        "fsdp",
+        lambda m, run: run.fit(m, Penalized(Supervised(m.task), "l2", 1e-3, ("head.weight",)), PLAN),
+        "no process holds them; use local or ddp",
+    ),
+    ("fsdp", lambda m, run: Static(epochs=1, splice=0.0)(m, run, PLAN), "this network is a Static, which has none"),
+    ("pipeline", lambda m, run: run.fit(m, Contrastive(), PLAN), "Contrastive needs more than one forward pass"),
+    ("pipeline", lambda m, run: EarlyExit((1,), epochs=1)(m, run, PLAN), "Staged needs more than one forward pass"),
+    ("pipeline", lambda m, run: Distill(layers=1)(m, run, PLAN), "1 layers cannot be divided into 2 stages"),
+    ("tensor", lambda m, run: Distill(layers=2, match=("attention",))(m, run, PLAN), "reads all heads of a layer"),
+    ("tensor", lambda m, run: Factor(rank=4, rows=16)(m, run, PLAN), "is a LowRank, which tensor cannot divide"),
+    ("tensor", lambda m, run: Shrink(heads=0.25, rows=16)(m, run, PLAN), "has 1 key heads, which 2 processes cannot"),
+    (
+        "tensor",
+        lambda m, run: QuantizeAware(Quantize(weight_bits=4, activations="none", symmetric=False), ranges="fixed")(
+            m, run, PLAN
+        ),
+        "follows from weights that tensor divides",
+    ),
+)
+
+
+@pytest.mark.parametrize(("strategy", "attempt", "said"), ATTEMPTS, ids=[said for *_, said in ATTEMPTS])
+def test_what_does_not_work_is_refused(
+    strategy: Strategy, attempt: Callable[[Model, Parallel], Model], said: str, dataset: Dataset, pool: Pool
+) -> None:
+    with Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool) as run, pytest.raises(OptionError, match=said):
+        attempt(still(), run)
+
+
+def test_options_are_for_their_strategies(dataset: Dataset, pool: Pool) -> None:
+    for strategy, setup, said in (
+        ("ddp", Setup(tensor=2), "tensor is for strategy tensor, not for 'ddp'; leave it out"),
+        ("fsdp", Setup(micro_batches=2), "micro_batches is for strategy pipeline, not for 'fsdp'"),
+        ("ddp", Setup(activation_checkpointing=True), "is for strategy fsdp or tensor or pipeline, not for 'ddp'"),
+        ("layers", Setup(), "unknown strategy 'layers'; use ddp, fsdp, tensor, pipeline"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            Parallel(dataset, strategy=strategy, setup=setup, pool=pool)  # type: ignore[arg-type]
+    model = still()
+    for strategy, setup, said in (
+        ("fsdp", Setup(offload=True, device="cpu"), "this run computes on the CPU, where both are one"),
+        ("tensor", Setup(tensor=3), "2 processes cannot be divided into groups of tensor=3"),
+        ("pipeline", Setup(micro_batches=0), "micro_batches is 0; use 1 or more"),
+    ):
+        with pytest.raises(OptionError, match=said):
+            fit(dataset, pool, strategy, model, Supervised(model.task), PLAN, setup)  # type: ignore[arg-type]

@@ -188,6 +188,18 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     return Model(network, _encoder(folder, limit, config), task, Base(name, _licence(folder), digest))
 
 
+def skeleton(name: str) -> Transformer:
+    """The network of a pretrained model on torch's meta device: names and shapes, without weights or memory. Takes what
+    `pretrained` takes, and raises what it raises."""
+    folder = _folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"), _quiet():
+            return Transformer(AutoModel.from_config(config), 2, _pooling(folder, config))
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
+
+
 def positions(backbone: Any) -> int | None:
     """The longest row in tokens that a backbone takes; None where nothing limits it."""
     stated = getattr(backbone.config, "max_position_embeddings", None)

@@ -18,10 +18,11 @@ from netweight.cli import make
 from netweight.cli import run
 from netweight.cli import look
 from netweight.cli import federate
+from netweight.cli import plan
 
 # isort: on
 
-__all__ = ["app", "federate", "look", "main", "make", "run"]
+__all__ = ["app", "federate", "look", "main", "make", "plan", "run"]
 
 
 def _version(asked: bool) -> None:

@@ -28,12 +28,20 @@ class Setup:
     balance: each gets the share of every batch that its measured speed deserves; results then differ in their last
     bits between two runs. timeout: seconds after which a process that waits for another gives it up. pin: the first
     process runs on the first core alone, and so on. device: "cpu" leaves graphics cards alone.
+
+    tensor: neighbouring processes that divide layers between them; the groups of so many divide rows; None: all divide
+    layers. micro_batches: parts that a pipeline cuts a batch into. activation_checkpointing: compute activations inside
+    layers again instead of keeping them (not under ddp). offload: fsdp keeps its share in the host's memory.
     """
 
     balance: bool = True
     timeout: float = 300.0
     pin: bool = False
     device: Literal["auto", "cpu"] = "auto"
+    tensor: int | None = None
+    micro_batches: int | None = None
+    activation_checkpointing: bool = False
+    offload: bool = False
 
 
 class Command(Protocol):

@@ -19,7 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from netweight.errors import OptionError
 from netweight.loss import Loss, Penalized
 from netweight.network import Transformer, tensors
+from netweight.run.group import told
 from netweight.run.processes import Processes
+from netweight.seams import Lost
 
 
 class Divided(Processes):
@@ -64,6 +66,16 @@ class Divided(Processes):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.divide(network)
         return network
+
+    def stretch(self, n: int) -> slice:
+        # A network in parts answers only when all ask it the same.
+        if self._whole is not None:
+            return slice(0, n)
+        rank, size = dist.get_rank(), dist.get_world_size()
+        return slice(n * rank // size, n * (rank + 1) // size)
+
+    def collect(self, mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        return [dict(mine)] if self._whole is not None else from_all(mine)
 
     def divide(self, network: Transformer) -> None:
         """Leave only this process's part of the network, in place."""
@@ -111,6 +123,15 @@ def entry(name: str) -> str:
     """The entry of the network's state that a name in a checkpoint (model/, best/, optimizer/NAME/KEY) belongs to."""
     kind, _, rest = name.partition("/")
     return rest.rpartition("/")[0] if kind == "optimizer" else rest
+
+
+def from_all(mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """What each process holds, by rank, on the CPU."""
+    try:
+        return [told(mine, rank) for rank in range(dist.get_world_size())]
+    except Lost as lost:
+        # Nobody holds what the fit could go on from but the file of the last checkpoint.
+        raise RuntimeError(str(lost)) from None
 
 
 def clip(

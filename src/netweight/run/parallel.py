@@ -19,7 +19,7 @@ from netweight.run.base import Statistic
 from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
 from netweight.run.local import Local
 from netweight.run.pool import Pool
-from netweight.run.strategies import seams_of
+from netweight.run.strategies import check, seams_of
 from netweight.train import Plan, Reporter, Silent
 
 
@@ -32,14 +32,21 @@ class Parallel:
     Args:
         data: as for `Local`.
         processes: how many; None: as many as torchrun started, else 2.
-        strategy: "ddp": each process holds the whole network, and some rows of each batch.
+        strategy: "ddp": each process holds the whole network, and some rows of each batch. "fsdp": some rows, and a
+            share of parameters, gradients and optimizer state. "tensor": a share of the heads and neurons of each
+            layer. "pipeline": some of the layers. See docs/parallel.md for what works where.
         folder: as for `Local`; all processes must see it.
         threads: of each process.
         setup: how the processes work.
         pool: processes that are there already; they stay when this run is closed.
 
+<<<<<<< HEAD
     Raises OptionError for a strategy that is not known, and where the number of processes is not the one that
     torchrun started.
+=======
+    Raises OptionError where the number of processes is not the one that torchrun started, and for an option of the
+    setup that the strategy does not have.
+>>>>>>> cb693c5 (Parallel runs with strategy fsdp, tensor and pipeline; a planner of memory)
     """
 
     def __init__(
@@ -55,6 +62,7 @@ class Parallel:
         if strategy not in get_args(Strategy):
             raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
         self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
+        check(strategy, self.setup)
         self._local: Local | None = None
         self._number = -1
         if group.launched():

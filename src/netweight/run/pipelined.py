@@ -11,7 +11,7 @@ Every stage evaluates the loss with a network that stops behind its own last lay
 
 from __future__ import annotations
 
-import json
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,11 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from netweight.anatomy import blocks
 from netweight.errors import OptionError
 from netweight.loss import Batch, Loss, PseudoLabels, SoftTargets, Supervised
 from netweight.network import Exits, Transformer
 from netweight.objectives import CausalLM, MaskedLM
-from netweight.run.divided import Divided, clip, entry
+from netweight.run.divided import Divided, clip, entry, from_all
 from netweight.run.processes import shares
 from netweight.seams import Ask
 
@@ -114,59 +115,40 @@ class Pipelined(Divided):
         if isinstance(network, Exits):
             raise OptionError("exits answer from layers of several stages; use local, ddp or fsdp.")
         layers = network.layers()
-        if len(layers) < self.stages:
-            raise OptionError(
-                f"{len(layers)} layers cannot be divided into {self.stages} stages; use as many processes as there "
-                "are layers at most."
-            )
         self._width, self._outputs = network.head.in_features, network.head.out_features
+        self._owner = owners(network, self.stages)
+        table = cast(Any, network.backbone).get_input_embeddings()
+        at = next(name for name, module in network.named_modules() if module is table)
+        # A loss that multiplies with the token table needs it in the last stage as well.
+        wanted = self._ties and self.stages > 1
+        self._tied = tuple(name for name in self._owner if wanted and name.startswith(f"{at}."))
         sizes = shares(len(layers), [1.0] * self.stages)
-        begins = [sum(sizes[:s]) for s in range(self.stages)]
-        ends = [begin + size for begin, size in zip(begins, sizes, strict=True)]
-        self._note_owners(network, begins)
+        first = sum(sizes[: self.stage])
+        final = first + sizes[self.stage] - 1
         for i in range(len(layers)):
-            if not begins[self.stage] <= i < ends[self.stage]:
-                layers[i] = _Passed()
-        first, final = begins[self.stage], ends[self.stage] - 1
+            if not first <= i <= final:
+                layers[i] = _Passed(layers[i])
         for i in range(first, final + 1):
             layer = layers[i]
             layer.forward = partial(self._layer, layer.forward, i == first, i == final)
         for name, module in list(network.named_modules()):
-            entries = [f"{name}.{leaf}" for leaf, _ in module.named_parameters(recurse=False)]
-            if entries and not any(self._mine(entry) for entry in entries):
+            entries = [f"{name}.{leaf}" for leaf, _ in module.named_parameters()]
+            leaves = any(True for _ in module.parameters(recurse=False))
+            if leaves and self._there(network, name) and not any(self._mine(entry) for entry in entries):
                 parent, _, leaf = name.rpartition(".")
-                width = module.embedding_dim if isinstance(module, nn.Embedding) else 0
-                setattr(network.get_submodule(parent), leaf, _Passed(width))
+                setattr(network.get_submodule(parent), leaf, _Passed(module))
         self._held, self._entries = dict(network.named_parameters()), frozenset(network.state_dict())
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._answer)
 
-    def _note_owners(self, network: Transformer, begins: list[int]) -> None:
-        """Which stage holds each entry of the state: what runs before the first layer is the first's, the rest the
-        last's. A loss that multiplies with the token table needs it in the last stage as well."""
-        before: list[str] = []
-        stack = network.stack
-        order: list[nn.Module] = []
-        handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in network.modules()]
-        entered = network.layers()[0].register_forward_pre_hook(lambda *_: before.append(str(len(order))))
-        device = next(network.parameters()).device
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            one = torch.ones((1, 2), dtype=torch.long, device=device)
-            network(one, one, torch.zeros_like(one))
-        for handle in (*handles, entered):
-            handle.remove()
-        early = {id(module) for module in order[: int(before[0])]}
-        names = {name for name, module in network.named_modules() if id(module) in early}
-        table = cast(Any, network.backbone).get_input_embeddings()
-        at = next(name for name, module in network.named_modules() if module is table)
-        self._owner = {}
-        for name in network.state_dict():
-            if name.startswith(f"{stack}."):
-                layer = int(name[len(stack) + 1 :].partition(".")[0])
-                self._owner[name] = max(s for s, begin in enumerate(begins) if begin <= layer)
-            else:
-                self._owner[name] = 0 if name.rpartition(".")[0] in names else self.stages - 1
-        self._tied = tuple(n for n in self._owner if n.startswith(f"{at}.")) if self._ties and self.stages > 1 else ()
+    def _there(self, network: nn.Module, name: str) -> bool:
+        """Whether a module has not gone with one that held it."""
+        held = network
+        for part in name.split("."):
+            if isinstance(held, _Passed):
+                return False
+            held = cast(nn.Module, getattr(held, part))
+        return True
 
     def _mine(self, name: str) -> bool:
         return self._owner.get(name) == self.stage or (self.last and name in self._tied)
@@ -210,7 +192,9 @@ class Pipelined(Divided):
         began, waited = time.monotonic(), self.idle
         sizes = shares(len(batch), [1.0] * min(self.micro_batches, len(batch)))
         seed = torch.initial_seed()
-        micros = [_Micro(_rows(batch, sum(sizes[:i]), sum(sizes[: i + 1])), _mixed(seed, i)) for i in range(len(sizes))]
+        micros = [
+            _Micro(batch.part(slice(sum(sizes[:i]), sum(sizes[: i + 1]))), _mixed(seed, i)) for i in range(len(sizes))
+        ]
 
         def ask(part: Batch) -> Tensor:
             return loss(network, part) * scale
@@ -314,36 +298,47 @@ class Pipelined(Divided):
         clip(mine, (), limit, None, self.device, [cast(Tensor, p.grad) for p in held if id(p) in tied])
 
     def whole(self, held: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
-        listed = {name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in held.items()}
-        kept: dict[str, Tensor] = {}
-        seen: set[str] = set()
-        for stage, said in enumerate(_announced(json.dumps(listed), self.device)):
-            for name, (dtype, shape) in json.loads(said).items():
-                if name in seen:
-                    continue
-                seen.add(name)
-                mine = stage == self.stage
-                value = (
-                    held[name].to(self.device)
-                    if mine
-                    else torch.empty(shape, dtype=getattr(torch, dtype), device=self.device)
-                )
-                value = value.contiguous()
-                dist.broadcast(value, src=stage)
-                if wanted:
-                    kept[name] = value.cpu()
-        return kept
+        # What two stages hold is the same in both.
+        found = {name: value for part in from_all(held) for name, value in part.items()}
+        return found if wanted else {}
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value for name, value in whole.items() if entry(name) in self._entries}
 
 
+def owners(network: Transformer, stages: int) -> dict[str, int]:
+    """The stage that holds each entry of the network's state: layers in order, what families register before them in
+    the first, and what stands behind them in the last. Raises OptionError for fewer layers than stages."""
+    blocks(network)  # only families of which this order is known
+    layers = len(network.layers())
+    if layers < stages:
+        raise OptionError(
+            f"{layers} layers cannot be divided into {stages} stages; use as many processes as there are layers at "
+            "most."
+        )
+    ends = list(itertools.accumulate(shares(layers, [1.0] * stages)))
+    found: dict[str, int] = {}
+    behind = False
+    for name in network.state_dict():
+        if name.startswith(f"{network.stack}."):
+            behind = True
+            layer = int(name[len(network.stack) + 1 :].partition(".")[0])
+            found[name] = next(stage for stage, end in enumerate(ends) if layer < end)
+        else:
+            found[name] = stages - 1 if behind else 0
+    return found
+
+
 class _Passed(nn.Module):
     """Stands for what another stage holds: gives on what it is given, or for a table zeros of its width."""
 
-    def __init__(self, width: int = 0) -> None:
+    def __init__(self, held: nn.Module) -> None:
         super().__init__()
-        self.width = width
+        self.width = held.embedding_dim if isinstance(held, nn.Embedding) else 0
+        # What a backbone asks of a layer besides calling it: ModernBERT wants its kind of attention.
+        for name, value in vars(held).items():
+            if isinstance(value, int | float | str) and name != "training" and not name.startswith("_"):
+                setattr(self, name, value)
 
     def forward(self, x: Tensor, *given: Any, **more: Any) -> Tensor:
         return torch.zeros(*x.shape, self.width, device=x.device) if self.width else x
@@ -358,24 +353,6 @@ def _next(totals: Iterator[Tensor], value: Tensor) -> Tensor:
     return next(totals)
 
 
-def _rows(batch: Batch, begin: int, end: int) -> Batch:
-    """A stretch of a batch's rows."""
-    rows = slice(begin, end)
-    cut = {name: getattr(batch, name)[rows] for name in ("ids", "mask", "types", "targets", "weight")}
-    return replace(batch, **cut, teachers=tuple(t[rows] for t in batch.teachers))
-
-
 def _mixed(*numbers: int) -> int:
     """One seed from several."""
     return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1)[0])
-
-
-def _announced(text: str, device: torch.device) -> list[str]:
-    """What each process has to say, by rank."""
-    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(mine)], device=device))
-    room = int(torch.cat(sizes).max())
-    said = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in sizes]
-    dist.all_gather(said, torch.cat([mine, mine.new_zeros(room - len(mine))]))
-    return [bytes(one[: int(size)].tolist()).decode() for one, size in zip(said, sizes, strict=True)]

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 
 from netweight.errors import OptionError
 from netweight.run.commands import Setup, Strategy
 from netweight.run.ddp import Ddp
+from netweight.run.pipelined import Pipelined
+from netweight.run.sharded import Fsdp
+from netweight.run.tensor import TensorParallel
 from netweight.seams import Lost, Seams
 
 # Strategies whose every process holds all that a fit goes on from.
 WHOLE = ("ddp",)
 
+_MICRO_BATCHES = 4
+
+
+# Options of a setup, and the strategies that they are for.
+_FOR = {
+    "tensor": ("tensor",),
+    "micro_batches": ("pipeline",),
+    "activation_checkpointing": ("fsdp", "tensor", "pipeline"),
+    "offload": ("fsdp",),
+}
+
+
+def check(strategy: Strategy, setup: Setup) -> None:
+    """Raises OptionError for a strategy that is not known, and for an option that it does not have."""
+    if strategy not in get_args(Strategy):
+        raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
+    for option, strategies in _FOR.items():
+        if getattr(setup, option) not in (None, False) and strategy not in strategies:
+            raise OptionError(
+                f"{option} is for strategy {' or '.join(strategies)}, not for {strategy!r}; leave it out."
+            )
+
 
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
-    """Seams of this process, which is in a group. Raises OptionError for a strategy that is not known."""
-    if strategy == "ddp":
-        return Ddp(device, setup.balance, rejoin)
-    raise OptionError(f"unknown strategy {strategy!r}; use ddp.")
+    """Seams of this process, which is in a group."""
+    if strategy == "fsdp":
+        return Fsdp(None, device, setup.activation_checkpointing, setup.offload)
+    if strategy == "tensor":
+        return TensorParallel(setup.tensor, device, setup.activation_checkpointing)
+    if strategy == "pipeline":
+        parts = _MICRO_BATCHES if setup.micro_batches is None else setup.micro_batches
+        return Pipelined(parts, device, setup.activation_checkpointing)
+    return Ddp(device, setup.balance, rejoin)

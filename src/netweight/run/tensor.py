@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from netweight.anatomy import Block, blocks
+from netweight.anatomy import blocks
 from netweight.errors import OptionError
 from netweight.loss import Loss
 from netweight.matching import Matching
@@ -75,25 +75,19 @@ class TensorParallel(Divided):
             )
 
     def divide(self, network: Transformer) -> None:
-        self.cuts = {}
+        self.cuts = cuts_of(network, self.ways)
         for block in blocks(network):
-            for what, units in (("key heads", block.heads), ("neurons", block.neurons)):
-                if units % self.ways:
-                    raise OptionError(
-                        f"{block.name} has {units} {what}, which {self.ways} processes cannot divide evenly; use a "
-                        "divisor of it as tensor, or fsdp."
-                    )
-            for names, groups in ((block.qkv, block.qkv_groups), (block.up, block.up_groups)):
-                self._enter(network, names)
-                for name in names:
-                    self._plan(network, name, "outputs", groups)
-            for name in (block.out, block.down):
-                self._leave(network, name)
-                self._plan(network, name, "inputs", 1)
-            self._within(network, block)
+            self._enter(network, block.qkv)
+            self._enter(network, block.up)
+            self._leave(network, block.out)
+            self._leave(network, block.down)
+            attention = network.get_submodule(block.qkv[0].rpartition(".")[0])
+            if hasattr(attention, "split_size"):
+                # GPT-2 takes queries, keys and values apart by this.
+                setattr(attention, "split_size", cast(int, attention.split_size) // self.ways)  # noqa: B010
         self._shapes = {}
         self._held = dict(network.named_parameters())
-        held = dict(network.named_parameters()) | dict(network.named_buffers())
+        held = self._held | dict(network.named_buffers())
         for name, cut in self.cuts.items():
             if cut.dim is None:
                 continue
@@ -102,46 +96,6 @@ class TensorParallel(Divided):
             self._shapes[name] = (value.shape, part.shape)
             # The parameter itself stays, so that whoever refers to it (an adapter, a rounding layer) sees its part.
             value.data = part
-
-    def _plan(self, network: Transformer, name: str, side: Side, groups: int) -> None:
-        """Note the cuts of everything that a linear layer, or what stands for one, holds."""
-        module = network.get_submodule(name)
-        steps, spec = getattr(module, "steps", None), getattr(module, "spec", None)
-        if spec is not None and steps is None and not (spec.granularity == "group" and side == "outputs"):
-            raise OptionError(
-                f"the grid of {name} follows from weights that tensor divides; use symmetric weights per channel or "
-                "tensor, or local, ddp or fsdp."
-            )
-        for part, value in (*module.named_parameters(), *module.named_buffers()):
-            *at, leaf = part.split(".")
-            whole = part.startswith("lora_") and (part[5] == "A") == (side == "outputs")
-            if part in ("bias", "base_layer.bias"):
-                if side == "outputs":
-                    self.cuts[f"{name}.{part}"] = Cut(0, groups)
-            elif part in ("weight", "mask", "base_layer.weight") or (part.startswith("lora_") and not whole):
-                self.cuts[f"{name}.{part}"] = Cut(0, groups) if side == "outputs" else Cut(1)
-            elif whole:
-                self.cuts[f"{name}.{part}"] = Cut(None)
-            elif at[:1] == ["steps"] and value.numel() > 1 and side == "outputs":
-                self.cuts[f"{name}.{part}"] = Cut(0, groups)
-            elif leaf == "ratio":
-                # LSQ divides by the square root of how many values share a scale: fewer do in each process.
-                narrower = side == "inputs" or at[0] == "out" or (at[0] == "steps" and value.numel() == 1)
-                self.cuts[f"{name}.{part}"] = Cut(None, factor=self.ways**-0.5 if narrower else 1.0)
-            elif leaf not in ("first", "zero", "top"):
-                raise OptionError(
-                    f"{name} is a {type(module).__name__}, which tensor cannot divide; use local, ddp or fsdp."
-                )
-
-    def _within(self, network: Transformer, block: Block) -> None:
-        """What else an attention module holds: norms of heads, and how wide GPT-2's queries are."""
-        at = block.qkv[0].rpartition(".")[0]
-        attention = network.get_submodule(at)
-        for name, _ in attention.named_parameters():
-            if name.startswith(("q_norm", "k_norm")):
-                self.cuts[f"{at}.{name}"] = Cut(None)
-        if hasattr(attention, "split_size"):
-            setattr(attention, "split_size", cast(int, attention.split_size) // self.ways)  # noqa: B010
 
     def _enter(self, network: Transformer, names: Iterable[str]) -> None:
         """The gradient of what goes into these layers is the sum over the team; one sum for those with one input."""
@@ -202,6 +156,74 @@ class TensorParallel(Divided):
         assert cut.dim is not None
         parted: Tensor = whole.unflatten(cut.dim, (cut.groups, self.ways, -1))
         return parted.select(cut.dim + 1, self.place).flatten(cut.dim, cut.dim + 1).clone().contiguous()
+
+
+def cuts_of(network: Transformer, ways: int) -> dict[str, Cut]:
+    """How `ways` processes divide a network's parameters and buffers; those that are not named stay whole.
+
+    Raises OptionError where heads or neurons cannot be divided evenly, and for layers that cannot be divided at all.
+    """
+    cuts: dict[str, Cut] = {}
+    for block in blocks(network):
+        for what, units in (("key heads", block.heads), ("neurons", block.neurons)):
+            if units % ways:
+                raise OptionError(
+                    f"{block.name} has {units} {what}, which {ways} processes cannot divide evenly; use a divisor of "
+                    "it as tensor, or fsdp."
+                )
+        for names, groups in ((block.qkv, block.qkv_groups), (block.up, block.up_groups)):
+            for name in names:
+                cuts |= _linear(network, name, "outputs", groups, ways)
+        for name in (block.out, block.down):
+            cuts |= _linear(network, name, "inputs", 1, ways)
+        at = block.qkv[0].rpartition(".")[0]
+        for name, _ in network.get_submodule(at).named_parameters():
+            if name.startswith(("q_norm", "k_norm")):
+                # Norms of heads: each process norms its own.
+                cuts[f"{at}.{name}"] = Cut(None)
+    return cuts
+
+
+def _linear(network: Transformer, name: str, side: Side, groups: int, ways: int) -> dict[str, Cut]:
+    """The cuts of everything that a linear layer, or what stands for one, holds."""
+    module = network.get_submodule(name)
+    spec, steps = getattr(module, "spec", None), getattr(module, "steps", None)
+    if spec is not None and steps is None and not (spec.granularity == "group" and side == "outputs"):
+        raise OptionError(
+            f"the grid of {name} follows from weights that tensor divides; use symmetric weights per channel or "
+            "tensor, or local, ddp or fsdp."
+        )
+    cuts: dict[str, Cut] = {}
+    for part, value in (*module.named_parameters(), *module.named_buffers()):
+        found = _cut(part, value.numel(), side, groups, ways)
+        if found == "unknown":
+            raise OptionError(
+                f"{name} is a {type(module).__name__}, which tensor cannot divide; use local, ddp or fsdp."
+            )
+        if isinstance(found, Cut):
+            cuts[f"{name}.{part}"] = found
+    return cuts
+
+
+def _cut(part: str, size: int, side: Side, groups: int, ways: int) -> Cut | Literal["whole", "unknown"]:
+    """The cut of a parameter or buffer by its name in a layer; "whole" where all processes have it and its gradient."""
+    *at, leaf = part.split(".")
+    outwards = side == "outputs"
+    across = Cut(0, groups) if outwards else Cut(1)
+    if part in ("bias", "base_layer.bias"):
+        return across if outwards else "whole"
+    if part in ("weight", "mask", "base_layer.weight"):
+        return across
+    if at[:1] in (["lora_A"], ["lora_B"]):
+        # B A x: of the two the one that faces what is divided is divided too.
+        return across if (at[0] == "lora_B") == outwards else Cut(None)
+    if at[:1] == ["steps"] and size > 1 and outwards:
+        return across
+    if leaf == "ratio":
+        # LSQ divides by the square root of how many values share a scale: fewer do in each process.
+        fewer = not outwards or at[0] == "out" or (at[0] == "steps" and size == 1)
+        return Cut(None, factor=ways**-0.5 if fewer else 1.0)
+    return "whole" if leaf in ("first", "zero", "top") else "unknown"
 
 
 def added(values: list[Tensor], group: dist.ProcessGroup | None) -> None:
