@@ -66,9 +66,6 @@ def enter(timeout: float) -> None:
 def leave() -> None:
     """Leave the group; whoever waits for this process in it learns that at once."""
     if dist.is_initialized():
-        # Destroying a group closes nothing while anything refers to it, and meshes and tracebacks do.
-        for group in list(dist.distributed_c10d._world.pg_map):
-            group.abort()
         dist.destroy_process_group()
         gc.collect()
 

@@ -40,13 +40,9 @@ class Parallel:
         setup: how the processes work.
         pool: processes that are there already; they stay when this run is closed.
 
-<<<<<<< HEAD
     Raises OptionError for a strategy that is not known, and where the number of processes is not the one that
     torchrun started.
-=======
-    Raises OptionError where the number of processes is not the one that torchrun started, and for an option of the
-    setup that the strategy does not have.
->>>>>>> cb693c5 (Parallel runs with strategy fsdp, tensor and pipeline; a planner of memory)
+    Raises OptionError for an option of the setup that the strategy does not have.
     """
 
     def __init__(
@@ -62,7 +58,6 @@ class Parallel:
         if strategy not in get_args(Strategy):
             raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
         self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
-        check(strategy, self.setup)
         self._local: Local | None = None
         self._number = -1
         if group.launched():
@@ -72,10 +67,13 @@ class Parallel:
                     f"{processes} processes are asked for, and torchrun started {dist.get_world_size()}; leave the "
                     "number out, or give the same to both."
                 )
+            check(strategy, self.setup, dist.get_world_size())
             self._local = Local(data, folder)
             return
+        started = 2 if processes is None else processes
+        check(strategy, self.setup, pool.processes if pool else started)
         self._owned = pool is None
-        self._pool = pool or Pool(2 if processes is None else processes, threads, self.setup.pin)
+        self._pool = pool or Pool(started, threads, self.setup.pin)
         self._number = self._pool.open(Open(-1, data, folder, strategy, self.setup))
 
     def __enter__(self) -> Parallel:

@@ -81,8 +81,6 @@ class Pipelined(Divided):
         device: torch.device | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        if micro_batches < 1:
-            raise OptionError(f"micro_batches is {micro_batches}; use 1 or more.")
         # All stages see the same rows: each is alone in its group of those that hold different ones.
         alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
         super().__init__(alone[dist.get_rank()], device, activation_checkpointing)

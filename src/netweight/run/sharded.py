@@ -20,7 +20,6 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from netweight.errors import OptionError
 from netweight.network import Exits, Transformer
 from netweight.run.divided import Divided
 
@@ -31,7 +30,7 @@ class Fsdp(Divided):
     Args:
         group, device, activation_checkpointing: see `Divided`.
         offload: keep parameters, gradients and optimizer state in the memory of the host, and send a layer's to the
-            device when it runs. Refused on the CPU, where both memories are one.
+            device when it runs.
     """
 
     strategy = "fsdp"
@@ -44,11 +43,6 @@ class Fsdp(Divided):
         offload: bool = False,
     ) -> None:
         super().__init__(group, device, activation_checkpointing)
-        if offload and self.device.type == "cpu":
-            raise OptionError(
-                "offload moves parameters from a device's memory to the host's, and this run computes on the CPU, "
-                "where both are one; leave offload out."
-            )
         self.policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         kind = self.device.type
         self.mesh = init_device_mesh(kind, (self.lanes,)) if group is None else DeviceMesh.from_group(group, kind)

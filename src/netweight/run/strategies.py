@@ -12,7 +12,7 @@ from netweight.run.commands import Setup, Strategy
 from netweight.run.ddp import Ddp
 from netweight.run.pipelined import Pipelined
 from netweight.run.sharded import Fsdp
-from netweight.run.tensor import TensorParallel
+from netweight.run.tensor import TensorParallel, teams
 from netweight.seams import Lost, Seams
 
 # Strategies whose every process holds all that a fit goes on from.
@@ -30,8 +30,9 @@ _FOR = {
 }
 
 
-def check(strategy: Strategy, setup: Setup) -> None:
-    """Raises OptionError for a strategy that is not known, and for an option that it does not have."""
+def check(strategy: Strategy, setup: Setup, processes: int) -> None:
+    """Raises OptionError for a strategy that is not known, and for an option that it does not have or that does not fit
+    so many processes."""
     if strategy not in get_args(Strategy):
         raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
     for option, strategies in _FOR.items():
@@ -39,6 +40,15 @@ def check(strategy: Strategy, setup: Setup) -> None:
             raise OptionError(
                 f"{option} is for strategy {' or '.join(strategies)}, not for {strategy!r}; leave it out."
             )
+    if setup.tensor is not None:
+        teams(processes, setup.tensor)
+    if setup.micro_batches is not None and setup.micro_batches < 1:
+        raise OptionError(f"micro_batches is {setup.micro_batches}; use 1 or more.")
+    if setup.offload and (setup.device == "cpu" or not torch.cuda.is_available()):
+        raise OptionError(
+            "offload moves parameters from a device's memory to the host's, and this run computes on the CPU, where "
+            "both are one; leave offload out."
+        )
 
 
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:

@@ -55,10 +55,9 @@ class TensorParallel(Divided):
     ) -> None:
         world = dist.get_world_size()
         self.ways = world if tensor is None else tensor
-        if self.ways < 1 or world % self.ways:
-            raise OptionError(f"{world} processes cannot be divided into groups of tensor={self.ways}.")
+        groups = teams(world, self.ways)
         kind = (device or torch.device("cpu")).type
-        mesh = init_device_mesh(kind, (world // self.ways, self.ways), mesh_dim_names=("data", "tensor"))
+        mesh = init_device_mesh(kind, (groups, self.ways), mesh_dim_names=("data", "tensor"))
         super().__init__(mesh["data"].get_group(), device, activation_checkpointing)
         self.team = mesh["tensor"].get_group()
         self.place = dist.get_rank(self.team)
@@ -156,6 +155,13 @@ class TensorParallel(Divided):
         assert cut.dim is not None
         parted: Tensor = whole.unflatten(cut.dim, (cut.groups, self.ways, -1))
         return parted.select(cut.dim + 1, self.place).flatten(cut.dim, cut.dim + 1).clone().contiguous()
+
+
+def teams(processes: int, ways: int) -> int:
+    """How many groups of `ways` there are. Raises OptionError where processes are left over."""
+    if ways < 1 or processes % ways:
+        raise OptionError(f"{processes} processes cannot be divided into groups of tensor={ways}; use a divisor.")
+    return processes // ways
 
 
 def cuts_of(network: Transformer, ways: int) -> dict[str, Cut]:
