@@ -190,9 +190,10 @@ class Pipelined(Divided):
         began, waited = time.monotonic(), self.idle
         sizes = shares(len(batch), [1.0] * min(self.micro_batches, len(batch)))
         seed = torch.initial_seed()
-        micros = [
-            _Micro(batch.part(slice(sum(sizes[:i]), sum(sizes[: i + 1]))), _mixed(seed, i)) for i in range(len(sizes))
-        ]
+        ends = np.cumsum(sizes).tolist()
+        cuts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        # The first draws what a process that holds all of the batch would.
+        micros = [_Micro(batch.part(cut), _mixed(seed, i) if i else seed) for i, cut in enumerate(cuts)]
 
         def ask(part: Batch) -> Tensor:
             return loss(network, part) * scale
