@@ -33,8 +33,21 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.guard import Ledger, shortened
-from netweight.run.federated.messages import Advertise, FitTask, Fitted, Lost, Share, Shared, Unmask
+from netweight.run.federated.membership import Membership
+from netweight.run.federated.messages import (
+    Advertise,
+    Advertised,
+    FitTask,
+    Fitted,
+    Lost,
+    Seat,
+    Share,
+    Shared,
+    Told,
+    Unmask,
+)
 from netweight.run.federated.privacy import Setting, client_noise, noise_to_signal, planned, refuse
+from netweight.run.federated.wire import Wire
 from netweight.techniques import Finetune
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan
@@ -374,6 +387,27 @@ def test_updates_are_shortened_and_must_be_finite():
     assert float(values["a"]) == pytest.approx(0.6)
     with pytest.raises(OptionError, match="values that are not finite"):
         shortened({"a": torch.tensor([torch.nan])}, 1.0)
+
+
+def test_what_private_runs_say_travels():
+    model = head_only()
+    loss = Supervised(model.task)
+    seat = Seat({"a": "00ff"}, 3, 0.5, 100.0)
+    keys = Advertised("aa", "bb")
+    check = Membership(0.5, 0.4, 0.6, 0.0, 10, 10)
+    for message in (
+        *(Advertise("f", 0, 2), keys, Share("f", 0, {"a": keys}), Shared({"a": "00"}), Unmask("f", 0, ("a", "b"))),
+        *(Told({"a": "00"}, {}), check),
+    ):
+        assert Wire().unpack(Wire().pack(message)) == message
+    for privacy in (RowLevel().task(3, 2), ClientLevel().task(3, 2)):
+        task = FitTask("f", 1, model, loss, PLAN, privacy=privacy, seat=seat)
+        found = Wire().unpack(Wire().pack(task))
+        assert (found.privacy, found.seat) == (privacy, seat)
+    words = Fitted({"masked": torch.tensor([-1, 5], dtype=torch.int32)}, 9, 4, 0.1, float("nan"), epsilon=2.5)
+    found = Wire().unpack(Wire().pack(words))
+    assert torch.equal(found.tensors["masked"], words.tensors["masked"])
+    assert (found.epsilon, np.isnan(found.loss)) == (2.5, True)
 
 
 def test_keys_and_shares_are_hexadecimal():

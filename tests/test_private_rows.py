@@ -190,6 +190,12 @@ def test_weights_move_also_of_adapters_under_clipping_and_noise():
         assert torch.equal(held[name], was) != was.requires_grad, name
 
 
+def test_half_precision_is_no_reason_to_refuse():
+    """The comparison of one row with autograd allows for the rounding of bf16."""
+    after = fitted(RowPrivate(0.5, 1.0, 8, seed=0), prepared(train="lora"), epochs=1, precision="bf16")
+    assert after.network.head.weight.isfinite().all()
+
+
 def test_without_noise_and_clipping_it_learns_as_plain_training_does():
     model = prepared(train="head")
     after = fitted(RowPrivate(0.0, 1e6, 8, seed=0), model, epochs=10)
