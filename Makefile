@@ -12,7 +12,7 @@
 #   make bench-fuzz ARTIFACT=reviews.nw      10,000 odd requests; make bench-endure ARTIFACT=reviews.nw INPUT=reviews.csv      a million right ones
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
 #                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
-#   make bench-runs [ARGS='--rounds 3']      what several processes gain in training
+#   make bench-runs [ARGS='--rounds 3']      what several processes gain in training, and what federated runs reach
 #   make size                      lines per file, held to the budget
 #
 # PYTHON=python3.12 picks the interpreter. TORCH_INDEX=URL takes torch from that package index, for example the public
@@ -101,6 +101,7 @@ bench-endure: $(INSTALLED)
 
 bench-runs: $(INSTALLED)
 	$(BIN)/python benchmarks/runs.py parallel $(ARGS)
+	$(BIN)/python benchmarks/runs_federated.py $(if $(DATA),--data $(DATA))
 
 size:
 	@$(PYTHON) scripts/size.py
