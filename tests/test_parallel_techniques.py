@@ -32,7 +32,6 @@ ALL: dict[str, Technique] = {
     "Distill": Distill(layers=2, epochs=1, splice=1.0),
     "Distill, hidden states": Distill(layers=2, epochs=1, splice=0.0, match=("logits", "hidden")),
     "Distill, attention": Distill(layers=2, epochs=1, splice=0.0, match=("attention",)),
-    "Distill, relations": Distill(layers=2, epochs=1, splice=0.0, match=("relations",)),
     "QuantizeAware, fixed": QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1, ranges="fixed"),
 }
 ALL.pop("Pretrain")
