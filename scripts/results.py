@@ -11,6 +11,7 @@ import examples
 import figures
 import peers
 import serving
+from runs import section as runs_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -157,7 +158,7 @@ def page() -> tuple[str, dict[str, str]]:
         parts.append(notes.read_text(encoding="utf-8"))
     beside, plots = peers.tables()
     growth, more = peers.scaling()
-    parts += [*beside, figures.table(), peers.roofline(), *growth, serving.section()]
+    parts += [*beside, figures.table(), peers.roofline(), *growth, serving.section(), runs_section()]
     return "\n".join(parts).rstrip() + "\n", plots | more
 
 

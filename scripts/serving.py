@@ -20,7 +20,8 @@ def stored(name: str) -> Stored | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _row(figure: str, target: str, said: str, fine: bool | None) -> str:
+def row(figure: str, target: str, said: str, fine: bool | None) -> str:
+    """A line of a table of targets."""
     verdict = "" if fine is None else "reached" if fine else "**missed**"
     return f"| {figure} | {target} | {said} | {verdict} |"
 
@@ -42,14 +43,14 @@ def _serve(found: Stored | None) -> list[str]:
     recovered = {kind: o["recovered_after"] for kind, o in hot.items()}
     shares = {k: o["statuses"].get("200", 0) / sum(o["statuses"].values()) for k, o in hot.items()}
     return [
-        _row(
+        row(
             "rows a second over HTTP in batches of 64 / the engine called in process",
             "85 % (cascade)",
             _each({k: 100 * v for k, v in batches.items()}, "{:.0f} %"),
             batches["cascade"] >= 0.85,
         ),
         *(
-            _row(
+            row(
                 f"single texts, one worker, {kind}, {one['rate']:,.0f} a second ({100 * one['busy']:.0f} % busy): p99",
                 "10 ms",
                 f"{one['p99']:.1f} ms (p50 {one['p50']:.1f})",
@@ -57,8 +58,8 @@ def _serve(found: Stored | None) -> list[str]:
             )
             for kind, one in singles.items()
         ),
-        _row("start to ready, one model", "1.0 s", f"{ready:.2f} s", ready <= 1),
-        _row(
+        row("start to ready, one model", "1.0 s", f"{ready:.2f} s", ready <= 1),
+        row(
             f"twice what it can do ({_each({k: o['rate'] for k, o in hot.items()}, '{:,.0f}')} a second): p99 of those let in",
             "as at a quarter of it",
             "; ".join(
@@ -67,15 +68,13 @@ def _serve(found: Stored | None) -> list[str]:
             ),
             all(kept.values()),
         ),
-        _row(
+        row(
             "the same: all others get 429",
             "yes",
             "; ".join(f"{k} {100 * shares[k]:.0f} % let in, other statuses: {len(others[k])}" for k in _KINDS),
             not any(others.values()),
         ),
-        _row(
-            "the same: last refusal after it ended", "2 s", _each(recovered, "{:.1f} s"), max(recovered.values()) <= 2
-        ),
+        row("the same: last refusal after it ended", "2 s", _each(recovered, "{:.1f} s"), max(recovered.values()) <= 2),
     ]
 
 
@@ -87,7 +86,7 @@ def _servers(found: Stored | None) -> list[str]:
         for peer, one in ones.items():
             r, m = one["ratios"], one["measured"]
             rows.append(
-                _row(
+                row(
                     f"{kind} behind {peer}, {one['rate']:,.0f} a second: throughput; p99, Netweight's / its",
                     "3x; 0.50",
                     f"{r['throughput']:.2f}x ({m['netweight']['throughput']:,.0f} and {m[peer]['throughput']:,.0f} requests "
@@ -108,14 +107,14 @@ def _endure(found: Stored | None) -> list[str]:
     slowest = max(kills["answers_after"])
     broke = sum(n for status, n in kills["statuses"].items() if status != "200")
     return [
-        _row(
+        row(
             f"soak of {soak['requests']:,} requests: errors; growth of resident memory after a tenth",
             "0; 2 %",
             f"{errors}; {growth:.1f} % ({soak['megabytes'][0]:.0f} MB, {soak['grown_after_warm_up']:+.1f} MB)",
             errors == 0 and growth < 2,
         ),
-        _row(f"{swaps['count']} new versions under load: failed requests", "0", f"{failed}", failed == 0),
-        _row(
+        row(f"{swaps['count']} new versions under load: failed requests", "0", f"{failed}", failed == 0),
+        row(
             f"`kill -9` of a worker under load, {kills['kills']} times: seconds until another one answers",
             "2",
             f"{slowest:.2f} at most; {broke} of {sum(kills['statuses'].values()):,} requests broke; the client, which sends "
@@ -131,7 +130,7 @@ def _fuzz(found: Stored | None) -> list[str]:
     wrong = len(found["faults"]) + len(found["errors"]) + found["crashes"]
     memory = found["megabytes"]
     return [
-        _row(
+        row(
             f"{found['count']:,} mutated requests, and schemathesis: 5xx, crashes, wrong answers; memory",
             "0; no leak",
             f"{wrong}; {memory[1]:.0f} MB after a tenth, {memory[-1]:.0f} MB at the end",

@@ -1,0 +1,158 @@
+"""The part of docs/results.md that comes from `make bench-runs`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peers
+from serving import row, stored
+
+_HEAD = "| figure | target | reached | |\n|---|---|---|---|"
+_SETS = {"banking77": "BANKING77, ten clients, Dirichlet(0.3)", "amazon": "Amazon reviews, four shops by category"}
+_WAYS = {
+    "pooled": "all rows in one place",
+    "alone": "each client alone",
+    "fedavg": "FedAvg, all weights but the embeddings",
+    "lora-int8": "FedAvg, adapters of rank 6 and head, int8",
+    "head-int8": "FedAvg, head alone, int8",
+    "private-off": "FedAvg, head alone, batches of 128, without noise",
+    "private-8": "the same at epsilon 8 for a row, secure sums",
+    "private-3": "the same at epsilon 3",
+    "private-1": "the same at epsilon 1",
+}
+_WITHIN, _SMALL = 1.0, 50  # points; times
+
+
+def section() -> str:
+    """Tables of parallel and of federated runs."""
+    parts = [
+        "## Runs of many processes and places\n\n    make bench-runs\n",
+        "One thread a process, each on a core of its own; "
+        "[parallel.md](parallel.md), [federated.md](federated.md) and [scaling.md](scaling.md) say what they are.\n",
+        _HEAD,
+        *_parallel(stored("runs") or {}),
+    ]
+    cells = {cell["name"]: cell for cell in (stored("runs-federated") or {}).get("cells", [])}
+    parts += [*_targets(cells), ""]
+    for kind, title in _SETS.items():
+        parts += _table(kind, title, cells)
+    return "\n".join(parts)
+
+
+def _missing(figure: str, target: str) -> str:
+    return f"| {figure} | {target} | {peers.NOT_RUN} | |"
+
+
+def _parallel(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for key, figure, target in (
+        ("parallel", "data parallel, two processes / one", 1.7),
+        ("heterogeneous", "shares by measured speed / equal ones, half of one core taken", 1.25),
+    ):
+        if key not in found:
+            rows.append(_missing(figure, f"{target}x"))
+            continue
+        one = found[key]
+        about = f"{one['speed-up']:.2f}x (batch {one['batch']}, {one['trained parameters'] / 1e6:.1f} M trained)"
+        rows.append(row(figure, f"{target}x", about, one["speed-up"] >= target))
+    figure = "fsdp, two processes: parameters, gradients and optimizer state of each / of one process"
+    if "fsdp" in found:
+        one, each = (sum(found["fsdp"][k].values()) / 1e6 for k in ("bytes of one", "bytes of each of two"))
+        ratio = found["fsdp"]["ratio"]
+        rows.append(row(figure, "0.6", f"{ratio:.2f} ({each:.0f} of {one:.0f} MB)", ratio <= 0.6))
+    else:
+        rows.append(_missing(figure, "0.6"))
+    figure = "pipeline of two stages: idle part of a step, measured / in theory"
+    if "pipeline" in found:
+        said = "; ".join(
+            f"{b['micro-batches']} micro-batches {100 * b['measured']:.0f} % / {100 * b['theory']:.0f} %"
+            for b in found["pipeline"]["bubbles"]
+        )
+        rows.append(row(figure, "stated", said, None))
+    else:
+        rows.append(_missing(figure, "stated"))
+    return rows
+
+
+def _seeds(kind: str, way: str, cells: dict[str, Any]) -> dict[str, Any]:
+    """Cells of a way by seed."""
+    found = (name.split("/") for name in cells)
+    return {seed: cells[f"{kind}/{way}/{seed}"] for k, w, seed in found if (k, w) == (kind, way)}
+
+
+def _targets(cells: dict[str, Any]) -> list[str]:
+    rows = []
+    for kind, title in _SETS.items():
+        pooled, together, alone, small = (_seeds(kind, w, cells) for w in ("pooled", "fedavg", "alone", "lora-int8"))
+        gaps = {s: 100 * (pooled[s]["accuracy"] - together[s]["accuracy"]) for s in pooled if s in together}
+        rows += _by_seed(
+            f"{title}: points below pooled rows", "1.0", gaps, "{:.2f}", all(g <= _WITHIN for g in gaps.values())
+        )
+        worst = {
+            s: (
+                min(together[s]["clients"], key=together[s]["clients"].get),
+                together[s]["clients"],
+                alone[s]["clients"],
+            )
+            for s in together
+            if s in alone
+        }
+        gains = {s: 100 * (a[name] - b[name]) for s, (name, a, b) in worst.items()}
+        rows += _by_seed(
+            f"{title}: the worst client, points above that client alone",
+            "above 0",
+            gains,
+            "{:.1f}",
+            all(g > 0 for g in gains.values()),
+        )
+        both = [s for s in small if s in together]
+        less = {s: sent(together[s]) / sent(small[s]) for s in both}
+        lost = {s: 100 * (together[s]["accuracy"] - small[s]["accuracy"]) for s in both}
+        figure, target = f"{title}: bytes of a round, FedAvg / adapters in int8 (points lost)", "50, within 1.0 point"
+        if not both:
+            rows.append(_missing(figure, target))
+            continue
+        said = "; ".join(f"seed {s} {less[s]:.0f} ({lost[s]:.2f})" for s in both)
+        fine = all(less[s] >= _SMALL and lost[s] <= _WITHIN for s in both)
+        rows.append(row(figure, target, said, fine))
+    many = cells.get("banking77/many/0")
+    figure = "50 clients in one process: resident memory beyond model, rows and libraries"
+    if many is None:
+        rows.append(_missing(figure, "stated"))
+    else:
+        more = many["peak_mb"] - many["base_mb"]
+        rows.append(row(figure, "stated", f"{more:.0f} MB (peak {many['peak_mb']:.0f} MB)", None))
+    return rows
+
+
+def _by_seed(figure: str, target: str, found: dict[str, float], form: str, fine: bool) -> list[str]:
+    if not found:
+        return [_missing(figure, target)]
+    return [row(figure, target, "; ".join(f"seed {s} {form.format(v)}" for s, v in found.items()), fine)]
+
+
+def sent(cell: dict[str, Any]) -> int:
+    """Bytes of a round, both ways."""
+    return int(cell["up"]) + int(cell["down"])
+
+
+def _table(kind: str, title: str, cells: dict[str, Any]) -> list[str]:
+    there = {way: _seeds(kind, way, cells) for way in _WAYS}
+    if not any(there.values()):
+        return []
+    lines = [
+        f"{title}. Accuracy on rows cut from train; means over the seeds that were run.\n",
+        "| way | seeds | accuracy | worst client | MB of a round | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way, found in there.items():
+        if found:
+            n, each = len(found), list(found.values())
+            accuracy = sum(c["accuracy"] for c in each) / n
+            worst = sum(min(c["clients"].values()) for c in each) / n
+            megabytes = f"{sent(each[0]) / 1e6:,.1f}" if sent(each[0]) else ""
+            seconds = sum(c["seconds"] for c in each) / n
+            lines.append(
+                f"| {_WAYS[way]} | {', '.join(found)} | {100 * accuracy:.1f} | {100 * worst:.1f} | {megabytes} | {seconds:,.0f} |"
+            )
+    return [*lines, ""]
