@@ -35,7 +35,9 @@ class Node:
 
 
 Nodes = Callable[[], Mapping[str, Node]]
-Made = dict[Any, tuple[Any, list[str]]]  # arrays by the memory of their tensors, and their hashes once they are known
+# Arrays by the memory of their tensors, their hashes once they are known, and the tensors, so that no other one can
+# take that memory.
+Made = dict[Any, tuple[Any, list[str], Any]]
 
 
 class FlowerChannel:
@@ -214,7 +216,7 @@ class Memory:
 def hashes_of(record: Any, made: Made | None = None) -> dict[str, str]:
     """SHA-256 of each of a record's larger tensors, by name; those in `made` are computed once."""
     arrays = record.array_records.get("tensors", {})
-    known = {id(array.data): hashed for array, hashed in (made or {}).values()}
+    known = {id(array.data): hashed for array, hashed, _ in (made or {}).values()}
     found = {}
     for name, array in arrays.items():
         if len(array.data) >= _SMALL:
@@ -249,7 +251,7 @@ def to_record(packed: Packed, made: Made | None = None) -> Any:
         dtype, shape = str(t.dtype).removeprefix("torch."), tuple(t.shape)
         key = (t.data_ptr(), t.stride(), dtype, shape)
         if key not in made or not t.numel():
-            made[key] = Array(dtype, shape, _STYPE, bytes(raw(t))), []
+            made[key] = Array(dtype, shape, _STYPE, bytes(raw(t))), [], t
         arrays[name] = made[key][0]
     return RecordDict({"header": ConfigRecord({"json": packed.header}), "tensors": ArrayRecord(arrays)})
 

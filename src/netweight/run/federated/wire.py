@@ -12,7 +12,7 @@ import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
@@ -63,7 +63,7 @@ KINDS: tuple[type, ...] = (
     *(Supervised, SoftTargets, Penalized, PseudoLabels, Matching),
     *(MaskedLM, CausalLM, Contrastive, RDrop, Adversarial),
 )
-_HEADER = 16 << 20  # bytes of JSON; a tokenizer of 250,000 words takes 10 to 17 million, and travels beside it
+_HEADER = 16 << 20  # characters of JSON; a tokenizer of 250,000 words takes 10 to 17 million, and travels beside it
 _DEPTH = 24
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -124,7 +124,7 @@ class Wire:
         plain = packing.plain(message, 0)
         if type(message) not in MESSAGES:
             raise WireError(f"a {type(message).__name__} is no message; use one of {_names(MESSAGES)}.")
-        body = {"message": plain, "models": packing.models, "texts": packing.texts}
+        body = {"message": plain, "models": packing.models}
         text = json.dumps(body)
         return Packed(json.dumps({"sha256": digest(text, packing.tensors), "body": text}), packing.tensors)
 
@@ -132,14 +132,14 @@ class Wire:
         """Inverse of `pack`. Raises WireError for everything that `pack` would not have made."""
         try:
             size = packed.bytes
-            if len(packed.header) > 4 * _HEADER or size > self.most:
+            if len(packed.header) > _HEADER or size > self.most:
                 raise WireError(f"a message has {size:,} bytes; {self.most:,} are allowed.")
             outer = json.loads(packed.header)
             text = outer["body"]
             if outer["sha256"] != digest(text, packed.tensors):
                 raise WireError("a message was changed on its way: its hash does not hold.")
             body = json.loads(text)
-            reading = _Reading(self, packed.tensors, body["models"], body["texts"])
+            reading = _Reading(self, packed.tensors, body["models"])
             message = reading.value(body["message"], 0)
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
             raise WireError(f"a message cannot be read: {type(problem).__name__}: {problem}") from problem
@@ -182,7 +182,6 @@ class _Packing:
         self.wire, self.known = wire, wire.known
         self.tensors: dict[str, Tensor] = {}
         self.models: dict[str, Any] = {}
-        self.texts: dict[str, str] = {}
 
     def plain(self, value: Any, depth: int) -> Any:
         """JSON for a value; plain ones stand for themselves, others are an object of one entry that says what it is."""
@@ -218,7 +217,7 @@ class _Packing:
         spec = {"network": network.spec(), "patches": patches}
         _fits_spec(self.wire, spec, held)
         definition = hashlib.sha256(model.encoder.definition.encode()).hexdigest()
-        self.texts[definition] = model.encoder.definition
+        self.tensors[f"text/{definition}"] = _as_tensor(model.encoder.definition)
         described = {
             **spec,
             "frozen": sorted(name for name, p in network.named_parameters() if not p.requires_grad),
@@ -237,9 +236,9 @@ class _Packing:
 class _Reading:
     """One message on its way in."""
 
-    def __init__(self, wire: Wire, given: Mapping[str, Tensor], models: Any, texts: Any) -> None:
+    def __init__(self, wire: Wire, given: Mapping[str, Tensor], models: Any) -> None:
         self.wire, self.known, self.tensors = wire, wire.known, given
-        self.models, self.texts = models, texts
+        self.models = models
         self.built: dict[str, Model] = {}
 
     def value(self, plain: Any, depth: int) -> Any:
@@ -290,10 +289,11 @@ class _Reading:
             parameter.requires_grad_(key not in frozen)
         network.eval()
         definition, max_length, pad = given["encoder"]
-        if hashlib.sha256(self.texts[definition].encode()).hexdigest() != definition:
+        text = bytes(raw(self.tensors[f"text/{definition}"]))
+        if hashlib.sha256(text).hexdigest() != definition:
             raise WireError("the tokenizer of a message was changed on its way: its hash does not hold.")
         values = {key: self.value(value, depth + 1) for key, value in given["values"].items()}
-        encoder = TextEncoder(self.texts[definition], max_length, pad)
+        encoder = TextEncoder(text.decode(), max_length, pad)
         self.built[name] = Model(network, encoder, **values)
         return self.built[name]
 
@@ -346,6 +346,12 @@ def fits(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
+
+
+@lru_cache(maxsize=4)
+def _as_tensor(text: str) -> Tensor:
+    """A text as bytes: a transport may know of tensors that they were sent before."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
 @cache
