@@ -136,6 +136,7 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
         teacher=tiny_model(layers=6),
         job=Job(Tables(Rows((), ()))),
         data=SimpleNamespace(certify=range(3000)),
+        run=SimpleNamespace(data=None),
         task=TASK,
         clock=SimpleNamespace(left=1e9),
         reporter=SimpleNamespace(note=notes.append),
