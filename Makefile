@@ -69,11 +69,13 @@ lint: $(INSTALLED)
 	$(BIN)/python scripts/docs.py --check
 	$(BIN)/python scripts/results.py --check
 	$(BIN)/python scripts/capacity.py --check
+	$(BIN)/python scripts/scaling_model.py --check
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 	$(BIN)/python scripts/results.py
 	$(BIN)/python scripts/capacity.py --write
+	$(BIN)/python scripts/scaling_model.py
 
 # torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
 lock:

@@ -41,6 +41,7 @@ _TEXT = (
     "size colour price order money back again never always week day month box paper zip button love hate return"
 )
 WORDS = tuple(_TEXT.split())
+WORDS_OF_A_ROW = 20
 _FIRST = 3  # steps that are left out: memory is taken
 _SETTLED = 16  # steps after which shares have found their place
 
@@ -78,7 +79,7 @@ class Given:
 def rows(n: int, seed: int = 0) -> Rows:
     """Distinct texts of 20 words, with labels of two kinds."""
     rng = np.random.default_rng(seed)
-    texts = tuple(" ".join(rng.choice(WORDS, 20)) for _ in range(n))
+    texts = tuple(" ".join(rng.choice(WORDS, WORDS_OF_A_ROW)) for _ in range(n))
     return Rows(texts, tuple("good" if i % 2 else "bad" for i in range(n)))
 
 

@@ -5,7 +5,7 @@
 fsdp: bytes of parameters, gradients and optimizer state that the process with the most holds after a step (AdamW, fp32,
 all parameters trained), against one process that holds all. pipeline: the part of its steps that a process idles, on
 average over both stages, against (p - 1) / (m + p - 1) for p stages and m micro-batches, and the time that the stages
-compute. One thread a process, each on a core of its own; the rows of `runs.py`. Results are merged into
+compute. sent: bytes of a step that cross the loopback device, for each process, under every strategy. One thread a process, each on a core of its own; the rows of `runs.py`. Results are merged into
 benchmarks/results/runs.json.
 """
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
-from runs import RESULTS, given, keep
+from runs import RESULTS, WORDS_OF_A_ROW, Given, given, keep
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -34,6 +34,12 @@ from netweight.seams import Seams
 from netweight.train import Plan
 
 MICRO = (2, 4, 8)
+
+
+def crossed() -> int:
+    """Bytes that have crossed the loopback device so far."""
+    lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.strip().startswith("lo:")).split(":")[1].split()[0])
 
 
 def bytes_of(tensor: Tensor) -> int:
@@ -92,6 +98,20 @@ class Waited:
         return {"seconds": torch.stack(every)}
 
 
+def sent(what: Given, plan: Plan, strategy: Strategy) -> float:
+    """Bytes that each of two processes sends in a step: from fits of some steps, and of twice as many."""
+    loss = Supervised(what.model.task)
+    totals = []
+    with Pool(2) as pool, Parallel(what.data, strategy=strategy, setup=Setup(balance=False), pool=pool) as run:
+        run.fit(what.model, loss, plan)
+        for times in (1, 2):
+            before = crossed()
+            run.fit(what.model, loss, replace(plan, epochs=times * plan.epochs))
+            totals.append(crossed() - before)
+    steps = plan.epochs * len(what.data.train) / plan.batch_size
+    return (totals[1] - totals[0]) / steps / 2
+
+
 def main() -> None:
     """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -127,6 +147,14 @@ def main() -> None:
         bubble = float((idle / (busy + idle)).mean())
         bubbles.append({"micro-batches": m, "measured": bubble, "theory": 1 / (m + 1), "seconds": seconds.tolist()})
     found["pipeline"] = {**stated, "stages": 2, "bubbles": bubbles}
+    found["sent"] = {
+        **stated,
+        "tokens": options.batch * (WORDS_OF_A_ROW + 2),
+        "trained": sum(p.numel() for p in what.model.network.parameters()),
+        "layers": what.model.depth,
+        "hidden": what.model.network.config.hidden_size,  # type: ignore[union-attr]
+        "bytes": {strategy: sent(what, plan, strategy) for strategy in get_args(Strategy)},
+    }
     print(json.dumps(found, indent=1))
     keep(found, options.json)
 

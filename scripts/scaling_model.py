@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, MEASURED = ROOT / "docs" / "scaling.md", ROOT / "benchmarks" / "results" / "runs.json"
 NUMBERS = (2, 8, 64, 256, 1000)
 FLOAT, HALF = 4, 2  # bytes of a gradient or parameter, and of an activation in bf16
 FLOPS = 200e12  # of a device in bf16, as reached and not as stated by its maker
@@ -36,8 +38,8 @@ class Work:
 NETWORKS = (Network("BERT base", 110e6, 12, 768), Network("7 B decoder", 7e9, 32, 4096))
 
 
-def sent(strategy: str, network: Network, work: Work, devices: int) -> float:
-    """Bytes that each device sends in a step."""
+def sent(strategy: str, network: Network, work: Work, devices: int, activation: int = HALF) -> float:
+    """Bytes that each device sends in a step; `activation` is what a hidden state's number takes."""
     ring = (devices - 1) / devices
     tokens = work.rows * work.length
     if strategy == "ddp":
@@ -46,8 +48,9 @@ def sent(strategy: str, network: Network, work: Work, devices: int) -> float:
         return 3 * ring * FLOAT * network.parameters
     if strategy == "tensor":
         # All devices see all rows.
-        return 4 * network.layers * 2 * ring * HALF * devices * tokens * network.hidden
-    return 2 * HALF * devices * tokens * network.hidden
+        return 4 * network.layers * 2 * ring * activation * devices * tokens * network.hidden
+    # The first stage sends hidden states, the second gradients; those between send both.
+    return 2 * activation * devices * tokens * network.hidden * (devices - 1) / devices
 
 
 def efficiency(strategy: str, network: Network, work: Work, devices: int) -> float:
@@ -86,7 +89,7 @@ def page() -> str:
     head = f"""# How far each strategy scales: a model
 
 **This is a model, not a measurement.** It counts bytes and divides; nothing is overlapped, and no device waits for a slow
-one. Written by `scripts/scaling_model.py`. It has not been compared with measurements yet.
+one. Written by `scripts/scaling_model.py`. At the end, its bytes are compared with those of two processes.
 
 Assumed: {FLOPS / 1e12:g} TFLOP/s reached by each device in bf16, {INSIDE / 1e9:g} GB/s between the {MACHINE} devices of a machine
 and {BETWEEN / 1e9:g} GB/s between machines, {work.rows} rows of {work.length} tokens for each device, {MICRO} micro-batches in a pipeline.
@@ -99,12 +102,35 @@ Sent by each of N devices in a step, with P parameters, L layers, hidden width h
 | ddp | 2 (N - 1) / N x {FLOAT} P | a ring all-reduce (Patarasuk and Yuan, 2009) |
 | fsdp | 3 (N - 1) / N x {FLOAT} P | two gathers and one scatter (Rajbhandari et al., ZeRO, 2020, section 7) |
 | tensor | 4 L x 2 (N - 1) / N x {HALF} N T h | four all-reduces for each layer (Shoeybi et al., 2019, section 3) |
-| pipeline | 2 x {HALF} N T h | hidden states down, gradients up; idle (p - 1) / (m + p - 1) (Huang et al., 2019) |
+| pipeline | 2 (N - 1) / N x {HALF} N T h, on average | hidden states down, gradients up; idle (p - 1) / (m + p - 1) (Huang et al., 2019) |
 
 Each cell has bytes sent and the part of the time in which a device computes. A strategy stops paying where that falls below
 one half.
 """
-    return "\n".join([head, *(line for network in NETWORKS for line in table(network, work))])
+    lines = [line for network in NETWORKS for line in table(network, work)]
+    return "\n".join([head, *lines, *compared()]).rstrip() + "\n"
+
+
+def compared() -> list[str]:
+    """What two processes sent, beside what the model says; nothing where nobody has measured."""
+    found = json.loads(MEASURED.read_text(encoding="utf-8")).get("sent") if MEASURED.exists() else None
+    if found is None:
+        return []
+    network = Network(found["model"], found["trained"], found["layers"], found["hidden"])
+    lines = [
+        "## Two processes, measured",
+        "",
+        f"The {network.name} model ({network.parameters / 1e6:.1f} M parameters), {found['batch']} rows of "
+        f"{found['tokens'] // found['batch']} tokens together, fp32, over the loopback device (`benchmarks/runs_sharded.py`). "
+        "Sums for the loss and for clipping, and what TCP adds, are in the measured bytes only.",
+        "",
+        "| strategy | model | measured | measured / model |",
+        "|---|---|---|---|",
+    ]
+    for strategy, measured in found["bytes"].items():
+        modelled = sent(strategy, network, Work(1, found["tokens"] // 2), 2, FLOAT)
+        lines.append(f"| {strategy} | {modelled / 1e6:.1f} MB | {measured / 1e6:.1f} MB | {measured / modelled:.2f} |")
+    return [*lines, ""]
 
 
 def main(arguments: list[str]) -> int:
