@@ -5,7 +5,9 @@
 fsdp: bytes of parameters, gradients and optimizer state that the process with the most holds after a step (AdamW, fp32,
 all parameters trained), against one process that holds all. pipeline: the part of its steps that a process idles, on
 average over both stages, against (p - 1) / (m + p - 1) for p stages and m micro-batches, and the time that the stages
-compute. sent: bytes of a step that cross the loopback device, for each process, under every strategy. One thread a process, each on a core of its own; the rows of `runs.py`. Results are merged into
+compute. sent: bytes of a step that cross the loopback device, for each process, under every strategy.
+
+One thread a process, each on a core of its own; the rows of `runs.py`. Results are merged into
 benchmarks/results/runs.json.
 """
 
