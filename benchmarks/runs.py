@@ -3,7 +3,8 @@
     python benchmarks/runs.py parallel [--rounds 5] [--steps 12] [--batch 64] [--model starter] [--embeddings]
 
 One thread per process, each on a core of its own; synthetic rows of 20 words; fp32. A step is one of `Finetune`:
-embeddings are frozen unless `--embeddings`. `parallel` compares two processes with one, and, while another program
+embeddings are frozen unless `--embeddings`. `parallel` compares two processes with one, and with two that each train on
+half of a batch and never speak (what this machine's cores allow), and, while another program
 takes half of the second core, shares by measured speed with equal ones. Results are merged by key into
 benchmarks/results/runs.json.
 """
@@ -24,13 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.loss import Supervised
 from netweight.measure import machine
 from netweight.model import Model, pretrained
-from netweight.run import Parallel, Pool, Setup
+from netweight.run import Local, Parallel, Pool, Setup
+from netweight.seams import Seams
 from netweight.task import Classify
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan, Silent
@@ -76,6 +81,23 @@ class Given:
         return [float(s) for s in np.diff(times.at)[skip - 1 :]]
 
 
+@dataclass(frozen=True)
+class Apart:
+    """For each process: train by itself. Gives the median seconds of a step after the first `skip`, of the slowest."""
+
+    model: Model
+    plan: Plan
+    skip: int
+
+    def __call__(self, local: Local) -> dict[str, Tensor]:
+        times = Times()
+        local.seams = Seams()
+        local.fit(self.model, Supervised(self.model.task), replace(self.plan, reporter=times))
+        median = torch.tensor(statistics.median(np.diff(times.at)[self.skip - 1 :].tolist()))
+        dist.all_reduce(median, dist.ReduceOp.MAX)
+        return {"seconds": median}
+
+
 def rows(n: int, seed: int = 0) -> Rows:
     """Distinct texts of 20 words, with labels of two kinds."""
     rng = np.random.default_rng(seed)
@@ -107,12 +129,16 @@ def busy(core: int) -> Iterator[None]:
 def parallel(options: argparse.Namespace) -> dict[str, Any]:
     """Two processes against one; equal shares against measured ones beside a busy program."""
     what = given(options)
-    one, two, equal, measured = (list[float]() for _ in range(4))
+    one, two, equal, measured, apart = (list[float]() for _ in range(5))
+    half = replace(what.plan, batch_size=options.batch // 2)
+    half = replace(half, epochs=options.steps * half.batch_size / len(what.data.train))
     with ExitStack() as stack:
         single, double = (stack.enter_context(Pool(n, pin=True)) for n in (1, 2))
         for _ in range(options.rounds):
             one += what.seconds(single, options.steps, _FIRST)
             two += what.seconds(double, options.steps, _FIRST)
+            with Parallel(what.data, pool=double) as run:
+                apart.append(float(run._do(Apart(what.model, half, _FIRST))["seconds"]))
         with busy(sorted(os.sched_getaffinity(0))[1]):
             for _ in range(options.rounds):
                 equal += what.seconds(double, options.steps, _FIRST)
@@ -126,9 +152,10 @@ def parallel(options: argparse.Namespace) -> dict[str, Any]:
         "rounds": options.rounds,
         "steps": options.steps,
     }
-    a, b, c, d = (statistics.median(times) for times in (one, two, equal, measured))
+    a, b, c, d, e = (statistics.median(times) for times in (one, two, equal, measured, apart))
+    ends = {"seconds of one": a, "seconds of two": b, "seconds of two that never speak": e}
     return {
-        "parallel": {**stated, "seconds of one": a, "seconds of two": b, "speed-up": a / b},
+        "parallel": {**stated, **ends, "speed-up": a / b, "speed-up without a word": a / e},
         "heterogeneous": {**stated, "seconds of equal shares": c, "seconds of measured shares": d, "speed-up": c / d},
     }
 

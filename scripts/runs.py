@@ -20,6 +20,7 @@ _WAYS = {
     "private-3": "the same at epsilon 3",
     "private-1": "the same at epsilon 1",
 }
+_APART = "speed-up without a word"
 _WITHIN, _SMALL = 1.0, 50  # points; times
 
 
@@ -53,7 +54,8 @@ def _parallel(found: dict[str, Any]) -> list[str]:
             rows.append(_missing(figure, f"{target}x"))
             continue
         one = found[key]
-        about = f"{one['speed-up']:.2f}x (batch {one['batch']}, {one['trained parameters'] / 1e6:.1f} M trained)"
+        apart = f"; {one[_APART]:.2f}x where they never speak" if _APART in one else ""
+        about = f"{one['speed-up']:.2f}x (batch {one['batch']}, {one['trained parameters'] / 1e6:.1f} M trained{apart})"
         rows.append(row(figure, f"{target}x", about, one["speed-up"] >= target))
     figure = "fsdp, two processes: parameters, gradients and optimizer state of each / of one process"
     if "fsdp" in found:
