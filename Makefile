@@ -70,12 +70,14 @@ lint: $(INSTALLED)
 	$(BIN)/python scripts/results.py --check
 	$(BIN)/python scripts/capacity.py --check
 	$(BIN)/python scripts/scaling_model.py --check
+	$(BIN)/python scripts/noise.py --check
 
 docs: $(INSTALLED)
 	$(BIN)/python scripts/docs.py
 	$(BIN)/python scripts/results.py
 	$(BIN)/python scripts/capacity.py --write
 	$(BIN)/python scripts/scaling_model.py
+	$(BIN)/python scripts/noise.py
 
 # torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
 lock:

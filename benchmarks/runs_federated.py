@@ -32,6 +32,7 @@ import torch
 
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
+from netweight.measure import machine
 from netweight.model import Model, pretrained
 from netweight.run import Local
 from netweight.run.federated import Client, Federated, Full, Int8, Rounds, RowLevel, Travel
@@ -79,7 +80,8 @@ PRIVATE_BATCH = 128  # noise is added once a step
 @dataclass(frozen=True)
 class Cell:
     """One result. Accuracies are on the rows that are asked, over all and by client; bytes are of one round over all
-    clients; `peak_mb` is the process's largest resident memory, `base_mb` that after loading model and rows."""
+    clients; `peak_mb` is the process's largest resident memory, `base_mb` that after loading model and rows; `commit`,
+    `date` and `threads` are of the moment when it was made."""
 
     name: str
     accuracy: float
@@ -93,6 +95,9 @@ class Cell:
     epochs: float
     rounds: int
     moved: float
+    commit: str = ""
+    date: str = ""
+    threads: int = 0
 
 
 def table(path: Path) -> Rows:
@@ -186,6 +191,7 @@ def measured(name: str, data: Path, scale: float) -> Cell:
         if way == "many":
             scores = by_client(made, parts)
     asked = {n: len(p.select) for n, p in parts.items()}
+    where = machine(torch.get_num_threads())
     accuracy = sum(scores[n] * asked[n] for n in scores) / sum(asked[n] for n in scores)
     return Cell(
         name,
@@ -200,6 +206,9 @@ def measured(name: str, data: Path, scale: float) -> Cell:
         0.5 if way == "many" else tuned.epochs,
         rounds,
         round(moved, 5),
+        where.commit,
+        where.date,
+        where.threads,
     )
 
 
@@ -221,7 +230,7 @@ def load(path: Path) -> dict[str, Cell]:
 def save(path: Path, done: dict[str, Cell], scale: float) -> None:
     """Write all cells; whole or not at all."""
     about = {
-        "machine": f"{torch.get_num_threads()} threads",
+        "machine": asdict(machine(torch.get_num_threads())),
         "scale": scale,
         "settings": {name: asdict(s) for name, s in SETTINGS.items()},
         "cells": [asdict(done[name]) for name in cells() if name in done],

@@ -107,9 +107,8 @@ def scatter(title: str, shown: dict[str, Cell]) -> str:
         (peer, 1 / c["timing"][peer]["ratio"], 100 * c["certificate"]["quality"]["value"], c["certificate"]["verdict"])
         for peer, c in shown.items()
     ]
-    x = around([p[1] for p in points], _LEFT, _RIGHT, log=True)
-    y = around([p[2] for p in points], _FOOT, _TOP)
-    shapes = _frame(x, y, "rows per second, Netweight = 1, log scale", "quality on certify rows")
+    x, y = across([p[1] for p in points], log=True), upward([p[2] for p in points])
+    shapes = frame(x, y, "rows per second, Netweight = 1, log scale", "quality on certify rows")
     # Names go to the right, pushed apart from top to bottom.
     free = -math.inf
     for peer, speed, reached, verdict in sorted(points, key=lambda p: y(p[2])):
@@ -119,7 +118,7 @@ def scatter(title: str, shown: dict[str, Cell]) -> str:
         shapes += [circle(x(speed), y(reached), 5, kind, f"{peer}: {reached:.2f}, {speed:.2g}x")]
         shapes += [line(x(speed) + 6, y(reached), _RIGHT + 8, at, "grid"), text(_RIGHT + 12, at + 4, peer)]
     shapes.append(text(_LEFT, _HEIGHT - 6, "filled: certified; hollow: not"))
-    return _picture(title, shapes)
+    return picture(title, shapes)
 
 
 def curve(title: str, steps: list[Cell]) -> str:
@@ -127,13 +126,24 @@ def curve(title: str, steps: list[Cell]) -> str:
     x = Axis(0, 1.05 * max(s["rows"] for s in steps), _LEFT, _RIGHT)
     y = Axis(0, 1.1 * max(s["seconds"] for s in steps), _FOOT, _TOP)
     last = max(steps, key=lambda s: s["rows"])
-    shapes = _frame(x, y, "rows", "seconds")
+    shapes = frame(x, y, "rows", "seconds")
     shapes.append(line(x(0), y(0), x(last["rows"]), y(last["seconds"]), "axis"))
     places = [(x(s["rows"]), y(s["seconds"])) for s in sorted(steps, key=lambda s: s["rows"])]
-    return _picture(title, [*shapes, polyline(places, "curve"), *(circle(*place, 5, "first") for place in places)])
+    return picture(title, [*shapes, polyline(places, "curve"), *(circle(*place, 5, "first") for place in places)])
 
 
-def _frame(x: Axis, y: Axis, below: str, beside: str) -> list[Any]:
+def across(values: list[float], *, log: bool = False) -> Axis:
+    """The horizontal axis of a plot around these values."""
+    return around(values, _LEFT, _RIGHT, log=log)
+
+
+def upward(values: list[float]) -> Axis:
+    """The vertical axis of a plot around these values."""
+    return around(values, _FOOT, _TOP)
+
+
+def frame(x: Axis, y: Axis, below: str, beside: str) -> list[Any]:
+    """Grid, axes and their names."""
     shapes: list[Any] = []
     for value, label in y.labels():
         shapes += [line(_LEFT, y(value), _RIGHT, y(value), "grid"), text(_LEFT - 6, y(value) + 4, label, anchor="end")]
@@ -144,7 +154,8 @@ def _frame(x: Axis, y: Axis, below: str, beside: str) -> list[Any]:
     return [*shapes, text(14, (_TOP + _FOOT) / 2, beside, anchor="middle", turn=-90)]
 
 
-def _picture(title: str, shapes: list[Any]) -> str:
+def picture(title: str, shapes: list[Any]) -> str:
+    """An SVG file."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" role="img">'
         f"<title>{title}</title><style>{_STYLE}</style>"

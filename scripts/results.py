@@ -158,8 +158,9 @@ def page() -> tuple[str, dict[str, str]]:
         parts.append(notes.read_text(encoding="utf-8"))
     beside, plots = peers.tables()
     growth, more = peers.scaling()
-    parts += [*beside, figures.table(), peers.roofline(), *growth, serving.section(), runs_section()]
-    return "\n".join(parts).rstrip() + "\n", plots | more
+    together, others = runs_section()
+    parts += [*beside, figures.table(), peers.roofline(), *growth, serving.section(), together]
+    return "\n".join(parts).rstrip() + "\n", plots | more | others
 
 
 def profile(run: Run) -> str:

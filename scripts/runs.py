@@ -7,6 +7,8 @@ from typing import Any
 import peers
 from serving import row, stored
 
+from netweight.report.svg import circle, line, polyline, text
+
 _HEAD = "| figure | target | reached | |\n|---|---|---|---|"
 _SETS = {"banking77": "BANKING77, ten clients, Dirichlet(0.3)", "amazon": "Amazon reviews, four shops by category"}
 _WAYS = {
@@ -24,8 +26,8 @@ _APART = "speed-up without a word"
 _WITHIN, _SMALL = 1.0, 50  # points; times
 
 
-def section() -> str:
-    """Tables of parallel and of federated runs."""
+def section() -> tuple[str, dict[str, str]]:
+    """Tables of parallel and of federated runs, and plots by file name."""
     parts = [
         "## Runs of many processes and places\n\n    make bench-runs\n",
         "One thread a process, each on a core of its own; "
@@ -35,9 +37,14 @@ def section() -> str:
     ]
     cells = {cell["name"]: cell for cell in (stored("runs-federated") or {}).get("cells", [])}
     parts += [*_targets(cells), ""]
+    plots = {}
     for kind, title in _SETS.items():
         parts += _table(kind, title, cells)
-    return "\n".join(parts)
+        if picture := _price(kind, title, cells):
+            file = f"private-{kind}.svg"
+            plots[file] = picture
+            parts.append(f"![Accuracy against epsilon, {title}]({file})\n")
+    return "\n".join(parts), plots
 
 
 def _missing(figure: str, target: str) -> str:
@@ -125,6 +132,29 @@ def _targets(cells: dict[str, Any]) -> list[str]:
         more = many["peak_mb"] - many["base_mb"]
         rows.append(row(figure, "stated", f"{more:.0f} MB (peak {many['peak_mb']:.0f} MB)", None))
     return rows
+
+
+def _price(kind: str, title: str, cells: dict[str, Any]) -> str | None:
+    """Accuracy against epsilon: a mark for each seed, a line through the means; the level line is without noise."""
+    there = {way.removeprefix("private-"): _accuracies(_seeds(kind, way, cells)) for way in _WAYS if "private" in way}
+    private = {float(epsilon): there[epsilon] for epsilon in there if epsilon != "off" and there[epsilon]}
+    if len(private) < 2:
+        return None
+    x = peers.across(list(private), log=True)
+    y = peers.upward([value for found in there.values() for value in found])
+    shapes = peers.frame(x, y, "epsilon (delta 1e-5), log scale", "accuracy")
+    means = sorted((x(epsilon), y(sum(found) / len(found))) for epsilon, found in private.items())
+    shapes.append(polyline(means, "curve"))
+    shapes += [circle(x(e), y(v), 5, "first", f"epsilon {e:g}: {v:.1f}") for e, found in private.items() for v in found]
+    if without := there["off"]:
+        level = y(sum(without) / len(without))
+        shapes += [line(x.start, level, x.end, level, "axis"), text(x.end + 12, level + 4, "without noise")]
+    return peers.picture(f"{title}: accuracy against epsilon", shapes)
+
+
+def _accuracies(found: dict[str, Any]) -> list[float]:
+    """In per cent."""
+    return [100 * cell["accuracy"] for cell in found.values()]
 
 
 def _by_seed(figure: str, target: str, found: dict[str, float], form: str, fine: bool) -> list[str]:
