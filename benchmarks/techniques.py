@@ -48,6 +48,7 @@ from netweight.techniques import (
     Recipe,
     SelfTrain,
     Shrink,
+    Static,
     SwapActivation,
     Vocab,
 )
@@ -66,6 +67,10 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("finetune", "R-Drop", PRETRAINED, (Finetune(regularizer="r-drop"),)),
     ("pretrain", "masked, then fine-tuned", PRETRAINED, (Pretrain(), Finetune())),
     ("pretrain", "contrastive, then fine-tuned", PRETRAINED, (Pretrain(objective="contrastive"), Finetune())),
+    ("static", "a mean of tokens", TEACHER, (Static(buckets=0),)),
+    ("static", "tokens and bigrams", TEACHER, (Static(),)),
+    ("static", "tokens, bigrams and windows of 5", TEACHER, (Static(filters=256, learning_rate=2e-3),)),
+    ("static", "windows of 3", TEACHER, (Static(filters=256, reach=3, learning_rate=2e-3),)),
     ("distill", "3 of 6 layers, outputs", TEACHER, (Distill(3),)),
     ("distill", "3 of 6 layers, outputs without spliced rows", TEACHER, (Distill(3, splice=0.0),)),
     ("distill", "3 of 6 layers, outputs and hidden states", TEACHER, (Distill(3, match=("logits", "hidden")),)),

@@ -72,7 +72,8 @@ def table() -> str:
             p50[name], p99[name] = (_against(others[quick], quick, key) for key in ("p50", "p99"))
             size[name] = own["made"]["bytes"] / min(c["made"]["bytes"] for c in others.values())
     for name, own, _ in found:
-        if static := own["made"].get("points", {}).get("static"):
+        points = own["made"].get("points", {})
+        if static := max((points[name] for name in ("static", "conv") if name in points), default=None):
             gaps[name] = 100 * (own["certificate"]["dev"]["reference"] - static)
     lost = [name for name, own, _ in found if own["certificate"]["verdict"] != "certified"]
     mean_gap = sum(gaps.values()) / len(gaps) if gaps else math.nan

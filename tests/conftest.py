@@ -147,6 +147,7 @@ COSTS = {
     "": 1e-6,
     "linear": 1e-6,
     "static": 2e-6,
+    "conv": 4e-6,
     "half-int8": 5e-5,
     "third-int8": 4e-5,
     "full-int8": 1e-4,

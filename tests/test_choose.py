@@ -124,13 +124,12 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
     assert asked.name == rungs[1].name
 
 
-@pytest.mark.parametrize(("wrong", "made"), [(0.0, True), (0.3, False)])
-def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: float, made: bool) -> None:
+def climbed(wrong: dict[str, float]) -> tuple[Search, list[str]]:
+    """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way."""
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, N)
     right = np.eye(3)[targets] * 3.0
-    worse = np.where(rng.random((N, 1)) < wrong, np.roll(right, 1, axis=1), right)
-    logits = {"linear": worse, "static": worse, "half-int8": worse}
+    worse = {k: np.where(rng.random((N, 1)) < share, np.roll(right, 1, axis=1), right) for k, share in wrong.items()}
     notes: list[str] = []
     builder = SimpleNamespace(
         teacher=tiny_model(layers=6),
@@ -145,12 +144,26 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
         quality=lambda said: float(TASK.quality(TASK.outcomes(said, targets))),
         trials=lambda: None,
         told=lambda rungs: [],
-        point=lambda rung: point(rung.name, logits.get(rung.name, right)),
+        point=lambda rung: point(rung.name, worse.get(rung.name, right)),
     )
-    found = climb(builder)  # type: ignore[arg-type]
+    return climb(builder), notes  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("wrong", "made"), [(0.0, True), (0.3, False)])
+def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: float, made: bool) -> None:
+    found, notes = climbed({"linear": 0.3, "static": 0.3, "conv": 0.3, "half-int8": wrong})
     assert ("third-int8" in found.points) == made
     said = "third-int8 is not made: half-int8, which is larger, would hardly pass"
     assert (said in notes) != made
+
+
+def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone() -> None:
+    found, notes = climbed({"linear": 0.3, "static": 0.0})
+    assert set(found.points) == {"linear", "full-int8", "static"}
+    assert notes[1:] == [
+        f"{name} is not made: static, which costs less, will hardly fail alone"
+        for name in ("conv", "half-int8", "third-int8")
+    ]
 
 
 # --- choices ---

@@ -246,6 +246,33 @@ def test_tables_of_pairs_and_of_tf_idf_say_their_maths(tmp_path: Path) -> None:
     assert "neighbours" not in text
 
 
+def test_windows_say_their_maths(tmp_path: Path) -> None:
+    """What the sentences say, token by token, gives the engine's logits."""
+    rows = tiny_rows()
+    run = Local(Dataset(rows, rows.take(range(9)), rows.take(range(9)), Sealed(rows)))
+    model = tiny_model()
+    made = exported(Static(width=8, buckets=64, filters=6, reach=3, epochs=1, batch_size=16)(model, run, PLAN))
+    _, said = convert._table(tmp_path / "0-x", Tier("x", "static", "", made.options), made.data)
+    assert "k = 0 to 2 of windows.table[k, p[i + k - 1]]" in said["maths"][-2]
+    arrays = load_arrays(made.data)
+    place = {int(token): i for i, token in enumerate(arrays["windows.known"])}
+    tokens = model.encoder.encode(rows.text[:20])
+    logits = StaticEngine(made.data, made.options).logits(tokens, 7)
+    for row, start in enumerate(tokens.offsets[:-1]):
+        ids = tokens.ids[start : tokens.offsets[row + 1]].tolist()
+        z = [
+            sum(
+                arrays["windows.table"][k, place[ids[i + k - 1]]].astype(int)
+                for k in range(3)
+                if 0 <= i + k - 1 < len(ids) and ids[i + k - 1] in place
+            )
+            for i in range(len(ids))
+        ]
+        y = np.maximum(np.max(z, axis=0) * arrays["windows.scale"] + arrays["windows.bias"], 0)
+        wanted = by_hand(arrays, said, ids) + y @ arrays["windows.matrix"] + arrays["windows.offset"]
+        assert logits[row] == pytest.approx(wanted, abs=1e-4)
+
+
 def test_a_packed_table_is_written_unpacked(made: Path, tmp_path: Path) -> None:
     rows = Rows(("great zip", "torn shoe"))
     manifest = artifact.read_manifest(made)

@@ -47,6 +47,8 @@ TIERS: dict[str, tuple[Technique, bool, bool]] = {
     "static": (Static(width=8, buckets=64, epochs=4, batch_size=16), False, False),
     "static, no bigrams": (Static(width=8, buckets=0, epochs=4, batch_size=16), False, False),
     "static, hidden head": (Static(width=8, buckets=64, hidden=6, epochs=4, batch_size=16), False, False),
+    "static, windows": (Static(width=8, buckets=64, filters=8, epochs=4, batch_size=16), False, False),
+    "static, windows of pairs": (Static(width=8, filters=8, reach=3, epochs=4, batch_size=16), True, False),
     "static, pairs": (Static(width=8, buckets=64, epochs=4, batch_size=16), True, False),
     "static, scores": (Static(width=8, buckets=64, epochs=4, batch_size=16), False, True),
     "linear": (LinearFloor(buckets=64), False, False),

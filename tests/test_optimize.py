@@ -173,11 +173,12 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
 
     path = store_of(copied) / JOURNAL
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line)["key"] not in ("point static", "model static")]
-    assert len(kept) == len(lines) - 2
+    gone = [f"{what} {name}" for what in ("point", "model") for name in ("static", "conv")]
+    kept = [line for line in lines if json.loads(line)["key"] not in gone]
+    assert len(kept) <= len(lines) - 2
     path.write_text("".join(kept), encoding="utf-8")
     fourth = Rung("half-int8", (Distill(layers=1), Quantize()), 0.5)
-    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher), fourth))
+    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher)[:3], fourth))
     monkeypatch.setattr(build.Clock, "left", property(lambda self: -1.0))
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}

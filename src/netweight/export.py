@@ -91,7 +91,26 @@ def _static(network: Static) -> Exported:
         if matrix.numel():
             held[f"matrix.{i}"] = np.ascontiguousarray(matrix.detach().numpy().T, np.float32)
     options = {"buckets": network.buckets, "norm": "mean", "segments": network.segments}
+    if network.filters:
+        held |= _windows(network)
+        options["reach"] = network.reach
     return Exported("static", save(held), options)
+
+
+def _windows(network: Static) -> dict[str, NDArray[Any]]:
+    """What each known token adds to each filter, as int8 with one scale for each filter, so that sums are exact."""
+    windows = network.windows
+    with torch.no_grad():
+        table = windows.table().float()
+        scale = table.abs().amax(dim=(0, 1)).clamp(min=1e-12) / 127
+        return {
+            "windows.table": (table / scale).round().to(torch.int8).contiguous().numpy(),
+            "windows.scale": scale.numpy(),
+            "windows.bias": windows.bias.numpy().copy(),
+            "windows.known": np.flatnonzero(windows.known.numpy()).astype(np.int32),
+            "windows.matrix": np.ascontiguousarray(network.answers.weight.numpy().T),
+            "windows.offset": network.answers.bias.numpy().copy(),
+        }
 
 
 def _linear(network: Linear) -> Exported:

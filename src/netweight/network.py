@@ -5,7 +5,8 @@ Each one describes itself in a plain `spec`, so that it can be rebuilt without p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -20,6 +21,7 @@ from netweight.features import BIGRAM_A, BIGRAM_B
 from netweight.layers import describe, make, plain, put
 
 Pooling = Literal["mean", "first", "last"]
+_DROPOUT = 0.2  # of what windows found
 
 
 class Network(nn.Module):
@@ -169,23 +171,36 @@ class Static(Network):
 
     Features of a text are its tokens and, hashed into `buckets` rows, its pairs of adjacent tokens.
     With `segments` (text pairs) each text is pooled by itself and the head sees [u, v, |u - v|, u * v].
+    With `filters`, a convolution over every token and its neighbours, `reach` tokens in all, adds its strongest answers
+    (`Windows`) to the logits.
 
     Shapes: table (vocabulary + buckets, width), weight (vocabulary + buckets,).
     """
 
     def __init__(
-        self, vocabulary: int, buckets: int, width: int, outputs: int, hidden: int = 0, segments: bool = False
+        self,
+        vocabulary: int,
+        buckets: int,
+        width: int,
+        outputs: int,
+        hidden: int = 0,
+        segments: bool = False,
+        filters: int = 0,
+        reach: int = 5,
     ) -> None:
         super().__init__()
         self.vocabulary, self.buckets, self.width = vocabulary, buckets, width
-        self.hidden, self.segments = hidden, segments
+        self.hidden, self.segments, self.filters, self.reach = hidden, segments, filters, reach
         self.table = nn.Parameter(torch.zeros(vocabulary + buckets, width))
         self.weight = nn.Parameter(torch.zeros(vocabulary + buckets))
-        pooled = 4 * width if segments else width
+        parts = 4 if segments else 1
         if hidden:
-            self.head = nn.Sequential(nn.Linear(pooled, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+            self.head = nn.Sequential(nn.Linear(parts * width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
         else:
-            self.head = nn.Sequential(nn.Linear(pooled, outputs))
+            self.head = nn.Sequential(nn.Linear(parts * width, outputs))
+        if filters:
+            self.windows = Windows(vocabulary, width, filters, reach)
+            self.answers = nn.Linear(parts * filters, outputs)
 
     def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Weighted mean of the features' vectors (n, width); bigrams add to the sum but not to the norm."""
@@ -203,16 +218,21 @@ class Static(Network):
 
     @property
     def sparse(self) -> frozenset[str]:
-        return frozenset({"table"})
+        return frozenset({"table", "windows.words"} if self.filters else {"table"})
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        logits = cast(Tensor, self.head(self._texts(self.pool, ids, mask, types)))
+        return logits + self.answers(self._texts(self.windows, ids, mask, types)) if self.filters else logits
+
+    def _texts(self, pool: Callable[[Tensor, Tensor], Tensor], ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
+        """What a pooling says of each row; of pairs, of both texts and how they differ."""
         if not self.segments:
-            return cast(Tensor, self.head(self.pool(ids, mask)))
-        u, v = self.pool(ids, mask * (types == 0)), self.pool(ids, mask * (types == 1))
-        return cast(Tensor, self.head(torch.cat([u, v, (u - v).abs(), u * v], dim=1)))
+            return pool(ids, mask)
+        u, v = pool(ids, mask * (types == 0)), pool(ids, mask * (types == 1))
+        return torch.cat([u, v, (u - v).abs(), u * v], dim=1)
 
     def spec(self) -> dict[str, Any]:
-        return {
+        spec = {
             "network": "static",
             "vocabulary": self.vocabulary,
             "buckets": self.buckets,
@@ -221,6 +241,45 @@ class Static(Network):
             "hidden": self.hidden,
             "segments": self.segments,
         }
+        return spec | ({"filters": self.filters, "reach": self.reach} if self.filters else {})
+
+
+class Windows(nn.Module):
+    """A convolution over a text, and of each filter the largest value (Kim, EMNLP 2014).
+
+    What a token adds to a filter at each place of the window depends on nothing else: products of `words` and `taps` are
+    a table, so that an engine adds and compares, and never multiplies. Tokens that are not `known` count as none.
+
+    Shapes: words (vocabulary, width), taps (reach, width, filters), bias (filters,), known (vocabulary,) of 0 and 1.
+    """
+
+    known: Tensor
+
+    def __init__(self, vocabulary: int, width: int, filters: int, reach: int) -> None:
+        super().__init__()
+        if reach < 1 or reach % 2 == 0:
+            raise OptionError(f"a window of {reach} tokens has no middle; use an odd number.")
+        self.reach = reach
+        self.words = nn.Parameter(torch.zeros(vocabulary, width))
+        self.taps = nn.Parameter(torch.empty(reach, width, filters).uniform_(-1, 1) / math.sqrt(reach * width))
+        self.bias = nn.Parameter(torch.zeros(filters))
+        self.register_buffer("known", torch.ones(vocabulary, dtype=torch.uint8))
+        self.dropout = nn.Dropout(_DROPOUT)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Largest values (n, filters) over windows whose middle is a token, 0 at least."""
+        ids, side = ids.long(), self.reach // 2
+        present = mask.to(self.words.dtype).unsqueeze(-1)
+        words = F.embedding(ids, self.words, sparse=self.words.requires_grad) * present
+        padded = F.pad(words * self.known[ids].unsqueeze(-1), (0, 0, side, side))
+        beside = torch.cat([padded[:, k : k + ids.shape[1]] for k in range(self.reach)], dim=2)
+        values = (beside @ self.taps.flatten(0, 1)).masked_fill(present == 0, -math.inf)
+        # The bias and the rectifier change no order, so they may follow the maximum.
+        return cast(Tensor, self.dropout(F.relu(values.amax(dim=1) + self.bias)))
+
+    def table(self) -> Tensor:
+        """What each known token adds at each place of a window (reach, known tokens, filters)."""
+        return self.words[self.known > 0] @ self.taps
 
 
 class Linear(Network):

@@ -45,6 +45,8 @@ from netweight.trials import Effort, undominated
 _WORTH_IT = 0.9
 # A smaller student is made where the larger one's chance to pass alone is at least this.
 _MAY_PASS = 0.2
+# Where a cheap rung's chance to pass alone is as large, nothing that costs more is made.
+_PASSES = 0.95
 # Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
 _TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
 # A student that gets less than this part of the time box is not worth training.
@@ -155,6 +157,10 @@ def climb(builder: Builder) -> Search:
             break
         if rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS:
             builder.reporter.note(f"{rung.name} is not made: {rung.after}, which is larger, would hardly pass")
+            search.skip(rung)
+            continue
+        if rung.unless in search.points and _chance(builder, search.points, rung.unless) > _PASSES:
+            builder.reporter.note(f"{rung.name} is not made: {rung.unless}, which costs less, will hardly fail alone")
             search.skip(rung)
             continue
         if trials is not None and trials.asked is not None:

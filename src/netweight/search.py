@@ -21,13 +21,15 @@ from netweight.train import Plan
 @dataclass(frozen=True)
 class Rung:
     """A recipe under a name. `share` of the time that is left may go into it; `plan` holds what its techniques leave
-    to the plan. It is worth making only where the rung `after`, a larger one of its kind, has a chance."""
+    to the plan. It is worth making only where the rung `after`, a larger one of its kind, has a chance, and the rung
+    `unless`, a cheaper one, would hardly pass by itself."""
 
     name: str
     recipe: Recipe
     share: float
     plan: Plan = field(default_factory=Plan)
     after: str = ""
+    unless: str = ""
 
 
 def ladder(teacher: Model) -> tuple[Rung, ...]:
@@ -38,13 +40,14 @@ def ladder(teacher: Model) -> tuple[Rung, ...]:
     names = {depth // 2: "half", depth // 3: "third"}
     called = [f"{names.get(n, n)}-int8" for n in layers]
     students = [
-        Rung(name, student(teacher, n), 0.5, after=larger)
+        Rung(name, student(teacher, n), 0.5, after=larger, unless="static")
         for name, n, larger in zip(called, layers, ["", *called], strict=False)
     ]
     return (
         Rung("linear", (LinearFloor(),), 0.2),
         Rung("full-int8", (Quantize(),), 0.2),
         Rung("static", (Static(),), 0.3),
+        Rung("conv", (Static(filters=256, epochs=20.0, learning_rate=2e-3),), 0.3, unless="static"),
         *students,
     )
 

@@ -1,8 +1,8 @@
-"""Static students and the linear floor, in numpy: gather, add, divide, and sometimes a small head."""
+"""Static students and the linear floor, in numpy: gather, add, divide or compare, and sometimes a small head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from netweight.errors import CorruptArtifact
 from netweight.features import features
 
 Floats = NDArray[np.float32]
+
+_CHUNK = 2048  # tokens whose windows are added up at a time, in the processor's cache
 
 
 class StaticEngine:
@@ -29,6 +31,7 @@ class StaticEngine:
             self._buckets = int(options["buckets"])
             self._squared = options["norm"] == "l2"
             self._segments = bool(options["segments"])
+            self._windows = _Windows(held, len(table) - self._buckets) if "reach" in options else None
         except (SafetensorError, KeyError) as problem:
             raise CorruptArtifact(f"a static tier's file lacks what its engine needs: {problem!r}.") from problem
         self._vocabulary = len(table) - self._buckets
@@ -44,10 +47,17 @@ class StaticEngine:
         return np.concatenate([self._chunk(tokens.stretch(i, min(i + batch, len(tokens)))) for i in starts])
 
     def _chunk(self, tokens: Tokens) -> Floats:
+        logits = self._finish(self._texts(self._pool, tokens))
+        if self._windows is None:
+            return logits
+        return logits + self._windows.answers(self._texts(self._windows, tokens))
+
+    def _texts(self, pool: Callable[[Tokens], Floats], tokens: Tokens) -> Floats:
+        """What a pooling says of each row; of pairs, of both texts and how they differ."""
         if not self._segments:
-            return self._finish(self._pool(tokens))
-        u, v = (self._pool(tokens.segment(kind)) for kind in (0, 1))
-        return self._finish(np.concatenate([u, v, np.abs(u - v), u * v], axis=1))
+            return pool(tokens)
+        u, v = (pool(tokens.segment(kind)) for kind in (0, 1))
+        return np.concatenate([u, v, np.abs(u - v), u * v], axis=1)
 
     def _pool(self, tokens: Tokens) -> Floats:
         index, starts = features(tokens, self._vocabulary, self._buckets)
@@ -64,3 +74,46 @@ class StaticEngine:
                 x = np.maximum(x, 0)
             x = (x if matrix is None else x @ matrix) + bias
         return x
+
+
+class _Windows:
+    """A convolution by its tables: whole numbers are added and compared, so that every order gives the same bits."""
+
+    def __init__(self, held: Mapping[str, NDArray[Any]], vocabulary: int) -> None:
+        table, known = held["windows.table"], held["windows.known"]
+        # One row more, of zeros: tokens that are not known, and what lies beside a text.
+        self._table = np.concatenate([table, np.zeros_like(table[:, :1])], axis=1)
+        self._nothing = len(known)
+        self._place = np.full(vocabulary, self._nothing, np.int32)
+        self._place[known] = np.arange(len(known))
+        self._scale, self._bias = held["windows.scale"], held["windows.bias"]
+        self._matrix, self._offset = held["windows.matrix"], held["windows.offset"]
+
+    def answers(self, found: Floats) -> Floats:
+        """Logits of the filters' largest values."""
+        return found @ self._matrix + self._offset
+
+    def __call__(self, tokens: Tokens) -> Floats:
+        """The largest value of each filter in each row (n, filters), 0 at least."""
+        out = np.zeros((len(tokens), len(self._scale)), np.float32)
+        full = np.flatnonzero(tokens.lengths)  # an empty row has no window
+        ends = tokens.offsets[full + 1]
+        start = 0
+        while start < len(full):
+            stop = max(start + 1, int(np.searchsorted(ends, tokens.offsets[full[start]] + _CHUNK, "right")))
+            out[full[start:stop]] = self._largest(tokens.take(full[start:stop]))
+            start = stop
+        return out
+
+    def _largest(self, tokens: Tokens) -> Floats:
+        reach = len(self._table)
+        side = reach // 2
+        # Blanks before and behind each row, so that no window looks into another one.
+        at = np.arange(len(tokens.ids)) + side * (1 + np.repeat(np.arange(len(tokens)), tokens.lengths))
+        places = np.full(len(tokens.ids) + side * (len(tokens) + 1), self._nothing, np.int32)
+        places[at] = self._place[tokens.ids]
+        total = self._table[0][places[at - side]].astype(np.int16)
+        for k in range(1, reach):
+            total += self._table[k][places[at + k - side]]
+        largest = np.maximum.reduceat(total, tokens.offsets[:-1], axis=0)
+        return np.asarray(np.maximum(largest * self._scale + self._bias, 0), np.float32)
