@@ -124,15 +124,18 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
     assert asked.name == rungs[1].name
 
 
-def climbed(wrong: dict[str, float]) -> tuple[Search, list[str]]:
-    """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way."""
+def climbed(wrong: dict[str, float], cut: float = 0.0) -> tuple[Search, list[str]]:
+    """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way; a share of the
+    texts was `cut`."""
+    teacher = tiny_model(layers=6)
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, N)
     right = np.eye(3)[targets] * 3.0
     worse = {k: np.where(rng.random((N, 1)) < share, np.roll(right, 1, axis=1), right) for k, share in wrong.items()}
     notes: list[str] = []
     builder = SimpleNamespace(
-        teacher=tiny_model(layers=6),
+        teacher=teacher,
+        dev_tokens=SimpleNamespace(lengths=np.where(np.arange(N) < cut * N, teacher.encoder.max_length, 4)),
         job=Job(Tables(Rows((), ()))),
         data=SimpleNamespace(certify=range(3000)),
         run=SimpleNamespace(data=None),
@@ -155,6 +158,14 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
     assert ("third-int8" in found.points) == made
     said = "third-int8 is not made: half-int8, which is larger, would hardly pass"
     assert (said in notes) != made
+
+
+@pytest.mark.parametrize(("cut", "said"), [(0.01, False), (0.25, True)])
+def test_texts_that_were_cut_are_told_of(cut: float, said: bool) -> None:
+    _, notes = climbed({"linear": 0.3}, cut)
+    most = tiny_model().encoder.max_length
+    assert (f"25 % of dev is longer than {most} tokens and was cut: see --max-length" in notes) == said
+    assert any("was cut" in note for note in notes) == said
 
 
 def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone() -> None:

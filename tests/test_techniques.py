@@ -26,6 +26,7 @@ ALL: list[Technique] = [
     Distill(layers=1, epochs=1),
     Static(width=8, buckets=64, epochs=2, batch_size=16),
     Static(width=8, buckets=0, hidden=6, epochs=1, batch_size=16),
+    Static(width=8, buckets=64, filters=8, epochs=1, batch_size=16),
     LinearFloor(buckets=64),
     Quantize(rows=40),
     Quantize(method="minmax", rows=40),

@@ -167,9 +167,9 @@ def _table(stem: Path, tier: Tier, data: bytes) -> tuple[TierEngine, dict[str, A
     ]  # fmt: skip
     if reach := tier.options.get("reach"):
         maths += [
-            f"The windows add to them. Let p[i] be where t[i] stands in windows.known. For every i, z = the sum over k = 0 to "
-            f"{reach - 1} of windows.table[k, p[i + k - {reach // 2}]], without tokens that are not known or beyond the text; "
-            "y = the largest z of each column; y = max(y * windows.scale + windows.bias, 0).",
+            "The windows add to them. Let p[i] be where t[i] stands in windows.known. For every i, z = the sum over "
+            f"k = 0 to {reach - 1} of windows.table[k, p[i + k - {reach // 2}]], without tokens that are not known or "
+            "lie beyond the text; y = the largest z of each column; y = max(y * windows.scale + windows.bias, 0).",
             "The logits are x + y @ windows.matrix + windows.offset."
             + (" Of two texts y is [u, w, |u - w|, u * w], as x is." if tier.options["segments"] else ""),
         ]

@@ -247,8 +247,8 @@ class Static(Network):
 class Windows(nn.Module):
     """A convolution over a text, and of each filter the largest value (Kim, EMNLP 2014).
 
-    What a token adds to a filter at each place of the window depends on nothing else: products of `words` and `taps` are
-    a table, so that an engine adds and compares, and never multiplies. Tokens that are not `known` count as none.
+    What a token adds to a filter at each place of the window depends on nothing else: products of `words` and `taps`
+    are a table, so that an engine adds and compares, and never multiplies. Tokens that are not `known` count as none.
 
     Shapes: words (vocabulary, width), taps (reach, width, filters), bias (filters,), known (vocabulary,) of 0 and 1.
     """

@@ -47,6 +47,8 @@ _WORTH_IT = 0.9
 _MAY_PASS = 0.2
 # Where a cheap rung's chance to pass alone is as large, nothing that costs more is made.
 _PASSES = 0.95
+# Of more cut texts than this share the user is told.
+_CUT = 0.05
 # Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
 _TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
 # A student that gets less than this part of the time box is not worth training.
@@ -79,6 +81,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     task: TaskKind = "classify",
     metric: str | None = None,
     model: str = "starter",
+    max_length: int = 128,
     max_drop: float | Literal["auto"] = 1.0,
     confidence: float = 0.95,
     minimise: Minimise = "cost",
@@ -96,6 +99,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
             What is not given is cut from train.
         text, label, pair, group, slices: names of columns; `group` rows never span splits.
+        max_length: tokens that are read of a text, or of a pair; an encoder's time grows with it.
         max_drop: points of quality that may be lost, held at `confidence`; "auto": one point, or as many as it takes
             to prove something with these certify rows.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
@@ -106,7 +110,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
     """
     columns = Columns(text, label, pair, group, slices=tuple(slices))
-    options = Options(task, metric, model, seconds=seconds, seed=seed, effort=effort)
+    options = Options(task, metric, model, max_length, seconds=seconds, seed=seed, effort=effort)
     job = Job(
         Tables(train, columns, dev, certify, pool),
         Budget(max_drop, confidence, minimise),
@@ -148,6 +152,9 @@ def _lines(rows: Rows) -> bytes:
 def climb(builder: Builder) -> Search:
     """Walk the ladder, as far as the time box allows; the first three rungs are always made."""
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
+    most = builder.teacher.encoder.max_length
+    if (cut := float((builder.dev_tokens.lengths >= most).mean())) > _CUT:
+        builder.reporter.note(f"{100 * cut:.0f} % of dev is longer than {most} tokens and was cut: see --max-length")
     rungs = _rungs(builder)
     trials = builder.trials()
     search = Search(rungs, builder.told(rungs), trials)
@@ -427,6 +434,7 @@ def _command(job: Job) -> str:
     asked = budget.max_drop if budget.max_drop == "auto" else f"{budget.max_drop:g}"
     given = [f"--max-drop {asked}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
     given += [f"--model {options.model}"] if options.model in ("starter", "scratch") else []
+    given += [f"--max-length {options.max_length}"] if options.max_length != Options.max_length else []
     given += [f"--effort {options.effort}"] if options.effort != "quick" else []
     return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 

@@ -45,6 +45,7 @@ def optimize(
     group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
     model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
+    max_length: Annotated[int, typer.Option(help="Tokens that are read of a text; longer ones are cut.")] = 128,
     max_drop: Annotated[
         str, typer.Option(metavar="<points|auto>", help="Points of quality that may be lost; auto: what can be proven.")
     ] = "1.0",
@@ -83,6 +84,7 @@ def optimize(
             task=task,
             metric=metric,
             model=model,
+            max_length=max_length,
             max_drop=points(max_drop),
             confidence=confidence,
             minimise=minimise,

@@ -31,9 +31,9 @@ class Static:
     `width` is the vectors' size during training; a linear head is folded into the table when exported, so it
     costs nothing at run time. `buckets` hold hashed bigrams (0: none). `hidden` adds a ReLU layer. `filters` adds a
     convolution of `reach` neighbouring tokens, which sees negations and idioms, and of each filter the largest value
-    (Kim, EMNLP 2014); exported, it is a table of what each token adds, for those that occur `least` times. `splice` synthetic
-    rows for each real one are labelled by the teacher: a student of this kind has many parameters and few rows to fit
-    them to (augmentation as in Tang et al., 2019, with halves of rows instead of masked words).
+    (Kim, EMNLP 2014); exported, it is a table of what each token adds, for those that occur `least` times. `splice`
+    synthetic rows for each real one are labelled by the teacher: a student of this kind has many parameters and few
+    rows to fit them to (augmentation as in Tang et al., 2019, with halves of rows instead of masked words).
     """
 
     width: int = 256
