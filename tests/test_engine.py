@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save
 
 from conftest import BAD, GOOD, THINGS, many_rows, tiny_encoder, tiny_model
 from netweight.artifact import Tier
@@ -188,6 +190,29 @@ def test_errors_say_what_came() -> None:
     _, tier, data = tier_of("static")
     with pytest.raises(CorruptArtifact, match="'norm'"):
         tier_engine(replace(tier, options={"buckets": 64}), data, 0, 1)
+    _, tier, data = tier_of("static, windows")
+    for name, value in {
+        "windows.known": np.array([1_000_000], np.int32),
+        "windows.table": np.zeros(3, np.int8),
+    }.items():
+        with pytest.raises(CorruptArtifact, match="lacks what its engine needs"):
+            tier_engine(tier, save(load_arrays(data) | {name: value}), 0, 1)
+
+
+def test_windows_do_not_look_beyond_a_row_and_whole_numbers_do_not_depend_on_the_batch() -> None:
+    _, tier, data = tier_of("static, windows")
+    engine = tier_engine(tier, data, 0, 1)
+    encoder = tiny_encoder()
+    texts = mixed_rows(60).text
+    together = engine.logits(encoder.encode(texts), 512)
+    for size in (1, 7):
+        assert np.array_equal(
+            engine._windows(encoder.encode(texts)),
+            np.concatenate(  # type: ignore[attr-defined]
+                [engine._windows(encoder.encode(texts[i : i + size])) for i in range(0, len(texts), size)]  # type: ignore[attr-defined]
+            ),
+        )
+        np.testing.assert_allclose(engine.logits(encoder.encode(texts), size), together, atol=1e-5)
 
 
 def test_openvino_tiers_run_on_onnx_runtime_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,8 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         run.reduce(static, Moments(static.task))
     with pytest.raises(ModelError, match="LinearFloor needs all rows in one place"):
         LinearFloor()(model, object(), PLAN)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="a window of 4 tokens has no middle; use an odd number"):
+        Static(width=4, buckets=8, filters=4, reach=4, epochs=1)(model, run, PLAN)
     with pytest.raises(ModelError, match="no engine runs a Network"):
         export(model.with_network(Network()))
     with pytest.raises(ModelError, match="unknown network 'abacus'"):

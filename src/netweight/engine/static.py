@@ -32,7 +32,7 @@ class StaticEngine:
             self._squared = options["norm"] == "l2"
             self._segments = bool(options["segments"])
             self._windows = _Windows(held, len(table) - self._buckets) if "reach" in options else None
-        except (SafetensorError, KeyError) as problem:
+        except (SafetensorError, KeyError, IndexError, ValueError) as problem:
             raise CorruptArtifact(f"a static tier's file lacks what its engine needs: {problem!r}.") from problem
         self._vocabulary = len(table) - self._buckets
         # The divisor of each row is a sum over the same features, so it rides along as the last column.
