@@ -79,10 +79,12 @@ class Deployment(Federated):
         write_reports(self._kept, self.reports)
 
     def settled(self, state: Path) -> None:
+        """It goes where the fit may be repeated."""
         if self.privacy is None:
             super().settled(state)
 
     def account(self) -> dict[str, Any]:
+        """The terms as well."""
         return {"terms": str(self.terms), **super().account()}
 
     def _dismiss(self) -> None:
