@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from conftest import journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows, write_table
 from netweight import artifact
 from netweight.cli import app
+from netweight.data import Dataset
+from netweight.data.rows import Sealed
 from netweight.engine import load
 from netweight.errors import ClientError, OptionError, StoreError
 from netweight.federate.job import optimize
@@ -24,12 +26,14 @@ from netweight.federate.start import REPORTS, Deployment, Place, kept_apart
 from netweight.job import Budget, Job, Options, Tables, prepare
 from netweight.loss import Supervised
 from netweight.model import Model
+from netweight.run import Local
 from netweight.run.federated import Automatic, Client, InProcess, Rounds
 from netweight.run.federated.messages import Answer, FitTask, Lost, ReduceTask, Task
 from netweight.run.federated.report import in_words, read_reports
 from netweight.store import store_of
 from netweight.summary import verify
-from netweight.techniques import Finetune
+from netweight.task import Classify, Score
+from netweight.techniques import Distill, Finetune, Quantize, Static
 from netweight.train import Plan, Silent
 from test_federate import Federation, Joining, ended, free_port, waited
 from test_private_federated import shops
@@ -194,6 +198,17 @@ def test_privacy_needs_a_pool(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("task", [Score(1.0, 2.0), Classify(("bad", "good"))])
+def test_students_learn_from_texts_alone(task: Classify | Score, tmp_path: Path) -> None:
+    texts, none = tiny_rows(40).unlabelled(), tiny_rows(40).take([])
+    run = Local(Dataset(texts, none, none, Sealed(none)), tmp_path)
+    teacher = tiny_model(task)
+    made = Distill(layers=1, epochs=1)(teacher, run, replace(PLAN, seed=1))
+    assert made.digest != teacher.digest
+    assert Static(width=8, buckets=64, epochs=1)(teacher, run, PLAN).digest != teacher.digest
+    assert Quantize(rows=10)(teacher, run, PLAN).ranges
+
+
 def test_a_private_federation_becomes_a_certified_artifact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over TLS: two clients train the head with noise; the server makes students of its own texts, and certifies."""
     quick_measuring(monkeypatch)
@@ -231,6 +246,7 @@ def test_a_private_federation_becomes_a_certified_artifact(tmp_path: Path, monke
     (report,) = json.loads((store_of(out) / REPORTS).read_text())
     assert report["label"] == "fine-tune"
     assert 0 < report["epsilon"] <= 8
+    assert "the head's probe is left out: it is an exact sum over rows" in done.output
     assert "linear is left out: it needs labelled rows in one place" in done.output
     assert "privacy of the whole job: 1 fit on clients' rows cost a client's rows epsilon" in done.output
     assert {"point full-int8", "point static"} <= set(journal(out))

@@ -28,6 +28,8 @@ def optimize(place: Place, job: Job, terms: Terms, reporter: Reporter) -> Result
             "and int8 needs exact sums over them. Give --pool, texts of the server's own without labels, on which "
             "students learn from the teacher at no cost; or --privacy off."
         )
+    if not job.options.finetune.probe:
+        reporter.note("the head's probe is left out: it is an exact sum over rows, which no noise hides")
     with opened(place, reporter.note) as channel:
         job = replace(job, run=str(terms))
         result = run(job, place.out, reporter, lambda data, folder: Deployment(channel, data, folder, terms))
