@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netweight.data import Dataset, Rows, split
+from netweight.data import Dataset, Rows, split, without_train
 from netweight.errors import DataError, LabelError, OptionError
 
 OPEN = "0" * 64
@@ -333,3 +333,55 @@ EDGES: list[tuple[type[Exception], str, dict[str, Any]]] = [
 def test_messages(error: type[Exception], says: str, options: dict[str, Any]) -> None:
     with pytest.raises(error, match=says):
         split(**{"train": MANY, **options})
+
+
+# --- without training rows ---
+
+
+def test_rows_of_a_server_alone_are_kept_apart() -> None:
+    def with_more(given: Rows, *cells: tuple[str, str]) -> Rows:
+        return rows(*zip(given.text, given.label or (), strict=True), *cells)
+
+    certify = many(30, prefix="certify")
+    dev = with_more(many(40, prefix="dev"), ("CERTIFY 3", "b"))
+    pool = with_more(many(20, prefix="pool"), ("dev  5", "a"), ("Certify 7", "b")).unlabelled()
+    data = without_train(dev, certify, pool)
+    assert data.pool is not None
+    sizes = [len(part) for part in (data.train, data.select, data.calibrate, data.certify, data.pool)]
+    assert sizes == [0, 20, 20, 30, 20]
+    assert counted(data, "dev whose text occurs in certify") == 1
+    assert counted(data, "pool whose text occurs in") == 2
+    assert content(data)["certify"] == sorted(zip(certify.text, certify.label or (), strict=True))
+    assert (
+        data.notes[0] == "Whether rows of clients share a text with dev or certify was not checked: nobody sees both."
+    )
+
+
+SERVER = {"dev": many(40, prefix="dev"), "certify": many(30, prefix="certify")}
+
+
+@pytest.mark.parametrize(
+    ("problem", "said", "given"),
+    [
+        (
+            LabelError,
+            "20 rows of dev have labels that are not among the job's: 'b' .first: row 2.. Name",
+            {"labels": "ac"},
+        ),
+        (
+            LabelError,
+            "10 rows of certify have labels that are not among the job's: 'c'",
+            {"certify": many(30, "abc", "c")},
+        ),
+        (
+            DataError,
+            "dev has no pair column and certify differs; align them",
+            {"certify": rows(("x", "a"), pair=("y",))},
+        ),
+        (DataError, "too few rows .* select 20, calibrate 20, certify 30, pool 0", {"pool": many(9, prefix="dev")}),
+        (LabelError, "all 40 rows of dev have the score 1; there", {"kind": "score", "dev": many(40, "1", "dev")}),
+    ],
+)
+def test_rows_of_a_server_that_will_not_do(problem: type[Exception], said: str, given: dict[str, Any]) -> None:
+    with pytest.raises(problem, match=said):
+        without_train(**{**SERVER, **given})

@@ -26,7 +26,7 @@ from netweight.federate.keys import ClientKeys, ServerKeys, make_keys
 from netweight.federate.kinds import WIRE
 from netweight.federate.link import listening
 from netweight.federate.node import Connection, reachable
-from netweight.federate.options import run_of, task_of
+from netweight.federate.options import task_of, terms_of
 from netweight.federate.simulate import simulated
 from netweight.federate.start import Place, kept_apart, serve
 from netweight.loss import SoftTargets, Supervised
@@ -45,7 +45,7 @@ from netweight.run.federated.flower import (
     to_record,
 )
 from netweight.run.federated.messages import FitTask, Fitted, Lost, Reduced, Scored, ScoreTask
-from netweight.task import Classify
+from netweight.task import Classify, Score
 from netweight.techniques import Finetune
 from netweight.train import Plan
 from test_federated import PLAN, fitted, shops
@@ -286,6 +286,14 @@ def test_labels_come_from_names_or_rows() -> None:
         task_of(None, None)
     with pytest.raises(OptionError, match="labels that --labels does not name"):
         task_of(("x", "y"), rows)
+
+
+def test_scores_are_standardised_by_the_rows_of_the_server() -> None:
+    rows = replace(tiny_rows(5), label=tuple("12345"))
+    assert task_of(None, rows, "score") == Score(3.0, 2**0.5)
+    for labels, given in ((None, None), (("1", "2"), rows)):
+        with pytest.raises(OptionError, match="scores are standardised .*: give --dev TABLE, and leave --labels out"):
+            task_of(labels, given, "score")
 
 
 def test_a_share_of_a_clients_rows_measures_quality() -> None:
@@ -616,7 +624,8 @@ def test_a_finished_model_is_not_overwritten(model: Model, tmp_path: Path) -> No
             Place("127.0.0.1:1", tmp_path, tmp_path),
             model,
             Finetune(),
-            run_of(Rounds(), CHOSEN, False, None),
+            None,
+            terms_of(Rounds(), CHOSEN),
             Plan(),
             print,
         )

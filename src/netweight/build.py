@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -59,10 +60,18 @@ class Clock:
         """Seconds; negative when it is over."""
         return self._end - time.monotonic()
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that does not count: others are waited for."""
+        began = time.monotonic()
+        yield
+        self._end += time.monotonic() - began
+
 
 @dataclass
 class Builder:
-    """Makes models and points of one job."""
+    """Makes models and points of one job: the teacher with `run`, what is made of it with `students` (None: the same
+    run)."""
 
     job: Job
     data: Dataset
@@ -71,6 +80,7 @@ class Builder:
     reporter: Reporter
     clock: Clock
     run: Run
+    students: Run | None = None
 
     def __post_init__(self) -> None:
         self.rungs: dict[str, Rung] = {}
@@ -93,10 +103,14 @@ class Builder:
             first, then = _FROM_SCRATCH
             part = seconds * _PRETRAINED_SHARE
             return self.model(
-                TEACHER, lambda: self.model(PRETRAINED, self._scratch, (first,), part), (then,), seconds - part
+                TEACHER,
+                lambda: self.model(PRETRAINED, self._scratch, (first,), part, self.run),
+                (then,),
+                seconds - part,
+                self.run,
             )
         base = lambda: pretrained(options.model, self.task, options.max_length, options.seed)  # noqa: E731
-        return self.model(TEACHER, base, (Finetune(),), seconds)
+        return self.model(TEACHER, base, (options.finetune,), seconds, self.run)
 
     def _scratch(self) -> Model:
         """A model that knows the words of train and pool, and nothing else."""
@@ -122,7 +136,7 @@ class Builder:
         return self.teacher.encoder.encode(self.data.dev.text, self.data.dev.pair)
 
     def model(
-        self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, plan: Plan | None = None
+        self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, run: Run, plan: Plan | None = None
     ) -> Model:
         """The model of a recipe: from the store, or made now and kept there, and so is what each step but the last
         gives: recipes that begin alike share it."""
@@ -132,11 +146,9 @@ class Builder:
         began = time.monotonic()
         plan = plan or Plan()
         *first, last = recipe
-        model = self.model(part(first, plan), base, tuple(first), seconds, plan) if first else base()
-        options = self.job.options
-        model = last(
-            model, self.run, replace(plan, seed=options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
-        )
+        model = self.model(part(first, plan), base, tuple(first), seconds, run, plan) if first else base()
+        plan = replace(plan, seed=self.job.options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
+        model = last(model, run, plan)
         self.store.discard(name)
         model.save(folder)
         # What every later run loads is what was saved, whether this process was killed or not.
@@ -150,7 +162,8 @@ class Builder:
         self.rungs[name] = rung
         known = self.store.get(f"point {name}")
         if known is None:
-            model = self.model(name, lambda: self.teacher, rung.recipe, self.clock.left * rung.share, rung.plan)
+            seconds, run = self.clock.left * rung.share, self.students or self.run
+            model = self.model(name, lambda: self.teacher, rung.recipe, seconds, run, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)
             options = exported.options

@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 
 from netweight.certify.compare import CLASS_ROWS
 from netweight.choose import Minimise
-from netweight.data import Columns, Dataset, Rows, read, split
+from netweight.data import Columns, Dataset, Rows, read, split, without_train
 from netweight.errors import OptionError
-from netweight.task import Task, task_for
+from netweight.scratch import SCRATCH
+from netweight.task import Classify, Task, task_for
+from netweight.techniques import Finetune, describe
 from netweight.trials import Effort
 
 Source = str | Path | Rows
@@ -54,13 +56,28 @@ class Budget:
 
 @dataclass(frozen=True)
 class Tables:
-    """Where rows come from: paths, `hf:NAME`, or Rows. Without dev or certify, they are cut from train."""
+    """Where rows come from: paths, `hf:NAME`, or Rows. Without dev or certify, they are cut from train.
 
-    train: Source
+    train: None where all training rows are elsewhere, with the clients of the job's run; dev and certify must then be
+    given, and `labels` are those of the rows elsewhere (without them: those of dev).
+    """
+
+    train: Source | None
     columns: Columns = field(default_factory=Columns)
     dev: Source | None = None
     certify: Source | None = None
     pool: Source | None = None
+    labels: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.train is None and (self.dev is None or self.certify is None):
+            raise OptionError(
+                "without training rows here, dev and certify cannot be cut from them; give both as tables of their own."
+            )
+        if self.train is not None and self.labels:
+            raise OptionError(
+                "labels are those of training rows that are elsewhere, and train is here; leave them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Options:
     model: `starter`, a folder, a Hub id, or `scratch`: random weights, pretrained on the texts of train and pool.
     metric: None picks one by the balance of the labels. seconds: the time box of the whole job; training is shortened
     to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
-    with other options, "thorough" many.
+    with other options, "thorough" many. finetune: makes the teacher, but for `scratch`, which has options of its own.
     """
 
     task: TaskKind = "classify"
@@ -81,6 +98,7 @@ class Options:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     seed: int = 0
     effort: Effort = "quick"
+    finetune: Finetune = field(default_factory=Finetune)
 
     def __post_init__(self) -> None:
         if self.effort not in get_args(Effort):
@@ -93,28 +111,38 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is asked for."""
+    """Everything that is asked for. `run` says in words what of the run decides the outcome (rounds, privacy)."""
 
     tables: Tables
     budget: Budget = field(default_factory=Budget)
     options: Options = field(default_factory=Options)
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        if self.tables.labels and self.options.task == "score":
+            raise OptionError("labels are for classification; scores have none: leave them out.")
+        if self.tables.train is None and self.options.model == SCRATCH:
+            raise OptionError("a model from scratch learns the words of train, which is not here; use another model.")
 
     def identity(self, data: Dataset, task: Task) -> dict[str, Any]:
         """What a run store belongs to. The budget may change: the ladder stays, the certificate looks again."""
+        usual = self.options.finetune == Finetune()
         return {
             "data": data.fingerprint,
             "task": task.to_dict(),
             "model": self.options.model,
             "max length": self.options.max_length,
             "seed": self.options.seed,
+            **({} if usual else {"teacher": describe((self.options.finetune,))}),
+            **({"run": self.run} if self.run else {}),
         }
 
 
-def _testable(task: Task, data: Dataset) -> tuple[Task, str]:
+def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:
     """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training."""
     if task.metric == "macro-f1":
-        counts = Counter(data.train.label)
-        expected = min(counts.values()) / len(data.train) * len(data.certify)
+        counts = Counter(known.label)
+        expected = min(counts.values()) / len(known) * certify
         if expected < CLASS_ROWS:
             return replace(task, metric="accuracy"), (
                 f"though labels are not balanced: the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, "
@@ -135,21 +163,31 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
             notes.append(f"{loaded.note} See {folder.name}/quarantine-{name}.jsonl.")
         return loaded.rows
 
-    train = rows("train", tables.train)
-    assert train is not None  # `Tables.train` is not optional
-    data = split(
-        train,
-        dev=rows("dev", tables.dev),
-        certify=rows("certify", tables.certify),
-        pool=rows("pool", tables.pool, labelled=False),
-        kind=job.options.task,
-        seed=job.options.seed,
-        quarantine=folder / "quarantine-contradictions.jsonl",
-    )
-    task = task_for(data.train.label or (), job.options.task, job.options.metric)
-    if job.options.metric is None:
-        task, why = _testable(task, data)
+    options = job.options
+    train, dev, certify = (rows(name, getattr(tables, name)) for name in ("train", "dev", "certify"))
+    pool = rows("pool", tables.pool, labelled=False)
+    if train is None:
+        assert dev is not None  # `Tables` sees to it
+        assert certify is not None
+        data = without_train(dev, certify, pool, options.task, tables.labels, options.seed)
+    else:
+        contradictions = folder / "quarantine-contradictions.jsonl"
+        data = split(
+            train,
+            dev=dev,
+            certify=certify,
+            pool=pool,
+            kind=options.task,
+            seed=options.seed,
+            quarantine=contradictions,
+        )
+    known = data.dev if train is None else data.train
+    task = task_for(known.label or (), options.task, options.metric)
+    if options.metric is None:
+        task, why = _testable(task, known, len(data.certify))
         notes.append(f"The metric is {task.metric}, {why}.")
+    if tables.labels and isinstance(task, Classify):
+        task = replace(task, labels=tables.labels)
     if data.train.weight is not None or data.certify.rows.weight is not None:
         notes.append("Weights of rows count in training only: the certificate and every quality count each row once.")
     return data, task, (*notes, *data.notes)

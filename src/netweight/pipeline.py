@@ -23,14 +23,14 @@ from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
 from netweight.choose import Minimise, Planned, alone, choices, judged, own, plan, provable
-from netweight.data import Columns, Rows
+from netweight.data import Columns, Dataset, Rows
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
 from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
-from netweight.run import InOnePlace, Local, Runs
+from netweight.run import Accounting, InOnePlace, Local, Run, Runs
 from netweight.search import Point, Rung, Search, ladder
 from netweight.signals import Fingerprint
 from netweight.store import DEV, LOOKS, Store, store_of
@@ -121,7 +121,11 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
 
 
 def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
-    """Do the job; `runs` makes the run that trains."""
+    """Do the job; `runs` makes the run that trains. Waiting until that is there does not count as time of the job.
+
+    Where training rows are elsewhere and there is a pool here, only the teacher is trained by it: its students need no
+    labels, so they are made here, of the pool.
+    """
     clock = Clock(job.options.seconds)
     torch.set_num_threads(job.options.threads)
     artifact.writable(out)
@@ -134,11 +138,19 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
         store.write(DEV, _lines(data.dev))
         made = runs(data, folder / "work")
         if isinstance(made, AbstractContextManager):
-            stack.enter_context(made)
-        builder = Builder(job, data, task, store, reporter, clock, made)
+            with clock.stopped():
+                stack.enter_context(made)
+        builder = Builder(job, data, task, store, reporter, clock, made, _here(job, data, folder / "work"))
         search = climb(builder)
         ranked = Ranked(builder, _worth(builder, search.points))
         return _finish(builder, ranked, out, notes)
+
+
+def _here(job: Job, data: Dataset, folder: Path) -> Run | None:
+    """A run over the pool, where training rows are elsewhere."""
+    if job.tables.train is not None or data.pool is None:
+        return None
+    return Local(replace(data, train=data.pool, pool=None), folder)
 
 
 def _lines(rows: Rows) -> bytes:
@@ -156,6 +168,8 @@ def climb(builder: Builder) -> Search:
     if (cut := float((builder.dev_tokens.lengths >= most).mean())) > _CUT:
         builder.reporter.note(f"{100 * cut:.0f} % of dev is longer than {most} tokens and was cut: see --max-length")
     rungs = _rungs(builder)
+    for name in {rung.name for rung in ladder(builder.teacher)} - {rung.name for rung in rungs}:
+        builder.reporter.note(f"{name} is left out: it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, builder.told(rungs), trials)
     while (rung := search.ask()) is not None:
@@ -289,7 +303,7 @@ def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...])
     )
     certificate, outcomes, logits = _certified(builder, ranked, registration, packs)
     shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
-    notes = (*notes, *_remarks(ranked, certificate))
+    notes = (*notes, *_remarks(builder, ranked, certificate))
     manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
     # Measured where it will stand when it is complete: a folder that nobody is told of yet.
     trial = builder.store.folder / "trial"
@@ -413,9 +427,9 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     return Measurements(measure.machine(threads), reference, ships, points, measure.VCPU_HOUR)
 
 
-def _remarks(ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
+def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
     """Sentences that the reader of the result must know."""
-    said = []
+    said = list(builder.run.remarks()) if isinstance(builder.run, Accounting) else []
     if ranked.floor_wins:
         said.append(
             "Nothing beats TF-IDF with a linear model on dev, the fine-tuned encoder included: the linear model is the "
@@ -436,7 +450,8 @@ def _command(job: Job) -> str:
     given += [f"--model {options.model}"] if options.model in ("starter", "scratch") else []
     given += [f"--max-length {options.max_length}"] if options.max_length != Options.max_length else []
     given += [f"--effort {options.effort}"] if options.effort != "quick" else []
-    return f"netweight optimize TRAIN {' '.join(given)} --seed {options.seed} --threads {options.threads}"
+    command = "optimize TRAIN" if job.tables.train is not None else "federate optimize"
+    return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
@@ -466,4 +481,5 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         "minimise": builder.job.budget.minimise,
         "versions": dict(measure.machine(options.threads).versions),
         "notes": list(notes),
+        **({"federation": dict(builder.run.account())} if isinstance(builder.run, Accounting) else {}),
     }

@@ -114,7 +114,8 @@ class Store:
         if known is None:
             self.put("job", wanted)
         elif known != wanted:
-            differs = [f"{k}: {known.get(k)!r} there, {v!r} now" for k, v in wanted.items() if known.get(k) != v]
+            named = [(key, known.get(key), wanted.get(key)) for key in {**wanted, **known}]
+            differs = [f"{key}: {there!r} there, {now!r} now" for key, there, now in named if there != now]
             raise StoreError(
                 f"{self.folder} belongs to another job ({'; '.join(differs)}). Choose another output, or delete it."
             )

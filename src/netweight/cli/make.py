@@ -11,7 +11,20 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from netweight.cli.shared import Folder, MaybePair, Text, Threads, app, print_summary
+from netweight.cli.shared import (
+    Confidence,
+    Drop,
+    Folder,
+    Kind,
+    MaybePair,
+    Metric,
+    Minimised,
+    Text,
+    Threads,
+    Tried,
+    app,
+    print_summary,
+)
 from netweight.errors import OptionError
 
 
@@ -38,7 +51,7 @@ def optimize(
     out: Annotated[Path, typer.Option(help="Folder of the artifact. OUT.run beside it keeps the state of the job.")],
     text: Text,
     pair: MaybePair = None,
-    task: Annotated[Literal["classify", "score"], typer.Option(help="Labels, or numbers.")] = "classify",
+    task: Kind = "classify",
     dev: Annotated[str | None, typer.Option(help="Rows to choose by; else cut from TRAIN.")] = None,
     certify: Annotated[str | None, typer.Option(help="Rows that no search sees; else cut from TRAIN.")] = None,
     pool: Annotated[str | None, typer.Option(help="Rows without labels, to distil on.")] = None,
@@ -46,18 +59,12 @@ def optimize(
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
     model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
     max_length: Annotated[int, typer.Option(help="Tokens that are read of a text; longer ones are cut.")] = 128,
-    max_drop: Annotated[
-        str, typer.Option(metavar="<points|auto>", help="Points of quality that may be lost; auto: what can be proven.")
-    ] = "1.0",
-    confidence: Annotated[float, typer.Option(help="Confidence of the certificate.")] = 0.95,
-    metric: Annotated[
-        Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
-    ] = None,
-    minimise: Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")] = "cost",
+    max_drop: Drop = "1.0",
+    confidence: Confidence = 0.95,
+    metric: Metric = None,
+    minimise: Minimised = "cost",
     time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
-    effort: Annotated[
-        Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")
-    ] = "quick",
+    effort: Tried = "quick",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,

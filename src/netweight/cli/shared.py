@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,16 @@ Text = Annotated[str, typer.Option(help="Column that holds the text.")]
 MaybePair = Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; without it, the cores of this process.")]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")]
+Kind = Annotated[Literal["classify", "score"], typer.Option(help="Labels, or numbers.")]
+Drop = Annotated[
+    str, typer.Option(metavar="<points|auto>", help="Points of quality that may be lost; auto: what can be proven.")
+]
+Confidence = Annotated[float, typer.Option(help="Confidence of the certificate.")]
+Metric = Annotated[
+    Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
+]
+Minimised = Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")]
+Tried = Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

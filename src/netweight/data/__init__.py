@@ -3,7 +3,7 @@
 from netweight.data.check import BadRow, Columns, write_quarantine
 from netweight.data.read import Loaded, read, suggest
 from netweight.data.rows import Dataset, Rows, Sealed, concat, normalise
-from netweight.data.split import split
+from netweight.data.split import split, without_train
 from netweight.data.stream import Chunk, Stream, stream
 from netweight.data.write import Writer, rows_file, write_rows
 
@@ -24,6 +24,7 @@ __all__ = [
     "split",
     "stream",
     "suggest",
+    "without_train",
     "write_quarantine",
     "write_rows",
 ]

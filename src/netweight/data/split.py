@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +47,7 @@ def split(
     """
     if kind not in ("classify", "score"):
         raise OptionError(f"unknown task {kind!r}; use classify or score.")
-    _require(train, dev, certify, pool)
+    _require({"train": train, "dev": dev, "certify": certify, "pool": pool})
     if kind == "classify":
         strata = _labels(train)
         minority = _minority(train, strata)
@@ -74,28 +75,56 @@ def split(
     _set_aside(train, rest & minority, quarantine, notes)
     train = _pick(train, rest & ~minority)
 
-    if pool is not None:
-        leaks = _shared(pool, "pool", certify, "certify", notes)
-        pool = _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+    pool = _apart(pool, dev, certify, notes)
     select, calibrate = _halves(dev, kind, seed)
     _enough({"train": train, "select": select, "calibrate": calibrate, "certify": certify})
     if kind == "classify":
-        _known(train, {"dev": dev, "certify": certify})
+        others = {"dev": dev, "certify": certify}
+        _known(train.label or (), others, "train does not have", "Add such rows to train, or remove them from")
     return Dataset(train, select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes))
 
 
-def _require(train: Rows, dev: Rows | None, certify: Rows | None, pool: Rows | None) -> None:
-    for name, rows in (("train", train), ("dev", dev), ("certify", certify), ("pool", pool)):
+def without_train(
+    dev: Rows,
+    certify: Rows,
+    pool: Rows | None = None,
+    kind: Literal["classify", "score"] = "classify",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> Dataset:
+    """The Dataset of a job whose training rows are elsewhere, with clients; its own `train` is empty.
+
+    `labels` are those of the rows elsewhere; without them, those of dev. Rows are removed as in `split`, and the same
+    is raised.
+    """
+    _require({"dev": dev, "certify": certify, "pool": pool})
+    if kind == "classify":
+        others = {"dev": dev, "certify": certify}
+        _known(labels or dev.label or (), others, "are not among the job's", "Name them, or remove such rows from")
+    else:
+        _bins(dev, None, certify, called="dev")
+    notes = ["Whether rows of clients share a text with dev or certify was not checked: nobody sees both."]
+    dev = _pick(dev, ~_shared(dev, "dev", certify, "certify", notes))
+    pool = _apart(pool, dev, certify, notes)
+    select, calibrate = _halves(dev, kind, seed)
+    parts = {"select": select, "calibrate": calibrate, "certify": certify}
+    _enough(parts if pool is None else {**parts, "pool": pool})
+    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes))
+
+
+def _require(parts: Mapping[str, Rows | None]) -> None:
+    """The first is there, and the others have the same columns."""
+    first, *_ = parts
+    paired = parts[first].pair is not None  # type: ignore[union-attr]
+    for name, rows in parts.items():
         if rows is None:
             continue
         if not len(rows):
             raise DataError(f"{name} has no rows; give a table with rows, or leave it out.")
         if rows.label is None and name != "pool":
             raise LabelError(f"{name} has no labels; say which column holds them.")
-        if (rows.pair is None) != (train.pair is None):
-            raise DataError(
-                f"train has {'no' if train.pair is None else 'a'} pair column and {name} differs; align them."
-            )
+        if (rows.pair is not None) != paired:
+            raise DataError(f"{first} has {'a' if paired else 'no'} pair column and {name} differs; align them.")
 
 
 def _labels(train: Rows) -> Ints:
@@ -128,11 +157,13 @@ def _scores(rows: Rows, name: str) -> NDArray[np.float64]:
     return values
 
 
-def _bins(train: Rows, dev: Rows | None, certify: Rows | None) -> Ints:
-    """Deciles of the scores of train (n,); those of the other tables are only looked at for being numbers."""
-    values = _scores(train, "train")
+def _bins(train: Rows, dev: Rows | None, certify: Rows | None, called: str = "train") -> Ints:
+    """Deciles of the scores of the first (n,); those of the other tables are only looked at for being numbers."""
+    values = _scores(train, called)
     if values.min() == values.max():
-        raise LabelError(f"all {_rows(len(train))} of train have the score {values[0]:g}; there is nothing to learn.")
+        raise LabelError(
+            f"all {_rows(len(train))} of {called} have the score {values[0]:g}; there is nothing to learn."
+        )
     for name, rows in (("dev", dev), ("certify", certify)):
         if rows is not None:
             _scores(rows, name)
@@ -184,6 +215,14 @@ def _shared(rows: Rows, name: str, other: Rows, other_name: str, notes: list[str
     return shared
 
 
+def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Rows | None:
+    """The pool without labels, and without rows of dev and certify."""
+    if pool is None:
+        return None
+    leaks = _shared(pool, "pool", certify, "certify", notes)
+    return _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+
+
 def _cuts(
     train: Rows, strata: Ints, minority: Bools, want_certify: bool, want_dev: bool, seed: int
 ) -> tuple[Bools, Bools]:
@@ -228,15 +267,15 @@ def _set_aside(train: Rows, minority: Bools, quarantine: Path | None, notes: lis
         )
 
 
-def _known(train: Rows, others: dict[str, Rows]) -> None:
-    labels = set(train.label or ())
+def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advice: str) -> None:
+    known = set(labels)
     for name, rows in others.items():
-        unknown = [(label, n) for label, n in zip(rows.label or (), rows.number, strict=True) if label not in labels]
+        unknown = [(label, n) for label, n in zip(rows.label or (), rows.number, strict=True) if label not in known]
         if unknown:
             named = ", ".join(repr(label) for label in list(dict(unknown))[:5])
             raise LabelError(
-                f"{_rows(len(unknown))} of {name} have labels that train does not have: {named} (first: row "
-                f"{unknown[0][1]:,}). Add such rows to train, or remove them from {name}."
+                f"{_rows(len(unknown))} of {name} have labels that {problem}: {named} (first: row "
+                f"{unknown[0][1]:,}). {advice} {name}."
             )
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from netweight.data import Dataset, Rows
+from netweight.data import Rows
 from netweight.errors import OptionError
 from netweight.run.aggregate import Aggregator, Krum, Mean, Median, TrimmedMean
 from netweight.run.federated import (
     Automatic,
     FedAdam,
     FedAvg,
-    Federated,
     FedProx,
     Full,
     Int8,
@@ -23,8 +23,10 @@ from netweight.run.federated import (
     Travel,
 )
 from netweight.run.federated.codecs import Codec
-from netweight.run.federated.flower import FlowerChannel
+from netweight.run.federated.options import Algorithm
 from netweight.task import Classify, Task, task_for
+from netweight.techniques import Finetune
+from netweight.techniques.finetune import Trained
 
 ALGORITHMS: dict[str, type[FedAvg]] = {"fedavg": FedAvg, "fedprox": FedProx, "fedadam": FedAdam, "scaffold": Scaffold}
 AGGREGATORS: dict[str, Aggregator] = {
@@ -36,11 +38,19 @@ AGGREGATORS: dict[str, Aggregator] = {
 CODECS: dict[str, Codec] = {"full": Full(), "int8": Int8(), "random-k": RandomK(), "top-k": TopK()}
 
 
-def task_of(labels: Sequence[str] | None, rows: Rows | None) -> Task:
-    """Classification over the labels that are named, in their order, or over those of the rows.
+def task_of(labels: Sequence[str] | None, rows: Rows | None, kind: Literal["classify", "score"] = "classify") -> Task:
+    """Classification over the labels that are named, in their order, or over those of the rows; or scores, which are
+    standardised by those of the rows.
 
-    Raises OptionError without either, and where the rows have a label that is not named.
+    Raises OptionError without either, where the rows have a label that is not named, and for labels of scores.
     """
+    if kind == "score":
+        if rows is None or labels:
+            raise OptionError(
+                "scores are standardised by the mean and the spread of dev, and have no labels: give --dev TABLE, and "
+                "leave --labels out."
+            )
+        return task_for(rows.label or (), "score")
     if labels:
         task = Classify(tuple(labels))
         unknown = sorted(set((rows.label or ()) if rows else ()) - set(labels))
@@ -54,19 +64,31 @@ def task_of(labels: Sequence[str] | None, rows: Rows | None) -> Task:
     return task_for(rows.label or (), "classify")
 
 
-def run_of(
-    rounds: Rounds,
-    chosen: tuple[str, str, str],
-    personal_head: bool,
-    data: Dataset | None,
-    privacy: Automatic | None = None,
-) -> Callable[[FlowerChannel, Path], Federated]:
-    """What makes the run of a channel and a folder; `chosen` names algorithm, aggregate and codec."""
+@dataclass(frozen=True)
+class Terms:
+    """What holds between a server and its clients."""
+
+    rounds: Rounds
+    algorithm: Algorithm
+    travel: Travel
+    privacy: Automatic | None
+
+    def __str__(self) -> str:
+        """What of it decides the outcome."""
+        return repr(replace(self, rounds=replace(self.rounds, wait=0.0)))
+
+
+def terms_of(
+    rounds: Rounds, chosen: tuple[str, str, str], personal_head: bool = False, privacy: Automatic | None = None
+) -> Terms:
+    """Terms of their names; `chosen` names algorithm, aggregate and codec."""
     algorithm, aggregate, codec = chosen
+    how = ALGORITHMS[algorithm](aggregate=AGGREGATORS[aggregate])
+    return Terms(rounds, how, Travel(CODECS[codec], personal_head), privacy)
 
-    def made(channel: FlowerChannel, folder: Path) -> Federated:
-        how = ALGORITHMS[algorithm](aggregate=AGGREGATORS[aggregate])
-        travel = Travel(CODECS[codec], personal_head)
-        return Federated(channel, data, folder, rounds=rounds, algorithm=how, travel=travel, privacy=privacy)
 
-    return made
+def tuned(terms: Terms, epochs: float, rate: float, train: Trained | None) -> Finetune:
+    """How clients fine-tune. Without `train`, adapters under privacy, where noise would drown more, else everything; a
+    probe is an exact sum over rows, which privacy forbids."""
+    private = terms.privacy is not None
+    return Finetune(epochs, rate, train=train or ("lora" if private else "full"), probe=not private)

@@ -46,7 +46,7 @@ def simulated(
         import ray
 
         base = folder or Path(temporary)
-        held = {n: ray.put(Client(n, c.data, base / n, c.expects)) for n, c in named.items()}
+        held = {n: ray.put(Client(n, c.data, base / n, c.expects, c.limit)) for n, c in named.items()}
         engine = _Engine(held, cpus, wire)
         try:
             grid = engine.start()

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
-from netweight.errors import OptionError
+from netweight.errors import ClientError, OptionError
 from netweight.federate.keys import ClientKeys, ServerKeys
 from netweight.federate.link import listening
 from netweight.federate.node import Connection
+from netweight.federate.options import Terms
 from netweight.model import Model
 from netweight.run.federated import Client, Federated
 from netweight.run.federated.flower import FlowerChannel
+from netweight.run.federated.report import FederationReport, read_reports, write_reports
 from netweight.techniques.base import Technique
 from netweight.train import Plan
 
 Say = Callable[[str], None]
+REPORTS = "federation.json"
 _SELECT = 0.1
 
 
@@ -35,32 +40,80 @@ class Place:
     out: Path
 
 
-def serve(
-    place: Place,
-    model: Model,
-    technique: Technique,
-    run: Callable[[FlowerChannel, Path], Federated],
-    plan: Plan,
-    say: Say,
-) -> Model:
-    """Train a model over the clients that connect, and write it to `out`/model, the report to `out`/federation.json.
+class Deployment(Federated):
+    """A run over the clients that connect, who are told when it ends.
 
-    What is needed to go on after being killed lies in `out`/work: started again, the server takes up at the last
-    finished round. Raises OptionError where `out` holds a finished model, and what the run raises; clients are told.
+    Reports of its fits are kept beside its folder, in federation.json, and read again by a server that was killed.
+    Under privacy the state of a finished fit stays as well: what costs rows something is not asked for twice.
     """
-    if (place.out / "model" / "model.json").exists():
-        raise OptionError(f"{place.out} holds a finished model; use another folder, or delete it.")
+
+    def __init__(self, channel: FlowerChannel, data: Dataset | None, folder: Path, terms: Terms) -> None:
+        super().__init__(
+            channel,
+            data,
+            folder,
+            rounds=terms.rounds,
+            algorithm=terms.algorithm,
+            travel=terms.travel,
+            privacy=terms.privacy,
+        )
+        self.terms, self._flower = terms, channel
+        self._kept = folder.parent / REPORTS
+        self.reports = read_reports(self._kept)
+
+    def __enter__(self) -> Self:
+        try:
+            if not self.reports:
+                self.members.gather()
+        except ClientError:
+            self._dismiss()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._dismiss()
+
+    def finished(self, report: FederationReport) -> None:
+        """Its report is on disk when this returns; of a fit that was made again there is one."""
+        self.reports = [*(one for one in self.reports if one.fit != report.fit), report]
+        write_reports(self._kept, self.reports)
+
+    def settled(self, state: Path) -> None:
+        """It goes where the fit may be repeated."""
+        if self.privacy is None:
+            super().settled(state)
+
+    def account(self) -> dict[str, Any]:
+        """The terms as well."""
+        return {"terms": str(self.terms), **super().account()}
+
+    def _dismiss(self) -> None:
+        self._flower.dismiss(self.members.refused)
+
+
+@contextmanager
+def opened(place: Place, say: Say) -> Iterator[FlowerChannel]:
+    """The channel of a server that listens while the block runs."""
     keys = ServerKeys.load(place.keys)
     with listening(place.address, keys) as channel:
         say(f"listening on {place.address} for {len(keys.clients)} clients: {', '.join(sorted(keys.clients))}")
-        federated = run(channel, place.out / "work")
-        try:
-            made = technique(model, federated, plan)
-        finally:
-            channel.dismiss(federated.members.refused)
+        yield channel
+
+
+def serve(
+    place: Place, model: Model, technique: Technique, data: Dataset | None, terms: Terms, plan: Plan, say: Say
+) -> Model:
+    """Train a model over the clients that connect, and write it to `out`/model, the report to `out`/federation.json.
+
+    `data` holds rows of the server's own, on which quality is measured. What is needed to go on after being killed lies
+    in `out`/work: started again, the server takes up at the last finished round. Raises OptionError where `out` holds a
+    finished model, and what the run raises; clients are told.
+    """
+    if (place.out / "model" / "model.json").exists():
+        raise OptionError(f"{place.out} holds a finished model; use another folder, or delete it.")
+    with opened(place, say) as channel, Deployment(channel, data, place.out / "work", terms) as federated:
+        made = technique(model, federated, plan)
     made.save(place.out / "model")
-    reports = [asdict(report) for report in federated.reports]
-    (place.out / "federation.json").write_text(json.dumps(reports, indent=1), encoding="utf-8")
     for line in federated.report.lines():
         say(line)
     return made

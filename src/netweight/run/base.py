@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ class InOnePlace(Protocol):
     """A run whose rows are all in this process, open to techniques that add nothing up."""
 
     data: Dataset
+
+
+@runtime_checkable
+class Accounting(Protocol):
+    """A run that has more to say of where its models come from than the rows that are here."""
+
+    def account(self) -> Mapping[str, Any]:
+        """Plain values for whoever gets a model."""
+        ...
+
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences that its reader must know."""
+        ...
 
 
 # Makes the run of a job, of its rows and the folder in which it keeps what a killed fit goes on from. One that is a

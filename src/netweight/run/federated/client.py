@@ -55,18 +55,28 @@ class Client:
             None keeps that in memory.
         expects: what it insists on: a server whose model differs is refused. None takes the server's model, as long as
             its own labels are known to it.
+        limit: epsilon that all fits on these rows may cost together, at delta 1e-5; it answers nothing that would cost
+            more, and nothing that is not private. None has no limit.
     """
 
-    def __init__(self, name: str, data: Dataset, folder: Path | None = None, expects: Manifest | None = None) -> None:
-        self.name, self.data, self.expects = name, data, expects
+    def __init__(
+        self,
+        name: str,
+        data: Dataset,
+        folder: Path | None = None,
+        expects: Manifest | None = None,
+        limit: float | None = None,
+    ) -> None:
+        self.name, self.data, self.expects, self.limit = name, data, expects, limit
         self._local = Local(data, folder and folder / "work")
         self._kept = Kept(folder)
-        self._guard = Guard(name, folder)
+        self._guard = Guard(name, folder, limit)
 
     def answer(self, task: Task) -> Answer:
         """The answer to a task. Raises what the work raises: DataError without rows, OptionError, ModelError."""
         if isinstance(task, Join):
             return self._join(task)
+        self._guard.admit(task)
         if isinstance(task, FitTask):
             return self._fit(task)
         if isinstance(task, ScoreTask):

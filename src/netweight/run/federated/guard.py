@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +21,11 @@ from netweight.run.federated.messages import (
     Advertise,
     Advertised,
     FitTask,
+    ReduceTask,
     RowNoise,
     Share,
     Shared,
+    Task,
     Tensors,
     Told,
     Unmask,
@@ -36,18 +38,32 @@ if TYPE_CHECKING:
 
 RANGE = 8.0  # no weight moves so far in a round that trains anything
 _SLACK = 1 + 1e-9
+_DELTA = 1e-5  # at which a client's own limit holds
 
 
 class Guard:
     """Keeps a client's rows to what was promised of them.
 
-    `folder` holds the ledger, so that a killed client does not forget; None keeps it in memory.
+    `folder` holds the ledger, so that a killed client does not forget; None keeps it in memory. `limit` is the epsilon
+    that all fits may cost together. Raises OptionError for one that is no number above 0.
     """
 
-    def __init__(self, name: str, folder: Path | None) -> None:
-        self.name = name
+    def __init__(self, name: str, folder: Path | None, limit: float | None = None) -> None:
+        if limit is not None and not 0 < limit < math.inf:
+            raise OptionError(f"the epsilon that {name} allows is {limit}; use a number above 0, or no limit.")
+        self.name, self.limit = name, limit
         self.ledger = Ledger(folder and folder / "privacy.json")
         self._members: dict[tuple[str, int], Member] = {}
+
+    def admit(self, task: Task) -> None:
+        """Raises OptionError for a task that no noise hides, where there is a limit to what rows may cost."""
+        exact = isinstance(task, ReduceTask) or (isinstance(task, FitTask) and task.privacy is None)
+        if self.limit is not None and exact:
+            asked = "an exact sum over rows" if isinstance(task, ReduceTask) else "an update without noise"
+            raise OptionError(
+                f"{self.name} allows its rows to cost epsilon {self.limit:g} in all, and was asked for {asked}, which "
+                "has no bound; turn privacy on, or start the client without a limit."
+            )
 
     def seams(self, task: FitTask, rows: int, inner: Seams) -> Seams:
         """Those of the loop. Raises OptionError for what row-level privacy cannot hide, and where the budget of this
@@ -154,6 +170,18 @@ class Guard:
             raise OptionError(
                 f"one more round would cost the rows of {self.name} epsilon {after:.2f} in this fit, and "
                 f"{task.privacy.epsilon:g} was promised; it answers no more."
+            )
+        if self.limit is None:
+            return
+        # All rounds that are left: who stops in the middle has spent what it spent for nothing.
+        one = self._round(task, rows)
+        left = task.privacy.rounds - task.round if isinstance(task.privacy, RowNoise) else 1
+        whole = [*self.ledger.of(None), replace(one, count=one.count * left)]
+        total = epsilon(whole, min(task.privacy.delta, _DELTA))
+        if total > self.limit * _SLACK:
+            raise OptionError(
+                f"with this fit the rows of {self.name} would have cost epsilon {total:.2f} in all, and it allows "
+                f"{self.limit:g}; ask for less (a smaller epsilon), or do without this client."
             )
 
 

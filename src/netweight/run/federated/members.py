@@ -30,6 +30,15 @@ class Members:
         self.joined: dict[str, Joined] = {}
         self.refused: dict[str, str] = {}
 
+    def gather(self) -> None:
+        """Wait until `minimum` clients are connected; whether they fit is asked later. Raises ClientError where they do
+        not come in time."""
+        end = time.monotonic() + self.rounds.wait
+        while len(names := self.channel.clients()) < self.rounds.minimum:
+            if time.monotonic() >= end:
+                raise ClientError(self._absent(names))
+            time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
+
     def there(self, manifest: Manifest) -> dict[str, Joined]:
         """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`."""
         self.manifest = self.manifest or manifest
@@ -88,12 +97,16 @@ class Members:
                 "from its last finished round."
             )
         if not names:
-            return (
-                f"no client appeared within {self.rounds.wait:g} s, and {least} must; start them, or raise `wait` of "
-                "the rounds."
-            )
+            return self._absent(names)
         why = " ".join(self.notes()) or "The others left."
         return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
+
+    def _absent(self, names: tuple[str, ...]) -> str:
+        came = f"{', '.join(names)} and no other" if names else "no"
+        return (
+            f"{came} client appeared within {self.rounds.wait:g} s, and {self.rounds.minimum} must; start them, or "
+            "raise `wait` of the rounds."
+        )
 
 
 def too_few(answered: int, lost: tuple[Lost, ...], least: int, what: str) -> ClientError:

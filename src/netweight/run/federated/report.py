@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+from netweight.data.files import atomic
+from netweight.errors import StoreError
 from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import Lost
 
@@ -26,6 +32,12 @@ class RoundReport:
     quality: float | None = None
     epsilon: float = 0.0
     in_all: float = 0.0
+
+    @staticmethod
+    def of(given: dict[str, Any]) -> RoundReport:
+        """Inverse of `asdict`."""
+        lists = {name: tuple(Lost(**lost) for lost in given[name]) for name in ("lost", "refused")}
+        return RoundReport(**{**given, **lists, "took_part": tuple(given["took_part"])})
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,12 @@ class FederationReport:
         return min(known, key=lambda s: (s.quality, s.client), default=None)
 
     @property
+    def in_all(self) -> float | None:
+        """The most that all fits on a client's rows had cost after this one, earlier jobs included (None: privacy was
+        off)."""
+        return None if self.epsilon is None else max(r.in_all for r in self.rounds)
+
+    @property
     def up(self) -> int:
         """Bytes from clients to the server, over all rounds."""
         return sum(r.up for r in self.rounds)
@@ -104,3 +122,66 @@ class FederationReport:
             said += [f"  round {r.round}: {lost.client} lost: {lost.reason}" for lost in r.lost]
             said += [f"  round {r.round}: {lost.client} refused: {lost.reason}" for lost in r.refused]
         return [*said, *(f"  {note}" for note in self.notes)]
+
+    def numbers(self) -> dict[str, Any]:
+        """The report in plain values that name no client."""
+        worst = self.worst
+        return {
+            "fit": self.label,
+            "rounds": len(self.rounds),
+            "clients": len(self.standings),
+            "rows": sum(s.rows for s in self.standings),
+            "bytes up": self.up,
+            "bytes down": self.down,
+            "worst client": worst and worst.quality,
+            "membership attack AUC": max((a.after.auc for a in self.attacks), default=None),
+            "privacy": self.privacy,
+            "epsilon": self.epsilon,
+            "epsilon of all fits": self.in_all,
+        }
+
+    @staticmethod
+    def of(given: dict[str, Any]) -> FederationReport:
+        """Inverse of `asdict`."""
+        attacks = [(a["client"], Membership(**a["before"]), Membership(**a["after"])) for a in given["attacks"]]
+        held = {
+            "rounds": tuple(map(RoundReport.of, given["rounds"])),
+            "standings": tuple(Standing(**s) for s in given["standings"]),
+            "notes": tuple(given["notes"]),
+            "attacks": tuple(Attacked(*a) for a in attacks),
+        }
+        return FederationReport(**{**given, **held})
+
+
+def write_reports(path: Path, reports: Sequence[FederationReport]) -> None:
+    """As JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as out:
+        out.write(json.dumps([asdict(report) for report in reports], indent=1).encode())
+
+
+def read_reports(path: Path) -> list[FederationReport]:
+    """Inverse of `write_reports`; none where there is no file. Raises StoreError for a damaged one."""
+    if not path.exists():
+        return []
+    try:
+        return [FederationReport.of(given) for given in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError, KeyError) as problem:
+        raise StoreError(f"the reports of fits in {path} are damaged ({problem}); delete them to go on.") from None
+
+
+def in_words(reports: Sequence[FederationReport]) -> str:
+    """What all fits of a run cost the rows of its clients, in a sentence; empty without fits."""
+    if not reports:
+        return ""
+    fits = f"{len(reports)} fit{'s' if len(reports) > 1 else ''} on clients' rows"
+    if any(report.epsilon is None for report in reports):
+        return f"privacy of the whole job: OFF in {fits}; nothing bounds what updates and the model tell of a row."
+    in_all = max(report.in_all or 0.0 for report in reports)
+    own = reports[0].epsilon or 0.0
+    if len(reports) > 1 or in_all <= own * (1 + 1e-9):
+        return f"privacy of the whole job: {fits} cost a client's rows epsilon {in_all:.2f} at most."
+    return (
+        f"privacy of the whole job: {fits} cost a client's rows epsilon {own:.2f} at most, and {in_all:.2f} with what "
+        "was made of these rows before."
+    )

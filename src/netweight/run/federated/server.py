@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ from netweight.run.federated.privacy import (
     refuse,
     statement,
 )
-from netweight.run.federated.report import Attacked, FederationReport, RoundReport, Standing
+from netweight.run.federated.report import Attacked, FederationReport, RoundReport, Standing, in_words
 from netweight.run.federated.state import State, distance
 from netweight.run.federated.veiled import Veiled
 from netweight.run.local import Local
@@ -146,6 +148,22 @@ class Federated:
         columns = tuple(name for name, _ in self.held_out.select.columns()) if self.held_out is not None else ()
         return self.members.there(manifest_of(model, columns))
 
+    def account(self) -> dict[str, Any]:
+        """What fits did, in numbers that name no client."""
+        return {"fits": [report.numbers() for report in self.reports]}
+
+    def remarks(self) -> tuple[str, ...]:
+        """What all fits cost the rows of clients."""
+        return (in_words(self.reports),) if self.reports else ()
+
+    def finished(self, report: FederationReport) -> None:
+        """A fit has come to its end."""
+        self.reports.append(report)
+
+    def settled(self, state: Path) -> None:
+        """A fit's model is handed over; its state is not needed any more."""
+        state.unlink(missing_ok=True)
+
     @property
     def report(self) -> FederationReport:
         """That of the last fit. Raises OptionError before the first."""
@@ -174,19 +192,22 @@ class _Fit:
                 "teachers": [t.digest for t in loss.teachers],
                 "plan": plan.describe(),
                 "trained": sorted(self.trained),
-                "run": [repr(run.rounds), repr(run.algorithm), repr(run.travel), repr(run.privacy)],
+                "run": [repr(replace(run.rounds, wait=0.0)), repr(run.algorithm), repr(run.travel), repr(run.privacy)],
             }
         )
         self.path = run.folder / f"rounds-{self.fit[:16]}.safetensors" if run.folder else None
         self.began = time.monotonic()
-        self.guarded = self._guarded() if run.privacy is not None else None
 
     def run(self) -> Model:
         path, total = self.path, self.run_.rounds.number
         state = State.load(path, self.fit) if path and path.exists() else State(self.start)
+        known = not self._goes_on(state) and any(report.fit == self.fit for report in self.run_.reports)
+        if self._goes_on(state):
+            self.run_.usable(self.model)
+            self.began = time.monotonic()  # waiting for clients is no training
         reporter = self.plan.reporter
         reporter.start(self.label, total, len(state.rounds))
-        while len(state.rounds) < total and not self._stops(state):
+        while self._goes_on(state):
             state = self.round(state)
             if path:
                 state.save(path, self.fit)
@@ -197,9 +218,10 @@ class _Fit:
         final = state.best if state.best is not None else state.values
         made = self._with(final)
         made.network.eval()
-        self._report(made, state, distance(final, self.start))
+        if not known:
+            self._report(made, state, distance(final, self.start))
         if path:
-            path.unlink(missing_ok=True)
+            self.run_.settled(path)
         return made
 
     def round(self, state: State) -> State:
@@ -262,11 +284,13 @@ class _Fit:
         alike = self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel)
         return {name: 1.0 if alike else float(usable[name].rows) for name in clients}
 
-    def _guarded(self) -> Guarded:
-        """What is promised to the clients that are there. Raises OptionError where it cannot be kept, or nothing would
-        be learned."""
+    @cached_property
+    def guarded(self) -> Guarded | None:
+        """What is promised to the clients that are there; None without privacy. Raises OptionError where it cannot be
+        kept, or nothing would be learned."""
         run = self.run_
-        assert run.privacy is not None
+        if run.privacy is None:
+            return None
         usable = run.usable(self.model)
         kind = run.privacy.among(len(usable)) if isinstance(run.privacy, Automatic) else run.privacy
         rows = {name: about.rows for name, about in usable.items()}
@@ -337,8 +361,9 @@ class _Fit:
             return replace(state, best=state.values, quality=report.quality, stale=0)
         return replace(state, stale=state.stale + 1)
 
-    def _stops(self, state: State) -> bool:
-        return self.plan.patience is not None and state.stale > self.plan.patience
+    def _goes_on(self, state: State) -> bool:
+        stops = self.plan.patience is not None and state.stale > self.plan.patience
+        return len(state.rounds) < self.run_.rounds.number and not stops
 
     def _report(self, made: Model, state: State, moved: float) -> None:
         if not moved > 0:
@@ -349,7 +374,7 @@ class _Fit:
             Standing(name, about.rows, scores[name].quality if name in scores else None)
             for name, about in sorted(run.members.joined.items())
         )
-        run.reports.append(
+        run.finished(
             FederationReport(
                 self.label,
                 self.fit,

@@ -6,7 +6,6 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from netweight.errors import StoreError
 from netweight.run.aggregate import Moments
-from netweight.run.federated.messages import Lost, Tensors
+from netweight.run.federated.messages import Tensors
 from netweight.run.federated.report import RoundReport
 
 
@@ -65,7 +64,7 @@ class State:
             kind("best") or None,
             about["quality"],
             about["stale"],
-            tuple(_round(given) for given in about["rounds"]),
+            tuple(map(RoundReport.of, about["rounds"])),
         )
 
     def _kinds(self) -> dict[str, Tensors]:
@@ -73,11 +72,6 @@ class State:
         if self.moments:
             found |= {"first": self.moments.first, "second": self.moments.second}
         return {name: tensors for name, tensors in found.items() if tensors}
-
-
-def _round(given: dict[str, Any]) -> RoundReport:
-    lists = {name: tuple(Lost(**lost) for lost in given[name]) for name in ("lost", "refused")}
-    return RoundReport(**{**given, **lists, "took_part": tuple(given["took_part"])})
 
 
 def distance(values: Tensors, start: Tensors) -> float:
