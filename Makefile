@@ -106,6 +106,7 @@ bench-endure: $(INSTALLED)
 bench-runs: $(INSTALLED)
 	$(BIN)/python benchmarks/runs.py parallel $(ARGS)
 	$(BIN)/python benchmarks/runs_sharded.py
+	$(BIN)/python benchmarks/runs_planner.py
 	$(BIN)/python benchmarks/runs_federated.py $(if $(DATA),--data $(DATA))
 
 size:

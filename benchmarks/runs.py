@@ -98,10 +98,10 @@ class Apart:
         return {"seconds": median}
 
 
-def rows(n: int, seed: int = 0) -> Rows:
-    """Distinct texts of 20 words, with labels of two kinds."""
+def rows(n: int, seed: int = 0, words: int = WORDS_OF_A_ROW) -> Rows:
+    """Distinct texts of so many words, with labels of two kinds."""
     rng = np.random.default_rng(seed)
-    texts = tuple(" ".join(rng.choice(WORDS, WORDS_OF_A_ROW)) for _ in range(n))
+    texts = tuple(" ".join(rng.choice(WORDS, words)) for _ in range(n))
     return Rows(texts, tuple("good" if i % 2 else "bad" for i in range(n)))
 
 

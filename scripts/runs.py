@@ -36,7 +36,7 @@ def section() -> tuple[str, dict[str, str]]:
         *_parallel(stored("runs") or {}),
     ]
     cells = {cell["name"]: cell for cell in (stored("runs-federated") or {}).get("cells", [])}
-    parts += [*_targets(cells), ""]
+    parts += [*_targets(cells), "", *_planned(stored("runs") or {})]
     plots = {}
     for kind, title in _SETS.items():
         parts += _table(kind, title, cells)
@@ -80,7 +80,37 @@ def _parallel(found: dict[str, Any]) -> list[str]:
         rows.append(row(figure, "stated", said, None))
     else:
         rows.append(_missing(figure, "stated"))
+    figure = (
+        "`netweight plan`: bytes of tensors at the peak of a step, predicted / allocated, the cell that is most off"
+    )
+    if "planner" in found:
+        ratios = [cell["total"] / max(cell["allocated"]) for cell in found["planner"]["cells"]]
+        worst = max(ratios, key=lambda ratio: abs(ratio - 1))
+        rows.append(row(figure, "0.85 to 1.15", f"{worst:.2f} of {len(ratios)} cells", 0.85 <= worst <= 1.15))
+    else:
+        rows.append(_missing(figure, "0.85 to 1.15"))
     return rows
+
+
+def _planned(found: dict[str, Any]) -> list[str]:
+    """What the planner says beside what was measured."""
+    if "planner" not in found:
+        return []
+    one = found["planner"]
+    lines = [
+        f"Memory of the process that needs most, predicted by `netweight plan` and measured: {one['model']}, "
+        f"{one['batch']} rows of {one['length']} tokens, {one['precision']}, {one['optimizer']}, two processes (local: "
+        "one). `benchmarks/runs_planner.py` says what is counted.\n",
+        "| strategy | activations computed again | predicted, MB | allocated, MB | predicted / allocated | resident, MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in one["cells"]:
+        allocated, resident = max(cell["allocated"]), max(cell["resident"])
+        lines.append(
+            f"| {cell['strategy']} | {'yes' if cell['checkpointing'] else 'no'} | {cell['total'] / 1e6:,.0f} "
+            f"| {allocated / 1e6:,.0f} | {cell['total'] / allocated:.2f} | {resident / 1e6:,.0f} |"
+        )
+    return [*lines, ""]
 
 
 def _seeds(kind: str, way: str, cells: dict[str, Any]) -> dict[str, Any]:

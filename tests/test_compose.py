@@ -20,49 +20,12 @@ from netweight.export import export
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
-from netweight.techniques import (
-    Distill,
-    EarlyExit,
-    Factor,
-    FactorEmbedding,
-    Finetune,
-    Half,
-    LinearFloor,
-    MixedBits,
-    Pretrain,
-    Prune,
-    Quantize,
-    QuantizeAware,
-    SelfTrain,
-    Shrink,
-    Static,
-    SwapActivation,
-    Technique,
-    Vocab,
-)
+from netweight.techniques import Quantize, Shrink, Technique
 from netweight.train import Plan
+from quick import TECHNIQUES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "techniques" / "compose.md"
 PLAN = Plan(batch_size=32, precision="fp32")
-TECHNIQUES: tuple[Technique, ...] = (
-    Pretrain("contrastive", epochs=1),
-    Finetune(epochs=1),
-    Vocab(),
-    FactorEmbedding(rank=8),
-    Static(width=8, buckets=64, epochs=1, splice=1.0),
-    Distill(layers=1, epochs=1, splice=1.0),
-    Shrink(neurons=0.5, rows=16, epochs=1, splice=0.0),
-    Prune(sparsity=0.5, epochs=1),
-    Factor(rank=4, rows=16, epochs=1),
-    SwapActivation("relu", epochs=1),
-    EarlyExit((1,), epochs=1, splice=0.0),
-    SelfTrain(floor=0.5, epochs=1, drift=1.0),
-    Quantize(rows=16),
-    QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1),
-    MixedBits(mean_bits=5.0, rows=16),
-    Half(),
-    LinearFloor(buckets=64),
-)
 
 
 def few() -> Dataset:

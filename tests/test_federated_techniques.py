@@ -18,51 +18,20 @@ from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
 from netweight.run.federated.partition import Dirichlet, Quantity, datasets
 from netweight.techniques import (
     Distill,
-    EarlyExit,
-    Factor,
-    FactorEmbedding,
     Finetune,
-    Half,
     LinearFloor,
-    MixedBits,
-    Pretrain,
     Prune,
-    Quantize,
     QuantizeAware,
-    SelfTrain,
-    Shrink,
-    Static,
-    SwapActivation,
     Technique,
-    Vocab,
 )
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
+from quick import LORA, TECHNIQUES, VARIANTS, some
 
 PLAN = Plan(batch_size=16, precision="fp32")
-LORA = Finetune(train="lora", rank=2, epochs=2, learning_rate=1e-3, freeze_embeddings=True)
-FEW: list[Technique] = [
-    LORA,
-    Distill(layers=1, epochs=1),
-    Prune(sparsity=0.5, epochs=1),
-    QuantizeAware(Quantize(weight_bits=4, rows=20), epochs=1),
-]
-MORE: list[Technique] = [
-    Finetune(epochs=1, learning_rate=1e-3),
-    Finetune(train="head", epochs=2, learning_rate=1e-2),
-    Static(width=8, buckets=64, epochs=2, batch_size=16),
-    Quantize(rows=40),
-    MixedBits(mean_bits=5.0, rows=20, quantize=Quantize(rows=20)),
-    Factor(rank=4, epochs=1),
-    Shrink(heads=0.5, neurons=0.5, rows=20, epochs=1, multiple=8),
-    SwapActivation(epochs=1),
-    EarlyExit((1,), epochs=1, splice=0.0),
-    Pretrain(objective="contrastive", epochs=1),
-    SelfTrain(floor=0.5, epochs=1, learning_rate=1e-3, drift=1.0),
-    Vocab(),
-    FactorEmbedding(4),
-    Half(),
-]
+FEW = [LORA, *some(Distill, Prune, QuantizeAware)]
+# A floor is fitted where its rows are.
+ALL = [technique for technique in (*TECHNIQUES, *VARIANTS) if not isinstance(technique, LinearFloor)]
 
 
 def federated(data: Dataset, travel: Travel | None = None) -> Federated:
@@ -79,7 +48,7 @@ def test_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("technique", [*FEW, *MORE], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("technique", ALL, ids=lambda t: type(t).__name__)
 def test_whole_contract(technique: Technique, dataset: Dataset, tmp_path: Path) -> None:
     """With words that no row has, and a pool."""
     model, pooled = tiny_model(more=KIND[:5]), replace(dataset, pool=tiny_rows(160).take(range(120, 160)).unlabelled())

@@ -20,8 +20,7 @@ from netweight.run.local import logits_of
 from netweight.techniques import Distill, Finetune, LinearFloor, Quantize, Static, Technique
 from netweight.testing import RunContract, TechniqueContract
 from netweight.train import Plan
-from test_federated_techniques import FEW as OTHERS
-from test_federated_techniques import MORE
+from quick import TECHNIQUES, VARIANTS, some
 
 # Without balancing, the same seed gives the same bits.
 SAME = Setup(balance=False, timeout=60)
@@ -124,20 +123,14 @@ def test_contract_of_a_parallel_run(model: Model, dataset: Dataset, pool: Pool) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("technique", [*OTHERS, *MORE], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("technique", [*TECHNIQUES, *VARIANTS], ids=lambda t: type(t).__name__)
 def test_whole_contract_of_every_technique(technique: Technique, dataset: Dataset, pool: Pool, tmp_path: Path) -> None:
     model = tiny_model(more=("spare",))  # a token for Vocab to drop
     run = lambda: Parallel(dataset, setup=SAME, pool=pool)  # noqa: E731
     TechniqueContract(technique, model, run, PLAN, dataset.train.text).check(tmp_path)
 
 
-FEW: list[Technique] = [
-    Finetune(epochs=1, learning_rate=1e-3),
-    Distill(layers=1, epochs=1),
-    Static(width=8, buckets=64, epochs=2, batch_size=16),
-    LinearFloor(buckets=64),
-    Quantize(rows=40),
-]
+FEW = some(Finetune, Distill, Static, LinearFloor, Quantize)
 
 
 @pytest.mark.parametrize("technique", FEW, ids=lambda t: type(t).__name__)

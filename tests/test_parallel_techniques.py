@@ -16,7 +16,8 @@ from netweight.run import Local, Parallel, Pool, Run, Setup
 from netweight.run.commands import Strategy
 from netweight.techniques import Distill, Finetune, Pretrain, Quantize, QuantizeAware, Technique
 from netweight.train import Plan
-from test_compose import TECHNIQUES, few
+from quick import TECHNIQUES
+from test_compose import few
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "parallel-techniques.md"
 STRATEGIES: tuple[Strategy | None, ...] = (None, "ddp", "fsdp", "tensor", "pipeline")
@@ -32,6 +33,7 @@ ALL: dict[str, Technique] = {
     "Distill": Distill(layers=2, epochs=1, splice=1.0),
     "Distill, hidden states": Distill(layers=2, epochs=1, splice=0.0, match=("logits", "hidden")),
     "Distill, attention": Distill(layers=2, epochs=1, splice=0.0, match=("attention",)),
+    "Distill, relations": Distill(layers=2, epochs=1, splice=0.0, match=("relations",), relation_heads=4),
     "QuantizeAware, fixed": QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1, ranges="fixed"),
 }
 ALL.pop("Pretrain")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from conftest import FAMILIES, Killed, Killer, tiny_model
 from netweight.data import Dataset
@@ -237,6 +238,24 @@ def test_rows_and_layers_are_divided_on_a_mesh(dataset: Dataset) -> None:
     with Pool(4) as four:
         made = fit(dataset, four, "tensor", model, Supervised(model.task), PLAN, setup)
     assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A command: how many groups there are."""
+
+    def __call__(self, local: Local) -> dict[str, Tensor]:
+        return {"groups": torch.tensor(len(dist.distributed_c10d._world.pg_map))}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_groups_are_left_when_a_fit_ends(strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    """Each has threads and sockets."""
+    model = still()
+    with Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool) as run:
+        run.fit(model, Supervised(model.task), replace(PLAN, epochs=0.2))
+        run.quality(model)
+        assert int(run._do(Groups())["groups"]) == 1
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 128,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, sgd or rmsprop.")] = "adamw",
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for what is kept between layers.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu or cuda; auto: what this machine has.")] = "auto",
     activation_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,13 +46,14 @@ def plan(
         length,
         optimizer,  # type: ignore[arg-type]
         precision,  # type: ignore[arg-type]
+        device,  # type: ignore[arg-type]
         activation_checkpointing=activation_checkpointing,
     )
     room = size(memory)
     found = needs(skeleton(model), processes, job)
     best = recommended(found, room)
     if as_json:
-        rows = [asdict(need) | {"total": need.total, "fits": need.fits(room)} for need in found]
+        rows = [asdict(need) | {"fits": need.fits(room)} for need in found]
         print(json.dumps({"needs": rows, "recommended": best.strategy if best else None}, indent=1))
         return
     table = [["strategy", "parameters", "gradients", "optimizer", "activations", "working", "total", "fits"]]

@@ -49,7 +49,7 @@ class Ddp(Processes):
         balance: bool = True,
         rejoin: Callable[[Lost], None] | None = None,
     ) -> None:
-        super().__init__(None, device)
+        super().__init__(device)
         self.balance, self.rejoin = balance, rejoin
         self.buffer: Tensor | None = None
         self._count()
@@ -152,10 +152,10 @@ class Ddp(Processes):
         return [told(mine, source) for source in range(self.lanes)]
 
     def regroup(self, mine: State, at: tuple[int, int]) -> State:
-        if self.rejoin is None:
-            return super().regroup(mine, at)
         lost = sys.exception()  # where the loop was when it was lost
         lost = lost if isinstance(lost, Lost) else Lost("a process is gone")
+        if self.rejoin is None:
+            raise lost
         while True:
             self.rejoin(lost)
             self._count()

@@ -28,21 +28,21 @@ class Divided(Processes):
     """The part of a network that this process holds.
 
     Args:
-        group: the processes that hold different rows of a batch; None for all that there are.
         device: where this one computes.
         activation_checkpointing: keep no activations inside layers but compute them again for the gradient (Chen et
             al., 2016): a third more computation, and memory for one layer's instead of all.
+        lanes: see `Processes`.
     """
 
     strategy = ""
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         activation_checkpointing: bool = False,
+        lanes: int | None = None,
     ) -> None:
-        super().__init__(group, device)
+        super().__init__(device, lanes)
         self.activation_checkpointing = activation_checkpointing
         self._whole: nn.Module | None = None
 
@@ -150,10 +150,16 @@ def clip(
     mine, everyones = list(mine), list(everyones)
     square = torch.zeros((), device=device)
     for gradient in mine:
-        square = square + gradient.float().square().sum()
+        square = square + _square(gradient)
     dist.all_reduce(square, group=group)
     for gradient in everyones:
-        square = square + gradient.float().square().sum()
+        square = square + _square(gradient)
     factor = (limit / (square.sqrt() + 1e-6)).clamp(max=1.0)
     for gradient in (*mine, *everyones, *copies):
         gradient.mul_(factor)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    """The sum of squares, without a tensor of them."""
+    norm: Tensor = torch.linalg.vector_norm(gradient.float())
+    return norm.square()

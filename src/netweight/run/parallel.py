@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,9 @@ from netweight.run.base import Statistic
 from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
 from netweight.run.local import Local
 from netweight.run.pool import Pool
+from netweight.run.roll import Noted, of_group, of_launcher
 from netweight.run.strategies import check, seams_of
+from netweight.seams import Lost, Seams
 from netweight.train import Plan, Reporter, Silent
 
 
@@ -68,7 +71,7 @@ class Parallel:
                     "number out, or give the same to both."
                 )
             check(strategy, self.setup, dist.get_world_size())
-            self._local = Local(data, folder)
+            self._local, self._roll = Local(data, folder), of_launcher()
             return
         started = 2 if processes is None else processes
         check(strategy, self.setup, pool.processes if pool else started)
@@ -116,8 +119,23 @@ class Parallel:
             if isinstance(command, Fit):
                 command = replace(command, plan=replace(command.plan, reporter=Silent()))
             return self._pool.do(self._number, command, reporter or Silent())
+        if not dist.is_initialized():
+            raise group.refused("this run has lost a process, and left the others")
         rank = dist.get_rank()
-        if isinstance(command, Fit) and rank:
-            command = replace(command, plan=replace(command.plan, reporter=Silent()))
+        if isinstance(command, Fit):
+            told = Silent() if rank else command.plan.reporter
+            command = replace(command, plan=replace(command.plan, reporter=Noted(self._roll, told)))
         self._local.seams = seams_of(self.strategy, self.setup, group.device_of(rank, self.setup.device), None)
-        return command(self._local)
+        self._roll.at(f"in {type(command).__name__.lower()}")
+        try:
+            return command(self._local)
+        except Exception as problem:
+            if not isinstance(problem, Lost) and not (isinstance(problem, RuntimeError) and of_group(problem)):
+                self._roll.at(f"failed with {type(problem).__name__}: {problem}")
+                raise
+            lost = problem
+        # Others learn that this process waits no more when nothing holds the group.
+        traceback.clear_frames(lost.__traceback__)
+        self._local.seams = Seams()
+        group.leave()
+        raise self._roll.lost(lost) from None

@@ -15,6 +15,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -69,6 +70,7 @@ class Pipelined(Divided):
     Args:
         micro_batches: parts that a batch is cut into; more leave less time idle, and smaller products.
         device, activation_checkpointing: see `Divided`.
+        timeout: seconds after which a process that waits for another gives up.
 
     `busy` and `idle` are the seconds that `backward` has taken so far: computing, and waiting for other stages.
     """
@@ -80,20 +82,20 @@ class Pipelined(Divided):
         micro_batches: int = 4,
         device: torch.device | None = None,
         activation_checkpointing: bool = False,
+        timeout: float = 300.0,
     ) -> None:
-        # All stages see the same rows: each is alone in its group of those that hold different ones.
-        alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
-        super().__init__(alone[dist.get_rank()], device, activation_checkpointing)
+        super().__init__(device, activation_checkpointing, lanes=1)
         self.stage, self.stages = dist.get_rank(), dist.get_world_size()
         self.last = self.stage == self.stages - 1
         self.micro_batches = micro_batches
-        # Two groups, so that what goes down and what comes back up never wait for each other.
-        self.down, self.up = dist.new_group(), dist.new_group()
+        self.timeout = timedelta(seconds=timeout)
+        self.down: dist.ProcessGroup | None = None
+        self.up: dist.ProcessGroup | None = None
         self.busy = self.idle = 0.0
         self._flow = _Flow()
         self._owner: dict[str, int] = {}
         self._tied: tuple[str, ...] = ()
-        self._ends = dist.new_group(sorted({0, self.stages - 1}))
+        self._ends: dist.ProcessGroup | None = None
         self._held: dict[str, nn.Parameter] = {}
         self._entries: frozenset[str] = frozenset()
         self._width = self._outputs = 0
@@ -112,9 +114,13 @@ class Pipelined(Divided):
     def divide(self, network: Transformer) -> None:
         if isinstance(network, Exits):
             raise OptionError("exits answer from layers of several stages; use local, ddp or fsdp.")
+        self._owner = owners(network, self.stages)
+        # Two groups, so that what goes down and what comes back up never wait for each other. Without a timeout of
+        # their own they would wait for half an hour.
+        self.down, self.up = (dist.new_group(timeout=self.timeout) for _ in range(2))
+        self._ends = dist.new_group(sorted({0, self.stages - 1}), self.timeout)
         layers = network.layers()
         self._width, self._outputs = network.head.in_features, network.head.out_features
-        self._owner = owners(network, self.stages)
         table = cast(Any, network.backbone).get_input_embeddings()
         at = next(name for name, module in network.named_modules() if module is table)
         # A loss that multiplies with the token table needs it in the last stage as well.
@@ -138,6 +144,12 @@ class Pipelined(Divided):
         self._held, self._entries = dict(network.named_parameters()), frozenset(network.state_dict())
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._answer)
+
+    def finish(self, network: nn.Module) -> None:
+        super().finish(network)
+        for group in (self.down, self.up, self._ends):
+            dist.destroy_process_group(group)
+        self.down = self.up = self._ends = None
 
     def _there(self, network: nn.Module, name: str) -> bool:
         """Whether a module has not gone with one that held it."""
@@ -264,14 +276,14 @@ class Pipelined(Divided):
         micro.out = micro.given = None
         return out.item() if self.last else 0.0
 
-    def _send(self, value: Tensor, to: int, group: dist.ProcessGroup) -> None:
+    def _send(self, value: Tensor, to: int, group: dist.ProcessGroup | None) -> None:
         """Begin to send hidden states, or gradients by them, in fp32."""
         held = value.detach().float().contiguous()
         work = dist.isend(held, to, group=group)
         assert work is not None
         self._sending.append((work, held))
 
-    def _received(self, size: tuple[int, int], source: int, group: dist.ProcessGroup) -> Tensor:
+    def _received(self, size: tuple[int, int], source: int, group: dist.ProcessGroup | None) -> Tensor:
         """Hidden states (rows, length, hidden) of another stage; waiting for them counts as idle."""
         began = time.monotonic()
         value = torch.empty(*size, self._width, device=self.device)

@@ -23,18 +23,21 @@ from netweight.seams import Seams, Source
 
 
 class Processes(Seams):
-    """This process among those of a `torch.distributed` group that hold different rows of each batch.
+    """This process among all of a `torch.distributed` group.
 
     Args:
-        group: those processes; None for all that there are.
         device: where this one computes.
+        lanes: parts that a batch is cut into; None: one for each process. Neighbours have the same one.
+
+    `group` has one process of each lane; None: all that there are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | None = None) -> None:
-        self.group = group
-        self.lane = dist.get_rank(group)
-        self.lanes = dist.get_world_size(group)
-        self.first = dist.get_rank() == 0
+    def __init__(self, device: torch.device | None = None, lanes: int | None = None) -> None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.lanes = size if lanes is None else lanes
+        self.lane = rank * self.lanes // size
+        self.group: dist.ProcessGroup | None = None
+        self.first = rank == 0
         self.device = device or torch.device("cpu")
         self.speeds: Sequence[float] = [1.0] * self.lanes
 
@@ -50,9 +53,10 @@ class Processes(Seams):
         return replace(batch, weight=weight, everywhere=self.everywhere)
 
     def everywhere(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over these processes, without gradient."""
+        """The sum of a tensor over the lanes, without gradient."""
         total = value.detach().clone()
-        dist.all_reduce(total, group=self.group)
+        if self.lanes > 1:
+            dist.all_reduce(total, group=self.group)
         return total
 
     def agree(self, value: float) -> float:

@@ -8,9 +8,8 @@ so that each process keeps, and steps, its share of parameters, gradients and op
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -28,7 +27,7 @@ class Fsdp(Divided):
     """One share of a network among the processes of a group, each of which holds different rows of a batch.
 
     Args:
-        group, device, activation_checkpointing: see `Divided`.
+        device, activation_checkpointing: see `Divided`.
         offload: keep parameters, gradients and optimizer state in the memory of the host, and send a layer's to the
             device when it runs.
     """
@@ -37,15 +36,13 @@ class Fsdp(Divided):
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         activation_checkpointing: bool = False,
         offload: bool = False,
     ) -> None:
-        super().__init__(group, device, activation_checkpointing)
+        super().__init__(device, activation_checkpointing)
         self.policy = CPUOffloadPolicy() if offload else OffloadPolicy()
-        kind = self.device.type
-        self.mesh = init_device_mesh(kind, (self.lanes,)) if group is None else DeviceMesh.from_group(group, kind)
+        self.mesh = init_device_mesh(self.device.type, (self.lanes,))
         self._shards: dict[str, DTensor] = {}
 
     def divide(self, network: Transformer) -> None:

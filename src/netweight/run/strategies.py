@@ -54,10 +54,10 @@ def check(strategy: Strategy, setup: Setup, processes: int) -> None:
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
     """Seams of this process, which is in a group."""
     if strategy == "fsdp":
-        return Fsdp(None, device, setup.activation_checkpointing, setup.offload)
+        return Fsdp(device, setup.activation_checkpointing, setup.offload)
     if strategy == "tensor":
-        return TensorParallel(setup.tensor, device, setup.activation_checkpointing)
+        return TensorParallel(setup.tensor, device, setup.activation_checkpointing, setup.timeout)
     if strategy == "pipeline":
         parts = _MICRO_BATCHES if setup.micro_batches is None else setup.micro_batches
-        return Pipelined(parts, device, setup.activation_checkpointing)
+        return Pipelined(parts, device, setup.activation_checkpointing, setup.timeout)
     return Ddp(device, setup.balance, rejoin)

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from netweight.anatomy import blocks
 from netweight.errors import OptionError
@@ -44,6 +44,7 @@ class TensorParallel(Divided):
     Args:
         tensor: processes that divide the layers between them; None for all.
         device, activation_checkpointing: see `Divided`.
+        timeout: seconds after which a process that waits for another gives up.
 
     Raises OptionError where the number of processes is no multiple of `tensor`.
     """
@@ -51,16 +52,18 @@ class TensorParallel(Divided):
     strategy = "tensor"
 
     def __init__(
-        self, tensor: int | None = None, device: torch.device | None = None, activation_checkpointing: bool = False
+        self,
+        tensor: int | None = None,
+        device: torch.device | None = None,
+        activation_checkpointing: bool = False,
+        timeout: float = 300.0,
     ) -> None:
         world = dist.get_world_size()
         self.ways = world if tensor is None else tensor
-        groups = teams(world, self.ways)
-        kind = (device or torch.device("cpu")).type
-        mesh = init_device_mesh(kind, (groups, self.ways), mesh_dim_names=("data", "tensor"))
-        super().__init__(mesh["data"].get_group(), device, activation_checkpointing)
-        self.team = mesh["tensor"].get_group()
-        self.place = dist.get_rank(self.team)
+        super().__init__(device, activation_checkpointing, lanes=teams(world, self.ways))
+        self.place = dist.get_rank() % self.ways
+        self.timeout = timedelta(seconds=timeout)
+        self.team: dist.ProcessGroup | None = None
         self.cuts: dict[str, Cut] = {}
         self._held: dict[str, nn.Parameter] = {}
         self._shapes: dict[str, tuple[torch.Size, torch.Size]] = {}
@@ -75,15 +78,17 @@ class TensorParallel(Divided):
 
     def divide(self, network: Transformer) -> None:
         self.cuts = cuts_of(network, self.ways)
+        if self.lanes > 1:
+            ranks = torch.arange(self.lanes * self.ways).reshape(self.lanes, self.ways)
+            # Without a timeout of their own these would wait for half an hour.
+            self.team, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=self.timeout)
+            self.group, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=self.timeout)
         for block in blocks(network):
             self._enter(network, block.qkv)
             self._enter(network, block.up)
             self._leave(network, block.out)
             self._leave(network, block.down)
-            attention = network.get_submodule(block.qkv[0].rpartition(".")[0])
-            if hasattr(attention, "split_size"):
-                # GPT-2 takes queries, keys and values apart by this.
-                setattr(attention, "split_size", cast(int, attention.split_size) // self.ways)  # noqa: B010
+        narrow(network, self.ways)
         self._shapes = {}
         self._held = dict(network.named_parameters())
         held = self._held | dict(network.named_buffers())
@@ -99,14 +104,19 @@ class TensorParallel(Divided):
     def _enter(self, network: Transformer, names: Iterable[str]) -> None:
         """The gradient of what goes into these layers is the sum over the team; one sum for those with one input."""
         last: list[Tensor] = []
+        modules = [network.get_submodule(name) for name in names]
 
-        def hook(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
             if not last or last[0] is not given[0]:
                 last[:] = [given[0], _Entered.apply(given[0], self.team)]  # type: ignore[no-untyped-call]
-            return (last[1], *given[1:])
+            entered = last[1]
+            if module is modules[-1]:
+                # Else the graph behind it would live to the next step, and with it all that was computed again.
+                last.clear()
+            return (entered, *given[1:])
 
-        for name in names:
-            network.get_submodule(name).register_forward_pre_hook(hook)
+        for module in modules:
+            module.register_forward_pre_hook(hook)
 
     def _leave(self, network: Transformer, name: str) -> None:
         """What comes out of this layer is the sum over the team, in which its bias counts once."""
@@ -119,6 +129,13 @@ class TensorParallel(Divided):
             return total if linear.bias is None else total - (self.ways - 1) * linear.bias.detach()
 
         module.register_forward_hook(hook)
+
+    def finish(self, network: nn.Module) -> None:
+        super().finish(network)
+        if self.lanes > 1:
+            for group in (self.team, self.group):
+                dist.destroy_process_group(group)
+            self.team = self.group = None
 
     def sync(self, network: nn.Module, value: float) -> float:
         found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -190,6 +207,14 @@ def cuts_of(network: Transformer, ways: int) -> dict[str, Cut]:
     return cuts
 
 
+def narrow(network: Transformer, ways: int) -> None:
+    """Divide what layers keep beside their parameters: by this number GPT-2 takes queries, keys and values apart."""
+    for block in blocks(network):
+        attention = network.get_submodule(block.qkv[0].rpartition(".")[0])
+        if hasattr(attention, "split_size"):
+            setattr(attention, "split_size", cast(int, attention.split_size) // ways)  # noqa: B010
+
+
 def _linear(network: Transformer, name: str, side: Side, groups: int, ways: int) -> dict[str, Cut]:
     """The cuts of everything that a linear layer, or what stands for one, holds."""
     module = network.get_submodule(name)
@@ -246,7 +271,7 @@ class _Entered(torch.autograd.Function):
     """Megatron's f: nothing forward, the sum backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -261,7 +286,7 @@ class _Left(torch.autograd.Function):
     """Megatron's g: the sum forward, nothing backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
