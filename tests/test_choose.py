@@ -415,9 +415,15 @@ def planned(cost: float, passes: np.ndarray) -> Planned:
     return Planned(alone(np.zeros((1, 3)), cost), 0.9, 0.0, 0.5, 0.0, 1.0 - passes)
 
 
+def named(found: Planned, name: str) -> Planned:
+    (only,) = found.choice.points
+    return replace(found, choice=replace(found.choice, points=(replace(only, name=name),)))
+
+
 SIMULATED = st.integers(0, 2**12 - 1).map(lambda bits: np.array([bits >> i & 1 for i in range(12)], bool))
-CANDIDATES = st.lists(
-    st.tuples(st.floats(1e-3, 1e3), SIMULATED).map(lambda pair: planned(*pair)), min_size=1, max_size=6
+CANDIDATES = st.lists(st.tuples(st.floats(1e-3, 1e3), SIMULATED), min_size=1, max_size=6).map(
+    # Names, as in a job, tell apart what costs and passes alike.
+    lambda pairs: [named(planned(*pair), str(i)) for i, pair in enumerate(pairs)]
 )
 
 
