@@ -25,7 +25,7 @@ from netweight.seams import Lost
 class Place(Protocol):
     """Where a group of so many meets: gives the store in which they find each other."""
 
-    def __call__(self, size: int) -> dist.Store: ...
+    def __call__(self, size: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class File:
 
     path: str
 
-    def __call__(self, size: int) -> dist.Store:
+    def __call__(self, size: int) -> Any:
         _on_loopback()
-        return cast(dist.Store, cast(Any, dist).FileStore(self.path, size))
+        return cast(Any, dist).FileStore(self.path, size)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Port:
     port: int
     name: str
 
-    def __call__(self, size: int) -> dist.Store:
-        return dist.PrefixStore(self.name, dist.TCPStore(self.host, self.port, is_master=False))
+    def __call__(self, size: int) -> Any:
+        stores = cast(Any, dist)
+        return stores.PrefixStore(self.name, stores.TCPStore(self.host, self.port, is_master=False))
 
 
 @dataclass(frozen=True)

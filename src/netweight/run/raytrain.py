@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +98,8 @@ class RayPool(Crew[_Trainee]):
         return super().open(replace(opened, folder=opened.folder.resolve() if opened.folder else None))
 
     def tell(self, message: object) -> None:
-        self.send(message, [member.rank for member in self.members])
+        if self.members:  # without, Ray would start a cluster to keep the message in
+            self.send(message, [member.rank for member in self.members])
 
     def send(self, message: object, ranks: Collection[int]) -> None:
         """The message travels once to each machine, however many workers take it."""
@@ -180,7 +181,7 @@ class RayPool(Crew[_Trainee]):
             rank, (kept,) = ray.get(self._letter)
             message = ray.get(kept)
             self._letter = self._post.take.remote(_PROGRAM)
-        except ray.exceptions.RayError:  # the post is gone, or who wrote; Ray Train ends the others
+        except _gone():  # the post, or who wrote; Ray Train ends the others
             self._letter = None
             return None
         for member in self.members:
@@ -208,6 +209,12 @@ class RayPool(Crew[_Trainee]):
             ray.kill(self._post)
         self._post = self._fit = self._letter = None
         self._connection.close()
+
+
+def _gone() -> tuple[type[Exception], ...]:
+    """What Ray raises where an actor, or the owner of an object, is no more."""
+    ray = module()
+    return (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
 
 
 def _why(problem: BaseException) -> str:
@@ -241,7 +248,7 @@ class _Line:
         ray = module()
         try:
             return ray.get(ref)
-        except ray.exceptions.RayError as problem:
+        except _gone() as problem:  # whatever else it is, Ray Train tells the program
             raise OSError(str(problem)) from None
 
 
@@ -300,7 +307,9 @@ def _worked(given: dict[str, Any]) -> None:
     torch.set_num_threads(given["threads"])
     listens = socket.create_server((host, 0))
     port = listens.getsockname()[1]
-    held = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listens.detach())
+    held = cast(Any, dist).TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listens.detach()
+    )
     line = _Line(given["post"], rank)
     with suppress(EOFError, OSError):
         line.say(_Here(os.getpid(), host, port, ray.get_runtime_context().current_actor))
