@@ -24,9 +24,9 @@ from netweight import artifact
 from netweight.client import Client
 from netweight.cluster import batch, predict_parts
 from netweight.cluster.batch import Work, answer
-from netweight.cluster.connect import _loopback, connected
 from netweight.cluster.online import Scale, deployed
 from netweight.cluster.parts import STORE, Done, opened, parts_of
+from netweight.connect import _loopback, connected
 from netweight.errors import DataError, EndpointError, MissingExtra, OptionError, StoreError
 from netweight.predict import predict
 from netweight.serve.keys import add_key

@@ -19,7 +19,7 @@ SOURCE = Path(netweight.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
 # From left to right: a module imports only from its own group's left and from groups to the left.
 GROUPS = (
-    ("errors", "packing", "data", "task", "words", "encode", "features", "quiet"),
+    ("errors", "packing", "data", "task", "words", "encode", "features", "quiet", "connect"),
     (
         "layers",
         "network",

@@ -21,8 +21,7 @@ from netweight.data import Dataset
 from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
-from netweight.run import Local, Parallel, Pool, Setup
-from netweight.run import pool as pool_module
+from netweight.run import Local, Parallel, Pool, Setup, crew
 from netweight.run.group import Join
 from netweight.seams import Lost, Seams, State
 from netweight.train import Silent
@@ -246,7 +245,7 @@ def test_training_goes_on_without_killed_processes(model: Model, dataset: Datase
 def test_what_is_sharded_goes_on_from_the_checkpoint(
     model: Model, dataset: Dataset, pool: Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pool_module, "WHOLE", ())
+    monkeypatch.setattr(crew, "WHOLE", ())
     loss, run = Supervised(model.task), Parallel(dataset, setup=SAME, folder=tmp_path, pool=pool)
     told = At(7, lambda: os.kill(pool.pids[-1], signal.SIGKILL))
     pool.start()

@@ -177,8 +177,8 @@ def test_names_of_runs(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Mon
     run = named("ddp:3", threads=7)(dataset, tmp_path)
     assert isinstance(run, Parallel)
     assert (run.strategy, run._pool.processes, run._pool.threads) == ("ddp", 3, 2)
-    for wrong in ("ddp", "ddp:0", "magic:2", ""):
-        with pytest.raises(OptionError, match=f"with a number of processes, such as ddp:2; given was '{wrong}'"):
+    for wrong in ("ddp", "ddp:0", "magic:2", "", "ray://ddp:2", "ray://nowhere/ddp:2", "ray://auto/ddp"):
+        with pytest.raises(OptionError, match=f"such as ddp:2; or that on a Ray cluster: .*; given was '{wrong}'"):
             named(wrong)
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))

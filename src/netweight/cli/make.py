@@ -68,7 +68,12 @@ def optimize(
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
-    run: Annotated[str, typer.Option(help="Where training happens: local, or ddp:2 for two processes.")] = "local",
+    run: Annotated[
+        str,
+        typer.Option(
+            help="Where training happens: local, ddp:2 for two processes, or ray://auto/ddp:2 on a Ray cluster."
+        ),
+    ] = "local",
 ) -> None:
     """Make the lightest artifact that passes. Run again with the same --out: it goes on where it was."""
     from netweight.pipeline import optimize as made

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from netweight import artifact
-from netweight.cluster.connect import connected, cores, quiet
 from netweight.cluster.parts import Done, Part, keep, kept, mark, opened, parts_of, sweep
+from netweight.connect import connected, cores, quiet
 from netweight.engine import Engine, load
 from netweight.errors import ArtifactError, DataError, NetweightError, OptionError
 from netweight.predict import answered, opened_rows

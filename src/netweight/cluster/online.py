@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from netweight.cluster.connect import connected, cores, quiet
+from netweight.connect import connected, cores, quiet
 from netweight.errors import EndpointError, MissingExtra, OptionError
 from netweight.serve.options import Options
 from netweight.serve.server import built, checked

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from netweight.cluster.connect import connected
+from netweight.connect import connected
 from netweight.errors import OptionError, RunError
 from netweight.federate.kinds import WIRE
 from netweight.quiet import flower

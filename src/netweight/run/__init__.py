@@ -6,5 +6,18 @@ from netweight.run.local import Local
 from netweight.run.named import named
 from netweight.run.parallel import Parallel
 from netweight.run.pool import Pool
+from netweight.run.raytrain import RayPool
 
-__all__ = ["Accounting", "InOnePlace", "Local", "Parallel", "Pool", "Run", "Runs", "Setup", "Statistic", "named"]
+__all__ = [
+    "Accounting",
+    "InOnePlace",
+    "Local",
+    "Parallel",
+    "Pool",
+    "RayPool",
+    "Run",
+    "Runs",
+    "Setup",
+    "Statistic",
+    "named",
+]

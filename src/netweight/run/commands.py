@@ -14,7 +14,6 @@ from netweight.loss import Loss
 from netweight.model import Model
 from netweight.network import tensors
 from netweight.run.base import Statistic
-from netweight.run.group import Join
 from netweight.run.local import Local
 from netweight.train import Plan
 
@@ -120,11 +119,11 @@ class Close:
 
 @dataclass(frozen=True)
 class Do:
-    """A command on the rows of that number, in this group; None: in the one that there is."""
+    """A command on the rows of that number; in a new group, of which the next message tells, or in the one there is."""
 
     number: int
     command: Command
-    join: Join | None
+    new: bool
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -22,14 +22,44 @@ from netweight.errors import RunError
 from netweight.seams import Lost
 
 
+class Place(Protocol):
+    """Where a group of so many meets: gives the store in which they find each other."""
+
+    def __call__(self, size: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, for processes of one machine; they talk on loopback."""
+
+    path: str
+
+    def __call__(self, size: int) -> Any:
+        _on_loopback()
+        return cast(Any, dist).FileStore(self.path, size)
+
+
+@dataclass(frozen=True)
+class Port:
+    """A store that listens there, on any machine; each group has its own name in it."""
+
+    host: str
+    port: int
+    name: str
+
+    def __call__(self, size: int) -> Any:
+        stores = cast(Any, dist)
+        return stores.PrefixStore(self.name, stores.TCPStore(self.host, self.port, is_master=False))
+
+
 @dataclass(frozen=True)
 class Join:
-    """Where a group meets: a file that each of its processes can open, and this one's rank in it.
+    """Where a group meets, and this one's rank in it.
 
     `timeout`: seconds after which a process that waits for another gives up.
     """
 
-    file: str
+    place: Place
     rank: int
     size: int
     timeout: float
@@ -37,11 +67,10 @@ class Join:
     def __call__(self) -> None:
         """Leave the group that there was, if any, and enter this one. Raises Lost where others do not come."""
         leave()
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         with waiting():
             dist.init_process_group(
                 backend(self.size),
-                store=cast(Any, dist).FileStore(self.file, self.size),
+                store=self.place(self.size),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=self.timeout),
@@ -58,9 +87,13 @@ def enter(timeout: float) -> None:
     if dist.is_initialized():
         return
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        _on_loopback()
     with waiting():
         dist.init_process_group(backend(int(os.environ["WORLD_SIZE"])), timeout=timedelta(seconds=timeout))
+
+
+def _on_loopback() -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 def leave() -> None:

@@ -6,7 +6,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
+from typing import Any, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,8 +18,10 @@ from netweight.model import Model
 from netweight.run import group
 from netweight.run.base import Statistic
 from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
+from netweight.run.crew import Crew
 from netweight.run.local import Local
 from netweight.run.pool import Pool
+from netweight.run.raytrain import RayPool
 from netweight.run.roll import Noted, of_group, of_launcher
 from netweight.run.strategies import check, seams_of
 from netweight.seams import Lost, Seams
@@ -30,7 +32,8 @@ class Parallel:
     """Trains and adds up on several processes; a `Run`, and a context manager that ends them.
 
     In a program that torchrun started, every process runs the program and makes the same calls; none is started, and
-    each gets the trained model. Elsewhere they are started by the first call.
+    each gets the trained model. So it is in the train function of a `TorchTrainer`. Elsewhere they are started by the
+    first call.
 
     Args:
         data: as for `Local`.
@@ -41,11 +44,14 @@ class Parallel:
         folder: as for `Local`; all processes must see it.
         threads: of each process.
         setup: how the processes work.
-        pool: processes that are there already; they stay when this run is closed.
+        pool: processes that are there already, a `Pool` or a `RayPool`; they stay when this run is closed.
+        cluster: a Ray cluster on which workers of Ray Train are the processes: `local`, `auto`, HOST:PORT or
+            ray://HOST:PORT; None: this machine.
 
     Raises OptionError for a strategy that is not known, and where the number of processes is not the one that
     torchrun started.
-    Raises OptionError for an option of the setup that the strategy does not have.
+    Raises OptionError for an option of the setup that the strategy or the cluster does not have, and MissingExtra for a
+    cluster without Ray.
     """
 
     def __init__(
@@ -56,7 +62,8 @@ class Parallel:
         folder: Path | None = None,
         threads: int = 1,
         setup: Setup | None = None,
-        pool: Pool | None = None,
+        pool: Crew[Any] | None = None,
+        cluster: str | None = None,
     ) -> None:
         if strategy not in get_args(Strategy):
             raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
@@ -76,8 +83,15 @@ class Parallel:
         started = 2 if processes is None else processes
         check(strategy, self.setup, pool.processes if pool else started)
         self._owned = pool is None
-        self._pool = pool or Pool(started, threads, self.setup.pin)
+        self._pool = pool or self._made(started, threads, cluster)
         self._number = self._pool.open(Open(-1, data, folder, strategy, self.setup))
+
+    def _made(self, processes: int, threads: int, cluster: str | None) -> Crew[Any]:
+        if cluster is None:
+            return Pool(processes, threads, self.setup.pin)
+        if self.setup.pin:
+            raise OptionError("pin gives each process a core of this machine; leave it out for a cluster.")
+        return RayPool(cluster, processes, threads, cards=None if self.setup.device == "auto" else False)
 
     def __enter__(self) -> Parallel:
         return self

@@ -10,7 +10,7 @@ import traceback
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from netweight.run.commands import (
     Waits,
 )
 from netweight.run.ddp import Again
-from netweight.run.group import Join, device_of, leave
+from netweight.run.group import device_of, leave
 from netweight.run.local import Local
 from netweight.run.strategies import seams_of
 from netweight.seams import Lost, Seams, State
@@ -51,20 +51,28 @@ class _ByValue(ForkingPickler):
         self.dispatch_table = copyreg.dispatch_table.copy()
 
 
-class Line:
-    """One end of a connection between a program and a process of its own."""
+class Line(Protocol):
+    """One end of what is between a program and a process that works for it."""
+
+    def say(self, message: object) -> None:
+        """Raises OSError where nobody listens."""
+
+    def hear(self) -> Any:
+        """Waits. Raises EOFError or OSError where the other end is gone."""
+
+
+class Pipe:
+    """A line on one machine."""
 
     def __init__(self, end: Connection) -> None:
         self.end = end
 
     def say(self, message: object) -> None:
-        """Raises OSError where nobody listens."""
         held = io.BytesIO()
         _ByValue(held).dump(message)
         self.end.send_bytes(held.getbuffer())
 
     def hear(self) -> Any:
-        """Waits. Raises EOFError or OSError where the other end is gone."""
         return ForkingPickler.loads(self.end.recv_bytes())
 
 
@@ -81,7 +89,6 @@ class Worker:
         self.held: dict[str, Tensor] = {}
 
     def serve(self) -> None:
-        self.line.say(Idle())
         while True:
             asked = self.line.hear()
             if isinstance(asked, Open):
@@ -100,7 +107,7 @@ class Worker:
         if isinstance(command, Fit):
             command = replace(command, plan=replace(command.plan, reporter=_Reporter(self.line)))
         try:
-            self.held = self._done(command, local, opened, asked.join)
+            self.held = self._done(command, local, opened, asked.new)
             return Done()
         except Exception as problem:
             lines = traceback.format_exc().strip().splitlines()[-2 * _LINES :]
@@ -115,11 +122,11 @@ class Worker:
                 return Failed(type(problem).__name__, str(problem), "")
             return Failed("", f"{type(problem).__name__}: {problem}", "\n".join(lines))
 
-    def _done(self, command: Command, local: Local, opened: Open, join: Join | None) -> dict[str, Tensor]:
+    def _done(self, command: Command, local: Local, opened: Open, new: bool) -> dict[str, Tensor]:
         """The command, again and again while processes are lost."""
         try:
-            if join is not None:
-                join()
+            if new:
+                self.line.hear()()
         except Lost as lost:
             self.rejoin(lost)
         while True:
@@ -181,14 +188,16 @@ def main(end: Connection, threads: int, core: int | None) -> None:
     if core is not None and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(threads)
+    line = Pipe(end)
     try:
-        Worker(Line(end)).serve()
+        line.say(Idle())
+        Worker(line).serve()
     except (EOFError, OSError):
         leave()
 
 
-def error_of(failed: Failed, rank: int, pid: int) -> NetweightError:
-    """What the program raises: an error of this package as it was, any other with the rank and where it arose."""
+def error_of(failed: Failed, name: str) -> NetweightError:
+    """What the program raises: an error of this package as it was, any other with the process and where it arose."""
     from netweight import errors
 
     if failed.kind:
@@ -196,4 +205,4 @@ def error_of(failed: Failed, rank: int, pid: int) -> NetweightError:
         error = kind.__new__(kind)
         error.args = (failed.text,)
         return error
-    return RunError(f"rank {rank} (pid {pid}) failed with {failed.text}\n{failed.trace}")
+    return RunError(f"{name} failed with {failed.text}\n{failed.trace}")

@@ -1,11 +1,13 @@
-"""A connection to a Ray cluster."""
+"""A connection to a Ray cluster, and messages between processes in it."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,7 +30,7 @@ def connected(address: str) -> Iterator[None]:
     """
     if address not in ("local", "auto") and not _ADDRESS.fullmatch(address):
         raise OptionError(f"a Ray cluster is local, auto, HOST:PORT or ray://HOST:PORT; given was {address!r}.")
-    ray = _ray()
+    ray = module()
     if ray.is_initialized():
         yield
         return
@@ -67,8 +69,31 @@ def quiet(*loggers: str) -> Iterator[None]:
 
 def cores() -> tuple[int, int]:
     """CPUs of the connected cluster: of its largest node, and of all."""
-    each = [int(node["Resources"].get("CPU", 0)) for node in _ray().nodes() if node["Alive"]]
+    each = [int(node.get("CPU", 0)) for node in machines()]
     return max(each, default=0), sum(each)
+
+
+def machines() -> list[dict[str, float]]:
+    """What each living node of the connected cluster has: CPU, GPU and more."""
+    return [node["Resources"] for node in module().nodes() if node["Alive"]]
+
+
+class Post:
+    """The body of an actor: letters wait here for whoever takes them. It needs no torch, so its process is small.
+
+    Letters hold references to what lies in Ray's store, so they are short.
+    """
+
+    def __init__(self) -> None:
+        self._boxes: defaultdict[int, asyncio.Queue[object]] = defaultdict(asyncio.Queue)
+
+    async def put(self, number: int, letter: object) -> None:
+        """For the box of that number."""
+        self._boxes[number].put_nowait(letter)
+
+    async def take(self, number: int) -> object:
+        """The next one from that box; waits for it."""
+        return await self._boxes[number].get()
 
 
 @contextmanager
@@ -85,7 +110,8 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def _ray() -> Any:
+def module() -> Any:
+    """Ray itself. Raises MissingExtra."""
     try:
         import ray
     except ImportError:

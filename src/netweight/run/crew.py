@@ -1,0 +1,283 @@
+"""Processes that work for the parallel runs of a program, whoever starts them; what is lost is noticed, and those that
+are left go on."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+from torch import Tensor
+
+from netweight.errors import NetweightError, OptionError
+from netweight.run.commands import Cancel, Close, Command, Do, Done, Failed, Give, Open, Reply, Result, Told, Waits
+from netweight.run.group import Join, Place, refused
+from netweight.run.strategies import WHOLE
+from netweight.run.worker import error_of
+from netweight.train import Reporter
+
+_TRIES = 5  # groups that may fail one after the other though nobody is lost
+
+
+class Member(Protocol):
+    """A process, and its rank in the group."""
+
+    rank: int
+
+    @property
+    def name(self) -> str: ...
+
+    def say(self, message: object) -> None:
+        """Whoever is gone is noticed when it does not answer."""
+
+    def hear(self) -> Any:
+        """The next message; waits. None where the process is gone."""
+
+
+M = TypeVar("M", bound=Member)
+
+
+class Crew(ABC, Generic[M]):
+    """Processes; they start with the first command and end with `close`.
+
+    Args:
+        processes: how many.
+        threads: of each.
+        restarts: how often one command may begin again with new processes when none is left.
+    """
+
+    def __init__(self, processes: int, threads: int, restarts: int = 0) -> None:
+        if processes < 1 or threads < 1:
+            raise OptionError(f"{processes} processes of {threads} threads are asked for; both must be 1 or more.")
+        self.processes, self.threads, self.restarts = processes, threads, restarts
+        self.members: list[M] = []
+        self._numbers = itertools.count()
+        self.opened: dict[int, Open] = {}
+        self.together: float | None = None  # the timeout of the group that all members are in
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # --- what differs from kind to kind ---
+
+    @abstractmethod
+    def ready(self, members: Collection[M], timeout: float | None) -> list[M]:
+        """Those that have something to say, or are gone; waits for one, at most so many seconds."""
+
+    @abstractmethod
+    def lose(self, member: M, how: str | None = None) -> list[str]:
+        """A member is gone, or is ended now for a reason: it is taken off, with those that cannot go on without it.
+        Gives who was lost, and how."""
+
+    @abstractmethod
+    def _place(self, number: int) -> Place:
+        """Where the group of that number meets."""
+
+    @abstractmethod
+    def _started(self, fewer: bool) -> None:
+        """Fill `members`, with fewer than were asked for where that is allowed. Raises RunError where none come."""
+
+    @abstractmethod
+    def _stopped(self) -> None:
+        """End all processes."""
+
+    # --- what does not ---
+
+    def close(self) -> None:
+        """End the processes. The next command would start new ones."""
+        self._stopped()
+        self.members, self.together = [], None
+
+    def start(self, fewer: bool = False) -> None:
+        """Start the processes, where there are none. Raises RunError where they do not come."""
+        if self.members:
+            return
+        self.close()
+        try:
+            self._started(fewer)
+        except BaseException:
+            self.close()
+            raise
+        for opened in self.opened.values():
+            self.tell(opened)
+
+    def tell(self, message: object) -> None:
+        """All the same."""
+        for member in self.members:
+            member.say(message)
+
+    def open(self, opened: Open) -> int:
+        """Rows that commands may name; the number of `opened` is given here."""
+        number = next(self._numbers)
+        self.opened[number] = replace(opened, number=number)
+        self.tell(self.opened[number])
+        return number
+
+    def shut(self, number: int) -> None:
+        """Such rows are needed no more."""
+        if self.opened.pop(number, None):
+            self.tell(Close(number))
+
+    def do(self, number: int, command: Command, reporter: Reporter) -> dict[str, Tensor]:
+        """What a command gives.
+
+        Raises what it raises in a process (errors of this package as they are, others as RunError), what the reporter
+        raises, and RunError where no process is left.
+        """
+        try:
+            self.start()
+            round_ = _Round(self, number, command, reporter)
+            while True:
+                if (found := round_.played()) is not None:
+                    return found
+        except BaseException as problem:
+            if not isinstance(problem, Exception):
+                self.close()  # Ctrl-C: nobody waits for the end of a step
+            raise
+
+    def joins(self, timeout: float) -> Iterator[Join]:
+        """A new group of all members, one value for each; ranks follow their order."""
+        place = self._place(next(self._numbers))
+        for rank, member in enumerate(self.members):
+            member.rank = rank
+            yield Join(place, rank, len(self.members), timeout)
+
+
+class _Round(Generic[M]):
+    """One command: messages until every process has ended it, or waits for a new group."""
+
+    def __init__(self, crew: Crew[M], number: int, command: Command, reporter: Reporter) -> None:
+        self.crew, self.number, self.command, self.reporter = crew, number, command, reporter
+        opened = crew.opened[number]
+        self.setup, self.whole = opened.setup, opened.strategy in WHOLE
+        self.raised: Exception | None = None
+        self.failures = self.restarts = 0
+        self.heard: dict[M, Any] = {}
+        self.gone: list[str] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """The command, for all."""
+        self.heard = {}
+        new = self.crew.together != self.setup.timeout
+        self.crew.together = None
+        self.crew.tell(Do(self.number, self.command, new))
+        if new:
+            self._meet()
+
+    def _meet(self) -> None:
+        """In a new group."""
+        for member, join in zip(self.crew.members, self.crew.joins(self.setup.timeout), strict=True):
+            member.say(join)
+
+    def played(self) -> dict[str, Tensor] | None:
+        """The result; None where the round goes on with a new group."""
+        self.gone = []
+        self._listen()
+        if self.raised is not None:
+            self._cancel()
+            raise self.raised
+        failed = {m: said for m, said in self.heard.items() if isinstance(said, Failed)}
+        # Where one is gone, others fail of that, in whichever words a library has for it.
+        real = [m for m, said in failed.items() if said.kind or not self.gone]
+        if real:
+            self._cancel()
+            raise error_of(failed[real[0]], real[0].name)
+        if not self.crew.members:
+            self._restart()
+            return None
+        done = [m for m, said in self.heard.items() if isinstance(said, Done)]
+        if done:
+            self._cancel()
+            done[0].say(Give())
+            given = done[0].hear()
+            if isinstance(given, Result):
+                self.crew.together = self.setup.timeout if len(done) == len(self.crew.members) else None
+                return given.held
+            self._lose(done[0])
+            if not self.crew.members:
+                self._restart()
+                return None
+        self._again(whole=self.whole and not failed and not done)
+        return None
+
+    def _restart(self) -> None:
+        """From the last checkpoint with new processes, as often as this kind of them allows."""
+        lost = "; ".join(self.gone)
+        self.crew.close()
+        if self.restarts == self.crew.restarts:
+            raise refused(f"no process is left: {lost}")
+        self.restarts += 1
+        try:
+            self.crew.start(fewer=True)
+        except NetweightError as problem:
+            raise refused(f"no process is left: {lost}; {str(problem).rstrip('.')}") from None
+        self._note(lost, len(self.crew.members), whole=False)
+        self._begin()
+
+    def _note(self, lost: str, left: int, whole: bool) -> None:
+        plural = "process" if left == 1 else "processes"
+        self.reporter.note(f"{lost}: going on with {left} {plural}{'' if whole else ', from the last checkpoint'}")
+
+    def _again(self, whole: bool) -> None:
+        """Go on: those who wait in a new group, or all from the start, which is the last checkpoint."""
+        self.failures = 0 if self.gone else self.failures + 1
+        if self.failures >= _TRIES:
+            self._cancel()
+            why = next((said.why for said in self.heard.values() if isinstance(said, Waits)), "")
+            raise refused(f"{_TRIES} groups of processes failed one after the other: {why}")
+        if self.gone:
+            self._note("; ".join(self.gone), len(self.crew.members), whole)
+        if not whole:
+            self._cancel()
+            self._begin()
+            return
+        self.heard = {}
+        self._meet()
+
+    def _listen(self) -> None:
+        """Until every process has ended the command or waits. One that stays silent while another waits is killed."""
+        first = 0.0
+        while missing := [m for m in self.crew.members if m not in self.heard]:
+            for member in self.crew.ready(missing, self.setup.timeout if first else None):
+                if member in self.crew.members:
+                    self._take(member)
+            if not first and any(isinstance(said, Waits | Failed) for said in self.heard.values()):
+                first = time.monotonic()
+            if first and time.monotonic() - first > self.setup.timeout:
+                for member in missing:
+                    if member not in self.heard and member in self.crew.members:
+                        self._lose(member, f"did not answer for {self.setup.timeout:g} s and was ended")
+
+    def _take(self, member: M) -> None:
+        said = member.hear()
+        if said is None:
+            self._lose(member)
+        elif isinstance(said, Told):
+            if self.raised is None:
+                try:
+                    getattr(self.reporter, said.what)(*said.values)
+                except Exception as problem:  # whatever a reporter raises ends the fit
+                    self.raised = problem
+            member.say(Reply(self.raised is None))
+        else:
+            self.heard[member] = said
+
+    def _lose(self, member: M, how: str | None = None) -> None:
+        self.gone += self.crew.lose(member, how)
+        self.heard.pop(member, None)
+
+    def _cancel(self) -> None:
+        """End the command where it waits for a group."""
+        for member, said in list(self.heard.items()):
+            if isinstance(said, Waits) and member in self.crew.members:
+                member.say(Cancel())
+                if member.hear() is None:
+                    self._lose(member)
