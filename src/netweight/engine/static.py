@@ -91,7 +91,7 @@ class _Windows:
 
     def answers(self, found: Floats) -> Floats:
         """Logits of the filters' largest values."""
-        return found @ self._matrix + self._offset
+        return np.asarray(found @ self._matrix + self._offset, np.float32)
 
     def __call__(self, tokens: Tokens) -> Floats:
         """The largest value of each filter in each row (n, filters), 0 at least."""
