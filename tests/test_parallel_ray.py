@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from netweight.run import raytrain as module
 from netweight.testing import Count
 from test_parallel import PLAN, SAME, assert_equal, undropped
 from test_parallel_faults import At, Odd
+from test_server import until
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,21 @@ def test_workers_that_do_not_come(dataset: Dataset, cluster: None, monkeypatch: 
         ),
     ):
         pool.start()
+
+
+@pytest.mark.slow
+def test_workers_that_take_too_long_give_back_what_they_reserved(
+    cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    before = ray.available_resources()["CPU"]
+    monkeypatch.setattr(module, "_START", 2.0)
+    monkeypatch.setattr(module, "_END", 8.0)
+    monkeypatch.setattr(module, "_worked", lambda given: time.sleep(600))
+    with RayPool("auto", 2) as pool, pytest.raises(RunError, match="cluster auto: they took more than 2 s"):
+        pool.start()
+    until(lambda: ray.available_resources()["CPU"] == before)
 
 
 def _own(given: dict[str, Any]) -> None:

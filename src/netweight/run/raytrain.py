@@ -193,12 +193,17 @@ class RayPool(Crew[_Trainee]):
         """Why workers ended, by rank, and why Ray Train did; waits for the end of all."""
         ray = module()
         self._over = True
-        try:
-            fates: dict[int, str] = ray.get(self._fit, timeout=_END)
-            return fates
-        except ray.exceptions.RayError as problem:
-            ray.cancel(self._fit, force=True)
-            return {_PROGRAM: _why(problem)}
+        why = ""
+        for force in (False, True):  # first as Ctrl-C, on which Ray Train gives back what it has reserved
+            try:
+                fates: dict[int, str] = ray.get(self._fit, timeout=_END)
+                return fates
+            except ray.exceptions.GetTimeoutError as problem:
+                why = _why(problem)
+                ray.cancel(self._fit, force=force)
+            except ray.exceptions.RayError as problem:
+                return {_PROGRAM: _why(problem)}
+        return {_PROGRAM: why}
 
     def _stopped(self) -> None:
         if self._fit is not None:
