@@ -66,7 +66,7 @@ class RayPool(Crew[_Trainee]):
     """Workers of Ray Train; they start with the first command and end with `close`. Needs the extra `ray`.
 
     Args:
-        address: as for `netweight.cluster.connected`: `local`, `auto`, HOST:PORT, or ray://HOST:PORT.
+        address: as for `netweight.connect.connected`: `local`, `auto`, HOST:PORT, or ray://HOST:PORT.
         processes: how many. After a loss there are fewer where the cluster has no more room.
         threads: of each; it reserves as many CPUs.
         restarts: how often one command begins again from its last checkpoint when a worker is lost.

@@ -97,6 +97,8 @@ class RowPrivate(Seams):
         self.checked = True
         one = next(parts(batch, 1))
         trained = [p for p in network.parameters() if p.requires_grad]
+        # Without dropout: clients in one process share the generator that it draws from.
+        was, _ = network.training, network.eval()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             _, rows = by_row(network, loss, one)
@@ -104,6 +106,7 @@ class RowPrivate(Seams):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             found = torch.autograd.grad(loss(network, one), trained, allow_unused=True)
+        network.train(was)
         theirs = float(torch.stack([g.norm() for g in found if g is not None]).norm())
         if abs(mine - theirs) > _ALIKE * theirs + 1e-9:
             # No numbers: they are one row's, and this text reaches the server.
