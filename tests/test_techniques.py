@@ -103,8 +103,9 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         run.reduce(static, Moments(static.task))
     with pytest.raises(ModelError, match="LinearFloor needs all rows in one place"):
         LinearFloor()(model, object(), PLAN)  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="a window of 4 tokens has no middle; use an odd number"):
-        Static(width=4, buckets=8, filters=4, reach=4, epochs=1)(model, run, PLAN)
+    for reach in (-1, 4, 257):
+        with pytest.raises(OptionError, match=f"a window of {reach} tokens; use an odd number, .* up to 255"):
+            Static(width=4, buckets=8, filters=4, reach=reach, epochs=1)(model, run, PLAN)
     with pytest.raises(ModelError, match="no engine runs a Network"):
         export(model.with_network(Network()))
     with pytest.raises(ModelError, match="unknown network 'abacus'"):

@@ -22,6 +22,7 @@ from netweight.layers import describe, make, plain, put
 
 Pooling = Literal["mean", "first", "last"]
 _DROPOUT = 0.2  # of what windows found
+_REACH = 255  # so many int8 values add up in int16, as engines do
 
 
 class Network(nn.Module):
@@ -257,8 +258,8 @@ class Windows(nn.Module):
 
     def __init__(self, vocabulary: int, width: int, filters: int, reach: int) -> None:
         super().__init__()
-        if reach < 1 or reach % 2 == 0:
-            raise OptionError(f"a window of {reach} tokens has no middle; use an odd number.")
+        if not 1 <= reach <= _REACH or reach % 2 == 0:
+            raise OptionError(f"a window of {reach} tokens; use an odd number, which has a middle, up to {_REACH}.")
         self.reach = reach
         self.words = nn.Parameter(torch.zeros(vocabulary, width))
         self.taps = nn.Parameter(torch.empty(reach, width, filters).uniform_(-1, 1) / math.sqrt(reach * width))

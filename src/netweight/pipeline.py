@@ -45,7 +45,7 @@ from netweight.trials import Effort, undominated
 _WORTH_IT = 0.9
 # A smaller student is made where the larger one's chance to pass alone is at least this.
 _MAY_PASS = 0.2
-# Where a cheap rung's chance to pass alone is as large, nothing that costs more is made.
+# Where the rung that makes another one needless has so large a chance to pass alone, that other one is not made.
 _PASSES = 0.95
 # Of more cut texts than this share the user is told.
 _CUT = 0.05
