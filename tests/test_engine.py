@@ -24,6 +24,7 @@ from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, Optio
 from netweight.export import export
 from netweight.model import Model
 from netweight.run import Local
+from netweight.run.local import logits_of
 from netweight.task import Classify, Prediction, Score, ScorePrediction
 from netweight.techniques import LinearFloor, Quantize, Static, Technique
 from netweight.testing import EngineContract
@@ -80,6 +81,16 @@ def test_contract(name: str) -> None:
     _, pairs, scores = TIERS[name]
     rows = mixed_rows(500, pairs, scores)
     EngineContract(engine_of(name), rows.text, rows.pair).check()
+
+
+@pytest.mark.parametrize("name", [name for name in TIERS if name.startswith("static")])
+def test_tables_say_what_the_network_says(name: str) -> None:
+    """But for their rounding to int8."""
+    model = tier_of(name)[0]
+    rows = mixed_rows(200, *TIERS[name][1:])
+    tokens = model.encoder.encode(rows.text, rows.pair)
+    wanted, found = logits_of(model, tokens).numpy(), engine_of(name).logits(0, tokens)
+    assert np.abs(found - wanted).max() < 0.03 * np.ptp(wanted)
 
 
 @pytest.mark.parametrize("name", ["onnx int8", "onnx int8, pairs"])
