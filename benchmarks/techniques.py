@@ -5,17 +5,21 @@
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz (columns text, label); STORE is the run store of a finished job on
 them, whose teacher is taken. Every fit gets the same time box, so that a recipe of two fits has had twice the training
 of a recipe of one. Quality and agreement with the teacher are on dev: no label of test is read. Rows a second of all
-files are timed in turns, in one run. Writes benchmarks/results/techniques.json.
+files are timed in turns, in one run. What is made stays in DIR: a run that was stopped goes on, and one that is
+repeated only times again. Writes benchmarks/results/techniques.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,6 +129,30 @@ def few(data: Dataset) -> Dataset:
     return replace(data, train=data.train.take(kept), pool=Rows(data.train.take(rest).text))
 
 
+def make(kept: Path, asked: dict[str, Any], base: Callable[[], Model], run: Local, recipe: Recipe) -> None:
+    """One example: its file, what it says of dev's rows, and facts. A folder that exists is complete."""
+    began, dev = time.monotonic(), run.data.dev
+    with Bar() as bar:
+        model = base()
+        for technique in recipe:
+            model = technique(model, run, Plan(seed=asked["seed"], seconds=asked["seconds"], reporter=bar))
+    took = round(time.monotonic() - began, 1)
+    exported, tokens, pad = export(model), model.encoder.encode(dev.text), model.encoder.pad
+    options = exported.options
+    if exported.kind == "exits":
+        stages = ExitsEngine(exported.data, options, pad, cores()).stages(tokens, 32)
+        options = {"thresholds": thresholds([stage[len(run.data.select) :] for stage in stages], 0.005)}
+    engine = tier_engine(Tier("example", exported.kind, "", options), exported.data, pad, cores())
+    facts = {"asked": asked, "kind": exported.kind, "options": options, "took": took}
+    new = kept.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    (new / "file").write_bytes(exported.data)
+    np.save(new / "dev.npy", engine.logits(tokens, 32))
+    (new / "facts.json").write_text(json.dumps(facts | {"vocabulary": model.encoder.vocabulary}), encoding="utf-8")
+    new.rename(kept)
+
+
 def main() -> None:
     """Make what is missing, then time everything and write."""
     parser = argparse.ArgumentParser()
@@ -145,39 +173,33 @@ def main() -> None:
         PRETRAINED: (data, lambda: pretrained("starter", task, seed=given.seed)),
         "few": (few(data), lambda: pretrained("starter", task, seed=given.seed)),
     }
-    tokens = teacher.encoder.encode(data.dev.text)
     targets = task.targets(data.dev.label or ())
     found, engines = {}, dict[str, TierEngine]()
     reference = None
     for page, name, start, recipe in EXAMPLES:
         rows, base = starts[start]
-        began = time.monotonic()
-        with Bar() as bar:
-            model, run = base(), Local(rows, given.work / start)
-            for technique in recipe:
-                model = technique(model, run, Plan(seed=given.seed, seconds=given.seconds, reporter=bar))
-        seconds = time.monotonic() - began
-        exported = export(model)
-        options = exported.options
-        if exported.kind == "exits":
-            stages = ExitsEngine(exported.data, options, teacher.encoder.pad, cores()).stages(tokens, 32)
-            options = {"thresholds": thresholds([stage[len(data.select) :] for stage in stages], 0.005)}
+        asked = {"recipe": [repr(technique) for technique in recipe], "seconds": given.seconds, "seed": given.seed}
+        kept = given.work / re.sub("[^a-z0-9]+", "-", f"{page}: {name}".lower())
+        if not kept.is_dir() or json.loads((kept / "facts.json").read_text())["asked"] != asked:
+            shutil.rmtree(kept, ignore_errors=True)
+            make(kept, asked, base, Local(rows, given.work / start), recipe)
+        facts, exported = json.loads((kept / "facts.json").read_text()), (kept / "file").read_bytes()
         key = f"{page}: {name}"
-        engine = tier_engine(Tier(name, exported.kind, "", options), exported.data, teacher.encoder.pad, cores())
-        engines[key] = Within(engine, model.encoder.vocabulary)
-        said = engine.logits(model.encoder.encode(data.dev.text), 32)
+        engine = tier_engine(Tier(name, facts["kind"], "", facts["options"]), exported, teacher.encoder.pad, cores())
+        engines[key] = Within(engine, facts["vocabulary"])
+        said = np.load(kept / "dev.npy")
         reference = said if reference is None else reference
         quality, agreement, _ = measure.quality(task, said, reference, targets)
         found[key] = {
             "page": page,
             "name": name,
-            "recipe": [repr(technique) for technique in recipe],
+            "recipe": asked["recipe"],
             "quality": quality,
             "agreement": agreement,
-            "bytes": len(exported.data),
-            "seconds": round(seconds, 1),
+            "bytes": len(exported),
+            "seconds": facts["took"],
         }
-        print(f"{key}: {100 * quality:.2f}, {100 * agreement:.2f} %, {len(exported.data) / 1e6:.1f} MB", flush=True)
+        print(f"{key}: {100 * quality:.2f}, {100 * agreement:.2f} %, {len(exported) / 1e6:.1f} MB", flush=True)
     costs = measure.tier_costs(engines, teacher.encoder, data.dev)
     for key in found:
         found[key]["row"] = costs[key].row

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from conftest import Shop, again, journal, many_rows
 from netweight import build
@@ -16,8 +17,10 @@ from netweight.job import Job, Options, Tables
 from netweight.model import Model
 from netweight.run import Local
 from netweight.scratch import scratch
+from netweight.search import Rung
 from netweight.store import Store
 from netweight.task import Classify
+from netweight.techniques import Quantize, Recipe, Static
 from netweight.train import Silent
 
 SMALL = partial(scratch, vocabulary=600, layers=1, hidden=32, heads=2)
@@ -47,6 +50,35 @@ def test_the_teacher_is_pretrained_on_train_and_pool_and_then_tuned(tmp_path: Pa
         assert first.network.head.weight.abs().sum() == 0  # type: ignore[union-attr,operator]
         again = Builder(job, data, task, store, Silent(), Clock(8), Local(data, store.folder / "work"))
         assert again.teacher.digest == teacher.digest
+
+
+class Seen(Exception):
+    """With the time box of a model."""
+
+
+def test_what_the_teacher_says_is_not_taken_from_the_first_students_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
+) -> None:
+    now = [0.0]
+
+    class Slow(Local):
+        def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
+            assert (unlabelled, half) == (True, True), "as a student's fit will ask for it"
+            now[0] += 40
+            return super().outputs(model, unlabelled, half)
+
+    def made(self: Builder, name: str, base: object, recipe: Recipe, seconds: float, *_: object) -> Model:
+        raise Seen(seconds)
+
+    monkeypatch.setattr(build.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Builder, "model", made)
+    monkeypatch.setattr(Builder, "teacher", model)
+    with Store(tmp_path, {"a": 1}) as store:
+        builder = Builder(Job(Tables(dataset.train)), dataset, model.task, store, Silent(), Clock(100), Slow(dataset))
+        for rung, left in ((Rung("whole", (Quantize(),), 0.5), 100), (Rung("student", (Static(),), 0.5), 60)):
+            with pytest.raises(Seen) as seen:
+                builder.point(rung)
+            assert seen.value.args == (0.5 * left,)
 
 
 @pytest.mark.slow

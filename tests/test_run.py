@@ -122,7 +122,7 @@ def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
     now, labelled = [0.0], []
     monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(local, "fit", lambda *_, **__: None)
-    monkeypatch.setattr(local, "half_pays", lambda: True)
+    monkeypatch.setattr(local, "half_pays", lambda device: True)
     usual, each = local.logits_of, [0.001]
 
     def slow(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:

@@ -22,6 +22,7 @@ from netweight.objectives import CausalLM, Contrastive, MaskedLM
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.commands import Strategy
 from netweight.run.local import logits_of
+from netweight.run.strategies import seams_of
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -315,6 +316,14 @@ def test_what_does_not_work_is_refused(
 ) -> None:
     with Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool) as run, pytest.raises(OptionError, match=said):
         attempt(still(), run)
+
+
+def test_a_network_is_not_divided_over_a_card_and_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for strategy in STRATEGIES:
+        with pytest.raises(OptionError, match=f"{strategy} divides one .* 2 of them and 1 graphics card; start 1, use"):
+            seams_of(strategy, Setup(), torch.device("cpu"), None)
 
 
 def test_options_are_for_their_strategies(dataset: Dataset, pool: Pool) -> None:

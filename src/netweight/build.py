@@ -24,13 +24,13 @@ from netweight.engine.exits import ExitsEngine, thresholds
 from netweight.export import export
 from netweight.job import Job
 from netweight.model import Model, pretrained
-from netweight.run import Run
+from netweight.run import Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
 from netweight.task import Task
-from netweight.techniques import Finetune, Pretrain, Recipe, Technique, describe
+from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Technique, describe
 from netweight.train import Plan, Reporter, fit_digest
 from netweight.trials import Trial, Trials
 
@@ -162,7 +162,12 @@ class Builder:
         self.rungs[name] = rung
         known = self.store.get(f"point {name}")
         if known is None:
-            seconds, run = self.clock.left * rung.share, self.students or self.run
+            run = self.students or self.run
+            if isinstance(run, Speaking) and not all(isinstance(t, LinearFloor | Quantize) for t in rung.recipe):
+                # All students learn from it. It takes minutes where rows are many and long, and would eat the first
+                # one's share.
+                run.outputs(self.teacher, unlabelled=True, half=True)
+            seconds = self.clock.left * rung.share
             model = self.model(name, lambda: self.teacher, rung.recipe, seconds, run, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from netweight.anatomy import blocks
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, SoftTargets, mean, supervised
+from netweight.loss import Batch, Loss, Penalized, SoftTargets, mean, supervised
 from netweight.model import Model
 from netweight.network import Transformer
 
@@ -190,6 +190,16 @@ def watched(network: Transformer, match: tuple[Match, ...]) -> Iterator[Seen]:
 def twin(network: Transformer) -> Transformer:
     """The same network over the same tensors, with modules of its own: hooks and modes of one are not the other's."""
     return copy.deepcopy(network, {id(t): t for t in (*network.parameters(), *network.buffers())})
+
+
+def placed(loss: Loss, device: torch.device) -> Loss:
+    """The same loss, with a teacher that it asks in every step on the device."""
+    if isinstance(loss, Penalized):
+        return replace(loss, loss=placed(loss.loss, device))
+    if isinstance(loss, Matching):
+        first, *rest = loss.teachers
+        return replace(loss, targets=replace(loss.targets, teachers=(first.on(device), *rest)))
+    return loss
 
 
 def _inner(network: nn.Module) -> Transformer:

@@ -91,6 +91,11 @@ class Model:
         """A model whose network may be trained without touching this one."""
         return replace(self, network=copy.deepcopy(self.network))
 
+    def on(self, device: torch.device) -> Model:
+        """This model where it lies on the device already, else a copy there."""
+        here = next(self.network.parameters()).device
+        return self if here == device else replace(self, network=copy.deepcopy(self.network).to(device))
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that determines the model's outputs. Do not ask before training has ended."""

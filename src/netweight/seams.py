@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,20 +45,26 @@ class Seams:
     The `first` of them writes checkpoints. What says "all" is called by all of them at the same place.
     """
 
-    device = torch.device("cpu")
     lane = 0
     first = True
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+
+    def random(self) -> AbstractContextManager[None]:
+        """A block after which torch's generators are as they were before it."""
+        return torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device])
 
     def admit(self, loss: Loss) -> None:
         """Raise OptionError for a loss that cannot be evaluated this way."""
 
     def prepare(self, network: nn.Module) -> nn.Module:
         """Move, shard or wrap the network before the optimizer sees its parameters."""
-        return network
+        return network.to(self.device)
 
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
         """This process's part of a global batch, on its device; what of it is a mean knows all parts."""
-        return source.batch(rows, rng, hide)
+        return source.batch(rows, rng, hide).to(self.device)
 
     def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
         """Add the gradients of scale * loss to those that are there; returns scale * loss. Plain, row by row (privacy),
@@ -95,12 +102,13 @@ class Seams:
         raise Lost("a process of this run is gone.")
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole of tensors of which each of all holds a part; only the first need get them."""
-        return dict(held)
+        """The whole of tensors of which each of all holds a part, on the CPU; only the first need get them."""
+        return {name: tensor.cpu() for name, tensor in held.items()}
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inverse of `gather`: this process's part of these tensors."""
-        return dict(whole)
+        return {name: tensor.to(self.device) for name, tensor in whole.items()}
 
     def finish(self, network: nn.Module) -> None:
-        """Undo `prepare` in place: the network is whole and plain again in every process."""
+        """Undo `prepare` in place: the network is whole and plain again in every process, and on the CPU."""
+        network.to("cpu")

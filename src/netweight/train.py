@@ -180,7 +180,7 @@ def fit(
         StoreError: the checkpoint belongs to another fit.
     """
     loop = _Loop(network, source, loss, plan, seams or Seams(), evaluate, checkpoint)
-    with torch.random.fork_rng(devices=[]):
+    with loop.seams.random():
         loop.run(label)
 
 
@@ -209,7 +209,7 @@ class _Loop:
         self.progress = _Progress(epochs=plan.epochs)
         self.best: dict[str, Tensor] = {}
         self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
-        self.half = _bf16(plan)
+        self.half = half_pays(self.seams.device) if plan.precision == "auto" else plan.precision == "bf16"
         self.drawn, self.batches = -1, list[NDArray[np.int64]]()
         if checkpoint:
             self.resume(*checkpoint)
@@ -379,13 +379,11 @@ def fit_digest(parts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def half_pays() -> bool:
-    """bf16 autocast pays where the processor multiplies it natively; elsewhere it is emulated and slower."""
+def half_pays(device: torch.device) -> bool:
+    """bf16 autocast pays where the device multiplies it natively; elsewhere it is emulated and slower."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _bf16(plan: Plan) -> bool:
-    return half_pays() if plan.precision == "auto" else plan.precision == "bf16"
 
 
 def _optimizers(

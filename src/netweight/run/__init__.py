@@ -1,6 +1,6 @@
 """Runs own the rows and say where computation on them happens."""
 
-from netweight.run.base import Accounting, InOnePlace, Run, Runs, Statistic
+from netweight.run.base import Accounting, InOnePlace, Run, Runs, Speaking, Statistic
 from netweight.run.commands import Setup
 from netweight.run.local import Local
 from netweight.run.named import named
@@ -18,6 +18,7 @@ __all__ = [
     "Run",
     "Runs",
     "Setup",
+    "Speaking",
     "Statistic",
     "named",
 ]

@@ -50,6 +50,15 @@ class InOnePlace(Protocol):
 
 
 @runtime_checkable
+class Speaking(Protocol):
+    """A run that computes once what a model says of its rows, and keeps it for all fits."""
+
+    def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
+        """Logits (n, outputs) of the training rows, and of the pool; with `half` in bf16 where that pays."""
+        ...
+
+
+@runtime_checkable
 class Accounting(Protocol):
     """A run that has more to say of where its models come from than the rows that are here."""
 

@@ -81,9 +81,10 @@ class Outputs:
 
     model: Model
     unlabelled: bool
+    half: bool
 
     def __call__(self, local: Local) -> dict[str, Tensor]:
-        return {"logits": local.outputs(self.model, self.unlabelled)}
+        return {"logits": local.outputs(self.model, self.unlabelled, self.half)}
 
 
 @dataclass(frozen=True)

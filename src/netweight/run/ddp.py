@@ -63,12 +63,6 @@ class Ddp(Processes):
         self.latest: list[float] = []
         self.began = self.waited = 0.0
 
-    def prepare(self, network: nn.Module) -> nn.Module:
-        return network.to(self.device)
-
-    def finish(self, network: nn.Module) -> None:
-        network.to("cpu")
-
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
         if not self.rows:
             self.began, self.waited = time.perf_counter(), 0.0
@@ -138,12 +132,6 @@ class Ddp(Processes):
         now = [speed / sum(speeds) for speed in speeds]
         if any(abs(a - b) > _WORTH * b for a, b in zip(now, was, strict=True)):
             self.speeds = speeds
-
-    def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.cpu() for name, tensor in held.items()}
-
-    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device) for name, tensor in whole.items()}
 
     def stretch(self, n: int) -> slice:
         return slice(n * self.lane // self.lanes, n * (self.lane + 1) // self.lanes)

@@ -105,14 +105,18 @@ def leave() -> None:
 
 def backend(size: int) -> str:
     """NCCL between graphics cards where each process of this machine has one; gloo else."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= local else "gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= beside(size) else "gloo"
+
+
+def beside(size: int) -> int:
+    """How many of a group's processes are on this machine: what a launcher says, else all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", size))
 
 
 def device_of(rank: int, kind: str = "auto") -> torch.device:
     """A graphics card for each process of this machine as far as there are some, and the CPU for the others."""
     local = int(os.environ.get("LOCAL_RANK", rank))
-    if kind == "auto" and torch.cuda.is_available() and local < torch.cuda.device_count():
+    if kind == "auto" and local < torch.cuda.device_count():
         return torch.device("cuda", local)
     return torch.device("cpu")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from contextlib import nullcontext
@@ -20,8 +19,10 @@ from netweight.data import Dataset, Rows, concat
 from netweight.encode import TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
+from netweight.matching import placed
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
+from netweight.run.group import device_of
 from netweight.seams import Seams
 from netweight.task import Classify
 from netweight.train import Plan, fit, fit_digest, half_pays
@@ -36,22 +37,24 @@ class Local:
     Args:
         data: train rows (labelled) and pool (not); `select` serves early stopping.
         folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
-        seams: where other runs step into the loop.
+        seams: where other runs step into the loop; None: one process alone, on a graphics card where there is one.
     """
 
     def __init__(self, data: Dataset, folder: Path | None = None, seams: Seams | None = None) -> None:
         self.data = data
         self.folder = folder
-        self.seams = seams or Seams()
+        self.seams = seams or Seams(device_of(0))
         self._tokens: dict[tuple[str, bool], Tokens] = {}
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
-        """A trained copy of `model`. What teachers say of the rows is computed first, and counts in `plan.seconds`."""
+        """A trained copy of `model`. What teachers say of the rows is computed first, in the plan's precision, and
+        counts in `plan.seconds` where it was not asked for before (`outputs`)."""
         began = time.monotonic()
         new = model.copy()
         frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
         tokens = self._encoded(model.encoder, loss.unlabelled)
-        teachers = tuple(self.outputs(teacher, loss.unlabelled) for teacher in loss.teachers)
+        half = plan.precision != "fp32"
+        teachers = tuple(self.outputs(teacher, loss.unlabelled, half) for teacher in loss.teachers)
         if plan.splice:
             if not teachers:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
@@ -60,7 +63,7 @@ class Local:
             most = self._affordable(model, loss, tokens, plan)
             added = spliced(tokens, round(plan.splice * len(tokens)), most, plan.seed)
             key = {"spliced": len(added), "seed": plan.seed}
-            said = [self._kept(t, added, loss.unlabelled, key) for t in loss.teachers]
+            said = [self._kept(t, added, loss.unlabelled, half, key) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
             plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))
             tokens = tokens.joined(added)
@@ -84,7 +87,7 @@ class Local:
         fit(
             new.network,
             source,
-            loss,
+            placed(loss, self.seams.device),
             plan,
             seams=self.seams,
             evaluate=lambda: self.quality(new),
@@ -104,16 +107,17 @@ class Local:
         rng, device = np.random.default_rng(0), self.seams.device
         parts: dict[str, Tensor] = {}
         starts = range(0, len(chosen), _CHUNK)
-        network = self._placed(model).network
+        network = model.on(device).network
         with torch.no_grad():
             for start in starts[self.seams.stretch(len(starts))]:
                 part = statistic(network, source.batch(chosen[start : start + _CHUNK], rng, 0.0).to(device))
                 parts = merge(statistic, [parts, part])
         return merge(statistic, [{n: t.cpu() for n, t in part.items()} for part in self.seams.collect(parts)])
 
-    def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
-        """Logits of the training rows (and of the pool behind them), computed once per content of the model."""
-        return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, {})
+    def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
+        """Logits of the training rows (and of the pool behind them), computed once per content of the model; with
+        `half` in bf16 where that pays, which is good enough for what students learn from."""
+        return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, half, {})
 
     def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan) -> int:
         """Tokens of spliced rows: the plan's, or fewer where a few rows tell that labelling would eat the time box.
@@ -126,10 +130,11 @@ class Local:
         if (known := int(self.seams.agree(known))) >= 0:
             return known
         few = tokens.take(np.linspace(0, len(tokens) - 1, min(_CHUNK, len(tokens))).astype(np.int64))
+        teachers = [teacher.on(self.seams.device) for teacher in loss.teachers]
         for _ in range(2):  # the first time, memory is taken and kernels are chosen
             began = time.monotonic()
-            for teacher in loss.teachers:
-                logits_of(teacher, few, half=half_pays())
+            for teacher in teachers:
+                logits_of(teacher, few, plan.precision != "fp32" and half_pays(self.seams.device))
             each = (time.monotonic() - began) / len(few.ids)
         most = int(self.seams.agree(min(plan.spliced_tokens, int(_LABELLING * plan.seconds / max(each, 1e-9)))))
         if kept and self.seams.first:
@@ -137,15 +142,16 @@ class Local:
             kept.write_text(json.dumps(most), encoding="utf-8")
         return most
 
-    def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, key: dict[str, Any]) -> Tensor:
+    def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:
         """The model's logits of these rows; `key` names rows that are not those of the data."""
+        key = {**key, "half": True} if half else key
         kept = None
         if self.folder:
             rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, **key})
             kept = self.folder / f"outputs-{rows[:16]}.safetensors"
             if self.seams.agree(kept.exists()):
                 return load_file(kept)["logits"]
-        logits = self._said(model, tokens, half=bool(key) and half_pays())
+        logits = self._said(model, tokens, half and half_pays(self.seams.device))
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
@@ -162,13 +168,8 @@ class Local:
     def _said(self, model: Model, tokens: Tokens, half: bool = False) -> Tensor:
         """Outputs of the model, each process those of its own stretch of the rows."""
         mine = np.arange(len(tokens))[self.seams.stretch(len(tokens))]
-        part = logits_of(self._placed(model), tokens.take(mine) if len(mine) < len(tokens) else tokens, half)
+        part = logits_of(model.on(self.seams.device), tokens.take(mine) if len(mine) < len(tokens) else tokens, half)
         return torch.cat([found["logits"] for found in self.seams.collect({"logits": part})])
-
-    def _placed(self, model: Model) -> Model:
-        """The model where this process computes."""
-        here, device = next(model.network.parameters()).device, self.seams.device
-        return model if here == device else replace(model, network=copy.deepcopy(model.network).to(device))
 
     def _rows(self, unlabelled: bool) -> Rows:
         return _with_pool(self.data) if unlabelled else self.data.train
@@ -183,7 +184,7 @@ class Local:
 
 def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     """Outputs (n, outputs) of a model, batched by length, in order; in fp32, or with `half` in bf16 where that is
-    good enough (targets of synthetic rows)."""
+    good enough (targets of students)."""
     out, device = torch.zeros(len(tokens), model.task.outputs), next(model.network.parameters()).device
     model.network.eval()
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if half else nullcontext():

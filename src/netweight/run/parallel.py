@@ -120,9 +120,9 @@ class Parallel:
         """As `Local.reduce`; each process takes a stretch of the rows."""
         return self._do(Reduce(model, statistic, limit, unlabelled))
 
-    def outputs(self, model: Model, unlabelled: bool = False) -> Tensor:
+    def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
         """As `Local.outputs`."""
-        return self._do(Outputs(model, unlabelled))["logits"]
+        return self._do(Outputs(model, unlabelled, half))["logits"]
 
     def quality(self, model: Model) -> float:
         """As `Local.quality`."""

@@ -33,12 +33,12 @@ class Processes(Seams):
     """
 
     def __init__(self, device: torch.device | None = None, lanes: int | None = None) -> None:
+        super().__init__(device)
         rank, size = dist.get_rank(), dist.get_world_size()
         self.lanes = size if lanes is None else lanes
         self.lane = rank * self.lanes // size
         self.group: dist.ProcessGroup | None = None
         self.first = rank == 0
-        self.device = device or torch.device("cpu")
         self.speeds: Sequence[float] = [1.0] * self.lanes
 
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:

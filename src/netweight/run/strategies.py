@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import get_args
 
 import torch
+import torch.distributed as dist
 
 from netweight.errors import OptionError
+from netweight.run import group
 from netweight.run.commands import Setup, Strategy
 from netweight.run.ddp import Ddp
 from netweight.run.pipelined import Pipelined
@@ -52,7 +54,10 @@ def check(strategy: Strategy, setup: Setup, processes: int) -> None:
 
 
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
-    """Seams of this process, which is in a group."""
+    """Seams of this process, which is in a group. Raises OptionError where some of its machine have graphics cards and
+    others not, and the strategy divides the network."""
+    if strategy not in WHOLE and setup.device == "auto":
+        _alike(strategy, torch.cuda.device_count(), group.beside(dist.get_world_size()))
     if strategy == "fsdp":
         return Fsdp(device, setup.activation_checkpointing, setup.offload)
     if strategy == "tensor":
@@ -61,3 +66,12 @@ def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Cal
         parts = _MICRO_BATCHES if setup.micro_batches is None else setup.micro_batches
         return Pipelined(parts, device, setup.activation_checkpointing, setup.timeout)
     return Ddp(device, setup.balance, rejoin)
+
+
+def _alike(strategy: Strategy, cards: int, processes: int) -> None:
+    if 0 < cards < processes:
+        raise OptionError(
+            f"{strategy} divides one network over processes that compute alike, and this machine has {processes} of "
+            f'them and {cards} graphics card{"s" * (cards > 1)}; start {cards}, use Setup(device="cpu"), or ddp, which '
+            "mixes them."
+        )

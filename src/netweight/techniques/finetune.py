@@ -156,7 +156,7 @@ class Moments:
         if not isinstance(network, Transformer):
             raise ModelError(f"a probe needs pooled features; {type(network).__name__} has none.")
         x = network.features(batch.ids, batch.mask, batch.types).double()
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], dim=1)
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
         if isinstance(self.task, Classify):
             y = torch.nn.functional.one_hot(batch.targets, self.task.outputs).double()
         else:

@@ -220,8 +220,8 @@ class GateGradients:
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         if not isinstance(network, Transformer):
             raise ModelError(f"gates stand in a transformer; this network is {type(network).__name__}.")
-        rows, width = len(batch), network.head.in_features
-        gates: dict[str, Tensor] = {"hidden": torch.ones(rows, width, requires_grad=True)}
+        rows, width, ones = len(batch), network.head.in_features, batch.weight.new_ones
+        gates: dict[str, Tensor] = {"hidden": ones(rows, width, requires_grad=True)}
         handles = [
             norm.register_forward_hook(_behind(gates["hidden"]))
             for norm in norms(network).values()
@@ -229,13 +229,13 @@ class GateGradients:
         ]
         for i, block in enumerate(blocks(network)):
             for kind, units, name in (("heads", block.heads, block.out), ("neurons", block.neurons, block.down)):
-                gate = gates[f"{kind}.{i}"] = torch.ones(rows, units, requires_grad=True)
+                gate = gates[f"{kind}.{i}"] = ones(rows, units, requires_grad=True)
                 handles.append(network.get_submodule(name).register_forward_pre_hook(_before(gate)))
         try:
             with torch.enable_grad():
                 known = batch.targets.isfinite() if batch.targets.is_floating_point() else batch.targets >= 0
                 # A mean over rows of weight one, times their number: every row has its own gates, so its own gradient.
-                alone = replace(batch, weight=torch.ones(rows))
+                alone = replace(batch, weight=ones(rows))
                 loss = supervised(self.task, network(batch.ids, batch.mask, batch.types), alone, 0.0) * known.sum()
                 slopes = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
         finally:

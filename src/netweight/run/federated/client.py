@@ -131,13 +131,16 @@ class Client:
             model = model.copy()
             put(model.network, personal)
         mine = self._kept.before(task.fit, task.round, "variate")
-        seams = Correcting(model.network, task.proximal, task.variate, mine)
+        plain = self._local.seams
+        seams = Correcting(model.network, task.proximal, task.variate, mine, plain.device)
         meter = Meter(task.plan.reporter)
         pool = self.data.pool if task.loss.unlabelled else None
         drawn = len(self.data.train) + len(pool or ())
         self._local.seams = self._guard.seams(task, drawn, seams)
-        fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
-        self._local.seams = Seams()
+        try:
+            fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
+        finally:
+            self._local.seams = plain
         self._guard.note(task, drawn, meter.at)
         new = travelling(fitted.network, task.personal)
         seed = seed_of(task.fit, task.round)
@@ -193,11 +196,20 @@ class Correcting(Seams):
     paper's proofs are for SGD.
     """
 
-    def __init__(self, network: nn.Module, mu: float, server: Tensors | None, mine: Tensors) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        mu: float,
+        server: Tensors | None,
+        mine: Tensors,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(device)
         self.mu = mu
-        held = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+        held = {name: p.detach().to(self.device) for name, p in network.named_parameters() if p.requires_grad}
         self.start = {name: p.clone() for name, p in held.items()} if mu else {}
-        self.push = None if server is None else {n: server[n] - mine[n] if n in mine else server[n] for n in held}
+        push = {} if server is None else {n: server[n] - mine[n] if n in mine else server[n] for n in held}
+        self.push = None if server is None else self.scatter(push)
         self.seen = {name: torch.zeros_like(p) for name, p in held.items()} if server is not None else {}
         self.steps = 0
 
@@ -214,7 +226,7 @@ class Correcting(Seams):
 
     def variate(self) -> dict[str, Tensor]:
         """The mean of the gradients that this client saw."""
-        return {name: total / max(self.steps, 1) for name, total in self.seen.items()}
+        return self.gather({name: total / max(self.steps, 1) for name, total in self.seen.items()})
 
 
 def add(parameter: nn.Parameter, term: Tensor) -> None:

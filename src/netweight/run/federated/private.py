@@ -48,6 +48,7 @@ class RowPrivate(Seams):
             raise OptionError(f"clip is {clip} and noise {noise}; clip must be above 0, noise not below it.")
         self.noise, self.limit, self.rows = noise, clip, rows
         self.inner = inner or Seams()
+        super().__init__(self.inner.device)
         seed = secrets.randbits(62) if seed is None else seed
         self.drawn = np.random.default_rng(seed)
         self.noises = torch.Generator().manual_seed(seed ^ 0x5DEECE66D)
@@ -58,7 +59,7 @@ class RowPrivate(Seams):
         rate = min(1.0, self.rows / len(source))
         mine = np.flatnonzero(self.drawn.random(len(source)) < rate)
         # An empty draw is a step of noise alone; a row that weighs nothing stands for it.
-        batch = source.batch(mine if len(mine) else np.zeros(1, np.int64), rng, hide)
+        batch = source.batch(mine if len(mine) else np.zeros(1, np.int64), rng, hide).to(self.device)
         expected = rate * len(source)
         weight = batch.weight if len(mine) else torch.zeros_like(batch.weight)
         return replace(batch, weight=weight, everywhere=lambda total: torch.full_like(total, expected))
@@ -81,7 +82,7 @@ class RowPrivate(Seams):
         for parameter in network.parameters():
             if not parameter.requires_grad:
                 continue
-            noise = torch.randn(parameter.shape, generator=self.noises) * (self.noise * self.limit)
+            noise = torch.randn(parameter.shape, generator=self.noises).to(self.device) * (self.noise * self.limit)
             total = noise if parameter.grad is None else parameter.grad + noise
             parameter.grad = total / self.expected
         return value
@@ -99,11 +100,11 @@ class RowPrivate(Seams):
         trained = [p for p in network.parameters() if p.requires_grad]
         # Without dropout: clients in one process share the generator that it draws from.
         was, _ = network.training, network.eval()
-        with torch.random.fork_rng(devices=[]):
+        with self.random():
             torch.manual_seed(0)
             _, rows = by_row(network, loss, one)
             mine = float(rows.norms()[0])
-        with torch.random.fork_rng(devices=[]):
+        with self.random():
             torch.manual_seed(0)
             found = torch.autograd.grad(loss(network, one), trained, allow_unused=True)
         network.train(was)
