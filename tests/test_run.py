@@ -56,6 +56,7 @@ def test_spliced_rows_begin_like_one_row_and_end_like_another(rows: list[list[in
     longest = max(map(len, given_rows))
     assert len(made) == 20
     assert made.ids.tolist() == spliced(tokens_of(given_rows), 20, 400_000, seed).ids.tolist(), "not deterministic"
+    assert spliced(tokens_of(given_rows), 7, 400_000, seed).ids.tolist() == made.ids[: made.offsets[7]].tolist()
     for i in range(20):
         new = made.ids[made.offsets[i] : made.offsets[i + 1]].tolist()
         assert 2 <= len(new) <= longest
@@ -142,6 +143,37 @@ def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
         kept.unlink()
     Local(dataset, tmp_path).fit(model, loss, replace(plan, seconds=1.0))
     assert labelled[-1] == spliced_tokens, "one that goes on draws the same rows"
+
+
+def test_labels_of_spliced_rows_are_shared_by_fits(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that draws more rows than another labels the others only, and gets what it would get alone."""
+    asked = []
+    usual = local.logits_of
+
+    def counted(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
+        asked.append(len(tokens))
+        return usual(of, tokens, half)
+
+    monkeypatch.setattr(local, "logits_of", counted)
+    loss, rows = SoftTargets(model.task, (tiny_model(seed=3),)), len(dataset.train)
+    made = {}
+    for splice, folder in ((1.0, tmp_path / "a"), (3.0, tmp_path / "a"), (2.0, tmp_path / "a"), (3.0, tmp_path / "b")):
+        asked.clear()
+        made[splice, folder] = Local(dataset, folder).fit(model, loss, Plan(epochs=1, precision="fp32", splice=splice))
+        assert (
+            asked
+            == {
+                (1.0, "a"): [rows, rows],
+                (3.0, "a"): [2 * rows],
+                (2.0, "a"): [],
+                (3.0, "b"): [rows, 3 * rows],
+            }[splice, folder.name]
+        )
+    one, other = (made[3.0, tmp_path / name].network.state_dict() for name in "ab")
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -62,8 +63,7 @@ class Local:
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
             most = self._affordable(model, loss, tokens, plan)
             added = spliced(tokens, round(plan.splice * len(tokens)), most, plan.seed)
-            key = {"spliced": len(added), "seed": plan.seed}
-            said = [self._kept(t, added, loss.unlabelled, half, key) for t in loss.teachers]
+            said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan)) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
             plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))
             tokens = tokens.joined(added)
@@ -121,7 +121,8 @@ class Local:
 
     def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan) -> int:
         """Tokens of spliced rows: the plan's, or fewer where a few rows tell that labelling would eat the time box.
-        Decided once for each fit, so that one that goes on draws the same rows."""
+        What is labelled already, for another fit, costs nothing. Decided once for each fit, so that one that goes on
+        draws the same rows."""
         if not plan.seconds or not len(tokens):
             return plan.spliced_tokens
         named = {"model": model.digest, "teachers": [t.digest for t in loss.teachers], "plan": plan.describe()}
@@ -136,28 +137,36 @@ class Local:
             for teacher in teachers:
                 logits_of(teacher, few, plan.precision != "fp32" and half_pays(self.seams.device))
             each = (time.monotonic() - began) / len(few.ids)
-        most = int(self.seams.agree(min(plan.spliced_tokens, int(_LABELLING * plan.seconds / max(each, 1e-9)))))
+        half, mean = plan.precision != "fp32", float(tokens.lengths.mean())
+        free = min(_rows_of(self._file(t, loss.unlabelled, half, _drawn(plan))) for t in loss.teachers) * mean
+        most = int(self.seams.agree(min(plan.spliced_tokens, int(free + _LABELLING * plan.seconds / max(each, 1e-9)))))
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(most), encoding="utf-8")
         return most
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:
-        """The model's logits of these rows; `key` names rows that are not those of the data."""
-        key = {**key, "half": True} if half else key
-        kept = None
-        if self.folder:
-            rows = fit_digest({"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, **key})
-            kept = self.folder / f"outputs-{rows[:16]}.safetensors"
-            if self.seams.agree(kept.exists()):
-                return load_file(kept)["logits"]
-        logits = self._said(model, tokens, half and half_pays(self.seams.device))
+        """The model's logits of these rows; `key` names a sequence of rows that are not those of the data, of which
+        more may be asked for another time."""
+        kept = self._file(model, unlabelled, half, key)
+        known = int(self.seams.agree(_rows_of(kept)))
+        if kept and known >= len(tokens):
+            return load_file(kept)["logits"][: len(tokens)]
+        rest = tokens.take(np.arange(known, len(tokens))) if known else tokens
+        logits = self._said(model, rest, half and half_pays(self.seams.device))
+        if kept and known:
+            logits = torch.cat([load_file(kept)["logits"], logits])
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
             save_file({"logits": logits}, new)
             new.replace(kept)
         return logits
+
+    def _file(self, model: Model, unlabelled: bool, half: bool, key: dict[str, Any]) -> Path | None:
+        """Where the model's logits of the data's rows, or of those that `key` names, are kept."""
+        named = {"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, "half": half, **key}
+        return self.folder and self.folder / f"outputs-{fit_digest(named)[:16]}.safetensors"
 
     def quality(self, model: Model) -> float:
         """The task's metric on the select rows."""
@@ -194,19 +203,34 @@ def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     return out
 
 
+def _drawn(plan: Plan) -> dict[str, Any]:
+    """Names the sequence of spliced rows that a plan draws from."""
+    return {"spliced": plan.seed}
+
+
+def _rows_of(kept: Path | None) -> int:
+    """How many rows a file of outputs holds."""
+    if kept is None or not kept.exists():
+        return 0
+    with safe_open(kept, framework="pt") as file:
+        return int(file.get_slice("logits").get_shape()[0])
+
+
 def spliced(tokens: Tokens, count: int, most: int, seed: int) -> Tokens:
     """Rows made of the beginning of one row and the end of another, cut at random; none where rows are pairs.
 
-    Fewer than `count` where they would hold more than `most` tokens: labelling them must not outlast training.
+    Fewer than `count` where they would hold more than `most` tokens: labelling them must not outlast training. They are
+    the first of one sequence, whatever their number.
     """
     if not len(tokens) or tokens.types.any():
         return tokens.take(np.zeros(0, np.int64))
     count = min(count, int(most / max(1.0, float(tokens.lengths.mean()))))
-    rng = np.random.default_rng([seed, 2])
-    first, second = rng.integers(0, len(tokens), (2, count))
+    # Row by row, and cuts from a generator of their own: more rows begin with the same ones.
+    first, second = np.random.default_rng([seed, 2]).integers(0, len(tokens), (count, 2)).T
+    begins, ends = np.random.default_rng([seed, 3]).random((count, 2)).T
     # At least the first token of one and the last of the other stay: [CLS] and [SEP].
-    head = 1 + (rng.random(count) * (tokens.lengths[first] - 1)).astype(np.int64)
-    tail = 1 + (rng.random(count) * (tokens.lengths[second] - 1)).astype(np.int64)
+    head = 1 + (begins * (tokens.lengths[first] - 1)).astype(np.int64)
+    tail = 1 + (ends * (tokens.lengths[second] - 1)).astype(np.int64)
     longest = int(tokens.lengths.max())
     head = np.minimum(head, longest - np.minimum(tail, longest - 1))
     lengths = head + np.minimum(tail, longest - 1)
