@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 ROUNDS = 7
-_PILOT = 0.3  # seconds of each batch size in the pilot
+_PILOT = 0.3  # seconds of each batch size in a look of the pilot
+_LOOKS = 3
 _ROUND = 1.0  # seconds of each process in each round
 _SINGLES, _TURN = 300, 10  # single requests, and how many of them in a turn
 _TRIAL = 10  # times fewer of them in a trial
@@ -59,6 +60,11 @@ class Served:
             count *= 2
         return done / spent
 
+    def best(self) -> int:
+        """The batch size of the highest rate: the median of a few looks, since in one the machine may be busy."""
+        looks = [[self.rate(batch) for batch in self.batches] for _ in range(_LOOKS)]
+        return int(self.batches[int(np.median(looks, axis=0).argmax())])
+
     def close(self) -> None:
         """End it."""
         with contextlib.suppress(OSError):
@@ -77,7 +83,7 @@ def interleaved(served: Mapping[str, Served], *, trial: bool = False) -> dict[st
     Each works at its own best batch size; `rows_per_second` is the median over rounds; p50, p95 and p99 are
     milliseconds of single requests.
     """
-    batches = {name: max(s.batches, key=s.rate) for name, s in served.items()}
+    batches = {name: s.best() for name, s in served.items()}
     sizes = {name: min(s.rows, max(batches[name], int(_ROUND * s.rate(batches[name])))) for name, s in served.items()}
     rates: dict[str, list[float]] = {name: [] for name in served}
     for turn in range(1 if trial else ROUNDS):

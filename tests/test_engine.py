@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 
@@ -19,7 +20,7 @@ from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.engine import Engine, Outputs
 from netweight.engine.cascade import cascade, tier_engine
-from netweight.engine.onnx import OpenvinoEngine
+from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
 from netweight.export import export
 from netweight.model import Model
@@ -224,6 +225,22 @@ def test_windows_do_not_look_beyond_a_row_and_whole_numbers_do_not_depend_on_the
             ),
         )
         np.testing.assert_allclose(engine.logits(encoder.encode(texts), size), together, atol=1e-5)
+
+
+def test_threads_that_share_rows_say_what_one_says() -> None:
+    """Whatever the number of rows, and whoever else asks at the same time, also for the first time."""
+    model, _, data = tier_of("onnx int8")
+    tokens = model.encoder.encode(mixed_rows(90).text)
+    alone, shared = (OnnxEngine(data, model.encoder.pad, threads) for threads in (1, 3))
+    wanted = alone.logits(tokens, 1)
+
+    def asked(n: int) -> None:
+        found = shared.logits(tokens.take(np.arange(n)), 32)
+        np.testing.assert_allclose(found, wanted[:n], atol=1e-5)
+        assert (found.argmax(1) == wanted[:n].argmax(1)).all()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(asked, [90, 41, 7, 2, 1, 0, 90, 13]))
 
 
 def test_openvino_tiers_run_on_onnx_runtime_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def test_a_program_under_torchrun_trains_as_one_process(dataset: Dataset, tmp_pa
             assert_equal(Model.load(tmp_path / f"made-{strategy}-{rank}"), wanted, dataset)
         refused = (tmp_path / f"refused-{rank}").read_text()
         assert refused == (
-            "3 processes are asked for, and torchrun started 2; leave the number out, or give the same to both."
+            "3 processes are asked for, and the launcher started 2; leave the number out, or give the same to both."
         )
     differs = "RunError: processes of one run were given different models or plans"
     assert (tmp_path / "differs-1").read_text().startswith(differs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,32 @@ def keep_tokenizer(options: Options) -> None:
 
 
 def onnx_predict(path: Path, options: Options) -> Predict:
-    """An ONNX file on ONNX Runtime, as it comes."""
+    """An ONNX file on ONNX Runtime: one batch on all threads, several on one thread each, which is faster (as in
+    Netweight's own engine)."""
     import onnxruntime as ort
 
-    encoder, setting = Encoder(options.model), ort.SessionOptions()
-    setting.intra_op_num_threads = options.threads
-    setting.inter_op_num_threads = 1
-    # Else idle workers would go on spinning while the other process has its turn.
-    setting.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(str(path), setting, providers=["CPUExecutionProvider"])
-    takes, width = {i.name for i in session.get_inputs()}, len(options.labels)
+    encoder, sessions = Encoder(options.model), []
+    for threads in (options.threads, 1):
+        setting = ort.SessionOptions()
+        setting.intra_op_num_threads = threads
+        setting.inter_op_num_threads = 1
+        # Else idle workers would go on spinning while the other process has its turn.
+        setting.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        sessions.append(ort.InferenceSession(str(path), setting, providers=["CPUExecutionProvider"]))
+    together, alone = sessions
+    takes, width = {i.name for i in together.get_inputs()}, len(options.labels)
+    pool = ThreadPoolExecutor(options.threads)
 
     def predict(texts: list[str], batch: int) -> Scores:
         out = np.zeros((len(texts), width), np.float32)
-        for rows, inputs in encoder.batches(texts, batch):
+        batches = list(encoder.batches(texts, batch))
+        session = alone if len(batches) > 1 else together
+
+        def answer(part: tuple[NDArray[np.int64], Inputs]) -> None:
+            rows, inputs = part
             out[rows] = session.run(None, {k: v for k, v in inputs.items() if k in takes})[0]
+
+        list(pool.map(answer, reversed(batches)))
         return out
 
     return predict

@@ -22,9 +22,9 @@ from netweight.errors import ArtifactError, OptionError
 from netweight.packing import unpacked_file
 from netweight.task import Floats, Prediction, ScorePrediction, Task
 
-# Rows that a transformer takes at a time: larger batches pad more and leave the cache. A static tier pads nothing.
-_BATCH = 32
-_STATIC = 512
+# Rows that a tier takes at a time: larger batches leave the cache, and those of a transformer pad more.
+_BATCH = 32  # engines may take fewer
+_STATIC = 128
 
 
 class Engine:

@@ -41,13 +41,9 @@ class StaticEngine:
         self._table[: len(norm), -1] = norm**2 if self._squared else norm
 
     def logits(self, tokens: Tokens, batch: int) -> Floats:
-        if len(tokens) <= batch:
-            return self._chunk(tokens)
-        starts = range(0, len(tokens), batch)
-        return np.concatenate([self._chunk(tokens.stretch(i, min(i + batch, len(tokens)))) for i in starts])
-
-    def _chunk(self, tokens: Tokens) -> Floats:
-        logits = self._finish(self._texts(self._pool, tokens))
+        starts = range(0, max(len(tokens), 1), batch)
+        parts = [tokens.stretch(i, min(i + batch, len(tokens))) for i in starts] if len(tokens) > batch else [tokens]
+        logits = np.concatenate([self._finish(self._texts(self._pool, part)) for part in parts])
         if self._windows is None:
             return logits
         return logits + self._windows.answers(self._texts(self._windows, tokens))
@@ -64,7 +60,7 @@ class StaticEngine:
         out = np.zeros((len(tokens), self._table.shape[1]), np.float32)
         full = np.flatnonzero(tokens.lengths)  # an empty row sums to zero
         if len(full):
-            out[full] = np.add.reduceat(self._table[index], starts[full], axis=0)
+            out[full] = np.add.reduceat(self._table.take(index, axis=0), starts[full], axis=0)
         divisor = np.sqrt(out[:, -1:]) if self._squared else out[:, -1:]
         return np.asarray(out[:, :-1] / np.maximum(divisor, 1e-6))
 
@@ -96,24 +92,28 @@ class _Windows:
     def __call__(self, tokens: Tokens) -> Floats:
         """The largest value of each filter in each row (n, filters), 0 at least."""
         out = np.zeros((len(tokens), len(self._scale)), np.float32)
-        full = np.flatnonzero(tokens.lengths)  # an empty row has no window
-        ends = tokens.offsets[full + 1]
-        start = 0
-        while start < len(full):
-            stop = max(start + 1, int(np.searchsorted(ends, tokens.offsets[full[start]] + _CHUNK, "right")))
-            out[full[start:stop]] = self._largest(tokens.take(full[start:stop]))
-            start = stop
+        # Rows of one length are a box of numbers, whose largest is found 15 times as fast as that of ragged stretches
+        # (numpy 2.4: `maximum.reduceat` of int16).
+        order = np.argsort(tokens.lengths, kind="stable")
+        lengths = tokens.lengths[order]
+        start = int(np.searchsorted(lengths, 1))  # an empty row has no window
+        while start < len(order):
+            length = int(lengths[start])
+            alike = int(np.searchsorted(lengths, length, "right"))
+            rows = order[start : min(alike, start + max(1, _CHUNK // length))]
+            out[rows] = self._largest(tokens.ids[tokens.offsets[rows][:, None] + np.arange(length)])
+            start += len(rows)
         return out
 
-    def _largest(self, tokens: Tokens) -> Floats:
+    def _largest(self, ids: NDArray[np.int32]) -> Floats:
+        """Of rows (n, length)."""
+        n, length = ids.shape
         reach = len(self._table)
         side = reach // 2
         # Blanks before and behind each row, so that no window looks into another one.
-        at = np.arange(len(tokens.ids)) + side * (1 + np.repeat(np.arange(len(tokens)), tokens.lengths))
-        places = np.full(len(tokens.ids) + side * (len(tokens) + 1), self._nothing, np.int32)
-        places[at] = self._place[tokens.ids]
-        total = self._table[0][places[at - side]].astype(np.int16)
+        places = np.full((n, length + 2 * side), self._nothing, np.int32)
+        places[:, side : side + length] = self._place[ids]
+        total = self._table[0].take(places[:, :length], axis=0).astype(np.int16)
         for k in range(1, reach):
-            total += self._table[k][places[at + k - side]]
-        largest = np.maximum.reduceat(total, tokens.offsets[:-1], axis=0)
-        return np.asarray(np.maximum(largest * self._scale + self._bias, 0), np.float32)
+            total += self._table[k].take(places[:, k : k + length], axis=0)
+        return np.asarray(np.maximum(total.max(axis=1) * self._scale + self._bias, 0), np.float32)

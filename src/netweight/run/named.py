@@ -37,8 +37,8 @@ def named(text: str, threads: int | None = None) -> Runs:
         )
     if group.launched():
         raise OptionError(
-            f"--run {text} starts its own processes, and this program was started by torchrun; start it by itself. "
-            "torchrun is for programs that call `Parallel` themselves."
+            f"--run {text} starts its own processes, and a launcher (torchrun, Ray Train) started this program; "
+            "start it by itself. Launchers are for programs that call `Parallel` themselves."
         )
     where, name, processes = found[2], found[3], int(found[4])
     cluster = f"ray://{where}" if where and ":" in where else where

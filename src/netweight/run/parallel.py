@@ -74,7 +74,7 @@ class Parallel:
             group.enter(self.setup.timeout)
             if processes not in (None, dist.get_world_size()):
                 raise OptionError(
-                    f"{processes} processes are asked for, and torchrun started {dist.get_world_size()}; leave the "
+                    f"{processes} processes are asked for, and the launcher started {dist.get_world_size()}; leave the "
                     "number out, or give the same to both."
                 )
             check(strategy, self.setup, dist.get_world_size())
