@@ -74,9 +74,9 @@ def test_rows_leave_where_they_are_sure(dataset: Dataset) -> None:
     assert (whole.logits(tokens, 16) == last).all(), "without fitted thresholds nothing leaves early"
     middle = float(np.median(sure(first)))
     tier = Tier("exits", "exits", "", {"thresholds": [middle]})
-    engine = tier_engine(tier, exported.data, model.encoder.pad, 1)
     wanted = np.where((sure(first) >= middle)[:, None], first, last)
-    for batch in (1, 7, 64):
+    for batch, threads in ((1, 1), (7, 1), (64, 1), (64, 3)):
+        engine = tier_engine(tier, exported.data, model.encoder.pad, threads)
         np.testing.assert_allclose(engine.logits(tokens, batch), wanted, atol=1e-5)
 
 

@@ -171,6 +171,9 @@ def test_labels_of_spliced_rows_are_shared_by_fits(
                 (3.0, "b"): [rows, 3 * rows],
             }[splice, folder.name]
         )
+    pairs = replace(dataset, train=replace(dataset.train, pair=dataset.train.text))
+    for _ in range(2):  # pairs are not spliced: no rows are no file to read from
+        Local(pairs, tmp_path / "c").fit(model, loss, Plan(epochs=1, splice=1.0))
     one, other = (made[3.0, tmp_path / name].network.state_dict() for name in "ab")
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)

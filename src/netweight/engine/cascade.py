@@ -66,10 +66,11 @@ class Engine:
         return self._engines[tier].logits(tokens, _STATIC if static else batch or _BATCH)
 
     def warm(self) -> None:
-        """Run every tier once, so that the first request does not wait for what is made on first use."""
-        tokens = self.encoder.encode(["ok"])
-        for engine in self._engines:
-            engine.logits(tokens, 1)
+        """Run every tier on one row and on two, so that no request waits for what is made on first use."""
+        for texts in (["ok"], ["ok", "ok"]):
+            tokens = self.encoder.encode(texts)
+            for engine in self._engines:
+                engine.logits(tokens, 2)
 
     def health(self) -> bool:
         """Whether it answers."""

@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.encode import Tokens
-from netweight.engine.onnx import session
+from netweight.engine.onnx import Index, Sessions
 from netweight.errors import CorruptArtifact
 from netweight.packing import unpacked, unpacked_file
 
 Floats = NDArray[np.float32]
-Index = NDArray[np.int64]
 _INPUTS = ("ids", "mask", "types")
 
 
@@ -30,31 +29,40 @@ class ExitsEngine:
         self._thresholds = [float(t) for t in options["thresholds"]]
         if len(stages) != len(self._thresholds) + 1:
             raise CorruptArtifact(f"{len(stages)} stages need one threshold less, not {len(self._thresholds)}.")
-        self._sessions = [session(unpacked_file(stages[name].tobytes()), threads) for name in sorted(stages, key=int)]
+        files = [unpacked_file(stages[name].tobytes()) for name in sorted(stages, key=int)]
+        self._sessions = Sessions(files, threads)
         self._pad = pad
-        self._width = self._sessions[-1].get_outputs()[0].shape[-1]
+        self._width = self._sessions.together[-1].get_outputs()[0].shape[-1]
 
     def logits(self, tokens: Tokens, batch: int) -> Floats:
         """(n, outputs) in the order of `tokens`, each row from the exit that it took."""
         out = np.zeros((len(tokens), self._width), np.float32)
-        for rows in tokens.buckets(batch):
-            for _, left, found in self._run(tokens, rows, self._thresholds):
+
+        def answer(sessions: list[Any], rows: Index) -> None:
+            for _, left, found in self._run(sessions, tokens, rows, self._thresholds):
                 out[left] = found
+
+        self._sessions.each(tokens, batch, answer)
         return out
 
     def stages(self, tokens: Tokens, batch: int) -> list[Floats]:
         """What every exit says of every row: (n, outputs) for each."""
-        out = [np.zeros((len(tokens), self._width), np.float32) for _ in self._sessions]
-        for rows in tokens.buckets(batch):
-            for i, left, found in self._run(tokens, rows, [np.inf] * len(self._thresholds)):
+        out = [np.zeros((len(tokens), self._width), np.float32) for _ in self._sessions.together]
+
+        def answer(sessions: list[Any], rows: Index) -> None:
+            for i, left, found in self._run(sessions, tokens, rows, [np.inf] * len(self._thresholds)):
                 out[i][left] = found
+
+        self._sessions.each(tokens, batch, answer)
         return out
 
-    def _run(self, tokens: Tokens, rows: Index, thresholds: list[float]) -> list[tuple[int, Index, Floats]]:
+    def _run(
+        self, sessions: list[Any], tokens: Tokens, rows: Index, thresholds: list[float]
+    ) -> list[tuple[int, Index, Floats]]:
         """Stage, rows and logits of all that each stage was asked about; later entries supersede earlier ones."""
         given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
         found = []
-        for i, stage in enumerate(self._sessions):
+        for i, stage in enumerate(sessions):
             takes = {x.name for x in stage.get_inputs()}
             logits, *hidden = stage.run(None, {name: value for name, value in given.items() if name in takes})
             found.append((i, rows, logits))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 from netweight import quiet
 from netweight.encode import Tokens
 from netweight.errors import MissingExtra
+
+Index = NDArray[np.int64]
 
 _INPUTS = ("ids", "mask", "types")
 # Rows of a batch: more pad more, and leave the cache. 8 was best of 1 to 64 for MiniLM in int8 and 17 tokens a row.
@@ -34,45 +38,57 @@ def session(data: bytes, threads: int) -> Any:
     return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=slow)
 
 
+class Sessions:
+    """ONNX Runtime over some files that go together. One row is computed by all threads; several are cut into two
+    batches or more for each thread, which computes them alone: products of a few rows are too small to be worth
+    sharing, and rows of about one length pad less (MiniLM in int8 on two cores: 0.75 of the time for 4 rows, less than
+    half for 32)."""
+
+    def __init__(self, files: Sequence[bytes], threads: int) -> None:
+        self.together = [session(data, threads) for data in files]
+        self._threads, self._lock = threads, Lock()
+        self._files = files if threads > 1 else ()
+        self._alone = self.together if threads == 1 else []
+
+    def each(self, tokens: Tokens, batch: int, answer: Callable[[list[Any], Index], None]) -> None:
+        """Call `answer` with sessions and row numbers, until every row was asked for; perhaps in several threads."""
+        if self._threads == 1 or len(tokens) < 2:
+            for rows in tokens.buckets(min(batch, _MOST)):
+                answer(self.together, rows)
+            return
+        alone = self._made()
+        batches = list(tokens.buckets(min(batch, _MOST, -(-len(tokens) // (2 * self._threads)))))
+        with ThreadPoolExecutor(self._threads) as pool:
+            # The longest first, so that no thread begins them when the others have ended.
+            list(pool.map(partial(answer, alone), reversed(batches)))
+
+    def _made(self) -> list[Any]:
+        """Sessions that compute where they are called; made when they are first needed."""
+        with self._lock:
+            if not self._alone:
+                self._alone, self._files = [session(data, 1) for data in self._files], ()
+            return self._alone
+
+
 class OnnxEngine:
-    """ONNX Runtime on the CPU. One row is computed by all threads together; several are cut into two batches or more
-    for each thread, which computes them alone: products of a few rows are too small to be worth sharing, and rows of
-    about one length pad less (MiniLM in int8 on two cores: 0.75 of the time for 4 rows, less than half for 32)."""
+    """ONNX Runtime on the CPU."""
 
     def __init__(self, data: bytes, pad: int, threads: int) -> None:
-        self._session = session(data, threads)
-        self.takes = {i.name for i in self._session.get_inputs()}
-        self._pad, self._threads = pad, threads
-        self._width = self._session.get_outputs()[0].shape[-1]
-        self._data, self._lock = data, Lock()
-        self._single: Any = self._session if threads == 1 else None
+        self._sessions = Sessions([data], threads)
+        (first,) = self._sessions.together
+        self.takes = {i.name for i in first.get_inputs()}
+        self._pad = pad
+        self._width = first.get_outputs()[0].shape[-1]
 
     def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
         out = np.zeros((len(tokens), self._width), np.float32)
-        apart = self._threads > 1 and len(tokens) > 1
-        most = -(-len(tokens) // (2 * self._threads)) if apart else _MOST
-        batches = list(tokens.buckets(min(batch, most, _MOST)))
-        session = self._alone() if apart else self._session
 
-        def answer(rows: NDArray[np.int64]) -> None:
+        def answer(sessions: list[Any], rows: Index) -> None:
             given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
-            out[rows] = session.run(None, {k: v for k, v in given.items() if k in self.takes})[0]
+            out[rows] = sessions[0].run(None, {k: v for k, v in given.items() if k in self.takes})[0]
 
-        if not apart:
-            for rows in batches:
-                answer(rows)
-            return out
-        with ThreadPoolExecutor(self._threads) as pool:
-            # The longest first, so that no thread begins them when the others have ended.
-            list(pool.map(answer, reversed(batches)))
+        self._sessions.each(tokens, batch, answer)
         return out
-
-    def _alone(self) -> Any:
-        """A session that computes where it is called; made when it is first needed."""
-        with self._lock:
-            if self._single is None:
-                self._single, self._data = session(self._data, 1), b""
-            return self._single
 
 
 class OpenvinoEngine:

@@ -150,12 +150,13 @@ class Local:
         more may be asked for another time."""
         kept = self._file(model, unlabelled, half, key)
         known = int(self.seams.agree(_rows_of(kept)))
-        if kept and known >= len(tokens):
+        if kept and known and known >= len(tokens):
             return load_file(kept)["logits"][: len(tokens)]
         rest = tokens.take(np.arange(known, len(tokens))) if known else tokens
         logits = self._said(model, rest, half and half_pays(self.seams.device))
         if kept and known:
-            logits = torch.cat([load_file(kept)["logits"], logits])
+            # Another process may have written all of them by now.
+            logits = torch.cat([load_file(kept)["logits"][:known], logits])
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
