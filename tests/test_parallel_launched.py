@@ -182,7 +182,9 @@ def test_names_of_runs(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Mon
             named(wrong)
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(OptionError, match="--run ddp:2 starts its own processes, and this program was started by tor"):
+    with pytest.raises(
+        OptionError, match=r"--run ddp:2 starts its own processes, and a launcher \(torchrun, Ray Train\) started"
+    ):
         named("ddp:2")
 
 
