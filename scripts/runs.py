@@ -204,7 +204,7 @@ def _table(kind: str, title: str, cells: dict[str, Any]) -> list[str]:
         return []
     lines = [
         f"{title}. Accuracy on rows cut from train; means over the seeds that were run.\n",
-        "| way | seeds | accuracy | worst client | MB of a round | seconds |",
+        "| way | seeds | epochs | accuracy | worst client | MB of a round |",
         "|---|---|---|---|---|---|",
     ]
     for way, found in there.items():
@@ -213,8 +213,8 @@ def _table(kind: str, title: str, cells: dict[str, Any]) -> list[str]:
             accuracy = sum(c["accuracy"] for c in each) / n
             worst = sum(min(c["clients"].values()) for c in each) / n
             megabytes = f"{sent(each[0]) / 1e6:,.1f}" if sent(each[0]) else ""
-            seconds = sum(c["seconds"] for c in each) / n
             lines.append(
-                f"| {_WAYS[way]} | {', '.join(found)} | {100 * accuracy:.1f} | {100 * worst:.1f} | {megabytes} | {seconds:,.0f} |"
+                f"| {_WAYS[way]} | {', '.join(found)} | {each[0]['epochs']:g} "
+                f"| {100 * accuracy:.1f} | {100 * worst:.1f} | {megabytes} |"
             )
     return [*lines, ""]

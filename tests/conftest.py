@@ -301,9 +301,14 @@ def model() -> Model:
     return tiny_model()
 
 
-@pytest.fixture
-def dataset() -> Dataset:
+def tiny_dataset() -> Dataset:
+    """80 rows to train on, 10 to select, 10 to calibrate, 20 to certify."""
     rows = tiny_rows()
     return Dataset(
         rows.take(range(80)), rows.take(range(80, 90)), rows.take(range(90, 100)), Sealed(rows.take(range(100, 120)))
     )
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return tiny_dataset()

@@ -97,6 +97,12 @@ def test_measuring_says_what_is_wrong(tmp_path: Path) -> None:
         measure.fresh(tmp_path, ROWS, 1, rounds=1)
 
 
+def test_the_best_batch_is_not_that_of_one_lucky_or_busy_moment(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([10, 20, 5, 20, 90, 20, 30, 20, 10, 20, 30, 20])  # three times 1, 8, 32 and 128 rows
+    monkeypatch.setattr(measure, "_rate", lambda *_: next(looks))
+    assert measure._best_batch(load(made), ROWS) == 32
+
+
 def test_a_sparse_teachers_file_is_unpacked_for_baselines() -> None:
     model = tiny_model()
     with torch.no_grad():

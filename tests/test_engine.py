@@ -243,6 +243,19 @@ def test_threads_that_share_rows_say_what_one_says() -> None:
         list(pool.map(asked, [90, 41, 7, 2, 1, 0, 90, 13]))
 
 
+def test_a_warm_engine_makes_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tier, data = tier_of("onnx int8")
+    engine = Engine(model.task, model.encoder, [(tier, tier_engine(tier, data, model.encoder.pad, 2))], "warm")
+    engine.warm()
+
+    def made(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("netweight.engine.onnx.session", made)
+    for n in (1, 2, 40):
+        assert len(engine.predict(mixed_rows(n).text)) == n
+
+
 def test_openvino_tiers_run_on_onnx_runtime_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = tier_of("onnx int8")[2]
     rows = mixed_rows(60)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 
 import netweight
-from conftest import Shop, again, journal, tiny_model
+from conftest import Shop, again, journal, tiny_dataset, tiny_model
 from netweight.connect import _loopback
 from netweight.data import Dataset
 from netweight.errors import MissingExtra, OptionError, RunError
@@ -26,19 +30,40 @@ from test_parallel_faults import At, Odd
 from test_server import until
 
 
+def environment() -> dict[str, str]:
+    """Of processes of a cluster: they find these tests, ask soon whether others live, and tell nobody."""
+    folders = [str(Path(netweight.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "PYTHONPATH": os.pathsep.join(folders),
+    }
+
+
+def program(code: str, *words: str) -> subprocess.Popen[str]:
+    """A process of its own: this one is connected to a cluster already."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        env={**os.environ, **environment()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def succeeded(process: subprocess.Popen[str]) -> None:
+    with process:
+        said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster of this machine with four CPUs, on loopback, to which this process is connected."""
     ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
     with pytest.MonkeyPatch.context() as patch, _loopback():
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        folders = [
-            str(Path(netweight.__file__).parents[1]),
-            str(Path(__file__).parent),
-            os.environ.get("PYTHONPATH", ""),
-        ]
-        patch.setenv("PYTHONPATH", os.pathsep.join(folders))
+        for name, value in environment().items():
+            patch.setenv(name, value)
         ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
         try:
             yield
@@ -213,3 +238,61 @@ def test_a_whole_job_on_a_cluster(shop: Shop, tmp_path: Path, quick: None, clust
     made = again(shop, tmp_path / "made.nw", runs=named("ray://auto/ddp:2", threads=2))
     assert made.certificate.shipped is not None
     assert set(journal(tmp_path / "made.nw")) == set(journal(shop.folder))
+
+
+# --- from outside, and over more than one machine ---
+
+
+def _outside(address: str) -> None:
+    """A program that is no part of the cluster."""
+    data, model = tiny_dataset(), undropped(tiny_model())
+    with Parallel(data, 2, setup=SAME, cluster=address) as run:
+        made = run.fit(model, Supervised(model.task), PLAN)
+    assert_equal(made, Local(data).fit(model, Supervised(model.task), PLAN), data)
+
+
+@pytest.mark.slow
+def test_a_program_outside_of_the_cluster(cluster: None) -> None:
+    import ray
+
+    serve = (
+        "import runpy; from netweight.connect import _loopback\n"
+        "with _loopback(): runpy.run_module('ray.util.client.server', run_name='__main__')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    cluster_at = ray.get_runtime_context().gcs_address
+    words = ("--address", cluster_at, "--host", "127.0.0.1", "--port", port, "--mode", "legacy")
+    with program(serve, *words) as server:
+        try:
+            until(lambda: socket.socket().connect_ex(("127.0.0.1", int(port))) == 0)
+            succeeded(program(f"import test_parallel_ray as t; t._outside('ray://127.0.0.1:{port}')"))
+        finally:
+            server.terminate()
+
+
+def _machine_lost() -> None:
+    """A cluster of two machines with a CPU each, one of which is gone after seven steps."""
+    from ray.cluster_utils import Cluster
+
+    data, model = tiny_dataset(), undropped(tiny_model())
+    small = {"include_dashboard": False, "object_store_memory": 80 * 2**20}
+    with _loopback(), tempfile.TemporaryDirectory() as folder:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+        nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20) for _ in range(2)]
+        told = At(7, lambda: cluster.remove_node(nodes[1], allow_graceful=False))
+        plan = replace(PLAN, checkpoint_every=0, reporter=told)
+        with RayPool(cluster.address, 2) as pool:
+            made = Parallel(data, setup=SAME, folder=Path(folder), pool=pool).fit(model, Supervised(model.task), plan)
+        cluster.shutdown()
+    (note,) = told.notes
+    assert note.endswith(": going on with 1 process, from the last checkpoint"), note
+    assert told.starts[1] >= 6, told.starts
+    assert_equal(made, Local(data).fit(model, Supervised(model.task), PLAN), data)
+
+
+@pytest.mark.slow
+def test_a_lost_machine(tmp_path: Path) -> None:
+    """Its CPU counts as there until the cluster has missed its heartbeats, so the first new workers do not come."""
+    pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
+    succeeded(program("import test_parallel_ray as t; t._machine_lost()"))

@@ -135,8 +135,18 @@ class RayPool(Crew[_Trainee]):
 
     def _started(self, fewer: bool) -> None:
         self._connection.enter_context(connected(self.address))
-        ray = module()
         size, cards = self._room(fewer)
+        while why := self._missed(size, cards):
+            # A machine that is gone counts as there until the cluster has missed its heartbeats.
+            now, cards = self._room(fewer)
+            if now == size:
+                raise RunError(f"Ray Train did not start {size} workers on the cluster {self.address}: {why}.")
+            self._let_go()
+            size = now
+
+    def _missed(self, size: int, cards: bool) -> str:
+        """Start workers. Gives why not all came; nothing where they did."""
+        ray = module()
         self._over = False
         self._post = ray.remote(num_cpus=0)(Post).remote()
         self._letter = self._post.take.remote(_PROGRAM)
@@ -148,9 +158,11 @@ class RayPool(Crew[_Trainee]):
             if taken is not None:
                 found[taken[0]] = taken[1]
             elif self._over or time.monotonic() >= until:
-                why = "; ".join(self._ended().values()) if self._over else f"they took more than {_START:g} s"
-                raise RunError(f"Ray Train did not start {size} workers on the cluster {self.address}: {why}.")
+                if not self._over:
+                    return f"they took more than {_START:g} s"
+                return "; ".join(self._ended().values()) or "they ended"
         self.members = [_Trainee(rank, found[rank], self) for rank in sorted(found)]
+        return ""
 
     def _room(self, fewer: bool) -> tuple[int, bool]:
         """How many processes there will be, and whether each has a graphics card."""
@@ -206,6 +218,11 @@ class RayPool(Crew[_Trainee]):
         return {_PROGRAM: why}
 
     def _stopped(self) -> None:
+        self._let_go()
+        self._connection.close()
+
+    def _let_go(self) -> None:
+        """End the workers, and whatever waits for them."""
         if self._fit is not None:
             ray = module()
             with suppress(ray.exceptions.RayError):
@@ -213,7 +230,6 @@ class RayPool(Crew[_Trainee]):
             self._ended()
             ray.kill(self._post)
         self._post = self._fit = self._letter = None
-        self._connection.close()
 
 
 def _gone() -> tuple[type[Exception], ...]:
