@@ -49,18 +49,18 @@ RESULTS = HERE / "results" / "runs-federated.json"
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of one data set's cells. `rate` is for one place, `together` for rounds: an average of many short fits
-    moves less than one long fit does. `lora` is that of adapters, which train `longer` times the epochs and rounds;
-    `noisy` is that of the head alone under privacy, for so many `passes`."""
+    """Sizes of one data set's cells. `epochs` and `rate` are for one place, `shared` and `together` for rounds, two of
+    which make an epoch: clients that step side by side take fewer steps one after the other than one place does, and
+    the mean of many short fits moves less than one long fit. `lora` is the rate of adapters, which train `longer` times
+    the epochs and rounds; `noisy` is that of the head alone under privacy, for so many `passes`, one a round."""
 
     folder: str
     rows: int
     asked: int
     max_length: int
     epochs: float
-    rounds: int
-    batch: int
     rate: float
+    shared: float
     together: float
     lora: float
     longer: float
@@ -69,11 +69,12 @@ class Setting:
 
 
 SETTINGS = {
-    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 12, 16, 1e-4, 4e-4, 5e-3, 1.5, 9.0, 9.0),
-    "amazon": Setting("amazon_multidomain", 1600, 1600, 64, 3.0, 6, 16, 1e-4, 2e-4, 2e-3, 1.5, 1.0, 6.0),
+    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 1e-4, 6.0, 4e-4, 5e-3, 1.5, 9.0, 9.0),
+    "amazon": Setting("amazon_multidomain", 1600, 1600, 64, 3.0, 1e-4, 6.0, 3e-4, 2e-3, 1.5, 1.0, 6.0),
 }
 MANY = 50
 EPSILONS = ("8", "1", "3", "off")  # the first with all seeds
+BATCH = 16
 PRIVATE_BATCH = 128  # noise is added once a step
 
 
@@ -129,9 +130,9 @@ def peak() -> float:
 
 def technique(way: str, setting: Setting, seed: int) -> tuple[Finetune, Plan]:
     """What is trained, and how."""
-    plan = Plan(batch_size=setting.batch, precision="bf16", seed=seed)
+    plan = Plan(batch_size=BATCH, precision="bf16", seed=seed)
     if way == "lora-int8":
-        epochs = setting.epochs * setting.longer
+        epochs = setting.shared * setting.longer
         return Finetune(train="lora", rank=6, epochs=epochs, learning_rate=setting.lora), plan
     if way.startswith("private"):
         # No probe: sums over rows are exact, and no noise hides them.
@@ -139,9 +140,12 @@ def technique(way: str, setting: Setting, seed: int) -> tuple[Finetune, Plan]:
         # Adam's steps have one size, be it noise or signal: tried on pooled features, SGD reached 61 %, Adam 43.
         return tuned, replace(plan, batch_size=PRIVATE_BATCH, optimizer="sgd")
     if way == "head-int8":
-        return Finetune(train="head", epochs=setting.epochs, learning_rate=5e-3), plan
-    rate = setting.together if way in ("fedavg", "many") else setting.rate
-    return Finetune(epochs=setting.epochs, learning_rate=rate), plan
+        return Finetune(train="head", epochs=setting.shared, learning_rate=5e-3), plan
+    if way == "many":
+        return Finetune(epochs=0.5, learning_rate=setting.together), plan
+    if way == "fedavg":
+        return Finetune(epochs=setting.shared, learning_rate=setting.together), plan
+    return Finetune(epochs=setting.epochs, learning_rate=setting.rate), plan
 
 
 def by_client(model: Model, parts: dict[str, Dataset]) -> dict[str, float]:
@@ -154,16 +158,15 @@ def federated(
 ) -> tuple[Model, Federated]:
     """A model trained over rounds, and its run."""
     codec = Int8() if way.endswith("int8") else Full()
-    number = {"many": 1, "lora-int8": round(setting.rounds * setting.longer)}.get(way, setting.rounds)
+    tuned, plan = technique(way, setting, seed)
     budget = way.partition("private-")[2]
     run = Federated(
         [Client(n, p) for n, p in parts.items()],
-        rounds=Rounds(number),
+        rounds=Rounds(round(tuned.epochs if budget else 2 * tuned.epochs)),
         travel=Travel(codec),
         privacy=RowLevel(float(budget)) if budget not in ("", "off") else None,
     )
-    tuned, plan = technique(way, setting, seed)
-    return (replace(tuned, epochs=0.5) if way == "many" else tuned)(model, run, plan), run
+    return tuned(model, run, plan), run
 
 
 def measured(name: str, data: Path, scale: float) -> Cell:
@@ -203,7 +206,7 @@ def measured(name: str, data: Path, scale: float) -> Cell:
         round(time.monotonic() - began, 1),
         round(base, 1),
         round(peak(), 1),
-        0.5 if way == "many" else tuned.epochs,
+        tuned.epochs,
         rounds,
         round(moved, 5),
         where.commit,
