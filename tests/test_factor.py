@@ -25,7 +25,6 @@ from netweight.network import Transformer, parameters
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import Factor, Finetune, Prune, Quantize, Static
-from netweight.techniques.base import layer_linears
 from netweight.techniques.factor import SecondMoments, Split, factorable, low_rank, spent, split
 from netweight.techniques.quantize import OUT, points
 from netweight.testing import TechniqueContract, fresh_digest
@@ -69,7 +68,7 @@ def test_contract_in_every_family(family: str, dataset: Dataset, tmp_path: Path)
 def test_every_family_is_factored_and_saved(family: str, dataset: Dataset, tmp_path: Path) -> None:
     model = tiny_model(family=family)
     made = Factor(energy=0.8, epochs=0.2)(model, Local(dataset), PLAN)
-    assert set(ranks(made)) <= set(layer_linears(net(model)))
+    assert set(ranks(made)) <= set(net(model).linears())
     assert parameters(made.network) < parameters(model.network)
     made.save(tmp_path)
     tokens = model.encoder.encode(dataset.train.text)
@@ -161,7 +160,7 @@ def test_a_rank_for_every_layer_that_it_saves(model: Model, dataset: Dataset) ->
     with pytest.raises(OptionError, match="no layer would have fewer parameters at energy 0.9999; ask for less"):
         Factor(energy=0.9999)(model, run, PLAN)
     # What is factored already stays.
-    assert set(factorable(net(made))) == set(layer_linears(net(model))) - set(ranks(made))
+    assert set(factorable(net(made))) == set(net(model).linears()) - set(ranks(made))
     again = Factor(rank=4, epochs=0)(made, run, PLAN)
     assert sorted(ranks(again).values()) == [4] * 8 + [18] * 4
 
@@ -268,7 +267,7 @@ def test_pruned_after_it_was_factored(model: Model, dataset: Dataset) -> None:
     run = Local(dataset)
     made = Prune(0.5, epochs=0.2)(Factor(rank=8, epochs=0)(model, run, PLAN), run, PLAN)
     assert len(ranks(made)) == 12
-    linear = layer_linears(net(made))
+    linear = net(made).linears()
     assert (
         sum(int((m.weight == 0).sum()) for m in linear.values()) == sum(m.weight.numel() for m in linear.values()) / 2
     )

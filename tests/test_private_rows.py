@@ -11,7 +11,6 @@ from conftest import Killed, Killer, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import OptionError
-from netweight.layers import MaskedLinear
 from netweight.loss import Penalized, PseudoLabels, SoftTargets, Supervised
 from netweight.network import Static
 from netweight.objectives import Adversarial, CausalLM, Contrastive, MaskedLM, RDrop
@@ -247,12 +246,12 @@ def test_layers_whose_gradients_by_row_are_not_known_are_refused():
     model = tiny_model()
     with pytest.raises(OptionError, match="embeddings is a Embedding.* use freeze_embeddings=True"):
         require(model.network, Supervised(model.task), Plan())
-    masked = prepared()
-    masked.network.head = MaskedLinear(32, 2)
-    with pytest.raises(OptionError, match="head is a MaskedLinear, whose gradients row by row are not known"):
-        require(masked.network, Supervised(masked.task), Plan())
+    other = prepared()
+    other.network.head = nn.Bilinear(32, 32, 2)
+    with pytest.raises(OptionError, match="head is a Bilinear, whose gradients row by row are not known"):
+        require(other.network, Supervised(other.task), Plan())
     with pytest.raises(OptionError, match="the network is a Static"):
-        require(Static(30, 8, 4, 2), Supervised(masked.task), Plan())
+        require(Static(30, 8, 4, 2), Supervised(other.task), Plan())
 
 
 def test_a_parameter_that_is_used_outside_of_its_layer_is_found():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,30 @@ from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.errors import DataError, ModelError, OptionError
 from netweight.export import export
-from netweight.layers import MaskedLinear, describe, make
 from netweight.loss import Batch, Loss, Penalized, SoftTargets, Supervised, penalty
 from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local
+from netweight.run.federated import Client, ClientLevel, Federated, Rounds
 from netweight.run.local import logits_of
+from netweight.seams import Seams
 from netweight.task import Score
-from netweight.techniques import Finetune, Prune, Quantize, Static
-from netweight.techniques.base import layer_linears
-from netweight.techniques.prune import Gradients, largest, largest_of_each, mask, unmask, zeros
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Finetune,
+    Pretrain,
+    Prune,
+    Quantize,
+    QuantizeAware,
+    Static,
+    SwapActivation,
+    Technique,
+)
+from netweight.techniques.prune import Gradients, largest, largest_of_each, zeros
 from netweight.testing import TechniqueContract, fresh_digest
 from netweight.train import Plan
+from quick import TECHNIQUES
 
 PLAN = Plan(batch_size=16, precision="fp32")
 
@@ -45,7 +56,7 @@ def net(model: Model) -> Transformer:
 
 
 def weights(model: Model) -> dict[str, Tensor]:
-    return {name: layer.weight.detach() for name, layer in layer_linears(net(model)).items()}
+    return {name: layer.weight.detach() for name, layer in net(model).linears().items()}
 
 
 def absent(model: Model) -> dict[str, Tensor]:
@@ -59,19 +70,15 @@ def local(train: Rows) -> Local:
 class Watched(Local):
     """Keeps what each fit was given."""
 
-    def __init__(self, data: Dataset, meddle: Callable[[Transformer], None] | None = None) -> None:
+    def __init__(self, data: Dataset) -> None:
         super().__init__(data)
         self.seen: list[tuple[float, Loss, Plan]] = []
         self.masks: list[dict[str, Tensor]] = []
-        self.meddle = meddle
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
-        self.seen.append((zeros(layer_linears(net(model))), loss, plan))
+        self.seen.append((zeros(net(model).linears()), loss, plan))
         self.masks.append(absent(model))
-        new = super().fit(model, loss, plan, label)
-        if self.meddle:
-            self.meddle(net(new))
-        return new
+        return super().fit(model, loss, plan, label)
 
 
 @pytest.mark.parametrize(
@@ -104,15 +111,14 @@ def test_every_family_is_pruned_by_gradients(family: str, importance: Any, datas
     model = tiny_model(family=family)
     made = Prune(0.75, importance=importance, rows=8, epochs=0.2, scope="layer")(model, Local(dataset), PLAN)
     assert {float(gone.float().mean()) for gone in absent(made).values()} == {0.75}
-    assert made.network.spec() == model.network.spec(), "a mask was left behind"
-    assert not any(isinstance(m, MaskedLinear) for m in made.network.modules())
+    assert made.network.spec() == model.network.spec() | {"zeros_stay": True}
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2"])
 def test_magnitudes_equal_torchs_global_pruning(importance: Any, model: Model, dataset: Dataset) -> None:
     made = Prune(0.37, importance=importance, epochs=0)(model, Local(dataset), PLAN)
     other = model.copy()
-    layers = layer_linears(net(other))
+    layers = net(other).linears()
     assert len(layers) == 12
     reference.global_unstructured([(m, "weight") for m in layers.values()], reference.L1Unstructured, amount=0.37)
     for name, layer in layers.items():
@@ -139,7 +145,7 @@ def gradients_by_hand(model: Model, rows: int) -> tuple[dict[str, Tensor], dict[
         copied.network.zero_grad()
         given = map(torch.from_numpy, tokens.padded(np.array([i]), 0))
         F.cross_entropy(copied.network(*given), targets[i : i + 1]).backward()
-        for name, layer in layer_linears(net(copied)).items():
+        for name, layer in net(copied).linears().items():
             assert layer.weight.grad is not None
             first[name] = first.get(name, 0) + layer.weight.grad / rows
             second[name] = second.get(name, 0) + layer.weight.grad.square() / rows
@@ -189,7 +195,7 @@ def test_rows_without_a_label_have_no_gradient(model: Model) -> None:
     run = local(rows.unlabelled())
     with pytest.raises(DataError, match="importance 'taylor' needs labels, and no row has one; use 'l1'"):
         Prune(0.5, importance="taylor")(model, run, PLAN)
-    assert zeros(layer_linears(net(Prune(0.5, epochs=0.5)(model, run, PLAN)))) == 0.5
+    assert zeros(net(Prune(0.5, epochs=0.5)(model, run, PLAN)).linears()) == 0.5
 
 
 def test_scores_have_gradients_too(dataset: Dataset) -> None:
@@ -197,7 +203,7 @@ def test_scores_have_gradients_too(dataset: Dataset) -> None:
     model = tiny_model(Score(mean=2.0, scale=1.5))
     run = local(rows)
     made = Prune(0.5, importance="fisher", epochs=1)(model, run, PLAN)
-    assert zeros(layer_linears(net(made))) == 0.5
+    assert zeros(net(made).linears()) == 0.5
 
 
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**31))
@@ -228,34 +234,55 @@ def test_removed_weights_stay_exactly_zero_through_healing(kind: Any, model: Mod
     assert not any(torch.equal(weights(made)[name], weights(model)[name]) for name in weights(model))
 
 
-def test_noise_on_the_weights_does_not_bring_them_back(model: Model, dataset: Dataset) -> None:
-    def meddle(network: Transformer) -> None:
-        with torch.no_grad():
-            for layer in layer_linears(network).values():
-                layer.weight.add_(0.5)
+def shifted(seams: Seams, network: nn.Module) -> None:
+    """A gradient everywhere, as noise for privacy is."""
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad += 0.5
 
-    run = Watched(dataset, meddle)
+
+def test_noise_does_not_bring_them_back(model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Seams, "correct", shifted)
+    run = Watched(dataset)
     made = Prune(0.6, epochs=0.2)(model, run, PLAN)
     assert all(torch.equal(gone, run.masks[0][name]) for name, gone in absent(made).items())
 
 
-def test_a_masked_network_says_what_its_plain_one_says(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+LATER = [
+    one for one in TECHNIQUES if type(one) in (Distill, EarlyExit, Finetune, Pretrain, QuantizeAware, SwapActivation)
+]
+
+
+@pytest.mark.parametrize("later", LATER, ids=lambda one: type(one).__name__)
+def test_they_stay_zero_whatever_trains_the_model_later(later: Technique, model: Model, dataset: Dataset) -> None:
+    pruned = Prune(0.6, epochs=0)(model, Local(dataset), PLAN)
+    made = later(pruned, Local(dataset), PLAN)
+    assert zeros(net(made).linears()) >= 0.5
+    assert any(not torch.equal(weights(made)[name], weights(pruned)[name]) for name in weights(made))
+
+
+@pytest.mark.parametrize("privacy", [None, ClientLevel(epsilon=1e7)], ids=["plain", "noise on updates"])
+def test_they_stay_zero_where_others_train_it(privacy: ClientLevel | None, dataset: Dataset) -> None:
+    pruned = Prune(0.6, epochs=0)(tiny_model(), Local(dataset), PLAN)
+    shops = [Client(str(i), replace(dataset, train=dataset.train.take(range(4 * i, 4 * i + 4)))) for i in range(20)]
+    made = Finetune(probe=False, epochs=2)(pruned, Federated(shops, rounds=Rounds(1), privacy=privacy), PLAN)
+    assert all(torch.equal(gone, absent(pruned)[name]) for name, gone in absent(made).items())
+    assert made.digest != pruned.digest
+
+
+def test_a_pruned_model_is_saved_as_one(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     made = Prune(0.7, epochs=0)(model, Local(dataset), PLAN)
-    tokens = made.encoder.encode(dataset.train.text)
-    masked = made.copy()
-    mask(net(masked))
-    with torch.no_grad():
-        for layer in layer_linears(net(masked)).values():
-            layer.weight.add_((layer.weight == 0) * 3.0)
-    assert torch.equal(logits_of(masked, tokens), logits_of(made, tokens))
-    # A run that builds the network elsewhere has the masks there too.
-    masked.save(tmp_path)
-    assert torch.equal(logits_of(Model.load(tmp_path), tokens), logits_of(made, tokens))
-    assert isinstance(make(describe(MaskedLinear(3, 2, False))), MaskedLinear)
-    unmask(net(masked))
-    assert fresh_digest(masked.with_network(net(masked))) != made.digest, "masks are noted until the edits are reset"
-    net(masked).edits = {}
-    assert fresh_digest(masked) == made.digest
+    made.save(tmp_path)
+    loaded = Model.load(tmp_path)
+    assert loaded.digest == made.digest
+    tuned = Finetune(epochs=1)(loaded, Local(dataset), PLAN)
+    assert all(torch.equal(gone, absent(made)[name]) for name, gone in absent(tuned).items())
+
+
+def test_what_lora_learns_would_fill_zeros(model: Model, dataset: Dataset) -> None:
+    made = Prune(0.7, epochs=0)(model, Local(dataset), PLAN)
+    with pytest.raises(OptionError, match="would fill the zeros of a pruned model; use train='full' or 'head'"):
+        Finetune(train="lora")(made, Local(dataset), PLAN)
 
 
 def test_the_cubic_schedule_is_zhu_and_guptas(model: Model, dataset: Dataset) -> None:
@@ -343,8 +370,8 @@ def test_the_pages_code_runs(model: Model, dataset: Dataset) -> None:
     scope: dict[str, Any] = {"model": model, "run": run, "plan": PLAN}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, page.name, "exec"), scope)
-    assert zeros(layer_linears(net(scope["pruned"]))) == pytest.approx(0.7, abs=1e-4)
-    assert zeros(layer_linears(net(scope["pattern"]))) == 0.5
+    assert zeros(net(scope["pruned"]).linears()) == pytest.approx(0.7, abs=1e-4)
+    assert zeros(net(scope["pattern"]).linears()) == 0.5
 
 
 # --- penalties ---

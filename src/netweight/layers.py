@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,19 +28,6 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.up(self.down(x)))
-
-
-class MaskedLinear(nn.Linear):
-    """A linear layer that sees a weight as zero where `mask` (outputs, inputs) is 0, whatever becomes of it."""
-
-    mask: Tensor
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
-        super().__init__(inputs, outputs, bias)
-        self.register_buffer("mask", torch.ones(outputs, inputs, dtype=torch.uint8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight * self.mask, self.bias)
 
 
 class FactoredEmbedding(nn.Module):
@@ -95,9 +81,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Activate):
         return {"kind": "activation", "name": module.kind}
     if isinstance(module, nn.Linear):
-        kind = "masked linear" if isinstance(module, MaskedLinear) else "linear"
         inputs, outputs, bias = module.in_features, module.out_features, module.bias is not None
-        return {"kind": kind, "inputs": inputs, "outputs": outputs, "bias": bias}
+        return {"kind": "linear", "inputs": inputs, "outputs": outputs, "bias": bias}
     if isinstance(module, nn.LayerNorm):
         width, bias = module.normalized_shape[-1], cast("Tensor | None", module.bias) is not None
         return {"kind": "layer norm", "width": width, "eps": module.eps, "bias": bias}
@@ -119,8 +104,6 @@ def make(given: dict[str, Any]) -> nn.Module:
         return FactoredEmbedding(given["rows"], given["rank"], given["width"])
     if kind == "activation":
         return Activate(given["name"])
-    if kind == "masked linear":
-        return MaskedLinear(given["inputs"], given["outputs"], given["bias"])
     if kind == "linear":
         return nn.Linear(given["inputs"], given["outputs"], given["bias"])
     if kind == "layer norm":

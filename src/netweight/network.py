@@ -37,6 +37,11 @@ class Network(nn.Module):
         """Parameters whose gradients touch few rows in a batch; the loop updates only those rows."""
         return frozenset()
 
+    @property
+    def pruned(self) -> frozenset[str]:
+        """Parameters in which what is zero stays zero, whatever trains them."""
+        return frozenset()
+
     def spec(self) -> dict[str, Any]:
         """Plain values from which `build` makes the same architecture."""
         raise NotImplementedError
@@ -45,7 +50,8 @@ class Network(nn.Module):
 class Transformer(Network):
     """A pretrained backbone, pooling over tokens, and a linear head.
 
-    `edits` notes what techniques put in the place of the backbone's own modules, so that the spec can repeat it.
+    `edits` notes what techniques put in the place of the backbone's own modules, so that the spec can repeat it. Where
+    `zeros_stay`, the layers' linear weights are pruned.
     """
 
     def __init__(self, backbone: nn.Module, outputs: int, pooling: Pooling) -> None:
@@ -54,6 +60,7 @@ class Transformer(Network):
         self.backbone = backbone
         self.pooling = pooling
         self.edits: dict[str, dict[str, Any]] = {}
+        self.zeros_stay = False
         self.config = cast(Any, backbone).config
         self._takes_types = bool(getattr(self.config, "type_vocab_size", 0))
         self.head = nn.Linear(self.config.hidden_size, outputs)
@@ -101,6 +108,16 @@ class Transformer(Network):
         layers = self.layers()
         return next(str(name) for name, module in self.named_modules() if module is layers)
 
+    def linears(self) -> dict[str, nn.Linear]:
+        """Linear layers of the transformer's layers by name. Embeddings, a pooler whose output nobody reads, and the
+        head are none of them. Raises ModelError where the layers are in no single list."""
+        inside = self.layers().named_modules()
+        return {f"{self.stack}.{name}": m for name, m in inside if isinstance(m, nn.Linear)}
+
+    @property
+    def pruned(self) -> frozenset[str]:
+        return frozenset(f"{name}.weight" for name in self.linears()) if self.zeros_stay else frozenset()
+
     def replace(self, name: str, new: nn.Module) -> None:
         """Put a module in the place of the one of this name. Raises ModelError where it could not be rebuilt."""
         self.edits = {**self.edits, name: describe(new)}
@@ -127,6 +144,8 @@ class Transformer(Network):
             "pooling": self.pooling,
             "outputs": self.head.out_features,
             "edits": self.edits,
+            # Left out elsewhere: networks keep the digests that they had before any were pruned.
+            **({"zeros_stay": True} if self.zeros_stay else {}),
         }
 
 
@@ -328,6 +347,7 @@ def build(spec: dict[str, Any]) -> Network:
         if spec["network"] == "exits":
             network = Exits(backbone, options["outputs"], options["pooling"], options["after"])
         network.edit(options["edits"])
+        network.zeros_stay = options.get("zeros_stay", False)
         return network
     known = "transformer, exits, static and linear"
     raise ModelError(f"unknown network {spec.get('network')!r}; this version knows {known}.")

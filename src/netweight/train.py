@@ -201,9 +201,11 @@ class _Loop:
         if not any(p.requires_grad for p in network.parameters()):
             raise OptionError("every parameter is frozen; there is nothing to fit.")
         seams.admit(loss)
+        pruned = network.pruned
         self.wrapped = seams.prepare(network)
         # None in a process whose part of the network is frozen.
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.kept = {name: p.detach() != 0 for name, p in self.trained.items() if name in pruned}
         self.optimizers = _optimizers(self.trained, network.sparse, plan)
         self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
         self.progress = _Progress(epochs=plan.epochs)
@@ -290,7 +292,14 @@ class _Loop:
             self.seams.clip(self.dense, plan.clip)
         for optimizer in self.optimizers:
             optimizer.step()
+        self.clear()
         return total, rate
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """What was pruned is zero again, whatever moved it: gradients, momentum, noise."""
+        for name, mask in self.kept.items():
+            self.trained[name].mul_(mask)
 
     def ask(self, network: nn.Module, batch: Batch) -> Tensor:
         """The loss in the plan's precision."""

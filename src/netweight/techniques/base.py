@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, cast
 
-from torch import nn
-
 from netweight.errors import ModelError
 from netweight.model import Model
 from netweight.network import Transformer
@@ -45,10 +43,3 @@ def transformer(model: Model, who: str) -> Transformer:
     if not isinstance(model.network, Transformer):
         raise ModelError(f"{who} works on a transformer; this model's network is {type(model.network).__name__}.")
     return model.network
-
-
-def layer_linears(network: Transformer) -> dict[str, nn.Linear]:
-    """Linear layers of the transformer's layers by name. Embeddings, a pooler whose output nobody reads, and the head
-    are none of them. Raises ModelError where the layers are in no single list."""
-    inside = network.layers().named_modules()
-    return {f"{network.stack}.{name}": m for name, m in inside if isinstance(m, nn.Linear)}

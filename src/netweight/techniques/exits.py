@@ -69,7 +69,7 @@ def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:
     """A copy with heads that start as copies of the last one."""
     old = copy.deepcopy(network)
     new = Exits(old.backbone, old.head.out_features, old.pooling, after)
-    new.edits = dict(old.edits)
+    new.edits, new.zeros_stay = dict(old.edits), old.zeros_stay
     new.head.load_state_dict(old.head.state_dict())
     for head in new.heads:
         head.load_state_dict(old.head.state_dict())

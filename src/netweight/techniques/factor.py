@@ -23,7 +23,7 @@ from netweight.loss import Batch, SoftTargets
 from netweight.model import Model
 from netweight.network import Network, Transformer
 from netweight.run import Run
-from netweight.techniques.base import layer_linears, transformer
+from netweight.techniques.base import transformer
 from netweight.techniques.distill import heal
 from netweight.train import Plan
 
@@ -189,7 +189,7 @@ class Split:
 def factorable(network: Transformer) -> dict[str, nn.Linear]:
     """The layers' linear ones, but those of a `LowRank`."""
     inside = {name for name, module in network.named_modules() if isinstance(module, LowRank)}
-    return {name: m for name, m in layer_linears(network).items() if name.rpartition(".")[0] not in inside}
+    return {name: m for name, m in network.linears().items() if name.rpartition(".")[0] not in inside}
 
 
 def split(weight: Tensor, moment: Tensor | None = None) -> Split:

@@ -79,6 +79,8 @@ class Finetune:
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         new = model.copy()
         network = transformer(new, "Finetune")
+        if self.train == "lora" and network.pruned:
+            raise OptionError("what LoRA learns would fill the zeros of a pruned model; use train='full' or 'head'.")
         loss = self._loss(new, network, run)
         if self.probe:
             rows = max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs)

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from netweight.errors import DataError, OptionError
-from netweight.layers import MaskedLinear, put
 from netweight.loss import Batch, Loss, Penalized, Penalty, SoftTargets, supervised
 from netweight.model import Model
-from netweight.network import Network, Transformer
+from netweight.network import Network
 from netweight.run import Run
 from netweight.task import Classify, Score
-from netweight.techniques.base import layer_linears, transformer
+from netweight.techniques.base import transformer
 from netweight.techniques.distill import heal
 from netweight.train import Plan
 
@@ -42,8 +41,8 @@ class Prune:
     """Set the least important weights of the transformer's linear layers to zero, and heal what that hurt.
 
     Embeddings, norms, biases and the head keep their weights. Healing distils the given model into the pruned one,
-    so rows without labels count too; removed weights stay exactly zero through it, and so do weights that were
-    zero before.
+    so rows without labels count too. Removed weights, and those that were zero before, stay exactly zero through it and
+    through all that trains the model later.
 
     Args:
         sparsity: share of the weights that are zero at the end. This or `pattern`.
@@ -131,7 +130,7 @@ class Prune:
         return cast(float, self.sparsity)
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        layers = layer_linears(transformer(model, "Prune"))
+        layers = transformer(model, "Prune").linears()
         self._check(layers)
         loss: Loss = SoftTargets(model.task, (model,), self.temperature)
         if self.penalty != "none":
@@ -141,13 +140,14 @@ class Prune:
         for stage, goal in enumerate(goals):
             scores = self.scores(student, run)
             network = copy.deepcopy(transformer(student, "Prune"))
-            cut(layer_linears(network), self.kept(scores, goal))
+            cut(network.linears(), self.kept(scores, goal))
+            network.zeros_stay = True
             student = model.with_network(network)
             if self.epochs:
                 # The first share of an epoch is the same rows under the same seed; stages should not all see those.
                 now = replace(plan, seed=plan.seed + stage, epochs=self.epochs / len(goals))
                 now = replace(now, learning_rate=self.learning_rate)
-                student = _healed(student, loss, run, now, f"heal at {goal:.0%} zeros")
+                student = heal(student, loss, run, now, f"heal at {goal:.0%} zeros")
         return student
 
     def _check(self, layers: dict[str, nn.Linear]) -> None:
@@ -171,7 +171,7 @@ class Prune:
 
     def scores(self, model: Model, run: Run) -> dict[str, Tensor]:
         """Importance of each weight (outputs, inputs) by layer name; -1 of those that are zero."""
-        weights = {name: layer.weight.detach() for name, layer in layer_linears(transformer(model, "Prune")).items()}
+        weights = {name: layer.weight.detach() for name, layer in transformer(model, "Prune").linears().items()}
         if self.importance == "l1":
             scores = {name: weight.abs() for name, weight in weights.items()}
         elif self.importance == "l2":
@@ -260,38 +260,6 @@ def cut(layers: dict[str, nn.Linear], kept: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name, layer in layers.items():
             layer.weight.masked_fill_(~kept[name], 0.0)
-
-
-def _healed(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:
-    """The student after a fit in which its zeros stay. The masks are noted as edits meanwhile, so that a run which
-    builds the network again elsewhere builds them too."""
-    edits = transformer(student, "Prune").edits
-    mask(transformer(student, "Prune"))
-    network = transformer(heal(student, loss, run, plan, label), "Prune")
-    unmask(network)
-    network.edits = edits
-    return student.with_network(network)
-
-
-def mask(network: Transformer) -> None:
-    """Replace the layers' linear ones, in place, by those in which the weights that are zero now stay zero."""
-    for name, layer in layer_linears(network).items():
-        with torch.random.fork_rng(devices=[]):
-            masked = MaskedLinear(layer.in_features, layer.out_features, layer.bias is not None)
-        masked.weight, masked.bias = layer.weight, layer.bias
-        masked.mask = (layer.weight.detach() != 0).to(torch.uint8)
-        network.replace(name, masked)
-
-
-def unmask(network: Transformer) -> None:
-    """Put plain linear layers back, in place; what was masked is zero in them."""
-    for name, layer in layer_linears(network).items():
-        with torch.random.fork_rng(devices=[]):
-            plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        plain.weight, plain.bias = layer.weight, layer.bias
-        with torch.no_grad():
-            plain.weight.masked_fill_(layer.get_buffer("mask") == 0, 0.0)
-        put(network, name, plain)
 
 
 def _among(name: str, value: str, allowed: tuple[str, ...]) -> None:

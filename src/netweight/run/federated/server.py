@@ -334,6 +334,9 @@ class _Fit:
     def _with(self, values: Tensors) -> Model:
         new = self.model.copy()
         put(new.network, values)
+        with torch.no_grad():
+            for name in new.network.pruned:  # noise moves what is zero, too
+                new.network.get_parameter(name).mul_(self.model.network.get_parameter(name) != 0)
         return new
 
     def _variate(self, state: State, fitted: dict[str, Fitted], clients: int) -> Tensors | None:
