@@ -51,6 +51,7 @@ from netweight.task import Task
 
 HERE = Path(__file__).resolve().parent
 SETS = ("banking77", "bitext_support", "womens_clothing", "amazon_multidomain", "online_shopping_10_cats")
+SEEDS = (0, 1, 2)
 PEERS = (
     "netweight",
     "teacher",
@@ -401,7 +402,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="peers train for a moment: to see whether they run")
     parser.add_argument("--again", action="store_true", help="measure cells that are there once more")
     words = vars(parser.parse_args())
-    sets, peers, seeds = words.pop("set") or SETS, words.pop("peer") or PEERS, words.pop("seed") or [0]
+    sets, peers, seeds = words.pop("set") or SETS, words.pop("peer") or PEERS, words.pop("seed") or SEEDS
     words["work"] = words["work"].absolute()
     given = Given(**words | {"envs": (words["envs"] or words["work"] / "env").absolute()})
     shops: dict[tuple[str, int], Shop] = {}

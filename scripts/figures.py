@@ -29,6 +29,12 @@ def shops(found: dict[tuple[str, int, str], Cell]) -> list[Shop]:
     return made
 
 
+def speed(shop: Shop) -> float:
+    """Rows per second over those of the fastest certified transformer peer; 0 where none was certified."""
+    _, _, certified = shop
+    return min((float(c["timing"][p]["ratio"]) for p, c in _transformers(certified).items()), default=0.0)
+
+
 def _against(cell: Cell, peer: str, key: str) -> float:
     """Netweight's figure over the peer's, of one run."""
     return float(cell["timing"]["netweight"][key] / cell["timing"][peer][key])
@@ -95,20 +101,46 @@ def table() -> str:
         f"{'reached' if mean_gap <= 2 else '**missed**'} |"
         if gaps
         else f"| static tier's gap to the teacher | 2.0 points or less | {peers.NOT_RUN} | |",
+        _small(found),
         _standard(),
+        *_growth(),
     ]
     said = f"\nNot certified, and so in none of the first five rows: {', '.join(lost)}.\n" if lost else ""
     return "\n".join(lines) + "\n" + said
 
 
+def _small(found: list[Shop]) -> str:
+    """The artifact of BANKING77."""
+    sizes = {name: own["made"]["bytes"] / 1e6 for name, own, _ in found if name.startswith("banking77 ")}
+    return _line("bytes on BANKING77", "6 MB or less", -6, sizes, "{:.1f} MB")
+
+
+def _growth() -> list[str]:
+    """Ten times the rows: times the seconds."""
+    lines = []
+    for what in ("predict", "optimize"):
+        path = peers.RESULTS / f"scaling-{what}.json"
+        grown = {}
+        if path.exists():
+            steps = sorted(json.loads(path.read_text(encoding="utf-8"))["steps"], key=lambda s: int(s["rows"]))
+            first, last = steps[0], steps[-1]
+            # Above 1 where a row of many costs more than one of few.
+            grown = {what: last["seconds"] * first["rows"] / (first["seconds"] * last["rows"])}
+        lines.append(_line(f"seconds a row in `{what}`, ten times the rows / few", "1.0, below is better", -1, grown))
+    return lines
+
+
 def _standard() -> str:
     """`--effort standard` beside an ordinary fine-tune of six epochs of the same rows."""
     name = "`optimize --effort standard` wall time / an ordinary full fine-tune of 6 epochs"
+    path = peers.RESULTS / "finetune.json"
+    if not path.exists():
+        return _line(name, "3x", -3, {})
+    usual = json.loads(path.read_text(encoding="utf-8"))
+    if usual["epochs"] < 6:
+        name += f", of which {usual['epochs']:g} timed"
     stored = [
         json.loads(p.read_text(encoding="utf-8")) for p in sorted(peers.RESULTS.glob("banking77-standard-seed*.json"))
     ]
-    timed = {f"seed {run['seed']}": run["seconds"] for run in stored if run["seconds"]}
-    if not timed:
-        return _line(name, "3x", -3, {})
-    usual = json.loads((peers.RESULTS / "finetune.json").read_text(encoding="utf-8"))
-    return _line(name, "3x", -3, {key: s / (6 * usual["seconds"] / usual["epochs"]) for key, s in timed.items()})
+    six = 6 * usual["seconds"] / usual["epochs"]
+    return _line(name, "3x", -3, {f"seed {r['seed']}": r["seconds"] / six for r in stored if r["seconds"]})

@@ -212,7 +212,7 @@ def _table(kind: str, title: str, cells: dict[str, Any]) -> list[str]:
             n, each = len(found), list(found.values())
             accuracy = sum(c["accuracy"] for c in each) / n
             worst = sum(min(c["clients"].values()) for c in each) / n
-            megabytes = f"{sent(each[0]) / 1e6:,.1f}" if sent(each[0]) else ""
+            megabytes = f"{sent(each[0]) / 1e6:,.3g}" if sent(each[0]) else ""
             lines.append(
                 f"| {_WAYS[way]} | {', '.join(found)} | {each[0]['epochs']:g} "
                 f"| {100 * accuracy:.1f} | {100 * worst:.1f} | {megabytes} |"

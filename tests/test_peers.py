@@ -189,7 +189,7 @@ def test_figures_take_the_best_certified_peer(
 
     (tmp_path / "cells").mkdir()
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
-    assert figures.table().count(peers.NOT_RUN) == 7
+    assert figures.table().count(peers.NOT_RUN) == 10
     own = {"rows_per_second": 1000.0, "ratio": 1.0, "p50": 1.0, "p99": 8.0}
 
     def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int) -> None:
@@ -217,10 +217,14 @@ def test_figures_take_the_best_certified_peer(
     assert "0.80 in the geometric mean" in lines[5]
     assert "0.50 in the geometric mean" in lines[6]
     assert "3.00 (banking77 0 3.00, bitext_support 0 3.00, womens_clothing 0 3.00) | **missed**" in lines[7]
-    assert f"| 3x | {peers.NOT_RUN} | |" in lines[8]
+    assert "| 6 MB or less | 0.0 MB | reached |" in lines[8]
+    assert f"| 3x | {peers.NOT_RUN} | |" in lines[9]
     assert "in none of the first five rows: womens_clothing 0" in lines[-1]
     for seed, seconds in ((0, 750), (1, None)):
         run = {"seed": seed, "seconds": seconds}
         (tmp_path / f"banking77-standard-seed{seed}.json").write_text(json.dumps(run))
     (tmp_path / "finetune.json").write_text(json.dumps({"seconds": 100, "epochs": 2.0}))
-    assert "| 3x | 2.50x | reached |" in figures.table()
+    assert "6 epochs, of which 2 timed | 3x | 2.50x | reached |" in figures.table()
+    steps = [{"rows": 400, "seconds": 20.0}, {"rows": 40, "seconds": 1.0}]
+    (tmp_path / "scaling-predict.json").write_text(json.dumps({"steps": steps}))
+    assert "ten times the rows / few | 1.0, below is better | 2.00x | **missed** |" in figures.table()
