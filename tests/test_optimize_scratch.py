@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-from conftest import Shop, again, journal, many_rows
+from conftest import GOOD, Shop, again, journal, many_rows
 from netweight import build
 from netweight.build import PRETRAINED, TEACHER, Builder, Clock
 from netweight.data import Dataset
@@ -50,6 +51,23 @@ def test_the_teacher_is_pretrained_on_train_and_pool_and_then_tuned(tmp_path: Pa
         assert first.network.head.weight.abs().sum() == 0  # type: ignore[union-attr,operator]
         again = Builder(job, data, task, store, Silent(), Clock(8), Local(data, store.folder / "work"))
         assert again.teacher.digest == teacher.digest
+
+
+@pytest.mark.parametrize(
+    ("word", "told"), [(GOOD[0], []), ("好用", ["50 % of the tokens of dev are unknown to starter: "])]
+)
+def test_a_model_of_another_language_is_told_of(
+    word: str, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(build, "pretrained", lambda *_: model)
+    monkeypatch.setattr(Silent, "note", lambda _, message: notes.append(message))
+    texts = replace(dataset.select, text=(f"{word} {word}",) * len(dataset.select))
+    data = replace(dataset, select=texts, calibrate=texts)
+    with Store(tmp_path, {"a": 1}) as store:
+        Builder(Job(Tables(data.train)), data, model.task, store, Silent(), Clock(8), Local(data))._pretrained()
+    assert [note[: len(start)] for note, start in zip(notes, told, strict=True)] == told
+    assert all("--model scratch" in note for note in notes)
 
 
 class Seen(Exception):

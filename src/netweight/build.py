@@ -38,6 +38,9 @@ TEACHER = "teacher"
 PRETRAINED = "pretrained"
 _TEACHER_SHARE = 0.45  # of the time box
 _PRETRAINED_SHARE = 0.6  # of the teacher's, where there is nothing to start from
+# Rows of dev that are looked at for tokens that a model does not know, and the share from which on it is said.
+_LOOK = 1000
+_UNKNOWN = 0.05
 # Random weights stand steps ten times as long as pretrained ones; the time box cuts the epochs to what fits.
 _FROM_SCRATCH = Pretrain(epochs=40, learning_rate=1e-3), Finetune(learning_rate=5e-4)
 # Share of rows that may leave an encoder early with another label than the last layer's.
@@ -109,8 +112,19 @@ class Builder:
                 seconds - part,
                 self.run,
             )
-        base = lambda: pretrained(options.model, self.task, options.max_length, options.seed)  # noqa: E731
-        return self.model(TEACHER, base, (options.finetune,), seconds, self.run)
+        return self.model(TEACHER, self._pretrained, (options.finetune,), seconds, self.run)
+
+    def _pretrained(self) -> Model:
+        """The given model; said before it costs time, if it cannot read these rows."""
+        options = self.job.options
+        made = pretrained(options.model, self.task, options.max_length, options.seed)
+        ids = made.encoder.encode(self.data.dev.text[:_LOOK]).ids
+        if (share := float(np.mean(ids == made.encoder.unknown))) > _UNKNOWN:
+            self.reporter.note(
+                f"{100 * share:.0f} % of the tokens of dev are unknown to {options.model}: it does not know this "
+                "language; name a model that does, or train one on these rows with --model scratch"
+            )
+        return made
 
     def _scratch(self) -> Model:
         """A model that knows the words of train and pool, and nothing else."""
