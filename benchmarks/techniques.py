@@ -44,6 +44,8 @@ from netweight.techniques import (
     Factor,
     FactorEmbedding,
     Finetune,
+    Half,
+    LinearFloor,
     MixedBits,
     Pretrain,
     Prune,
@@ -61,6 +63,7 @@ from netweight.train import Plan
 RESULTS = Path(__file__).resolve().parent / "results" / "techniques.json"
 FEW = 10  # labelled rows of a class that the semi-supervised examples keep
 TEACHER, PRETRAINED = "teacher", "pretrained"
+ALONE: dict[str, Any] = {"weight_bits": 4, "granularity": "group", "group": 32, "activations": "none"}
 # Page, name, what it starts from, recipe; "few" has FEW labels a class and all other texts as its pool.
 EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("", "the teacher", TEACHER, ()),
@@ -71,6 +74,8 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("finetune", "R-Drop", PRETRAINED, (Finetune(regularizer="r-drop"),)),
     ("pretrain", "masked, then fine-tuned", PRETRAINED, (Pretrain(), Finetune())),
     ("pretrain", "contrastive, then fine-tuned", PRETRAINED, (Pretrain(objective="contrastive"), Finetune())),
+    ("finetune", "adversarial", PRETRAINED, (Finetune(regularizer="adversarial"),)),
+    ("linear", "tokens and bigrams", TEACHER, (LinearFloor(),)),
     ("static", "a mean of tokens", TEACHER, (Static(buckets=0),)),
     ("static", "tokens and bigrams", TEACHER, (Static(),)),
     ("static", "tokens, bigrams and windows of 5", TEACHER, (Static(filters=256, learning_rate=2e-3),)),
@@ -79,6 +84,7 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("distill", "3 of 6 layers, outputs without spliced rows", TEACHER, (Distill(3, splice=0.0),)),
     ("distill", "3 of 6 layers, outputs and hidden states", TEACHER, (Distill(3, match=("logits", "hidden")),)),
     ("distill", "3 of 6 layers, outputs and relations", TEACHER, (Distill(3, match=("logits", "relations")),)),
+    ("distill", "3 of 6 layers, outputs and attention", TEACHER, (Distill(3, match=("logits", "attention")),)),
     ("shrink", "half of the neurons", TEACHER, (Shrink(neurons=0.5),)),
     ("shrink", "half of the heads", TEACHER, (Shrink(heads=0.5),)),
     ("shrink", "three quarters of the hidden width", TEACHER, (Shrink(hidden=0.75),)),
@@ -86,12 +92,15 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("prune", "half of the weights, smallest", TEACHER, (Prune(sparsity=0.5),)),
     ("prune", "80 %, Taylor, in stages", TEACHER, (Prune(sparsity=0.8, importance="taylor", schedule="cubic"),)),
     ("prune", "2 of 4", TEACHER, (Prune(pattern=(2, 4)),)),
+    ("prune", "half of the weights, then fine-tuned", TEACHER, (Prune(sparsity=0.5, epochs=0), Finetune(probe=False))),
     ("factor", "half of the parameters, plain, not healed", TEACHER, (Factor(budget=0.5, aware=False, epochs=0),)),
     ("factor", "half of the parameters, aware, not healed", TEACHER, (Factor(budget=0.5, epochs=0),)),
     ("factor", "half of the parameters, aware", TEACHER, (Factor(budget=0.5),)),
     ("vocab", "tokens that occur", TEACHER, (Vocab(),)),
     ("vocab", "tokens that occur, factored, int8", TEACHER, (Vocab(), FactorEmbedding(rank=128), Quantize())),
     ("quantize", "int8", TEACHER, (Quantize(),)),
+    ("quantize", "weights alone, 4 bits in groups of 32", TEACHER, (Quantize(**ALONE),)),
+    ("quantize", "fp16 storage", TEACHER, (Half(),)),
     ("quantize", "4-bit weights, nearest", TEACHER, (Quantize(weight_bits=4),)),
     ("quantize", "4-bit weights, least squares", TEACHER, (Quantize(weight_bits=4, weight_clip="mse"),)),
     ("quantize", "4-bit weights, trained", TEACHER, (QuantizeAware(),)),
