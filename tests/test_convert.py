@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save
 from tokenizers import Tokenizer
@@ -28,6 +29,8 @@ from netweight.engine import TierEngine
 from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
 from netweight.export import export as exported
+from netweight.export import lowered
+from netweight.litert import example, program
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
@@ -138,6 +141,25 @@ def test_openvino(made: Path, table: Path, tmp_path: Path) -> None:
     assert done.compared[1].rows == 120
     assert 0 <= done.compared[1].distance < 0.05
     assert done.sentences[1].startswith("1-full-int8.xml: the same answers as full-int8 on 120 rows")
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Quantize(rows=40),
+        Quantize(rows=40, symmetric=False),
+        Quantize(activations="none", weight_bits=4, granularity="group", group=16),
+        Quantize(activations="none", weight_bits=8, symmetric=False),
+    ],
+    ids=["int8", "asymmetric", "4-bit groups", "weights alone"],
+)
+def test_converters_meet_operators_of_torch_alone(technique: Quantize, dataset: Dataset) -> None:
+    model = technique(tiny_model(), Local(dataset), PLAN)
+    given = example(8)
+    made = program(model, given)
+    assert not any("netweight" in str(node.target) for node in made.graph.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(made.module()(**given)["logits"], lowered(model)(**given))
 
 
 @pytest.mark.slow  # the converter alone takes seconds

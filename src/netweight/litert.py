@@ -18,6 +18,7 @@ from netweight.encode import Tokens
 from netweight.engine.base import TierEngine
 from netweight.errors import MissingExtra
 from netweight.export import lowered
+from netweight.lower import PLAIN
 from netweight.model import Model
 from netweight.store import Store
 
@@ -40,10 +41,9 @@ class Litert:
         with Store(self.store, None) as store:
             model = Model.load(store.model_folder(tier.name))
         file = stem.with_name(f"{stem.name}.tflite")
-        given = {name: torch.ones(1, manifest.max_length, dtype=torch.int32) for name in ("ids", "mask", "types")}
+        given = example(manifest.max_length)
         with torch.no_grad():
-            program = torch.export.export(_Named(lowered(model)), (), given).run_decompositions(_plain())
-            converter.convert(program.module(), sample_kwargs=given).export(str(file))
+            converter.convert(program(model, given).module(), sample_kwargs=given).export(str(file))
         engine = LitertEngine(file, manifest.pad, self.threads)
         said = {"format": "litert", "file": file.name}
         return engine, said | inputs_and_outputs(engine.takes, manifest.task, str(manifest.max_length))
@@ -73,6 +73,16 @@ class LitertEngine:
         return np.asarray(self._run(**given)["logits"], np.float32)
 
 
+def example(length: int) -> dict[str, Tensor]:
+    """Inputs (1, length)."""
+    return {name: torch.ones(1, length, dtype=torch.int32) for name in ("ids", "mask", "types")}
+
+
+def program(model: Model, given: dict[str, Tensor]) -> torch.export.ExportedProgram:
+    """The lowered model for inputs of these shapes, in operators of torch alone."""
+    return torch.export.export(_Named(lowered(model)), (), given).run_decompositions(PLAIN)
+
+
 class _Named(nn.Module):
     """Its output has a name in the file."""
 
@@ -82,16 +92,6 @@ class _Named(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> dict[str, Tensor]:
         return {"logits": self.network(ids, mask, types)}
-
-
-def _plain() -> dict[Any, Any]:
-    """What Netweight's own rounding operators are made of: no converter knows them."""
-    own = torch.ops.netweight
-    return {
-        own.fake_uint8.default: lambda x, scale, zero: ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale),
-        own.fake_int8.default: lambda x, scale: (x / scale).round().clamp(-128, 127).mul(scale),
-        own.from_int8.default: lambda weight, scale: weight.to(torch.float32) * scale,
-    }
 
 
 def _needs(module: str) -> Any:

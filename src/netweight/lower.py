@@ -27,47 +27,42 @@ BLOCKS = (16, 32, 64, 128, 256)
 # --- operators ---
 
 
-@torch.library.custom_op("netweight::fake_uint8", mutates_args=())
 def _fake_uint8(x: Tensor, scale: float, zero: int) -> Tensor:
     return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
-@_fake_uint8.register_fake
+@torch.library.custom_op("netweight::fake_uint8", _fake_uint8, mutates_args=()).register_fake
 def _(x: Tensor, scale: float, zero: int) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("netweight::fake_int8", mutates_args=())
 def _fake_int8(x: Tensor, scale: float) -> Tensor:
     return (x / scale).round().clamp(-128, 127).mul(scale)
 
 
-@_fake_int8.register_fake
+@torch.library.custom_op("netweight::fake_int8", _fake_int8, mutates_args=()).register_fake
 def _(x: Tensor, scale: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("netweight::from_int8", mutates_args=())
 def _from_int8(weight: Tensor, scale: Tensor) -> Tensor:
     return weight.to(torch.float32) * scale
 
 
-@_from_int8.register_fake
+@torch.library.custom_op("netweight::from_int8", _from_int8, mutates_args=()).register_fake
 def _(weight: Tensor, scale: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32)
 
 
-@torch.library.custom_op("netweight::from_int8_around", mutates_args=())
 def _from_int8_around(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (weight.to(torch.float32) - zero.to(torch.float32)) * scale
 
 
-@_from_int8_around.register_fake
+@torch.library.custom_op("netweight::from_int8_around", _from_int8_around, mutates_args=()).register_fake
 def _(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=torch.float32)
 
 
-@torch.library.custom_op("netweight::matmul_nbits", mutates_args=())
 def _matmul_nbits(
     x: Tensor, held: Tensor, scale: Tensor, zero: Tensor, sizes: list[int], bits: int, block: int
 ) -> Tensor:
@@ -82,7 +77,7 @@ def _matmul_nbits(
     return F.linear(x, weight)
 
 
-@_matmul_nbits.register_fake
+@torch.library.custom_op("netweight::matmul_nbits", _matmul_nbits, mutates_args=()).register_fake
 def _(x: Tensor, held: Tensor, scale: Tensor, zero: Tensor, sizes: list[int], bits: int, block: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], sizes[1]))
 
@@ -161,6 +156,16 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.netweight.from_int8.default: _dq,
     torch.ops.netweight.from_int8_around.default: _dq_around,
     torch.ops.netweight.matmul_nbits.default: _nbits,
+}
+
+
+# What they are made of, for converters that know none of them.
+PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.ops.netweight.fake_uint8.default: _fake_uint8,
+    torch.ops.netweight.fake_int8.default: _fake_int8,
+    torch.ops.netweight.from_int8.default: _from_int8,
+    torch.ops.netweight.from_int8_around.default: _from_int8_around,
+    torch.ops.netweight.matmul_nbits.default: _matmul_nbits,
 }
 
 
