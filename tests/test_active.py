@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from itertools import combinations
@@ -26,6 +27,7 @@ from netweight.active import (
     select_with,
     settled,
     uncertainty,
+    watched,
 )
 from netweight.data import Columns, Dataset, Rows, read
 from netweight.errors import ModelError, OptionError
@@ -84,6 +86,37 @@ def test_badge_takes_every_row_once_even_where_nothing_differs() -> None:
     p, x = some(7)
     assert sorted(badge(p, x, 7, 0).tolist()) == list(range(7))
     assert sorted(k_center(np.ones((4, 2)), 4, 1).tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("method", ["coreset", "badge"])
+def test_what_is_labelled_already_is_covered(method: str) -> None:
+    """Three clusters, two of which have labels: the third is chosen from first, by every seed."""
+    p, x = some(30, labels=2, width=2)
+    x = 0.01 * x + np.repeat([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]], 10, axis=0)
+    p[:] = [0.6, 0.4]
+    known = np.r_[0:5, 10:15]
+    order = np.r_[known, np.setdiff1d(np.arange(30), known)]
+    for seed in range(20):
+        chosen = choose(p[order], x[order], 1, seed, method, known=len(known))  # type: ignore[arg-type]
+        assert order[len(known) + chosen[0]] >= 20
+    assert choose(p[order], x[order], 3, 0, "entropy", known=len(known)).max() < 20
+
+
+def test_labelled_rows_are_not_chosen_again() -> None:
+    rows, model = tiny_rows(12), tiny_model()
+    labelled = Rows(tuple(text.upper() for text in rows.text[:7]))
+    for method in METHODS:
+        assert not set(select(model, rows, 5, 0, method, labelled)) & set(range(7))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="one has pairs of texts and the other has not"):
+        select(model, rows, 1, labelled=Rows(("a",), pair=("b",)))
+
+
+def test_rows_that_are_set_aside_stay_the_same() -> None:
+    rows = many_rows(300)
+    aside = {rows.keys()[i] for i in watched(rows)}
+    assert 0 < len(aside) <= len(distinct(rows)) / 5
+    fewer = rows.take([i for i, key in enumerate(rows.keys()) if key in aside or i % 2])
+    assert {fewer.keys()[i] for i in watched(fewer)} <= aside
 
 
 def test_hashed_rows_keep_products() -> None:
@@ -170,6 +203,22 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
     said_of = load(shop.folder, 1).predict(rows.text)
     confidence = np.array([p.confidence for p in said_of])  # type: ignore[union-attr]
     assert confidence[sure].max() <= np.delete(confidence, sure).min() + 1e-9
+    # Rounds: this artifact is one, and it is not counted twice.
+    file = tmp_path / "rounds.jsonl"
+    more = [*words, "--labelled", out, "--rounds", file]
+    for _ in range(2):
+        assert "round 1: from the next one on" in say(*more).err
+    (line,) = map(json.loads, file.read_text().splitlines())
+    flipped = dict.fromkeys(line["labels"], "bad")
+    file.write_text("".join(json.dumps(one) + "\n" for one in ({"artifact": "old", "labels": flipped}, line)))
+    assert "round 2: kappa with the round before 0.000; go on labelling: the mean of the last 3" in say(*more).err
+    same = [{"artifact": str(i), "labels": line["labels"]} for i in range(3)]
+    file.write_text("".join(json.dumps(one) + "\n" for one in same))
+    assert "round 4: kappa with the round before 1.000, 1.000 in the mean of 3: labelling may stop" in say(*more).err
+    file.write_text(json.dumps({"artifact": "old", "labels": {"0": "good"}}))
+    assert "are of other rows; keep to one pool, or name another file" in say(*more).err
+    file.write_text("nothing")
+    assert "holds no rounds of labelling" in say(*more).err
     assert say(*words[:-1], tmp_path / "todo.docx").status == 1
     code = f"""
 import sys

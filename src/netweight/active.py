@@ -7,8 +7,12 @@ the last layer would get if the model's answer were right (Ash et al., ICLR 2020
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +21,7 @@ from numpy.typing import NDArray
 from netweight.data import Rows
 from netweight.encode import TextEncoder
 from netweight.engine import Engine
-from netweight.errors import ModelError, OptionError
+from netweight.errors import ModelError, OptionError, StoreError
 from netweight.features import features
 from netweight.task import Classify, Task, softmax
 
@@ -30,10 +34,15 @@ Floats = NDArray[np.float64]
 
 _WIDTH = 256
 _BUCKETS = 2**20
+_WATCHED = 2000  # rows; Bloodgood and Vijay-Shanker (2009)
+_THRESHOLD, _WINDOW = 0.99, 3
 
 
-def select(model: Model, rows: Rows, count: int, seed: int = 0, method: Method = "badge") -> Indices:
-    """Positions of `count` rows to label, the most wanted first; of equal texts only the first is taken.
+def select(
+    model: Model, rows: Rows, count: int, seed: int = 0, method: Method = "badge", labelled: Rows | None = None
+) -> Indices:
+    """Positions of `count` rows to label, the most wanted first; of equal texts only the first is taken, and none that
+    is `labelled` already. What those cover needs no other.
 
     Coverage is over the encoder's pooled features. Raises OptionError, and ModelError for a network without any.
     """
@@ -46,8 +55,7 @@ def select(model: Model, rows: Rows, count: int, seed: int = 0, method: Method =
         raise ModelError(
             f"selection needs pooled features; {type(network).__name__} has none. Use select_with an engine."
         )
-    at = distinct(rows)
-    part = rows.take(at)
+    at, known, part = _candidates(rows, labelled)
     tokens = model.encoder.encode(part.text, part.pair)
     pooled = torch.zeros(len(part), network.config.hidden_size)
     network.eval()
@@ -57,18 +65,31 @@ def select(model: Model, rows: Rows, count: int, seed: int = 0, method: Method =
                 *map(torch.from_numpy, tokens.padded(batch, model.encoder.pad))
             ).float()
         logits = network.head(pooled).numpy()
-    chosen = choose(_probabilities(model.task, logits), pooled.numpy().astype(np.float64), count, seed, method)
+    chosen = choose(_probabilities(model.task, logits), pooled.numpy().astype(np.float64), count, seed, method, known)
     return at[chosen]
 
 
-def select_with(engine: Engine, rows: Rows, count: int, seed: int = 0, method: Method = "badge") -> Indices:
+def select_with(
+    engine: Engine, rows: Rows, count: int, seed: int = 0, method: Method = "badge", labelled: Rows | None = None
+) -> Indices:
     """`select` without torch: an artifact's calibrated probabilities, and hashed tokens as features."""
-    at = distinct(rows)
-    part = rows.take(at)
+    at, known, part = _candidates(rows, labelled)
     said = engine.run(engine.encoder.encode(part.text, part.pair))
     temperature = np.array([tier.temperature for tier in engine.tiers])[said.tier]
     probabilities = _probabilities(engine.task, said.logits / temperature[:, None])
-    return at[choose(probabilities, hashed(engine.encoder, part), count, seed, method)]
+    return at[choose(probabilities, hashed(engine.encoder, part), count, seed, method, known)]
+
+
+def _candidates(rows: Rows, labelled: Rows | None) -> tuple[Indices, int, Rows]:
+    """Where the rows stand that may be chosen; how many labelled ones there are; and the latter, then the former."""
+    there = Rows((), pair=None if rows.pair is None else ()) if labelled is None else labelled.take(distinct(labelled))
+    if (there.pair is None) != (rows.pair is None):
+        raise OptionError("of the pool and the labelled rows, one has pairs of texts and the other has not.")
+    taken, keys = set(there.keys()), rows.keys()
+    at = np.array([i for i in distinct(rows) if keys[i] not in taken], np.int64)
+    new = rows.take(at)
+    pair = None if new.pair is None else (*(there.pair or ()), *new.pair)
+    return at, len(there), Rows((*there.text, *new.text), pair=pair)
 
 
 def distinct(rows: Rows) -> Indices:
@@ -99,24 +120,27 @@ def hashed(encoder: TextEncoder, rows: Rows, width: int = _WIDTH) -> Floats:
     return np.asarray(out / np.linalg.norm(out, axis=1, keepdims=True).clip(min=1e-12))
 
 
-def choose(probabilities: Floats | None, features: Floats, count: int, seed: int, method: Method) -> Indices:
-    """Positions of `count` of n rows, from probabilities (n, labels) and features (n, width).
+def choose(
+    probabilities: Floats | None, features: Floats, count: int, seed: int, method: Method, known: int = 0
+) -> Indices:
+    """Positions of `count` of n rows, from probabilities (known + n, labels) and features (known + n, width), of which
+    the first `known` are of rows that have labels.
 
     Raises OptionError for an unknown method, a count that is not within 1 to n, and a method that needs probabilities
     where there are none.
     """
-    n = len(features)
+    n = len(features) - known
     if method not in get_args(Method):
         raise OptionError(f"unknown method {method!r}; use one of {', '.join(get_args(Method))}.")
     if not 1 <= count <= n:
         raise OptionError(f"cannot choose {count} rows of {n:,} distinct ones; choose 1 to {n:,}.")
     if method == "coreset":
-        return k_center(features, count, seed)
+        return k_center(features, count, seed, known)
     if probabilities is None:
         raise OptionError(f"method {method!r} needs probabilities, and scores have none; use coreset.")
     if method == "badge":
-        return badge(probabilities, features, count, seed)
-    return np.argsort(-uncertainty(probabilities, method), kind="stable")[:count]
+        return badge(probabilities, features, count, seed, known)
+    return np.argsort(-uncertainty(probabilities[known:], method), kind="stable")[:count]
 
 
 def uncertainty(probabilities: Floats, method: Literal["entropy", "margin"]) -> Floats:
@@ -128,22 +152,26 @@ def uncertainty(probabilities: Floats, method: Literal["entropy", "margin"]) -> 
     return np.asarray(1 - (top[:, 1] - top[:, 0]))
 
 
-def k_center(features: Floats, count: int, seed: int) -> Indices:
-    """Greedy k-center from a random first row: each next one is the farthest from all that are chosen.
+def k_center(features: Floats, count: int, seed: int, known: int = 0) -> Indices:
+    """Greedy k-center from the first `known` rows, or else from a random one: each next one is the farthest from all
+    that are there. Positions are counted behind the known ones.
 
-    The largest distance of a row to its nearest chosen one is at most twice the smallest possible (Gonzalez, 1985).
+    The largest distance of a row to its nearest centre is at most twice the smallest possible (Gonzalez, 1985).
     """
-    chosen = [int(np.random.default_rng([seed, 3]).integers(len(features)))]
+    chosen = list(range(known)) or [int(np.random.default_rng([seed, 3]).integers(len(features)))]
     nearest = np.full(len(features), np.inf)
-    while len(chosen) < count:
+    for centre in chosen[:-1]:
+        nearest = np.minimum(nearest, np.square(features - features[centre]).sum(axis=1))
+    while len(chosen) < known + count:
         nearest = np.minimum(nearest, np.square(features - features[chosen[-1]]).sum(axis=1))
         nearest[chosen] = -1.0
         chosen.append(int(nearest.argmax()))
-    return np.array(chosen)
+    return np.array(chosen[known:]) - known
 
 
-def badge(probabilities: Floats, features: Floats, count: int, seed: int) -> Indices:
-    """k-means++ over gradient embeddings g = (p - onehot(argmax p)) outer x; the first has the longest.
+def badge(probabilities: Floats, features: Floats, count: int, seed: int, known: int = 0) -> Indices:
+    """k-means++ over gradient embeddings g = (p - onehot(argmax p)) outer x; the first has the longest, or else the
+    first `known` rows are centres already. Positions are counted behind the known ones.
 
     Embeddings (n, labels * width) are never made: a product of two is the product of their factors' products.
     """
@@ -151,17 +179,22 @@ def badge(probabilities: Floats, features: Floats, count: int, seed: int) -> Ind
     p = np.asarray(probabilities, np.float64)
     error = p - np.eye(p.shape[1])[p.argmax(axis=1)]
     square = np.square(error).sum(axis=1) * np.square(features).sum(axis=1)
-    chosen = [int(square.argmax())]
+    chosen = list(range(known)) or [int(square.argmax())]
     nearest = np.full(len(features), np.inf)
-    while len(chosen) < count:
-        last = chosen[-1]
-        product = (error @ error[last]) * (features @ features[last])
-        nearest = np.minimum(nearest, (square + square[last] - 2 * product).clip(min=0.0))
+
+    def nearer(centre: int) -> Floats:
+        product = (error @ error[centre]) * (features @ features[centre])
+        return np.minimum(nearest, (square + square[centre] - 2 * product).clip(min=0.0))
+
+    for centre in chosen[:-1]:
+        nearest = nearer(centre)
+    while len(chosen) < known + count:
+        nearest = nearer(chosen[-1])
         nearest[chosen] = 0.0
         # Where all that is left lies on what is chosen, any of it will do.
         weight = nearest if nearest.sum() > 0 else np.isin(np.arange(len(nearest)), chosen, invert=True).astype(float)
         chosen.append(int(rng.choice(len(weight), p=weight / weight.sum())))
-    return np.array(chosen)
+    return np.array(chosen[known:]) - known
 
 
 def kappa(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[Any]) -> float:
@@ -176,7 +209,7 @@ def kappa(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[A
     return 1.0 if chance >= 1 else (agreed - chance) / (1 - chance)
 
 
-def settled(rounds: Sequence[NDArray[Any]], threshold: float = 0.99, window: int = 3) -> bool:
+def settled(rounds: Sequence[NDArray[Any]], threshold: float = _THRESHOLD, window: int = _WINDOW) -> bool:
     """Whether labelling may stop: predictions have stabilised (Bloodgood and Vijay-Shanker, CoNLL 2009).
 
     `rounds` holds each round's predicted labels of one fixed set of rows, 2,000 or more, never labelled for training.
@@ -189,3 +222,64 @@ def settled(rounds: Sequence[NDArray[Any]], threshold: float = 0.99, window: int
     last = rounds[-window - 1 :]
     agreements = [kappa(one, two) for one, two in pairwise(last)]
     return float(np.mean(agreements)) >= threshold
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What the model of each round says of rows that are set aside and never labelled.
+
+    `number` of rounds, `kappas` of the last ones with those before, and whether labelling may stop.
+    """
+
+    number: int
+    kappas: tuple[float, ...]
+    settled: bool
+
+    def __str__(self) -> str:
+        if not self.kappas:
+            return "round 1: from the next one on, models are compared"
+        said = f"round {self.number}: kappa with the round before {self.kappas[-1]:.3f}"
+        if self.settled:
+            return f"{said}, {np.mean(self.kappas):.3f} in the mean of {_WINDOW}: labelling may stop"
+        return f"{said}; go on labelling: the mean of the last {_WINDOW} must be at least {_THRESHOLD:g}"
+
+
+def watched(rows: Rows) -> Indices:
+    """Positions of rows to set aside, a fifth of the distinct ones and at most 2,000: those whose texts have the
+    smallest hashes, so that they stay the same while others leave the pool."""
+    at, keys = distinct(rows), rows.keys()
+    by_hash = sorted(at, key=lambda i: _hash(keys[i]))
+    return np.array(sorted(by_hash[: min(_WATCHED, len(at) // 5)]), np.int64)
+
+
+def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
+    """Keep in a file of JSON lines what an artifact says of the rows that are set aside, a line for each round, and
+    compare rounds. The artifact of the last line again is the same round.
+
+    Raises OptionError where answers are scores, or where rounds have no row in common, and StoreError for a file that
+    is none of these.
+    """
+    if not isinstance(engine.task, Classify):
+        raise OptionError("rounds are compared by their labels, and scores have none; leave the file of rounds out.")
+    said = engine.predict(rows.text, rows.pair)
+    new = {"artifact": engine.version, "labels": {_hash(k): p.label for k, p in zip(rows.keys(), said, strict=True)}}  # type: ignore[union-attr]
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if lines and lines[-1]["artifact"] == new["artifact"]:
+            lines.pop()
+        lines.append(new)
+        last = [dict(line["labels"]) for line in lines[-_WINDOW - 1 :]]
+    except (ValueError, KeyError, TypeError) as problem:
+        raise StoreError(f"{path} holds no rounds of labelling ({problem}); name another file.") from None
+    common = sorted(set.intersection(*map(set, last)))
+    if not common:
+        raise OptionError(f"the rounds in {path} are of other rows; keep to one pool, or name another file.")
+    new_file = path.with_name(f"{path.name}.new")
+    new_file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    new_file.replace(path)
+    held = [np.array([labels[key] for key in common]) for labels in last]
+    return Rounds(len(lines), tuple(kappa(one, two) for one, two in pairwise(held)), settled(held))
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -167,19 +167,34 @@ def select(
     method: Annotated[
         Literal["badge", "coreset", "entropy", "margin"], typer.Option(help="Both, coverage, or uncertainty.")
     ] = "badge",
+    labelled: Annotated[
+        str | None, typer.Option(metavar="TABLE", help="Rows that have labels: none like them is chosen.")
+    ] = None,
+    rounds: Annotated[
+        Path | None, typer.Option(help="A file that says after some rounds whether labelling may stop.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed chooses the same rows.")] = 0,
     threads: Threads = None,
 ) -> None:
-    """Choose the rows of a pool whose labels would help most."""
-    from netweight.active import select_with
+    """Choose the rows of a pool whose labels would help most, and say when more would not."""
+    from netweight.active import judged, select_with, watched
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.engine import load
 
     file = rows_file(out)
-    rows = read(source, Columns(text, pair=pair), label_required=False).rows
-    chosen = select_with(load(folder, threads), rows, count, seed, method)
+    columns = Columns(text, pair=pair)
+    rows, engine = read(source, columns, label_required=False).rows, load(folder, threads)
+    known = read(labelled, columns, label_required=False).rows if labelled else None
+    said = None
+    if rounds:
+        aside = rows.take(watched(rows))
+        said, apart = judged(rounds, engine, aside), set(aside.keys())
+        rows = rows.take([i for i, key in enumerate(rows.keys()) if key not in apart])
+    chosen = select_with(engine, rows, count, seed, method, known)
     write_rows(file, rows.take(chosen))
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
+    if said is not None:
+        print(said, file=sys.stderr)
 
 
 @app.command()
