@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_a_matrix_of_artifacts_and_scenarios(shop: Shop, made: Path, tmp_path: P
     assert said.status == 0
     assert "worst: " in said.out
     assert json.loads(say("evaluate", made, "--suite", path, "--json").out)["worst"]["scenario"] in ("dev", "few")
+
+
+def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> None:
+    rows = shop.dev.take(range(60))
+    lines = [
+        f"{t}\t{y}\t{'east' if i % 3 else 'west'}"
+        for i, (t, y) in enumerate(zip(rows.text, rows.label or (), strict=True))
+    ]
+    (tmp_path / "all.tsv").write_text("\n".join(["text\tlabel\tshop", *lines]), encoding="utf-8")
+    path = tmp_path / "suite.toml"
+    path.write_text('[[scenario]]\nname = "all"\ndata = "all.tsv"\nby = "shop"\n', encoding="utf-8")
+    cells = evaluate([shop.folder], suite(path), 1).cells
+    assert [(cell.scenario, cell.rows) for cell in cells] == [("all, east", 40), ("all, west", 20)]
+    whole = evaluate([shop.folder], [replace(suite(path)[0], by=None)], 1).cells[0].quality
+    assert sum(cell.quality * cell.rows for cell in cells) / 60 == pytest.approx(whole)
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from netweight.data import Columns, read
+from netweight.data import Columns, Rows, read
 from netweight.engine import Engine, load
 from netweight.errors import OptionError
 
-_KEYS = {"name", "data", "text", "label", "pair"}
+_KEYS = {"name", "data", "text", "label", "pair", "by"}
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A named table of labelled rows."""
+    """A named table of labelled rows; with `by`, a scenario for each value of that column (a product domain, say)."""
 
     name: str
     data: str
     text: str = "text"
     label: str = "label"
     pair: str | None = None
+    by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class Evaluation:
 
 
 def suite(path: Path) -> tuple[Scenario, ...]:
-    """Read a suite: TOML with one `[[scenario]]` each (name, data, and optionally text, label, pair); tables are
-    found from the file's folder. Raises OptionError."""
+    """Read a suite: TOML with one `[[scenario]]` each (name, data, and optionally text, label, pair, by); tables
+    are found from the file's folder. Raises OptionError."""
     try:
         given = tomllib.loads(path.read_text(encoding="utf-8")).get("scenario")
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
@@ -107,11 +108,24 @@ def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: in
         raise OptionError(f"artifacts with one metric can be compared; these have {' and '.join(sorted(metrics))}.")
     cells = []
     for scenario in scenarios:
-        rows = read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair)).rows
-        for name, engine in engines.items():
-            cells.append(Cell(name, scenario.name, len(rows), _quality(engine, rows.text, rows.pair, rows.label or ())))
+        for title, rows in _parts(scenario):
+            for name, engine in engines.items():
+                cells.append(Cell(name, title, len(rows), _quality(engine, rows.text, rows.pair, rows.label or ())))
     order = {name: i for i, name in enumerate(engines)}
     return Evaluation(metrics.pop(), tuple(sorted(cells, key=lambda cell: order[cell.artifact])))
+
+
+def _parts(scenario: Scenario) -> list[tuple[str, Rows]]:
+    """The rows of a scenario, or of each value of its column."""
+    slices = (scenario.by,) if scenario.by else ()
+    rows = read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair, slices=slices)).rows
+    if not scenario.by:
+        return [(scenario.name, rows)]
+    values = rows.slices[scenario.by]
+    return [
+        (f"{scenario.name}, {value}", rows.take([i for i, at in enumerate(values) if at == value]))
+        for value in sorted(set(values))
+    ]
 
 
 def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, label: Sequence[str]) -> float:

@@ -76,7 +76,7 @@ def explain(folder: Folder, threads: Threads = None, as_json: AsJson = False) ->
 @app.command()
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifacts.")],
-    suite: Annotated[Path, typer.Option(help="TOML: [[scenario]] with name, data, and maybe text, label, pair.")],
+    suite: Annotated[Path, typer.Option(help="TOML: scenarios with name, data, and maybe text, label, pair, by.")],
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
