@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor, nn
 
 from netweight import train
 from netweight.errors import OptionError, StoreError
 from netweight.loss import Batch
 from netweight.network import Network
+from netweight.progress import Bar
 from netweight.train import Plan, fit, fit_digest
 
 ROWS = 24
@@ -394,3 +397,13 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     fitted(plan_of(epochs=4, seconds=1e9, reporter=enough))
     assert len(enough.rates) == 12
     assert not enough.notes
+
+
+@pytest.mark.parametrize(("loss", "said"), [(0.5, "loss 0.5000"), (float("nan"), "loss not told")])
+def test_lines_where_there_is_no_terminal(loss: float, said: str) -> None:
+    file = io.StringIO()
+    with Bar(Console(file=file, width=200)) as bar:
+        bar.start("fine-tune", 2, 0)
+        bar.step(1, loss, 1e-4)
+        bar.step(2, loss, 1e-4)
+    assert file.getvalue() == f"fine-tune: step 2 of 2, {said}, 0 s left\n"

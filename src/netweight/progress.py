@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -20,7 +21,7 @@ class Bar:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -45,21 +46,26 @@ class Bar:
         self._label, self._steps, self._said = label, steps, time.monotonic()
         for task in list(self._progress.task_ids):
             self._progress.remove_task(task)
-        self._progress.add_task(label, total=steps, completed=done, loss=float("nan"))
+        self._progress.add_task(label, total=steps, completed=done, loss="")
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step was made."""
         for task in self._progress.task_ids:
-            self._progress.update(task, completed=step, loss=loss)
+            self._progress.update(task, completed=step, loss=_said(loss))
         now = time.monotonic()
         if not self._console.is_terminal and (now - self._said > _EVERY or step == self._steps):
             left = (now - self._began) / max(1, step - self._done) * (self._steps - step)
-            self._console.print(f"{self._label}: step {step} of {self._steps}, loss {loss:.4f}, {left:.0f} s left")
+            self._console.print(f"{self._label}: step {step} of {self._steps}, {_said(loss)}, {left:.0f} s left")
             self._said = now
 
     def note(self, message: str) -> None:
         """A sentence."""
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def _said(loss: float) -> str:
+    """Under privacy nobody is told a loss: it is an exact sum over rows."""
+    return "loss not told" if math.isnan(loss) else f"loss {loss:.4f}"
 
 
 class Parts:
