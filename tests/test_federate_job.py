@@ -175,15 +175,16 @@ def test_terms_and_teacher_are_part_of_what_a_job_is() -> None:
     data, task, _ = prepare(Job(Tables(None, dev=rows.take(range(30)), certify=rows.take(range(30, 60)))), Path())
     usual, private = (terms_of(Rounds(3, wait=5.0), CHOSEN, privacy=p) for p in (None, PRIVATE))
     jobs = [
-        Job(Tables(None, dev=rows, certify=rows), options=Options(finetune=tuned(t, 5.0, 1e-4, None)), run=str(t))
+        Job(Tables(None, dev=rows, certify=rows), options=Options(finetune=tuned(t, 5.0, None, None)), run=str(t))
         for t in (usual, private)
     ]
     named = [job.identity(data, task) for job in jobs]
     assert "teacher" not in named[0]
-    assert named[1]["teacher"][0]["train"] == "lora"
+    assert named[1]["teacher"][0]["train"] == "head"
     assert named[0]["run"] != named[1]["run"]
     assert str(replace(usual, rounds=replace(usual.rounds, wait=9.0))) == str(usual)
-    assert tuned(private, 1.0, 1e-3, "head") == Finetune(1.0, 1e-3, train="head", probe=False)
+    assert tuned(private, 1.0, 1e-3, "lora") == Finetune(1.0, 1e-3, train="lora", probe=False)
+    assert tuned(private, 1.0, None, None).learning_rate > tuned(usual, 1.0, None, "head").learning_rate
     assert isinstance(usual, Terms)
 
 

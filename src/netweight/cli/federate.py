@@ -50,10 +50,13 @@ Start = Annotated[str, typer.Option(help="starter, a folder, or a Hub id.")]
 Labels = Annotated[str | None, typer.Option(help="The labels, with commas; else those of DEV.")]
 Trained = Annotated[
     Literal["full", "lora", "head"] | None,
-    typer.Option(help="What is trained, and travels.", show_default="lora; full with --privacy off"),
+    typer.Option(help="What is trained, and travels.", show_default="head; full with --privacy off"),
 ]
 Epochs = Annotated[float, typer.Option(help="Over each client's rows, in all rounds together.")]
-Rate = Annotated[float, typer.Option(help="Of clients.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(help="Of clients.", show_default="full 1e-4, lora 2e-3, head 2e-2; 5e-3 with --privacy off"),
+]
 Number = Annotated[int, typer.Option(help="Rounds in all.")]
 Minimum = Annotated[int, typer.Option(help="Clients that must take part in each round.")]
 Wait = Annotated[float, typer.Option(help="Seconds that clients are given to appear.")]
@@ -87,7 +90,7 @@ def server(
     task: Kind = "classify",
     train: Trained = None,
     epochs: Epochs = 5.0,
-    learning_rate: Rate = 1e-4,
+    learning_rate: Rate = None,
     rounds: Number = 10,
     minimum: Minimum = 2,
     wait: Wait = 600.0,
@@ -146,7 +149,7 @@ def optimize(
     task: Kind = "classify",
     train: Trained = None,
     epochs: Epochs = 5.0,
-    learning_rate: Rate = 1e-4,
+    learning_rate: Rate = None,
     rounds: Number = 10,
     minimum: Minimum = 2,
     wait: Wait = 600.0,

@@ -64,6 +64,10 @@ def task_of(labels: Sequence[str] | None, rows: Rows | None, kind: Literal["clas
     return task_for(rows.label or (), "classify")
 
 
+RATES: dict[Trained, float] = {"full": 1e-4, "lora": 2e-3, "head": 5e-3}
+PRIVATE_HEAD = 2e-2
+
+
 @dataclass(frozen=True)
 class Terms:
     """What holds between a server and its clients."""
@@ -87,8 +91,11 @@ def terms_of(
     return Terms(rounds, how, Travel(CODECS[codec], personal_head), privacy)
 
 
-def tuned(terms: Terms, epochs: float, rate: float, train: Trained | None) -> Finetune:
-    """How clients fine-tune. Without `train`, adapters under privacy, where noise would drown more, else everything; a
-    probe is an exact sum over rows, which privacy forbids."""
+def tuned(terms: Terms, epochs: float, rate: float | None, train: Trained | None) -> Finetune:
+    """How clients fine-tune. Without `train`, the head under privacy, where noise drowns what has more parameters, else
+    everything; without a rate that of `RATES`. A probe is an exact sum over rows, which privacy forbids: a head then
+    has a longer way to go."""
     private = terms.privacy is not None
-    return Finetune(epochs, rate, train=train or ("lora" if private else "full"), probe=not private)
+    kind: Trained = train or ("head" if private else "full")
+    usual = PRIVATE_HEAD if private and kind == "head" else RATES[kind]
+    return Finetune(epochs, usual if rate is None else rate, train=kind, probe=not private)
