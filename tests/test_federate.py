@@ -467,6 +467,37 @@ def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) ->
             FleetStub(grpc.insecure_channel(address)).PullMessages(PullMessagesRequest(), timeout=5)
 
 
+def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Model) -> None:
+    """With the public key of another, which is no secret, nobody ends its session; nor answers what it was asked."""
+    import grpc
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+
+    make_keys(tmp_path / "other", ("stranger",))
+    address = f"127.0.0.1:{free_port()}"
+    authority = (keys / "server/ca.crt").read_bytes()
+    with listening(address, ServerKeys.load(keys / "server"), patience=0.3) as over:
+        shop, other, stranger = (
+            Connection(address, ClientKeys(authority, (folder / "client.key").read_bytes()))
+            for folder in (keys / "shop0", keys / "shop1", tmp_path / "other/stranger")
+        )
+        shop.activate()
+        other.activate()
+        sessions = over.nodes()
+        with pytest.raises(grpc.RpcError, match="the key to let in is not the key that signed"):
+            stranger.stub.ActivateNode(ActivateNodeRequest(public_key=shop._public(), heartbeat_interval=20))
+        assert over.nodes() == sessions
+        answers: dict[str, Any] = {}
+        asking = threading.Thread(target=lambda: answers.update(over.exchange({"shop0": ScoreTask(model)}, 60)))
+        asking.start()
+        came: list[Any] = []
+        soon(lambda: came.append(shop._pull()) or came[-1] is not None)  # type: ignore[func-returns-value]
+        with pytest.raises(grpc.RpcError, match="a client answers for itself only"):
+            other._push(Message(to_record(WIRE.pack(Scored(0.1, 7))), reply_to=came[-1]))
+        shop._push(Message(to_record(WIRE.pack(Scored(0.9, 7))), reply_to=came[-1]))
+        asking.join(20)
+    assert answers == {"shop0": Scored(0.9, 7)}
+
+
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:
     address = f"127.0.0.1:{free_port()}"
     client = shops()[0]
