@@ -32,7 +32,7 @@ from netweight.run.federated import (
     server,
 )
 from netweight.run.federated.accountant import Steps, epsilon
-from netweight.run.federated.guard import Ledger, shortened
+from netweight.run.federated.guard import Ledger, Opened, shortened
 from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import (
     Advertise,
@@ -338,6 +338,29 @@ def test_a_server_that_was_killed_gets_the_same_answer_and_it_costs_nothing(tmp_
         assert torch.equal(second.tensors[name], value)
 
 
+def test_a_round_that_is_asked_for_again_is_opened_for_the_same_clients_only(tmp_path):
+    """Vectors are those of the first time: two sums would differ by the update of who is in one of them."""
+
+    class Dying(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            if isinstance(next(iter(tasks.values())), Unmask):
+                raise KeyboardInterrupt
+            return answers
+
+    def clients():
+        return shops(4, tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(Federated(Dying(clients()), rounds=Rounds(1)))
+    one_less = Federated(Vanishing(clients(), ("shop3",), FitTask), rounds=Rounds(1))
+    with pytest.raises(ClientError, match="shop0 has told shares for the sum of shop0, shop1, shop2, shop3 in round 0"):
+        fitted(one_less)
+    run = Federated(clients(), rounds=Rounds(1))
+    fitted(run)
+    assert run.report.epsilon <= 8
+
+
 def test_a_client_stops_when_its_budget_is_spent(tmp_path):
     (client,) = shops(1, tmp_path)
     task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=RowLevel().task(2, 1))
@@ -368,6 +391,9 @@ def test_a_damaged_ledger_is_no_empty_one(tmp_path):
     (tmp_path / "privacy.json").write_text("{")
     with pytest.raises(StoreError, match="the privacy ledger .* is damaged"):
         Ledger(tmp_path / "privacy.json")
+    (tmp_path / "opened.json").write_text("[1]")
+    with pytest.raises(StoreError, match="the record of opened sums .* is damaged"):
+        Opened(tmp_path / "opened.json")
 
 
 def test_buffers_that_training_changes_are_refused():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from netweight.data.files import atomic
 from netweight.errors import OptionError, StoreError
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.codecs import Full
@@ -53,6 +54,7 @@ class Guard:
             raise OptionError(f"the epsilon that {name} allows is {limit}; use a number above 0, or no limit.")
         self.name, self.limit = name, limit
         self.ledger = Ledger(folder and folder / "privacy.json")
+        self.opened = Opened(folder and folder / "opened.json")
         self._members: dict[tuple[str, int], Member] = {}
 
     def admit(self, task: Task) -> None:
@@ -134,7 +136,8 @@ class Guard:
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
     def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
-        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does."""
+        """One step of secure aggregation. Raises what `secure.Member` raises, and OptionError where a round that is asked
+        for again would be opened for other clients."""
         from netweight.run.federated.secure import Keys, Member
 
         at = (task.fit, task.round)
@@ -146,8 +149,20 @@ class Guard:
         if isinstance(task, Share):
             everyone = {n: Keys(_bytes(k.seal), _bytes(k.mask)) for n, k in task.keys.items()}
             return Shared({name: part.hex() for name, part in member.share(everyone).items()})
+        self._same(task)
         shares = member.unmask(frozenset(task.survivors))
+        self.opened.add(task.fit, task.round, task.survivors)
         return Told({n: s.hex() for n, s in shares.seeds.items()}, {n: s.hex() for n, s in shares.keys.items()})
+
+    def _same(self, task: Unmask) -> None:
+        # Asked again, clients answer with the vectors of the first time: two sums would differ by one client's update.
+        before = self.opened.of(task.fit, task.round)
+        if before and before != tuple(sorted(task.survivors)):
+            raise OptionError(
+                f"{self.name} has told shares for the sum of {', '.join(before)} in round {task.round}, and was asked "
+                f"for that of {', '.join(sorted(task.survivors))}: both would show who is in one of them only. Start "
+                "the clients of the first sum again, or begin another fit."
+            )
 
     def _member(self, at: tuple[str, int]) -> Member:
         if at not in self._members:
@@ -196,16 +211,7 @@ class Ledger:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._held: dict[str, list[Steps]] = {}
-        if path and path.exists():
-            try:
-                given = json.loads(path.read_text(encoding="utf-8"))
-                self._held = {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
-            except (ValueError, TypeError, AttributeError) as problem:
-                raise StoreError(
-                    f"the privacy ledger {path} is damaged ({problem}); what these rows have cost is not known any "
-                    "more. Restore it from a backup; without it, deleting it starts to count from nothing."
-                ) from None
+        self._held: dict[str, list[Steps]] = _read(path, "the privacy ledger", "what these rows have cost", _steps)
 
     def of(self, fit: str | None) -> list[Steps]:
         """The releases of a fit, or of all."""
@@ -214,13 +220,50 @@ class Ledger:
     def add(self, fit: str, steps: Steps) -> None:
         """Enter a release."""
         self._held.setdefault(fit, []).append(steps)
-        if self.path is None:
-            return
-        text = json.dumps({name: [asdict(s) for s in held] for name, held in self._held.items()})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.path)
+        _write(self.path, {name: [asdict(s) for s in held] for name, held in self._held.items()})
+
+
+class Opened:
+    """Of which clients' sums shares were told, by fit and round; written before they are told."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._held: dict[str, dict[str, list[str]]] = _read(
+            path, "the record of opened sums", "whose sums were told", dict
+        )
+
+    def of(self, fit: str, round_: int) -> tuple[str, ...]:
+        """The clients whose sum it was, sorted; empty where none was."""
+        return tuple(self._held.get(fit, {}).get(str(round_), ()))
+
+    def add(self, fit: str, round_: int, clients: Collection[str]) -> None:
+        """Enter a sum."""
+        self._held.setdefault(fit, {})[str(round_)] = sorted(clients)
+        _write(self.path, self._held)
+
+
+def _steps(given: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Steps]]:
+    return {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
+
+
+def _read(path: Path | None, what: str, lost: str, built: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    if path is None or not path.exists():
+        return {}
+    try:
+        return built(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise StoreError(
+            f"{what} {path} is damaged ({problem}); {lost} is not known any more. Restore it from a backup; without "
+            "it, deleting it starts to count from nothing."
+        ) from None
+
+
+def _write(path: Path | None, held: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as out:
+        out.write(json.dumps(held).encode())
 
 
 def shortened(values: Mapping[str, Tensor], limit: float) -> None:
