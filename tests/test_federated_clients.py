@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,6 +309,71 @@ def test_a_poisoned_update_changes_nothing_and_is_named(model: Model) -> None:
     honest = fitted(Federated(shops(4)[:3], rounds=Rounds(1), privacy=None), model)
     for name, value in values(honest).items():
         torch.testing.assert_close(values(made)[name], value)
+
+
+@pytest.mark.parametrize(
+    ("factor", "shape", "said"),
+    [
+        (float("nan"), None, "the variate has values that are not finite."),
+        (1e6, None, "the variate has a norm of .*, more than 10 times .*, the median of the round."),
+        (1.0, (7, 9), r"the variate has head.bias as torch.float32 \(7, 9\), which should be torch.float32 \(2,\)."),
+    ],
+)
+def test_a_poisoned_variate_changes_nothing_and_is_named(
+    factor: float, shape: tuple[int, ...] | None, said: str, model: Model
+) -> None:
+    def lying(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(answer, Fitted) and name == "shop3":
+            odd = {n: torch.ones(shape) if shape else v * factor for n, v in (answer.variate or {}).items()}
+            return replace(answer, variate=odd)
+        return answer
+
+    model.network.backbone.requires_grad_(False)  # type: ignore[union-attr]
+    run = Federated(Changed(shops(4), lying), rounds=Rounds(2), algorithm=Scaffold(), privacy=None)
+    made = fitted(run, model)
+    for done in run.report.rounds:
+        ((name, reason),) = [(lost.client, lost.reason) for lost in done.refused]
+        assert name == "shop3"
+        assert re.fullmatch(said, reason)
+    assert all(bool(value.isfinite().all()) for value in values(made).values())
+
+
+def claiming(**numbers: Any) -> Callable[[str, Task, Answer | Lost], Answer | Lost]:
+    """shop1 reports other numbers where an answer has such."""
+
+    def change(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        known = {f.name for f in fields(answer)} & set(numbers)
+        return replace(answer, **{n: numbers[n] for n in known}) if name == "shop1" and known else answer
+
+    return change
+
+
+def test_numbers_that_cannot_be_are_refused_by_name(model: Model) -> None:
+    run = Federated(Changed(shops(4), claiming(rows=-60)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.notes == ("shop1 was refused: it says that it has -60 training rows.",)
+    run = Federated(Changed(shops(4), claiming(loss=math.nan)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.rounds[0].refused == (Lost("shop1", "it reports a loss of nan."),)
+    assert math.isfinite(run.report.rounds[0].loss or 0.0)
+    run = Federated(Changed(shops(4), claiming(epsilon=math.inf)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.rounds[0].refused == (Lost("shop1", "it reports epsilon inf for this fit and 0 for all."),)
+    run = Federated(Changed(shops(4), claiming(quality=math.nan)), rounds=Rounds(1), privacy=None)
+    assert math.isfinite(run.quality(model))
+
+
+def test_rows_that_are_claimed_make_nobody_the_model(model: Model) -> None:
+    run = Federated(Changed(shops(4), claiming(rows=10**12)), rounds=Rounds(1), privacy=None)
+    made = fitted(run, model)
+    assert run.report.notes == (
+        "shop1 says that it has 1,000,000,000,000 rows and counts as 205, 10 times the median.",
+    )
+    weights = {"shop0": 20.0, "shop1": 205.0, "shop2": 20.0, "shop3": 21.0}
+    alone = {c.name: values(Local(c.data).fit(model, Supervised(model.task), PLAN)) for c in shops(4)}
+    for name, value in values(made).items():
+        wanted = sum(alone[c][name].double() * w for c, w in weights.items()) / sum(weights.values())
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_options_that_make_no_sense(model: Model) -> None:

@@ -454,6 +454,20 @@ def test_keys_and_shares_are_hexadecimal():
         fitted(Federated(Odd(shops()), rounds=Rounds(1)))
 
 
+def test_epsilon_that_cannot_be_is_no_answer():
+    class Odd(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            odd = {n: a for n, a in answers.items() if isinstance(a, Fitted) and n == "shop1"}
+            return answers | {n: replace(a, epsilon=float("nan")) for n, a in odd.items()}
+
+    for secure in (True, False):
+        run = Federated(Odd(shops(4)), rounds=Rounds(1), privacy=RowLevel(secure=secure))
+        fitted(run)
+        assert 0 < run.report.epsilon <= 8
+        assert "shop1" not in run.report.rounds[0].took_part
+
+
 def test_what_is_no_vector_of_words_is_left_out():
     class Odd(InProcess):
         def exchange(self, tasks, seconds=None):

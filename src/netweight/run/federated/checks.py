@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
-from netweight.run.federated.messages import Lost, Manifest, Tensors
+from netweight.run.federated.messages import Fitted, Lost, Manifest, Tensors
 
 _CUT = 60  # characters of a value in a message
 
@@ -24,6 +24,22 @@ def differing(server: Manifest, client: Manifest) -> str:
     return ""
 
 
+def unlikely(answer: Fitted, private: bool) -> str:
+    """A sentence on a number that no sound client reports; empty where there is none."""
+    if not all(0 <= spent < math.inf for spent in (answer.epsilon, answer.in_all)):
+        return f"it reports epsilon {answer.epsilon:g} for this fit and {answer.in_all:g} for all."
+    if not private and not math.isfinite(answer.loss):
+        return f"it reports a loss of {answer.loss:g}."
+    return ""
+
+
+def capped(rows: Mapping[str, int], heaviest: float) -> dict[str, float]:
+    """Weights by rows, by client, none above `heaviest` times their median: nobody can check how many rows a client
+    has."""
+    most = heaviest * statistics.median(rows.values()) if rows else 0.0
+    return {name: min(float(n), most) for name, n in rows.items()}
+
+
 def _short(value: object) -> str:
     said = str(list(value)) if isinstance(value, tuple) else repr(value)
     return said if len(said) <= _CUT else f"{said[: _CUT - 4]} ..."
@@ -32,13 +48,15 @@ def _short(value: object) -> str:
 @dataclass(frozen=True)
 class Round:
     """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
-    encoded as differences, the seed that clients share, and how far from the median norm is too far."""
+    encoded as differences, the seed that clients share, how far from the median norm is too far, and what they are
+    called."""
 
     codec: Codec
     old: Tensors
     differences: frozenset[str]
     shared: int
     outlier: float
+    what: str = "update"
 
     def accepted(self, sent: Mapping[str, Tensors]) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
         """Decoded updates by client, and who was refused and why."""
@@ -52,7 +70,7 @@ class Round:
                 norms[client] = self.norm(update)
                 problem = "" if math.isfinite(norms[client]) else "values that are not finite."
             if problem:
-                refused.append(Lost(client, f"the update has {problem}"))
+                refused.append(Lost(client, f"the {self.what} has {problem}"))
                 continue
             sound[client] = update
         # Two cannot tell which of them is odd.
@@ -62,7 +80,7 @@ class Round:
             refused.append(
                 Lost(
                     client,
-                    f"the update has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
+                    f"the {self.what} has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
                     "the median of the round.",
                 )
             )

@@ -136,8 +136,8 @@ class Guard:
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
     def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
-        """One step of secure aggregation. Raises what `secure.Member` raises, and OptionError where a round that is asked
-        for again would be opened for other clients."""
+        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does; OptionError, too,
+        where a round that is asked for again would be opened for other clients."""
         from netweight.run.federated.secure import Keys, Member
 
         at = (task.fit, task.round)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from netweight.errors import ClientError
-from netweight.run.federated.checks import differing
+from netweight.run.federated.checks import capped, differing
 from netweight.run.federated.messages import Channel, Join, Joined, Lost, Manifest
 from netweight.run.federated.options import Rounds
 
@@ -60,14 +60,24 @@ class Members:
         picked = np.random.default_rng([seed, 3, round_]).permutation(len(names))[:count]
         return sorted(names[i] for i in picked)
 
+    def weights(self, usable: Mapping[str, Joined]) -> dict[str, float]:
+        """By how much each client counts: by its rows, within the bound of the rounds."""
+        return capped({name: about.rows for name, about in usable.items()}, self.rounds.heaviest)
+
     def notes(self) -> tuple[str, ...]:
-        """Sentences on clients that are special: refused, without rows, with one label."""
+        """Sentences on clients that are special: refused, without rows, with one label, with very many rows."""
+        weights = self.weights({name: about for name, about in self.joined.items() if about.rows})
         said = [f"{name} was refused: {reason}" for name, reason in sorted(self.refused.items())]
         for name, about in sorted(self.joined.items()):
             if not about.rows:
                 said.append(f"{name} has no training rows and takes no part.")
             elif about.labels == 1:
                 said.append(f"{name} has rows of one label only.")
+            if about.rows > weights.get(name, math.inf):
+                said.append(
+                    f"{name} says that it has {about.rows:,} rows and counts as {weights[name]:,.0f}, "
+                    f"{self.rounds.heaviest:g} times the median."
+                )
         return tuple(said)
 
     def _ask(self, names: list[str]) -> None:
@@ -83,6 +93,8 @@ class Members:
             if not self.manifest.columns:
                 self.manifest = replace(self.manifest, columns=answer.manifest.columns)
             problem = differing(self.manifest, answer.manifest)
+            if answer.rows < 0:
+                problem = f"it says that it has {answer.rows} training rows."
             if problem:
                 self.refused[name] = problem
             else:

@@ -18,9 +18,9 @@ from netweight.errors import ModelError, OptionError
 from netweight.loss import Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
-from netweight.run.federated.checks import Round
+from netweight.run.federated.checks import Round, capped, unlikely
 from netweight.run.federated.client import Client, manifest_of, trained
-from netweight.run.federated.codecs import put, seed_of, size, travelling
+from netweight.run.federated.codecs import Decoded, Full, put, seed_of, size, travelling
 from netweight.run.federated.inprocess import InProcess
 from netweight.run.federated.members import Members, too_few
 from netweight.run.federated.membership import Membership
@@ -132,7 +132,8 @@ class Federated:
         if self.held_out is not None:
             return Local(self.held_out).quality(model)
         scores = self.scores(model, "")
-        known = [(s.quality, s.rows) for s in scores.values() if s.quality is not None]
+        weights = capped({name: s.rows for name, s in scores.items() if s.quality is not None}, self.rounds.heaviest)
+        known = [(s.quality, weights[name]) for name, s in scores.items() if s.quality is not None]
         if not known:
             raise OptionError("no client has select rows to measure quality on; give the server `data`.")
         return sum(q * n for q, n in known) / sum(n for _, n in known)
@@ -141,7 +142,7 @@ class Federated:
         """Each client's own view of a model, by name; with `fit` with the parameters that it kept in that fit."""
         tasks = {name: ScoreTask(model, fit) for name in self.usable(model)}
         answers = self.channel.exchange(tasks, self.rounds.seconds)
-        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored)}
+        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored) and _fine(a)}
 
     def usable(self, model: Model) -> dict[str, Joined]:
         """Clients that can take part now, by name."""
@@ -238,8 +239,8 @@ class _Fit:
         values = {**mean, **new}
         down = len(chosen) * (size(state.values) + size(task.variate or {}))
         variate = self._variate(state, {name: fitted[name] for name in took}, len(usable))
-        every = sum(usable[n].rows for n in took)
-        loss = None if self.guarded else sum(fitted[n].loss * usable[n].rows for n in took) / every
+        weights = {n: weight for n, weight in run.members.weights(usable).items() if n in took}
+        loss = None if self.guarded else sum(fitted[n].loss * weights[n] for n in took) / sum(weights.values())
         quality, seconds = self._quality(values), time.monotonic() - began
         cost = (max(a.epsilon for a in fitted.values()), max(a.in_all for a in fitted.values()))
         report = RoundReport(number, took, found.lost, found.refused, found.up, down, loss, seconds, quality, *cost)
@@ -251,15 +252,31 @@ class _Fit:
         answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
-        shared = seed_of(self.fit, task.round)
-        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
-        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
+        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
+        unsound = {name: unlikely(a, self.guarded is not None) for name, a in fitted.items()}
+        fitted = {name: a for name, a in fitted.items() if not unsound[name]}
+        updates, refused = self._accepted(state, task, fitted)
+        refused += tuple(Lost(name, problem) for name, problem in unsound.items() if problem)
         minimum = self.guarded.least if self.guarded else run.rounds.minimum
         if len(updates) < minimum:
             raise too_few(len(updates), (*lost, *refused), minimum, f"round {task.round}")
         mean = run.algorithm.aggregate(updates, self._weights(updates, usable))
-        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
         return _Collected(mean, fitted, tuple(updates), lost, refused, up)
+
+    def _accepted(
+        self, state: State, task: FitTask, fitted: Mapping[str, Fitted]
+    ) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
+        """Updates that are sound, with their variates, and who was refused."""
+        run, shared = self.run_, seed_of(self.fit, task.round)
+        odd: tuple[Lost, ...] = ()
+        if task.variate is not None:
+            zero = {name: torch.zeros_like(task.variate[name]) for name in sorted(task.variate)}
+            check = Round(Full(), zero, self.travelling, shared, run.rounds.outlier, "variate")
+            sound, odd = check.accepted({name: a.variate or {} for name, a in fitted.items()})
+            fitted = {name: fitted[name] for name in sound}
+        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
+        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
+        return updates, (*odd, *refused)
 
     def _veiled(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates of which the server sees the sum."""
@@ -280,9 +297,11 @@ class _Fit:
         return _Collected(mean, veiled.fitted, tuple(veiled.fitted), lost, (), veiled.up)
 
     def _weights(self, clients: Iterable[str], usable: Mapping[str, Joined]) -> dict[str, float]:
-        """Rows, or 1 where a client is the unit that is hidden."""
-        alike = self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel)
-        return {name: 1.0 if alike else float(usable[name].rows) for name in clients}
+        """By rows, or 1 where a client is the unit that is hidden."""
+        if self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel):
+            return dict.fromkeys(clients, 1.0)
+        weights = self.run_.members.weights(usable)
+        return {name: weights[name] for name in clients}
 
     @cached_property
     def guarded(self) -> Guarded | None:
@@ -425,6 +444,11 @@ def _personal(model: Model) -> tuple[str, ...]:
     if not found:
         raise OptionError(f"a {type(model.network).__name__} has no head that clients could keep for themselves.")
     return found
+
+
+def _fine(answer: Scored) -> bool:
+    """Whether its quality, where there is one, is a number that was measured on rows."""
+    return answer.quality is None or (answer.rows > 0 and math.isfinite(answer.quality))
 
 
 def _lost(name: str, answer: object) -> Lost:

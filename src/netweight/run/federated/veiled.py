@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from netweight.errors import RunError
+from netweight.run.federated.checks import unlikely
 from netweight.run.federated.codecs import Decoded, Full, parts_of
 from netweight.run.federated.guard import RANGE
 from netweight.run.federated.members import too_few
@@ -72,7 +73,7 @@ class Veiled:
             sealed = {sender: part.hex() for sender, part in parts.items()}
             tasks[name] = replace(self.task, seat=Seat(sealed, len(keys), self.weights[name], self.largest))
         length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
-        self.fitted = self._ask(tasks, Fitted, lambda a: _is_vector(a, length))
+        self.fitted = self._ask(tasks, Fitted, lambda a: _is_vector(a, length) and not unlikely(a, private=True))
         # Added up before the next exchange, after which answers may be gone.
         total = np.zeros(length, np.uint32)
         for answer in self.fitted.values():
