@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model, tiny_rows
+from conftest import Killed, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import ClientError, OptionError, RunError, StoreError
@@ -282,10 +282,16 @@ def test_what_does_not_add_up_is_refused():
             fitted(Federated(shops(), travel=Travel(codec)))
     with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors"):
         fitted(Federated(shops(), algorithm=Scaffold()))
+    one = Rounds(share=0.3)
     with pytest.raises(OptionError, match="secure aggregation hides a client among others, and 1 takes part"):
-        fitted(Federated(shops(1)))
+        fitted(Federated(shops(), rounds=one))
     with pytest.raises(OptionError, match="ClientLevel hides a client among others"):
-        fitted(Federated(shops(1), privacy=ClientLevel(secure=False)))
+        fitted(Federated(shops(), rounds=one, privacy=ClientLevel(secure=False)))
+    with pytest.raises(
+        ClientError,
+        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*RowLevel\(secure=False\) needs no",
+    ):
+        fitted(Federated(shops(1)))
 
 
 def test_without_secure_sums_they_are_allowed():
@@ -359,6 +365,76 @@ def test_a_round_that_is_asked_for_again_is_opened_for_the_same_clients_only(tmp
     run = Federated(clients(), rounds=Rounds(1))
     fitted(run)
     assert run.report.epsilon <= 8
+
+
+class Coming(InProcess):
+    """Clients of which `n` are there; `asked` are the tasks."""
+
+    def __init__(self, clients, n):
+        super().__init__(clients)
+        self.n, self.asked, self.looks = n, [], 0
+
+    def clients(self):
+        self.looks += 1
+        return super().clients()[: self.n if isinstance(self.n, int) else self.n(self.looks)]
+
+    def exchange(self, tasks, seconds=None):
+        self.asked += tasks.values()
+        return super().exchange(tasks, seconds)
+
+
+def test_who_comes_later_raises_how_many_must_be_left(monkeypatch):
+    channel = Coming(shops(9, rows=40), 2)
+    after = server._Fit.round
+
+    def round_(self, state):
+        try:
+            return after(self, state)
+        finally:
+            channel.n = 9
+
+    monkeypatch.setattr(server._Fit, "round", round_)
+    run = Federated(channel, rounds=Rounds(2), privacy=RowLevel(epsilon=20.0))
+    fitted(run)
+    assert [len(r.took_part) for r in run.report.rounds] == [2, 9]
+    assert {(t.round, t.threshold) for t in channel.asked if isinstance(t, Advertise)} == {(0, 2), (1, 6)}
+
+
+def test_a_server_waits_for_those_that_privacy_needs():
+    channel = Coming(shops(), lambda looks: 1 if looks < 3 else 3)
+    run = Federated(channel, rounds=Rounds(1, wait=10))
+    fitted(run)
+    assert run.report.rounds[0].took_part == ("shop0", "shop1", "shop2")
+
+
+def test_a_server_that_was_killed_promises_what_it_promised(tmp_path, monkeypatch):
+    from netweight.run.federated import privacy
+
+    def run(n):
+        channel = Coming(shops(6, tmp_path / "shops", rows=40), n)
+        return Federated(channel, folder=tmp_path / "server", rounds=Rounds(1), privacy=Automatic(30.0))
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(privacy, "CROSS_DEVICE", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(server._Fit, "_veiled", killed)
+        with pytest.raises(Killed):
+            fitted(run(6))
+    monkeypatch.setattr(privacy, "CROSS_DEVICE", 100)
+    with pytest.raises(ClientError, match="3 of 3 clients can take part, and 4 must"):
+        fitted(run(3))
+    last = run(6)
+    fitted(last)
+    assert last.report.privacy.startswith("client-level")
+
+
+def test_secrets_are_shared_where_two_thirds_must_be_left():
+    (client,) = shops(1)
+    keys = client.answer(Advertise("f", 0, 2))
+    with pytest.raises(OptionError, match="shop0 was told that 2 of 4 clients can open a sum; .* where 3 must"):
+        client.answer(Share("f", 0, {f"shop{i}": keys for i in range(4)}))
 
 
 def test_a_client_stops_when_its_budget_is_spent(tmp_path):

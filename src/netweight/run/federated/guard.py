@@ -31,7 +31,7 @@ from netweight.run.federated.messages import (
     Told,
     Unmask,
 )
-from netweight.run.federated.privacy import planned, row_noise
+from netweight.run.federated.privacy import planned, row_noise, two_thirds
 from netweight.seams import Seams
 
 if TYPE_CHECKING:
@@ -147,6 +147,11 @@ class Guard:
             return Advertised(keys.seal.hex(), keys.mask.hex())
         member = self._member(at)
         if isinstance(task, Share):
+            if member.threshold < two_thirds(len(task.keys)):
+                raise OptionError(
+                    f"{self.name} was told that {member.threshold} of {len(task.keys)} clients can open a sum; it "
+                    f"shares its secrets where {two_thirds(len(task.keys))} must."
+                )
             everyone = {n: Keys(_bytes(k.seal), _bytes(k.mask)) for n, k in task.keys.items()}
             return Shared({name: part.hex() for name, part in member.share(everyone).items()})
         self._same(task)

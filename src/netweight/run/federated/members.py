@@ -39,24 +39,26 @@ class Members:
                 raise ClientError(self._absent(names))
             time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
 
-    def there(self, manifest: Manifest) -> dict[str, Joined]:
-        """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`."""
+    def there(self, manifest: Manifest, least: int = 0) -> dict[str, Joined]:
+        """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`, or
+        than `least`."""
         self.manifest = self.manifest or manifest
+        least = max(least, self.rounds.minimum)
         end = time.monotonic() + self.rounds.wait
         while True:
             names = self.channel.clients()
             self._ask([name for name in names if name not in self.joined])
             usable = {n: self.joined[n] for n in sorted(names) if n in self.joined and self.joined[n].rows}
-            if len(usable) >= self.rounds.minimum:
+            if len(usable) >= least:
                 return usable
             if time.monotonic() >= end:
-                raise ClientError(self._lacking(names, usable))
+                raise ClientError(self._lacking(names, usable, least))
             time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
 
-    def drawn(self, usable: Mapping[str, Joined], seed: int, round_: int) -> list[str]:
-        """Those that take part in a round, sorted; a share of them, drawn by seed."""
+    def drawn(self, usable: Mapping[str, Joined], seed: int, round_: int, least: int = 0) -> list[str]:
+        """Those that take part in a round, sorted; a share of them (at least `least`), drawn by seed."""
         names = sorted(usable)
-        count = min(len(names), max(self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
+        count = min(len(names), max(least, self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
         picked = np.random.default_rng([seed, 3, round_]).permutation(len(names))[:count]
         return sorted(names[i] for i in picked)
 
@@ -101,8 +103,7 @@ class Members:
                 self.joined[name] = answer
                 self.refused.pop(name, None)
 
-    def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined]) -> str:
-        least = self.rounds.minimum
+    def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined], least: int) -> str:
         if not names and self.joined:
             return (
                 f"all clients left ({', '.join(sorted(self.joined))}); start them again: a run with a folder goes on "
@@ -111,6 +112,8 @@ class Members:
         if not names:
             return self._absent(names)
         why = " ".join(self.notes()) or "The others left."
+        if least > self.rounds.minimum:
+            why += " Privacy hides a client among so many; RowLevel(secure=False) needs no others."
         return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
 
     def _absent(self, names: tuple[str, ...]) -> str:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from netweight.run.federated.privacy import (
     Guarded,
     Privacy,
     Setting,
+    among_others,
     least,
     noise_to_signal,
     refuse,
@@ -144,10 +144,10 @@ class Federated:
         answers = self.channel.exchange(tasks, self.rounds.seconds)
         return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored) and _fine(a)}
 
-    def usable(self, model: Model) -> dict[str, Joined]:
-        """Clients that can take part now, by name."""
+    def usable(self, model: Model, least: int = 0) -> dict[str, Joined]:
+        """Clients that can take part now, by name. Raises ClientError where they are fewer than `least`."""
         columns = tuple(name for name, _ in self.held_out.select.columns()) if self.held_out is not None else ()
-        return self.members.there(manifest_of(model, columns))
+        return self.members.there(manifest_of(model, columns), least)
 
     def account(self) -> dict[str, Any]:
         """What fits did, in numbers that name no client."""
@@ -197,15 +197,21 @@ class _Fit:
             }
         )
         self.path = run.folder / f"rounds-{self.fit[:16]}.safetensors" if run.folder else None
+        self.guarded: Guarded | None = None
         self.began = time.monotonic()
 
     def run(self) -> Model:
         path, total = self.path, self.run_.rounds.number
         state = State.load(path, self.fit) if path and path.exists() else State(self.start)
         known = not self._goes_on(state) and any(report.fit == self.fit for report in self.run_.reports)
-        if self._goes_on(state):
-            self.run_.usable(self.model)
+        if self._goes_on(state) or not known:
+            self.guarded = self._promised(state)
             self.began = time.monotonic()  # waiting for clients is no training
+        if self.guarded and not state.unit:
+            # Before the first round, so that a server that is killed in it promises the same once more.
+            state = replace(state, unit=self.guarded.privacy.unit, least=self.guarded.least)
+            if path:
+                state.save(path, self.fit)
         reporter = self.plan.reporter
         reporter.start(self.label, total, len(state.rounds))
         while self._goes_on(state):
@@ -228,8 +234,8 @@ class _Fit:
     def round(self, state: State) -> State:
         """The state after one more round."""
         began, run, number = time.monotonic(), self.run_, len(state.rounds)
-        usable = run.usable(self.model)
-        chosen = run.members.drawn(usable, self.plan.seed, number)
+        usable = run.usable(self.model, state.least)
+        chosen = run.members.drawn(usable, self.plan.seed, number, state.least)
         task = self.task(state, number)
         collect = self._veiled if self.guarded and self.guarded.privacy.secure else self._open
         found = collect(state, task, chosen, usable)
@@ -257,7 +263,7 @@ class _Fit:
         fitted = {name: a for name, a in fitted.items() if not unsound[name]}
         updates, refused = self._accepted(state, task, fitted)
         refused += tuple(Lost(name, problem) for name, problem in unsound.items() if problem)
-        minimum = self.guarded.least if self.guarded else run.rounds.minimum
+        minimum = self.guarded.threshold(len(chosen)) if self.guarded else run.rounds.minimum
         if len(updates) < minimum:
             raise too_few(len(updates), (*lost, *refused), minimum, f"round {task.round}")
         mean = run.algorithm.aggregate(updates, self._weights(updates, usable))
@@ -289,7 +295,7 @@ class _Fit:
             lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
             task,
             shares,
-            self.guarded.least,
+            self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
         )
         mean = veiled.mean(state.values, self.travelling, seed_of(self.fit, task.round))
@@ -303,20 +309,22 @@ class _Fit:
         weights = self.run_.members.weights(usable)
         return {name: weights[name] for name in clients}
 
-    @cached_property
-    def guarded(self) -> Guarded | None:
-        """What is promised to the clients that are there; None without privacy. Raises OptionError where it cannot be
-        kept, or nothing would be learned."""
+    def _promised(self, state: State) -> Guarded | None:
+        """What is promised to the clients that are there, or was when the fit began; None without privacy. Raises
+        OptionError where it cannot be kept, or nothing would be learned."""
         run = self.run_
         if run.privacy is None:
+            run.usable(self.model)
             return None
-        usable = run.usable(self.model)
-        kind = run.privacy.among(len(usable)) if isinstance(run.privacy, Automatic) else run.privacy
+        needed = state.least or (2 if among_others(run.privacy) else 1)
+        usable = run.usable(self.model, needed if self._goes_on(state) else 0)
+        kind = run.privacy.among(len(usable), state.unit) if isinstance(run.privacy, Automatic) else run.privacy
         rows = {name: about.rows for name, about in usable.items()}
         d = sum(self.start[name].numel() for name in self.travelling)
         setting = Setting(self.plan, run.rounds, rows, d)
-        refuse(kind, setting, run.algorithm, run.travel)
-        return Guarded(kind, least(kind, setting), noise_to_signal(kind, setting)[0])
+        if not state.unit:
+            refuse(kind, setting, run.algorithm, run.travel)
+        return Guarded(kind, state.least or least(kind, setting), noise_to_signal(kind, setting)[0])
 
     def task(self, state: State, number: int) -> FitTask:
         """What clients are asked in a round."""
