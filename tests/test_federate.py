@@ -28,7 +28,7 @@ from netweight.federate.link import listening
 from netweight.federate.node import Connection, reachable
 from netweight.federate.options import task_of, terms_of
 from netweight.federate.simulate import simulated
-from netweight.federate.start import Place, kept_apart, serve
+from netweight.federate.start import Place, kept_apart, owned, serve
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
@@ -294,6 +294,14 @@ def test_scores_are_standardised_by_the_rows_of_the_server() -> None:
     for labels, given in ((None, None), (("1", "2"), rows)):
         with pytest.raises(OptionError, match="scores are standardised .*: give --dev TABLE, and leave --labels out"):
             task_of(labels, given, "score")
+
+
+def test_a_folder_is_used_by_one_client(tmp_path: Path) -> None:
+    taken = pytest.raises(OptionError, match="shop is used by a client that runs; give each client a folder")
+    with owned(tmp_path / "shop"), taken, owned(tmp_path / "shop"):
+        pass
+    with owned(tmp_path / "shop"):
+        pass
 
 
 def test_a_share_of_a_clients_rows_measures_quality() -> None:

@@ -472,6 +472,13 @@ def test_a_damaged_ledger_is_no_empty_one(tmp_path):
         Opened(tmp_path / "opened.json")
 
 
+def test_copies_of_a_ledger_lose_nothing(tmp_path):
+    one, two = Ledger(tmp_path / "privacy.json"), Ledger(tmp_path / "privacy.json")
+    one.add("a", Steps(1.0, 0.1, 100))
+    two.add("b", Steps(1.0, 0.1, 100))
+    assert len(one.of(None)) == len(two.of(None)) == 2
+
+
 def test_buffers_that_training_changes_are_refused():
     (client,) = shops(1)
     model = head_only()

@@ -212,20 +212,27 @@ def _changes(task: FitTask, old: Tensors, sent: Tensors, names: frozenset[str]) 
 
 
 class Ledger:
-    """What was released of a client's rows, fit by fit; written before it is released."""
+    """What was released of a client's rows, fit by fit; written before it is released.
+
+    The file is read each time: actors of a simulation have copies of one client."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._held: dict[str, list[Steps]] = _read(path, "the privacy ledger", "what these rows have cost", _steps)
+        self._memory: dict[str, list[Steps]] = {}
+        self._held()  # a damaged one is no empty one
 
     def of(self, fit: str | None) -> list[Steps]:
         """The releases of a fit, or of all."""
-        return [s for name, steps in self._held.items() if fit in (None, name) for s in steps]
+        return [s for name, steps in self._held().items() if fit in (None, name) for s in steps]
 
     def add(self, fit: str, steps: Steps) -> None:
         """Enter a release."""
-        self._held.setdefault(fit, []).append(steps)
-        _write(self.path, {name: [asdict(s) for s in held] for name, held in self._held.items()})
+        held = self._held()
+        held.setdefault(fit, []).append(steps)
+        _write(self.path, {name: [asdict(s) for s in made] for name, made in held.items()})
+
+    def _held(self) -> dict[str, list[Steps]]:
+        return _read(self.path, "the privacy ledger", "what these rows have cost", _steps, self._memory)
 
 
 class Opened:
@@ -233,26 +240,33 @@ class Opened:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._held: dict[str, dict[str, list[str]]] = _read(
-            path, "the record of opened sums", "whose sums were told", dict
-        )
+        self._memory: dict[str, dict[str, list[str]]] = {}
+        self._held()
 
     def of(self, fit: str, round_: int) -> tuple[str, ...]:
         """The clients whose sum it was, sorted; empty where none was."""
-        return tuple(self._held.get(fit, {}).get(str(round_), ()))
+        return tuple(self._held().get(fit, {}).get(str(round_), ()))
 
     def add(self, fit: str, round_: int, clients: Collection[str]) -> None:
         """Enter a sum."""
-        self._held.setdefault(fit, {})[str(round_)] = sorted(clients)
-        _write(self.path, self._held)
+        held = self._held()
+        held.setdefault(fit, {})[str(round_)] = sorted(clients)
+        _write(self.path, held)
+
+    def _held(self) -> dict[str, dict[str, list[str]]]:
+        return _read(self.path, "the record of opened sums", "whose sums were told", dict, self._memory)
 
 
 def _steps(given: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Steps]]:
     return {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
 
 
-def _read(path: Path | None, what: str, lost: str, built: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    if path is None or not path.exists():
+def _read(
+    path: Path | None, what: str, lost: str, built: Callable[[Any], dict[str, Any]], memory: dict[str, Any]
+) -> dict[str, Any]:
+    if path is None:
+        return memory
+    if not path.exists():
         return {}
     try:
         return built(json.loads(path.read_text(encoding="utf-8")))
