@@ -526,15 +526,32 @@ def test_keys_and_shares_are_hexadecimal():
     with pytest.raises(OptionError, match="keys and shares travel as hexadecimal text"):
         client.answer(Share("f", 0, {"shop0": replace(keys, seal="no"), "shop1": keys}))
 
-    class Odd(InProcess):
+
+LIES = [
+    (lambda a: replace(a, seal="00" * 32), Advertised, "its public keys are none."),
+    (lambda a: replace(a, mask="no"), Advertised, "its public keys are none."),
+    (lambda a: Shared(dict.fromkeys(a.sealed, "no")), Shared, "it sent no sealed share to each other client."),
+    (lambda a: Shared({}), Shared, "it sent no sealed share to each other client."),
+    (lambda a: replace(a, tensors={"masked": a.tensors["masked"][1:]}), Fitted, "no vector of 66 masked words."),
+    (lambda a: replace(a, rows=7), Fitted, "it joined with 48 rows and now has 7; it is asked anew what it has."),
+    (lambda a: replace(a, seeds={}), Told, "it told other shares than it was asked for."),
+    (lambda a: a.seeds, Told, "no Told came."),
+]
+
+
+@pytest.mark.parametrize(("lie", "kind", "said"), LIES)
+def test_one_client_that_lies_ends_no_secure_round(lie, kind, said):
+    class Lying(InProcess):
         def exchange(self, tasks, seconds=None):
             answers = super().exchange(tasks, seconds)
-            return {
-                n: Shared(dict.fromkeys(a.sealed, "no")) if isinstance(a, Shared) else a for n, a in answers.items()
-            }
+            return {n: lie(a) if isinstance(a, kind) and n == "shop0" else a for n, a in answers.items()}
 
-    with pytest.raises(RunError, match="keys and shares travel as hexadecimal text"):
-        fitted(Federated(Odd(shops()), rounds=Rounds(1)))
+    run = Federated(Lying(shops(4)), rounds=Rounds(1))
+    fitted(run)
+    ((name, reason),) = [(lost.client, lost.reason) for lost in run.report.rounds[0].lost]
+    assert name == "shop0"
+    assert reason.endswith(said)
+    assert ("shop0" in run.report.rounds[0].took_part) == (kind is Told)
 
 
 def test_epsilon_that_cannot_be_is_no_answer():
@@ -551,21 +568,16 @@ def test_epsilon_that_cannot_be_is_no_answer():
         assert "shop1" not in run.report.rounds[0].took_part
 
 
-def test_what_is_no_vector_of_words_is_left_out():
-    class Odd(InProcess):
-        def exchange(self, tasks, seconds=None):
-            answers = super().exchange(tasks, seconds)
-            return {
-                n: replace(a, tensors={"masked": a.tensors["masked"][1:]})
-                if isinstance(a, Fitted) and n == "shop1"
-                else a
-                for n, a in answers.items()
-            }
-
-    run = Federated(Odd(shops(4)), rounds=Rounds(1))
-    fitted(run)
-    assert [(lost.client, lost.reason) for lost in run.report.rounds[0].lost] == [
-        ("shop1", "no Fitted that can be used came.")
+def test_a_client_says_what_is_promised_of_its_rows():
+    said = []
+    clients = shops(3)
+    clients[0] = Client("shop0", clients[0].data, said=said.append)
+    for options in ({}, {"privacy": RowLevel(secure=False)}, {"privacy": None}):
+        fitted(Federated(clients, rounds=Rounds(2), **options))
+    assert said == [
+        "shop0: fit: row-level privacy, epsilon 8 at delta 1e-05; the server sees sums of updates only.",
+        "shop0: fit: row-level privacy, epsilon 8 at delta 1e-05; the server sees this client's update.",
+        "shop0: fit: privacy is OFF; nothing bounds what this client's updates tell of its rows.",
     ]
 
 

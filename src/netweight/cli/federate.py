@@ -230,7 +230,7 @@ def client(
     data = kept_apart(loaded.rows)
     _say(f"{name}: {len(data.train)} rows to train on, {len(data.select)} to measure quality. {loaded.note or ''}")
     with owned(folder):
-        join(server, found, Client(name, data, folder, limit=epsilon), patience, _say)
+        join(server, found, Client(name, data, folder, limit=epsilon, said=_say), patience, _say)
 
 
 def _names(given: str) -> tuple[str, ...]:

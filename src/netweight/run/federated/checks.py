@@ -10,22 +10,32 @@ from dataclasses import dataclass, fields
 import torch
 
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
-from netweight.run.federated.messages import Fitted, Lost, Manifest, Tensors
+from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Tensors
 
 _CUT = 60  # characters of a value in a message
 
 
-def differing(server: Manifest, client: Manifest) -> str:
-    """A sentence on the first field in which a client's manifest differs; empty where none does."""
+def differing(server: Manifest, client: Joined) -> str:
+    """A sentence on the first field in which a client's manifest differs, or on what no client can have; empty where
+    all fits."""
+    if client.rows < 0:
+        return f"it says that it has {client.rows} training rows."
     for f in fields(Manifest):
-        mine, theirs = getattr(server, f.name), getattr(client, f.name)
+        mine, theirs = getattr(server, f.name), getattr(client.manifest, f.name)
         if mine != theirs:
             return f"{f.name} differs: the server has {_short(mine)}, the client {_short(theirs)}."
+    if client.unknown:
+        return (
+            f"labels differs: the server has {_short(server.labels)}, the client {client.unknown} that are not among "
+            "them; it names them where it runs."
+        )
     return ""
 
 
-def unlikely(answer: Fitted, private: bool) -> str:
-    """A sentence on a number that no sound client reports; empty where there is none."""
+def unlikely(answer: Fitted, rows: int, private: bool) -> str:
+    """A sentence on a number that no sound client reports, which had so many rows; empty where there is none."""
+    if answer.rows != rows:
+        return f"it joined with {rows} rows and now has {answer.rows}; it is asked anew what it has."
     if not all(0 <= spent < math.inf for spent in (answer.epsilon, answer.in_all)):
         return f"it reports epsilon {answer.epsilon:g} for this fit and {answer.in_all:g} for all."
     if not private and not math.isfinite(answer.loss):

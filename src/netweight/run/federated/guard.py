@@ -67,6 +67,17 @@ class Guard:
                 "has no bound; turn privacy on, or start the client without a limit."
             )
 
+    def stated(self, task: FitTask) -> str:
+        """What a fit promises of this client's rows, in a sentence."""
+        p = task.privacy
+        if p is None:
+            return f"{task.label}: privacy is OFF; nothing bounds what this client's updates tell of its rows."
+        unit = "row" if isinstance(p, RowNoise) else "client"
+        seen = "this client's update" if task.seat is None else "sums of updates only"
+        return (
+            f"{task.label}: {unit}-level privacy, epsilon {p.epsilon:g} at delta {p.delta:g}; the server sees {seen}."
+        )
+
     def seams(self, task: FitTask, rows: int, inner: Seams) -> Seams:
         """Those of the loop. Raises OptionError for what row-level privacy cannot hide, and where the budget of this
         fit does not last for one more round."""

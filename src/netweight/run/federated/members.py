@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -29,6 +29,7 @@ class Members:
         self.manifest: Manifest | None = None
         self.joined: dict[str, Joined] = {}
         self.refused: dict[str, str] = {}
+        self._anew: set[str] = set()
 
     def gather(self) -> None:
         """Wait until `minimum` clients are connected; whether they fit is asked later. Raises ClientError where they do
@@ -47,8 +48,9 @@ class Members:
         end = time.monotonic() + self.rounds.wait
         while True:
             names = self.channel.clients()
-            self._ask([name for name in names if name not in self.joined])
-            usable = {n: self.joined[n] for n in sorted(names) if n in self.joined and self.joined[n].rows}
+            self._ask([name for name in names if name not in self.joined or name in self._anew])
+            known = sorted(set(names) & set(self.joined) - self._anew)
+            usable = {name: self.joined[name] for name in known if self.joined[name].rows}
             if len(usable) >= least:
                 return usable
             if time.monotonic() >= end:
@@ -61,6 +63,10 @@ class Members:
         count = min(len(names), max(least, self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
         picked = np.random.default_rng([seed, 3, round_]).permutation(len(names))[:count]
         return sorted(names[i] for i in picked)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These are asked again what they have before they take part again: they may come back with other rows."""
+        self._anew |= set(names)
 
     def weights(self, usable: Mapping[str, Joined]) -> dict[str, float]:
         """By how much each client counts: by its rows, within the bound of the rounds."""
@@ -94,11 +100,11 @@ class Members:
                 continue
             if not self.manifest.columns:
                 self.manifest = replace(self.manifest, columns=answer.manifest.columns)
-            problem = differing(self.manifest, answer.manifest)
-            if answer.rows < 0:
-                problem = f"it says that it has {answer.rows} training rows."
+            problem = differing(self.manifest, answer)
+            self._anew.discard(name)
             if problem:
                 self.refused[name] = problem
+                self.joined.pop(name, None)
             else:
                 self.joined[name] = answer
                 self.refused.pop(name, None)

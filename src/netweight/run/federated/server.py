@@ -239,6 +239,7 @@ class _Fit:
         task = self.task(state, number)
         collect = self._veiled if self.guarded and self.guarded.privacy.secure else self._open
         found = collect(state, task, chosen, usable)
+        run.members.forget(lost.client for lost in (*found.lost, *found.refused))
         mean, fitted, took = found.mean, found.fitted, found.took
         was = {name: state.values[name] for name in self.travelling}
         new, moments = run.algorithm.step(was, mean, state.moments)
@@ -259,7 +260,7 @@ class _Fit:
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
         up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
-        unsound = {name: unlikely(a, self.guarded is not None) for name, a in fitted.items()}
+        unsound = {name: unlikely(a, usable[name].rows, self.guarded is not None) for name, a in fitted.items()}
         fitted = {name: a for name, a in fitted.items() if not unsound[name]}
         updates, refused = self._accepted(state, task, fitted)
         refused += tuple(Lost(name, problem) for name, problem in unsound.items() if problem)
@@ -295,6 +296,7 @@ class _Fit:
             lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
             task,
             shares,
+            {name: usable[name].rows for name in chosen},
             self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
         )
