@@ -28,7 +28,7 @@ from netweight.federate.link import listening
 from netweight.federate.node import Connection, reachable
 from netweight.federate.options import task_of, terms_of
 from netweight.federate.simulate import simulated
-from netweight.federate.start import Place, kept_apart, serve
+from netweight.federate.start import Place, kept_apart, owned, serve
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
@@ -296,6 +296,14 @@ def test_scores_are_standardised_by_the_rows_of_the_server() -> None:
             task_of(labels, given, "score")
 
 
+def test_a_folder_is_used_by_one_client(tmp_path: Path) -> None:
+    taken = pytest.raises(OptionError, match="shop is used by a client that runs; give each client a folder")
+    with owned(tmp_path / "shop"), taken, owned(tmp_path / "shop"):
+        pass
+    with owned(tmp_path / "shop"):
+        pass
+
+
 def test_a_share_of_a_clients_rows_measures_quality() -> None:
     rows = tiny_rows(400)
     data = kept_apart(rows)
@@ -465,6 +473,37 @@ def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) ->
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
         with pytest.raises(grpc.RpcError):  # TLS alone is spoken
             FleetStub(grpc.insecure_channel(address)).PullMessages(PullMessagesRequest(), timeout=5)
+
+
+def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Model) -> None:
+    """With the public key of another, which is no secret, nobody ends its session; nor answers what it was asked."""
+    import grpc
+    from flwr.proto.fleet_pb2 import ActivateNodeRequest
+
+    make_keys(tmp_path / "other", ("stranger",))
+    address = f"127.0.0.1:{free_port()}"
+    authority = (keys / "server/ca.crt").read_bytes()
+    with listening(address, ServerKeys.load(keys / "server"), patience=0.3) as over:
+        shop, other, stranger = (
+            Connection(address, ClientKeys(authority, (folder / "client.key").read_bytes()))
+            for folder in (keys / "shop0", keys / "shop1", tmp_path / "other/stranger")
+        )
+        shop.activate()
+        other.activate()
+        sessions = over.nodes()
+        with pytest.raises(grpc.RpcError, match="the key to let in is not the key that signed"):
+            stranger.stub.ActivateNode(ActivateNodeRequest(public_key=shop._public(), heartbeat_interval=20))
+        assert over.nodes() == sessions
+        answers: dict[str, Any] = {}
+        asking = threading.Thread(target=lambda: answers.update(over.exchange({"shop0": ScoreTask(model)}, 60)))
+        asking.start()
+        came: list[Any] = []
+        soon(lambda: came.append(shop._pull()) or came[-1] is not None)  # type: ignore[func-returns-value]
+        with pytest.raises(grpc.RpcError, match="a client answers for itself only"):
+            other._push(Message(to_record(WIRE.pack(Scored(0.1, 7))), reply_to=came[-1]))
+        shop._push(Message(to_record(WIRE.pack(Scored(0.9, 7))), reply_to=came[-1]))
+        asking.join(20)
+    assert answers == {"shop0": Scored(0.9, 7)}
 
 
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +15,14 @@ from torch import Tensor, nn
 
 from conftest import tiny_model, tiny_rows
 from netweight.data import Rows
-from netweight.errors import ClientError, ModelError, OptionError
+from netweight.errors import ClientError, LabelError, ModelError, OptionError
 from netweight.loss import Supervised
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.federated import Client, FedAvg, Federated, FedProx, InProcess, Rounds, Scaffold, Travel
 from netweight.run.federated.client import Correcting, manifest_of
 from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Task
+from netweight.task import Score
 from netweight.train import Plan
 from test_federated import PLAN, fitted, part, shops, values
 
@@ -206,17 +210,58 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
     rows = tiny_rows(30)
     strange = replace(rows, label=("great", *(rows.label or ())[1:]))
     paired = replace(rows, pair=rows.text)
-    clients = [*shops(2), Client("strange", part(strange)), Client("twins", part(paired))]
+    said: list[str] = []
+    clients = [*shops(2), Client("strange", part(strange), said=said.append), Client("twins", part(paired))]
     run = Federated(clients, rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert run.report.notes == (
-        "strange was refused: labels differs: the server has ['bad', 'good'], the client ['bad', 'good', 'great'].",
+        "strange was refused: labels differs: the server has ['bad', 'good'], the client 1 that are not among them; it "
+        "names them where it runs.",
         "twins was refused: columns differs: the server has ['text', 'label'], the client ['text', 'pair', 'label'].",
     )
+    assert said == ["strange: labels that the server does not know (1; it has 'bad', 'good'): 'great'."]
     with pytest.raises(
         ClientError, match="0 of 1 clients can take part, and 1 must. strange was refused: labels differs"
     ):
         fitted(Federated([Client("strange", part(strange))], privacy=None), model)
+
+
+def test_labels_that_are_texts_stay_with_the_client(model: Model) -> None:
+    """As where the column of labels is named by mistake, and a server asks without having let the client join."""
+    rows, said = tiny_rows(30), list[str]()
+    client = Client("mistaken", part(replace(rows, label=rows.text)), said=said.append)
+    joined = client.answer(Join(manifest_of(model, ("text", "label"))))
+    assert isinstance(joined, Joined)
+    assert joined.unknown == len(set(client.data.train.label or ()))
+    tasks: list[Task] = [FitTask("f", 0, model, Supervised(task), PLAN) for task in (model.task, Score())]
+    tasks[1] = replace(tasks[1], model=replace(model, task=Score()))  # type: ignore[arg-type]
+    for i, task in enumerate(tasks):
+        with pytest.raises(LabelError, match="labels of this client do not fit the task; it says where it runs which"):
+            client.answer(task)
+        assert len(said) == i + 3
+    assert any(text[:20] in said[-1] for text in rows.text)
+
+
+def test_who_comes_back_with_other_rows_is_asked_anew(model: Model) -> None:
+    clients = shops(3)
+
+    def changing(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(task, FitTask) and task.round == 0:
+            data = clients[1].data
+            channel.inner._clients["shop1"] = Client("shop1", replace(data, train=data.train.take(range(13))))
+        return answer
+
+    channel = Changed(clients, changing)
+    run = Federated(channel, rounds=Rounds(3), privacy=None)
+    fitted(run, model)
+    assert [r.took_part for r in run.report.rounds] == [
+        ("shop0", "shop1", "shop2"),
+        ("shop0", "shop2"),
+        ("shop0", "shop1", "shop2"),
+    ]
+    (refused,) = run.report.rounds[1].refused
+    assert refused == Lost("shop1", "it joined with 27 rows and now has 13; it is asked anew what it has.")
+    assert [s.rows for s in run.report.standings] == [27, 13, 27]
 
 
 def test_one_label_only_works_and_is_said_and_no_rows_take_no_part(model: Model) -> None:
@@ -306,6 +351,71 @@ def test_a_poisoned_update_changes_nothing_and_is_named(model: Model) -> None:
     honest = fitted(Federated(shops(4)[:3], rounds=Rounds(1), privacy=None), model)
     for name, value in values(honest).items():
         torch.testing.assert_close(values(made)[name], value)
+
+
+@pytest.mark.parametrize(
+    ("factor", "shape", "said"),
+    [
+        (float("nan"), None, "the variate has values that are not finite."),
+        (1e6, None, "the variate has a norm of .*, more than 10 times .*, the median of the round."),
+        (1.0, (7, 9), r"the variate has head.bias as torch.float32 \(7, 9\), which should be torch.float32 \(2,\)."),
+    ],
+)
+def test_a_poisoned_variate_changes_nothing_and_is_named(
+    factor: float, shape: tuple[int, ...] | None, said: str, model: Model
+) -> None:
+    def lying(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(answer, Fitted) and name == "shop3":
+            odd = {n: torch.ones(shape) if shape else v * factor for n, v in (answer.variate or {}).items()}
+            return replace(answer, variate=odd)
+        return answer
+
+    model.network.backbone.requires_grad_(False)  # type: ignore[union-attr]
+    run = Federated(Changed(shops(4), lying), rounds=Rounds(2), algorithm=Scaffold(), privacy=None)
+    made = fitted(run, model)
+    for done in run.report.rounds:
+        ((name, reason),) = [(lost.client, lost.reason) for lost in done.refused]
+        assert name == "shop3"
+        assert re.fullmatch(said, reason)
+    assert all(bool(value.isfinite().all()) for value in values(made).values())
+
+
+def claiming(**numbers: Any) -> Callable[[str, Task, Answer | Lost], Answer | Lost]:
+    """shop1 reports other numbers where an answer has such."""
+
+    def change(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        known = {f.name for f in fields(answer)} & set(numbers)
+        return replace(answer, **{n: numbers[n] for n in known}) if name == "shop1" and known else answer
+
+    return change
+
+
+def test_numbers_that_cannot_be_are_refused_by_name(model: Model) -> None:
+    run = Federated(Changed(shops(4), claiming(rows=-60)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.notes == ("shop1 was refused: it says that it has -60 training rows.",)
+    run = Federated(Changed(shops(4), claiming(loss=math.nan)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.rounds[0].refused == (Lost("shop1", "it reports a loss of nan."),)
+    assert math.isfinite(run.report.rounds[0].loss or 0.0)
+    run = Federated(Changed(shops(4), claiming(epsilon=math.inf)), rounds=Rounds(1), privacy=None)
+    fitted(run, model)
+    assert run.report.rounds[0].refused == (Lost("shop1", "it reports epsilon inf for this fit and 0 for all."),)
+    run = Federated(Changed(shops(4), claiming(quality=math.nan)), rounds=Rounds(1), privacy=None)
+    assert math.isfinite(run.quality(model))
+
+
+def test_rows_that_are_claimed_make_nobody_the_model(model: Model) -> None:
+    run = Federated(Changed(shops(4), claiming(rows=10**12)), rounds=Rounds(1), privacy=None)
+    made = fitted(run, model)
+    assert run.report.notes == (
+        "shop1 says that it has 1,000,000,000,000 rows and counts as 205, 10 times the median.",
+    )
+    weights = {"shop0": 20.0, "shop1": 205.0, "shop2": 20.0, "shop3": 21.0}
+    alone = {c.name: values(Local(c.data).fit(model, Supervised(model.task), PLAN)) for c in shops(4)}
+    for name, value in values(made).items():
+        wanted = sum(alone[c][name].double() * w for c, w in weights.items()) / sum(weights.values())
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_options_that_make_no_sense(model: Model) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_model, tiny_rows
+from conftest import Killed, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import ClientError, OptionError, RunError, StoreError
@@ -32,7 +32,7 @@ from netweight.run.federated import (
     server,
 )
 from netweight.run.federated.accountant import Steps, epsilon
-from netweight.run.federated.guard import Ledger, shortened
+from netweight.run.federated.guard import Ledger, Opened, shortened
 from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import (
     Advertise,
@@ -282,10 +282,16 @@ def test_what_does_not_add_up_is_refused():
             fitted(Federated(shops(), travel=Travel(codec)))
     with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors"):
         fitted(Federated(shops(), algorithm=Scaffold()))
+    one = Rounds(share=0.3)
     with pytest.raises(OptionError, match="secure aggregation hides a client among others, and 1 takes part"):
-        fitted(Federated(shops(1)))
+        fitted(Federated(shops(), rounds=one))
     with pytest.raises(OptionError, match="ClientLevel hides a client among others"):
-        fitted(Federated(shops(1), privacy=ClientLevel(secure=False)))
+        fitted(Federated(shops(), rounds=one, privacy=ClientLevel(secure=False)))
+    with pytest.raises(
+        ClientError,
+        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*RowLevel\(secure=False\) needs no",
+    ):
+        fitted(Federated(shops(1)))
 
 
 def test_without_secure_sums_they_are_allowed():
@@ -338,6 +344,99 @@ def test_a_server_that_was_killed_gets_the_same_answer_and_it_costs_nothing(tmp_
         assert torch.equal(second.tensors[name], value)
 
 
+def test_a_round_that_is_asked_for_again_is_opened_for_the_same_clients_only(tmp_path):
+    """Vectors are those of the first time: two sums would differ by the update of who is in one of them."""
+
+    class Dying(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            if isinstance(next(iter(tasks.values())), Unmask):
+                raise KeyboardInterrupt
+            return answers
+
+    def clients():
+        return shops(4, tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(Federated(Dying(clients()), rounds=Rounds(1)))
+    one_less = Federated(Vanishing(clients(), ("shop3",), FitTask), rounds=Rounds(1))
+    with pytest.raises(ClientError, match="shop0 has told shares for the sum of shop0, shop1, shop2, shop3 in round 0"):
+        fitted(one_less)
+    run = Federated(clients(), rounds=Rounds(1))
+    fitted(run)
+    assert run.report.epsilon <= 8
+
+
+class Coming(InProcess):
+    """Clients of which `n` are there; `asked` are the tasks."""
+
+    def __init__(self, clients, n):
+        super().__init__(clients)
+        self.n, self.asked, self.looks = n, [], 0
+
+    def clients(self):
+        self.looks += 1
+        return super().clients()[: self.n if isinstance(self.n, int) else self.n(self.looks)]
+
+    def exchange(self, tasks, seconds=None):
+        self.asked += tasks.values()
+        return super().exchange(tasks, seconds)
+
+
+def test_who_comes_later_raises_how_many_must_be_left(monkeypatch):
+    channel = Coming(shops(9, rows=40), 2)
+    after = server._Fit.round
+
+    def round_(self, state):
+        try:
+            return after(self, state)
+        finally:
+            channel.n = 9
+
+    monkeypatch.setattr(server._Fit, "round", round_)
+    run = Federated(channel, rounds=Rounds(2), privacy=RowLevel(epsilon=20.0))
+    fitted(run)
+    assert [len(r.took_part) for r in run.report.rounds] == [2, 9]
+    assert {(t.round, t.threshold) for t in channel.asked if isinstance(t, Advertise)} == {(0, 2), (1, 6)}
+
+
+def test_a_server_waits_for_those_that_privacy_needs():
+    channel = Coming(shops(), lambda looks: 1 if looks < 3 else 3)
+    run = Federated(channel, rounds=Rounds(1, wait=10))
+    fitted(run)
+    assert run.report.rounds[0].took_part == ("shop0", "shop1", "shop2")
+
+
+def test_a_server_that_was_killed_promises_what_it_promised(tmp_path, monkeypatch):
+    from netweight.run.federated import privacy
+
+    def run(n):
+        channel = Coming(shops(6, tmp_path / "shops", rows=40), n)
+        return Federated(channel, folder=tmp_path / "server", rounds=Rounds(1), privacy=Automatic(30.0))
+
+    def killed(*_):
+        raise Killed
+
+    monkeypatch.setattr(privacy, "CROSS_DEVICE", 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(server._Fit, "_veiled", killed)
+        with pytest.raises(Killed):
+            fitted(run(6))
+    monkeypatch.setattr(privacy, "CROSS_DEVICE", 100)
+    with pytest.raises(ClientError, match="3 of 3 clients can take part, and 4 must"):
+        fitted(run(3))
+    last = run(6)
+    fitted(last)
+    assert last.report.privacy.startswith("client-level")
+
+
+def test_secrets_are_shared_where_two_thirds_must_be_left():
+    (client,) = shops(1)
+    keys = client.answer(Advertise("f", 0, 2))
+    with pytest.raises(OptionError, match="shop0 was told that 2 of 4 clients can open a sum; .* where 3 must"):
+        client.answer(Share("f", 0, {f"shop{i}": keys for i in range(4)}))
+
+
 def test_a_client_stops_when_its_budget_is_spent(tmp_path):
     (client,) = shops(1, tmp_path)
     task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=RowLevel().task(2, 1))
@@ -368,6 +467,16 @@ def test_a_damaged_ledger_is_no_empty_one(tmp_path):
     (tmp_path / "privacy.json").write_text("{")
     with pytest.raises(StoreError, match="the privacy ledger .* is damaged"):
         Ledger(tmp_path / "privacy.json")
+    (tmp_path / "opened.json").write_text("[1]")
+    with pytest.raises(StoreError, match="the record of opened sums .* is damaged"):
+        Opened(tmp_path / "opened.json")
+
+
+def test_copies_of_a_ledger_lose_nothing(tmp_path):
+    one, two = Ledger(tmp_path / "privacy.json"), Ledger(tmp_path / "privacy.json")
+    one.add("a", Steps(1.0, 0.1, 100))
+    two.add("b", Steps(1.0, 0.1, 100))
+    assert len(one.of(None)) == len(two.of(None)) == 2
 
 
 def test_buffers_that_training_changes_are_refused():
@@ -417,32 +526,58 @@ def test_keys_and_shares_are_hexadecimal():
     with pytest.raises(OptionError, match="keys and shares travel as hexadecimal text"):
         client.answer(Share("f", 0, {"shop0": replace(keys, seal="no"), "shop1": keys}))
 
-    class Odd(InProcess):
+
+LIES = [
+    (lambda a: replace(a, seal="00" * 32), Advertised, "its public keys are none."),
+    (lambda a: replace(a, mask="no"), Advertised, "its public keys are none."),
+    (lambda a: Shared(dict.fromkeys(a.sealed, "no")), Shared, "it sent no sealed share to each other client."),
+    (lambda a: Shared({}), Shared, "it sent no sealed share to each other client."),
+    (lambda a: replace(a, tensors={"masked": a.tensors["masked"][1:]}), Fitted, "no vector of 66 masked words."),
+    (lambda a: replace(a, rows=7), Fitted, "it joined with 48 rows and now has 7; it is asked anew what it has."),
+    (lambda a: replace(a, seeds={}), Told, "it told other shares than it was asked for."),
+    (lambda a: a.seeds, Told, "no Told came."),
+]
+
+
+@pytest.mark.parametrize(("lie", "kind", "said"), LIES)
+def test_one_client_that_lies_ends_no_secure_round(lie, kind, said):
+    class Lying(InProcess):
         def exchange(self, tasks, seconds=None):
             answers = super().exchange(tasks, seconds)
-            return {
-                n: Shared(dict.fromkeys(a.sealed, "no")) if isinstance(a, Shared) else a for n, a in answers.items()
-            }
+            return {n: lie(a) if isinstance(a, kind) and n == "shop0" else a for n, a in answers.items()}
 
-    with pytest.raises(RunError, match="keys and shares travel as hexadecimal text"):
-        fitted(Federated(Odd(shops()), rounds=Rounds(1)))
-
-
-def test_what_is_no_vector_of_words_is_left_out():
-    class Odd(InProcess):
-        def exchange(self, tasks, seconds=None):
-            answers = super().exchange(tasks, seconds)
-            return {
-                n: replace(a, tensors={"masked": a.tensors["masked"][1:]})
-                if isinstance(a, Fitted) and n == "shop1"
-                else a
-                for n, a in answers.items()
-            }
-
-    run = Federated(Odd(shops(4)), rounds=Rounds(1))
+    run = Federated(Lying(shops(4)), rounds=Rounds(1))
     fitted(run)
-    assert [(lost.client, lost.reason) for lost in run.report.rounds[0].lost] == [
-        ("shop1", "no Fitted that can be used came.")
+    ((name, reason),) = [(lost.client, lost.reason) for lost in run.report.rounds[0].lost]
+    assert name == "shop0"
+    assert reason.endswith(said)
+    assert ("shop0" in run.report.rounds[0].took_part) == (kind is Told)
+
+
+def test_epsilon_that_cannot_be_is_no_answer():
+    class Odd(InProcess):
+        def exchange(self, tasks, seconds=None):
+            answers = super().exchange(tasks, seconds)
+            odd = {n: a for n, a in answers.items() if isinstance(a, Fitted) and n == "shop1"}
+            return answers | {n: replace(a, epsilon=float("nan")) for n, a in odd.items()}
+
+    for secure in (True, False):
+        run = Federated(Odd(shops(4)), rounds=Rounds(1), privacy=RowLevel(secure=secure))
+        fitted(run)
+        assert 0 < run.report.epsilon <= 8
+        assert "shop1" not in run.report.rounds[0].took_part
+
+
+def test_a_client_says_what_is_promised_of_its_rows():
+    said = []
+    clients = shops(3)
+    clients[0] = Client("shop0", clients[0].data, said=said.append)
+    for options in ({}, {"privacy": RowLevel(secure=False)}, {"privacy": None}):
+        fitted(Federated(clients, rounds=Rounds(2), **options))
+    assert said == [
+        "shop0: fit: row-level privacy, epsilon 8 at delta 1e-05; the server sees sums of updates only.",
+        "shop0: fit: row-level privacy, epsilon 8 at delta 1e-05; the server sees this client's update.",
+        "shop0: fit: privacy is OFF; nothing bounds what this client's updates tell of its rows.",
     ]
 
 

@@ -224,7 +224,7 @@ def client(
     """Take part in a run with this table, until the server ends it. A tenth of the rows only measures quality."""
     from netweight.data import Columns, read
     from netweight.federate.keys import ClientKeys
-    from netweight.federate.start import join, kept_apart
+    from netweight.federate.start import join, kept_apart, owned
     from netweight.run.federated import Client
 
     _use(threads)
@@ -232,7 +232,8 @@ def client(
     loaded = read(source, Columns(text, label, pair), quarantine=folder / "quarantine.jsonl")
     data = kept_apart(loaded.rows)
     _say(f"{name}: {len(data.train)} rows to train on, {len(data.select)} to measure quality. {loaded.note or ''}")
-    join(server, found, Client(name, data, folder, limit=epsilon), patience, _say)
+    with owned(folder):
+        join(server, found, Client(name, data, folder, limit=epsilon, said=_say), patience, _say)
 
 
 def _names(given: str) -> tuple[str, ...]:

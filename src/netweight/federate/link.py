@@ -109,18 +109,36 @@ class _Link:
 
 
 def _servicer(link: _Link) -> Any:
+    from flwr.common.constant import PUBLIC_KEY_HEADER
     from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
+    from flwr.supercore.utils import get_metadata_bytes
+    from grpc import StatusCode
+
+    def caller(context: Any) -> bytes:
+        """The public key whose signature Flower's interceptor has checked."""
+        key: bytes = get_metadata_bytes(context.invocation_metadata(), PUBLIC_KEY_HEADER)
+        return key
 
     class Fleet(FleetServicer):  # type: ignore[misc]
-        """Flower's service, with one change: a client that was killed and is back is let in at once, and counted as a
-        new session, instead of being turned away until its old one has timed out."""
+        """Flower's service, with two changes. A client that was killed and is back is let in at once, and counted as a
+        new session, instead of being turned away until its old one has timed out. And who calls must be who a request
+        speaks of: Flower's interceptor compares neither the key to activate nor the sources of messages with the
+        caller."""
 
         def ActivateNode(self, request: Any, context: Any) -> Any:  # noqa: N802
+            if request.public_key != caller(context):
+                context.abort(StatusCode.UNAUTHENTICATED, "the key to let in is not the key that signed")
             node = link.state.get_node_id_by_public_key(request.public_key)
             if node is not None:
                 link.state.deactivate_node(node)
                 link.sessions[node] = link.sessions.get(node, 0) + 1
             return super().ActivateNode(request, context)
+
+        def PushMessages(self, request: Any, context: Any) -> Any:  # noqa: N802
+            node = link.state.get_node_id_by_public_key(caller(context))
+            if any(message.metadata.src_node_id != node for message in request.messages_list):
+                context.abort(StatusCode.UNAUTHENTICATED, "a client answers for itself only")
+            return super().PushMessages(request, context)
 
     return Fleet(link.factory, link.objects, enable_supernode_auth=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +124,23 @@ def serve(
 def join(address: str, keys: ClientKeys, client: Client, patience: float, say: Say) -> None:
     """Answer the server's tasks from the client's rows until the run ends; see `Connection.serve` for errors."""
     Connection(address, keys, patience, say).serve(client)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """A client's folder, for this process alone while the block runs: two would enter what rows cost over each other.
+
+    Raises OptionError where another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        yield
+    except BlockingIOError:
+        raise OptionError(f"{folder} is used by a client that runs; give each client a folder of its own.") from None
+    finally:
+        os.close(held)
 
 
 def kept_apart(rows: Rows, share: float = _SELECT) -> Dataset:

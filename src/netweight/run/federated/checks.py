@@ -10,18 +10,44 @@ from dataclasses import dataclass, fields
 import torch
 
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
-from netweight.run.federated.messages import Lost, Manifest, Tensors
+from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Tensors
 
 _CUT = 60  # characters of a value in a message
 
 
-def differing(server: Manifest, client: Manifest) -> str:
-    """A sentence on the first field in which a client's manifest differs; empty where none does."""
+def differing(server: Manifest, client: Joined) -> str:
+    """A sentence on the first field in which a client's manifest differs, or on what no client can have; empty where
+    all fits."""
+    if client.rows < 0:
+        return f"it says that it has {client.rows} training rows."
     for f in fields(Manifest):
-        mine, theirs = getattr(server, f.name), getattr(client, f.name)
+        mine, theirs = getattr(server, f.name), getattr(client.manifest, f.name)
         if mine != theirs:
             return f"{f.name} differs: the server has {_short(mine)}, the client {_short(theirs)}."
+    if client.unknown:
+        return (
+            f"labels differs: the server has {_short(server.labels)}, the client {client.unknown} that are not among "
+            "them; it names them where it runs."
+        )
     return ""
+
+
+def unlikely(answer: Fitted, rows: int, private: bool) -> str:
+    """A sentence on a number that no sound client reports, which had so many rows; empty where there is none."""
+    if answer.rows != rows:
+        return f"it joined with {rows} rows and now has {answer.rows}; it is asked anew what it has."
+    if not all(0 <= spent < math.inf for spent in (answer.epsilon, answer.in_all)):
+        return f"it reports epsilon {answer.epsilon:g} for this fit and {answer.in_all:g} for all."
+    if not private and not math.isfinite(answer.loss):
+        return f"it reports a loss of {answer.loss:g}."
+    return ""
+
+
+def capped(rows: Mapping[str, int], heaviest: float) -> dict[str, float]:
+    """Weights by rows, by client, none above `heaviest` times their median: nobody can check how many rows a client
+    has."""
+    most = heaviest * statistics.median(rows.values()) if rows else 0.0
+    return {name: min(float(n), most) for name, n in rows.items()}
 
 
 def _short(value: object) -> str:
@@ -32,13 +58,15 @@ def _short(value: object) -> str:
 @dataclass(frozen=True)
 class Round:
     """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
-    encoded as differences, the seed that clients share, and how far from the median norm is too far."""
+    encoded as differences, the seed that clients share, how far from the median norm is too far, and what they are
+    called."""
 
     codec: Codec
     old: Tensors
     differences: frozenset[str]
     shared: int
     outlier: float
+    what: str = "update"
 
     def accepted(self, sent: Mapping[str, Tensors]) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
         """Decoded updates by client, and who was refused and why."""
@@ -52,7 +80,7 @@ class Round:
                 norms[client] = self.norm(update)
                 problem = "" if math.isfinite(norms[client]) else "values that are not finite."
             if problem:
-                refused.append(Lost(client, f"the update has {problem}"))
+                refused.append(Lost(client, f"the {self.what} has {problem}"))
                 continue
             sound[client] = update
         # Two cannot tell which of them is odd.
@@ -62,7 +90,7 @@ class Round:
             refused.append(
                 Lost(
                     client,
-                    f"the update has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
+                    f"the {self.what} has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
                     "the median of the round.",
                 )
             )

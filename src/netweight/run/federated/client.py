@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from netweight.data import Dataset, Rows
-from netweight.errors import DataError
+from netweight.errors import DataError, LabelError
 from netweight.model import Model
 from netweight.run.federated.codecs import encoded, put, seed_of, travelling
 from netweight.run.federated.guard import Guard
@@ -57,6 +57,8 @@ class Client:
             its own labels are known to it.
         limit: epsilon that all fits on these rows may cost together, at delta 1e-5; it answers nothing that would cost
             more, and nothing that is not private. None has no limit.
+        said: told, in sentences, the privacy of each fit and which labels the server does not know; nobody else hears
+            of those.
     """
 
     def __init__(
@@ -66,14 +68,29 @@ class Client:
         folder: Path | None = None,
         expects: Manifest | None = None,
         limit: float | None = None,
+        said: Callable[[str], None] | None = None,
     ) -> None:
         self.name, self.data, self.expects, self.limit = name, data, expects, limit
         self._local = Local(data, folder and folder / "work")
         self._kept = Kept(folder)
         self._guard = Guard(name, folder, limit)
+        self._said, self._told = said, set[str]()
 
     def answer(self, task: Task) -> Answer:
         """The answer to a task. Raises what the work raises: DataError without rows, OptionError, ModelError."""
+        try:
+            return self._answer(task)
+        except LabelError as problem:
+            self._say(str(problem))  # it quotes labels, and errors travel
+            raise LabelError("labels of this client do not fit the task; it says where it runs which.") from None
+
+    def _say(self, sentence: str, about: str = "") -> None:
+        """Once of each thing that it is about."""
+        if self._said and about + sentence not in self._told:
+            self._told.add(about + sentence)
+            self._said(f"{self.name}: {sentence}")
+
+    def _answer(self, task: Task) -> Answer:
         if isinstance(task, Join):
             return self._join(task)
         self._guard.admit(task)
@@ -107,14 +124,19 @@ class Client:
             columns=tuple(name for name in _SEEN if getattr(rows, name) is not None),
             version=version("netweight"),
         )
-        if self.expects is None and mine.labels:
-            unknown = set(rows.label or ()) - set(mine.labels)
-            if unknown:
-                mine = replace(mine, labels=tuple(sorted(set(rows.label or ()))))
-        return Joined(mine, len(rows), len(set(rows.label or ())) if mine.labels else 0)
+        if not mine.labels:
+            return Joined(mine, len(rows), 0)
+        found = set(rows.label or ())
+        unknown = sorted(found - set(mine.labels)) if self.expects is None else []
+        if unknown:
+            known = ", ".join(map(repr, mine.labels))
+            some = ", ".join(map(repr, unknown[:5]))
+            self._say(f"labels that the server does not know ({len(unknown)}; it has {known}): {some}.")
+        return Joined(mine, len(rows), len(found), len(unknown))
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
+        self._say(self._guard.stated(task), task.fit)
         old, names = travelling(task.model.network, task.personal), trained(task.model) - set(task.personal)
         # Asked again, as by a server that was killed: a second answer of the same rows would cost twice.
         said = self._kept.at(task.fit, task.round, "said") if task.privacy else {}

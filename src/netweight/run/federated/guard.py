@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from netweight.data.files import atomic
 from netweight.errors import OptionError, StoreError
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.codecs import Full
@@ -30,7 +31,7 @@ from netweight.run.federated.messages import (
     Told,
     Unmask,
 )
-from netweight.run.federated.privacy import planned, row_noise
+from netweight.run.federated.privacy import planned, row_noise, two_thirds
 from netweight.seams import Seams
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Guard:
             raise OptionError(f"the epsilon that {name} allows is {limit}; use a number above 0, or no limit.")
         self.name, self.limit = name, limit
         self.ledger = Ledger(folder and folder / "privacy.json")
+        self.opened = Opened(folder and folder / "opened.json")
         self._members: dict[tuple[str, int], Member] = {}
 
     def admit(self, task: Task) -> None:
@@ -64,6 +66,17 @@ class Guard:
                 f"{self.name} allows its rows to cost epsilon {self.limit:g} in all, and was asked for {asked}, which "
                 "has no bound; turn privacy on, or start the client without a limit."
             )
+
+    def stated(self, task: FitTask) -> str:
+        """What a fit promises of this client's rows, in a sentence."""
+        p = task.privacy
+        if p is None:
+            return f"{task.label}: privacy is OFF; nothing bounds what this client's updates tell of its rows."
+        unit = "row" if isinstance(p, RowNoise) else "client"
+        seen = "this client's update" if task.seat is None else "sums of updates only"
+        return (
+            f"{task.label}: {unit}-level privacy, epsilon {p.epsilon:g} at delta {p.delta:g}; the server sees {seen}."
+        )
 
     def seams(self, task: FitTask, rows: int, inner: Seams) -> Seams:
         """Those of the loop. Raises OptionError for what row-level privacy cannot hide, and where the budget of this
@@ -134,7 +147,8 @@ class Guard:
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
     def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
-        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does."""
+        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does; OptionError, too,
+        where a round that is asked for again would be opened for other clients."""
         from netweight.run.federated.secure import Keys, Member
 
         at = (task.fit, task.round)
@@ -144,10 +158,27 @@ class Guard:
             return Advertised(keys.seal.hex(), keys.mask.hex())
         member = self._member(at)
         if isinstance(task, Share):
+            if member.threshold < two_thirds(len(task.keys)):
+                raise OptionError(
+                    f"{self.name} was told that {member.threshold} of {len(task.keys)} clients can open a sum; it "
+                    f"shares its secrets where {two_thirds(len(task.keys))} must."
+                )
             everyone = {n: Keys(_bytes(k.seal), _bytes(k.mask)) for n, k in task.keys.items()}
             return Shared({name: part.hex() for name, part in member.share(everyone).items()})
+        self._same(task)
         shares = member.unmask(frozenset(task.survivors))
+        self.opened.add(task.fit, task.round, task.survivors)
         return Told({n: s.hex() for n, s in shares.seeds.items()}, {n: s.hex() for n, s in shares.keys.items()})
+
+    def _same(self, task: Unmask) -> None:
+        # Asked again, clients answer with the vectors of the first time: two sums would differ by one client's update.
+        before = self.opened.of(task.fit, task.round)
+        if before and before != tuple(sorted(task.survivors)):
+            raise OptionError(
+                f"{self.name} has told shares for the sum of {', '.join(before)} in round {task.round}, and was asked "
+                f"for that of {', '.join(sorted(task.survivors))}: both would show who is in one of them only. Start "
+                "the clients of the first sum again, or begin another fit."
+            )
 
     def _member(self, at: tuple[str, int]) -> Member:
         if at not in self._members:
@@ -192,35 +223,77 @@ def _changes(task: FitTask, old: Tensors, sent: Tensors, names: frozenset[str]) 
 
 
 class Ledger:
-    """What was released of a client's rows, fit by fit; written before it is released."""
+    """What was released of a client's rows, fit by fit; written before it is released.
+
+    The file is read each time: actors of a simulation have copies of one client."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._held: dict[str, list[Steps]] = {}
-        if path and path.exists():
-            try:
-                given = json.loads(path.read_text(encoding="utf-8"))
-                self._held = {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
-            except (ValueError, TypeError, AttributeError) as problem:
-                raise StoreError(
-                    f"the privacy ledger {path} is damaged ({problem}); what these rows have cost is not known any "
-                    "more. Restore it from a backup; without it, deleting it starts to count from nothing."
-                ) from None
+        self._memory: dict[str, list[Steps]] = {}
+        self._held()  # a damaged one is no empty one
 
     def of(self, fit: str | None) -> list[Steps]:
         """The releases of a fit, or of all."""
-        return [s for name, steps in self._held.items() if fit in (None, name) for s in steps]
+        return [s for name, steps in self._held().items() if fit in (None, name) for s in steps]
 
     def add(self, fit: str, steps: Steps) -> None:
         """Enter a release."""
-        self._held.setdefault(fit, []).append(steps)
-        if self.path is None:
-            return
-        text = json.dumps({name: [asdict(s) for s in held] for name, held in self._held.items()})
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.path)
+        held = self._held()
+        held.setdefault(fit, []).append(steps)
+        _write(self.path, {name: [asdict(s) for s in made] for name, made in held.items()})
+
+    def _held(self) -> dict[str, list[Steps]]:
+        return _read(self.path, "the privacy ledger", "what these rows have cost", _steps, self._memory)
+
+
+class Opened:
+    """Of which clients' sums shares were told, by fit and round; written before they are told."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._memory: dict[str, dict[str, list[str]]] = {}
+        self._held()
+
+    def of(self, fit: str, round_: int) -> tuple[str, ...]:
+        """The clients whose sum it was, sorted; empty where none was."""
+        return tuple(self._held().get(fit, {}).get(str(round_), ()))
+
+    def add(self, fit: str, round_: int, clients: Collection[str]) -> None:
+        """Enter a sum."""
+        held = self._held()
+        held.setdefault(fit, {})[str(round_)] = sorted(clients)
+        _write(self.path, held)
+
+    def _held(self) -> dict[str, dict[str, list[str]]]:
+        return _read(self.path, "the record of opened sums", "whose sums were told", dict, self._memory)
+
+
+def _steps(given: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[Steps]]:
+    return {fit: [Steps(**one) for one in steps] for fit, steps in given.items()}
+
+
+def _read(
+    path: Path | None, what: str, lost: str, built: Callable[[Any], dict[str, Any]], memory: dict[str, Any]
+) -> dict[str, Any]:
+    if path is None:
+        return memory
+    if not path.exists():
+        return {}
+    try:
+        return built(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as problem:
+        raise StoreError(
+            f"{what} {path} is damaged ({problem}); {lost} is not known any more. Restore it from a backup; without "
+            "it, deleting it starts to count from nothing."
+        ) from None
+
+
+def _write(path: Path | None, held: Mapping[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as out:
+        out.write(json.dumps(held).encode())
 
 
 def shortened(values: Mapping[str, Tensor], limit: float) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from netweight.errors import ClientError
-from netweight.run.federated.checks import differing
+from netweight.run.federated.checks import capped, differing
 from netweight.run.federated.messages import Channel, Join, Joined, Lost, Manifest
 from netweight.run.federated.options import Rounds
 
@@ -29,6 +29,7 @@ class Members:
         self.manifest: Manifest | None = None
         self.joined: dict[str, Joined] = {}
         self.refused: dict[str, str] = {}
+        self._anew: set[str] = set()
 
     def gather(self) -> None:
         """Wait until `minimum` clients are connected; whether they fit is asked later. Raises ClientError where they do
@@ -39,35 +40,52 @@ class Members:
                 raise ClientError(self._absent(names))
             time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
 
-    def there(self, manifest: Manifest) -> dict[str, Joined]:
-        """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`."""
+    def there(self, manifest: Manifest, least: int = 0) -> dict[str, Joined]:
+        """Those that are there, fit, and have rows, by name. Raises ClientError where they are fewer than `minimum`, or
+        than `least`."""
         self.manifest = self.manifest or manifest
+        least = max(least, self.rounds.minimum)
         end = time.monotonic() + self.rounds.wait
         while True:
             names = self.channel.clients()
-            self._ask([name for name in names if name not in self.joined])
-            usable = {n: self.joined[n] for n in sorted(names) if n in self.joined and self.joined[n].rows}
-            if len(usable) >= self.rounds.minimum:
+            self._ask([name for name in names if name not in self.joined or name in self._anew])
+            known = sorted(set(names) & set(self.joined) - self._anew)
+            usable = {name: self.joined[name] for name in known if self.joined[name].rows}
+            if len(usable) >= least:
                 return usable
             if time.monotonic() >= end:
-                raise ClientError(self._lacking(names, usable))
+                raise ClientError(self._lacking(names, usable, least))
             time.sleep(min(_LOOK, max(0.0, end - time.monotonic())))
 
-    def drawn(self, usable: Mapping[str, Joined], seed: int, round_: int) -> list[str]:
-        """Those that take part in a round, sorted; a share of them, drawn by seed."""
+    def drawn(self, usable: Mapping[str, Joined], seed: int, round_: int, least: int = 0) -> list[str]:
+        """Those that take part in a round, sorted; a share of them (at least `least`), drawn by seed."""
         names = sorted(usable)
-        count = min(len(names), max(self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
+        count = min(len(names), max(least, self.rounds.minimum, math.ceil(self.rounds.share * len(names))))
         picked = np.random.default_rng([seed, 3, round_]).permutation(len(names))[:count]
         return sorted(names[i] for i in picked)
 
+    def forget(self, names: Iterable[str]) -> None:
+        """These are asked again what they have before they take part again: they may come back with other rows."""
+        self._anew |= set(names)
+
+    def weights(self, usable: Mapping[str, Joined]) -> dict[str, float]:
+        """By how much each client counts: by its rows, within the bound of the rounds."""
+        return capped({name: about.rows for name, about in usable.items()}, self.rounds.heaviest)
+
     def notes(self) -> tuple[str, ...]:
-        """Sentences on clients that are special: refused, without rows, with one label."""
+        """Sentences on clients that are special: refused, without rows, with one label, with very many rows."""
+        weights = self.weights({name: about for name, about in self.joined.items() if about.rows})
         said = [f"{name} was refused: {reason}" for name, reason in sorted(self.refused.items())]
         for name, about in sorted(self.joined.items()):
             if not about.rows:
                 said.append(f"{name} has no training rows and takes no part.")
             elif about.labels == 1:
                 said.append(f"{name} has rows of one label only.")
+            if about.rows > weights.get(name, math.inf):
+                said.append(
+                    f"{name} says that it has {about.rows:,} rows and counts as {weights[name]:,.0f}, "
+                    f"{self.rounds.heaviest:g} times the median."
+                )
         return tuple(said)
 
     def _ask(self, names: list[str]) -> None:
@@ -82,15 +100,16 @@ class Members:
                 continue
             if not self.manifest.columns:
                 self.manifest = replace(self.manifest, columns=answer.manifest.columns)
-            problem = differing(self.manifest, answer.manifest)
+            problem = differing(self.manifest, answer)
+            self._anew.discard(name)
             if problem:
                 self.refused[name] = problem
+                self.joined.pop(name, None)
             else:
                 self.joined[name] = answer
                 self.refused.pop(name, None)
 
-    def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined]) -> str:
-        least = self.rounds.minimum
+    def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined], least: int) -> str:
         if not names and self.joined:
             return (
                 f"all clients left ({', '.join(sorted(self.joined))}); start them again: a run with a folder goes on "
@@ -99,6 +118,8 @@ class Members:
         if not names:
             return self._absent(names)
         why = " ".join(self.notes()) or "The others left."
+        if least > self.rounds.minimum:
+            why += " Privacy hides a client among so many; RowLevel(secure=False) needs no others."
         return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
 
     def _absent(self, names: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ class Rounds:
 
     `number` rounds share the epochs and the schedule of a plan. `share` of the clients that are there take part in
     each, drawn by seed; `minimum` of them must answer, within `seconds` (None waits), and `wait` seconds are given to
-    them to appear. An update whose norm is more than `outlier` times the median of a round's norms is refused.
+    them to appear. An update whose norm is more than `outlier` times the median of a round's norms is refused, and a
+    client weighs at most `heaviest` times the median of all clients' rows.
     """
 
     number: int = 10
@@ -25,6 +26,7 @@ class Rounds:
     seconds: float | None = None
     wait: float = 0.0
     outlier: float = 10.0
+    heaviest: float = 10.0
 
     def __post_init__(self) -> None:
         checks = {
@@ -34,6 +36,7 @@ class Rounds:
             "seconds": self.seconds is None or self.seconds > 0,
             "wait": self.wait >= 0,
             "outlier": self.outlier > 1,
+            "heaviest": self.heaviest >= 1,
         }
         for name, fine in checks.items():
             if not fine:

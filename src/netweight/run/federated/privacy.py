@@ -81,9 +81,9 @@ class Automatic:
     def __post_init__(self) -> None:
         _check(RowLevel(self.epsilon, self.delta))
 
-    def among(self, clients: int) -> RowLevel | ClientLevel:
-        """What it is for so many."""
-        kind = RowLevel if clients < CROSS_DEVICE else ClientLevel
+    def among(self, clients: int, unit: str = "") -> RowLevel | ClientLevel:
+        """What it is for so many; with a `unit` that was promised before, that."""
+        kind = RowLevel if (unit or ("row" if clients < CROSS_DEVICE else "client")) == "row" else ClientLevel
         return kind(self.epsilon, self.delta)
 
 
@@ -123,17 +123,26 @@ class Setting:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What holds for a fit: the promise, how many clients must answer in a round, and the predicted noise to signal."""
+    """What holds for a fit: the promise, how many clients must answer in a round at least, and the predicted noise to
+    signal."""
 
     privacy: Privacy
     least: int
     ratio: float
 
+    def threshold(self, asked: int) -> int:
+        """How many must answer where so many are asked."""
+        return max(self.least, two_thirds(asked)) if among_others(self.privacy) else self.least
+
 
 def least(privacy: Privacy, setting: Setting) -> int:
     """Clients that must answer in a round."""
-    hidden = privacy.secure or isinstance(privacy, ClientLevel)
-    return max(setting.rounds.minimum, two_thirds(setting.cohort) if hidden else 1)
+    return max(setting.rounds.minimum, two_thirds(setting.cohort) if among_others(privacy) else 1)
+
+
+def among_others(privacy: Automatic | Privacy) -> bool:
+    """Whether it hides a client among others, so that more than one are needed."""
+    return isinstance(privacy, Automatic | ClientLevel) or privacy.secure
 
 
 def two_thirds(clients: int) -> int:

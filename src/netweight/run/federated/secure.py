@@ -39,7 +39,8 @@ except ImportError:
 
 Words = NDArray[np.uint32]
 _PRIME = 2**521 - 1  # shares are numbers below it; secrets are below 2^256
-_WIDTH = 66  # bytes of a share
+SHARE = 66  # bytes of a share
+SEALED = 12 + 2 * SHARE + 16  # bytes of two under AES-GCM, with nonce and tag
 _MASK = b"netweight mask"
 _LEAST = 2  # clients whose sum may be seen
 
@@ -177,8 +178,8 @@ class Member:
             raise OptionError(_too_few(len(survivors), self.threshold))
         self._told = True
         return Shares(
-            {name: part[:_WIDTH] for name, part in self._held.items() if name in survivors},
-            {name: part[_WIDTH:] for name, part in self._held.items() if name not in survivors},
+            {name: part[:SHARE] for name, part in self._held.items() if name in survivors},
+            {name: part[SHARE:] for name, part in self._held.items() if name not in survivors},
         )
 
     def _sealing(self, other: str) -> bytes:
@@ -246,7 +247,7 @@ def split(secret: bytes, shares: int, threshold: int) -> list[bytes]:
         value = 0
         for factor in reversed(factors):
             value = (value * x + factor) % _PRIME
-        found.append(value.to_bytes(_WIDTH, "big"))
+        found.append(value.to_bytes(SHARE, "big"))
     return found
 
 
@@ -288,6 +289,15 @@ def _public(private: X25519PrivateKey) -> bytes:
     return private.public_key().public_bytes_raw()
 
 
+def is_key(public: bytes) -> bool:
+    """Whether others can agree on a key with the holder of this public one."""
+    try:
+        X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(public))
+    except ValueError:
+        return False
+    return True
+
+
 def _agreed(private: X25519PrivateKey, public: bytes, use: bytes) -> bytes:
     """A key of 32 bytes that both sides of a pair come to (RFC 7748), for one use (HKDF, RFC 5869)."""
     try:
@@ -308,6 +318,6 @@ def _open(key: bytes, sealed: bytes, way: str) -> bytes:
         part = AESGCM(key).decrypt(sealed[:12], sealed[12:], way.encode())
     except (InvalidTag, ValueError):
         raise RunError(f"sealed shares ({way}) were changed on their way; begin the round again.") from None
-    if len(part) != 2 * _WIDTH:
-        raise RunError(f"sealed shares ({way}) have {len(part)} bytes, not {2 * _WIDTH}; begin the round again.")
+    if len(part) != 2 * SHARE:
+        raise RunError(f"sealed shares ({way}) have {len(part)} bytes, not {2 * SHARE}; begin the round again.")
     return part

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from netweight.errors import ModelError, OptionError
 from netweight.loss import Loss
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
-from netweight.run.federated.checks import Round
+from netweight.run.federated.checks import Round, capped, unlikely
 from netweight.run.federated.client import Client, manifest_of, trained
-from netweight.run.federated.codecs import put, seed_of, size, travelling
+from netweight.run.federated.codecs import Decoded, Full, put, seed_of, size, travelling
 from netweight.run.federated.inprocess import InProcess
 from netweight.run.federated.members import Members, too_few
 from netweight.run.federated.membership import Membership
@@ -45,6 +44,7 @@ from netweight.run.federated.privacy import (
     Guarded,
     Privacy,
     Setting,
+    among_others,
     least,
     noise_to_signal,
     refuse,
@@ -132,7 +132,8 @@ class Federated:
         if self.held_out is not None:
             return Local(self.held_out).quality(model)
         scores = self.scores(model, "")
-        known = [(s.quality, s.rows) for s in scores.values() if s.quality is not None]
+        weights = capped({name: s.rows for name, s in scores.items() if s.quality is not None}, self.rounds.heaviest)
+        known = [(s.quality, weights[name]) for name, s in scores.items() if s.quality is not None]
         if not known:
             raise OptionError("no client has select rows to measure quality on; give the server `data`.")
         return sum(q * n for q, n in known) / sum(n for _, n in known)
@@ -141,12 +142,12 @@ class Federated:
         """Each client's own view of a model, by name; with `fit` with the parameters that it kept in that fit."""
         tasks = {name: ScoreTask(model, fit) for name in self.usable(model)}
         answers = self.channel.exchange(tasks, self.rounds.seconds)
-        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored)}
+        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored) and _fine(a)}
 
-    def usable(self, model: Model) -> dict[str, Joined]:
-        """Clients that can take part now, by name."""
+    def usable(self, model: Model, least: int = 0) -> dict[str, Joined]:
+        """Clients that can take part now, by name. Raises ClientError where they are fewer than `least`."""
         columns = tuple(name for name, _ in self.held_out.select.columns()) if self.held_out is not None else ()
-        return self.members.there(manifest_of(model, columns))
+        return self.members.there(manifest_of(model, columns), least)
 
     def account(self) -> dict[str, Any]:
         """What fits did, in numbers that name no client."""
@@ -196,15 +197,21 @@ class _Fit:
             }
         )
         self.path = run.folder / f"rounds-{self.fit[:16]}.safetensors" if run.folder else None
+        self.guarded: Guarded | None = None
         self.began = time.monotonic()
 
     def run(self) -> Model:
         path, total = self.path, self.run_.rounds.number
         state = State.load(path, self.fit) if path and path.exists() else State(self.start)
         known = not self._goes_on(state) and any(report.fit == self.fit for report in self.run_.reports)
-        if self._goes_on(state):
-            self.run_.usable(self.model)
+        if self._goes_on(state) or not known:
+            self.guarded = self._promised(state)
             self.began = time.monotonic()  # waiting for clients is no training
+        if self.guarded and not state.unit:
+            # Before the first round, so that a server that is killed in it promises the same once more.
+            state = replace(state, unit=self.guarded.privacy.unit, least=self.guarded.least)
+            if path:
+                state.save(path, self.fit)
         reporter = self.plan.reporter
         reporter.start(self.label, total, len(state.rounds))
         while self._goes_on(state):
@@ -227,19 +234,20 @@ class _Fit:
     def round(self, state: State) -> State:
         """The state after one more round."""
         began, run, number = time.monotonic(), self.run_, len(state.rounds)
-        usable = run.usable(self.model)
-        chosen = run.members.drawn(usable, self.plan.seed, number)
+        usable = run.usable(self.model, state.least)
+        chosen = run.members.drawn(usable, self.plan.seed, number, state.least)
         task = self.task(state, number)
         collect = self._veiled if self.guarded and self.guarded.privacy.secure else self._open
         found = collect(state, task, chosen, usable)
+        run.members.forget(lost.client for lost in (*found.lost, *found.refused))
         mean, fitted, took = found.mean, found.fitted, found.took
         was = {name: state.values[name] for name in self.travelling}
         new, moments = run.algorithm.step(was, mean, state.moments)
         values = {**mean, **new}
         down = len(chosen) * (size(state.values) + size(task.variate or {}))
         variate = self._variate(state, {name: fitted[name] for name in took}, len(usable))
-        every = sum(usable[n].rows for n in took)
-        loss = None if self.guarded else sum(fitted[n].loss * usable[n].rows for n in took) / every
+        weights = {n: weight for n, weight in run.members.weights(usable).items() if n in took}
+        loss = None if self.guarded else sum(fitted[n].loss * weights[n] for n in took) / sum(weights.values())
         quality, seconds = self._quality(values), time.monotonic() - began
         cost = (max(a.epsilon for a in fitted.values()), max(a.in_all for a in fitted.values()))
         report = RoundReport(number, took, found.lost, found.refused, found.up, down, loss, seconds, quality, *cost)
@@ -251,15 +259,31 @@ class _Fit:
         answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
-        shared = seed_of(self.fit, task.round)
-        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
-        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
-        minimum = self.guarded.least if self.guarded else run.rounds.minimum
+        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
+        unsound = {name: unlikely(a, usable[name].rows, self.guarded is not None) for name, a in fitted.items()}
+        fitted = {name: a for name, a in fitted.items() if not unsound[name]}
+        updates, refused = self._accepted(state, task, fitted)
+        refused += tuple(Lost(name, problem) for name, problem in unsound.items() if problem)
+        minimum = self.guarded.threshold(len(chosen)) if self.guarded else run.rounds.minimum
         if len(updates) < minimum:
             raise too_few(len(updates), (*lost, *refused), minimum, f"round {task.round}")
         mean = run.algorithm.aggregate(updates, self._weights(updates, usable))
-        up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
         return _Collected(mean, fitted, tuple(updates), lost, refused, up)
+
+    def _accepted(
+        self, state: State, task: FitTask, fitted: Mapping[str, Fitted]
+    ) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
+        """Updates that are sound, with their variates, and who was refused."""
+        run, shared = self.run_, seed_of(self.fit, task.round)
+        odd: tuple[Lost, ...] = ()
+        if task.variate is not None:
+            zero = {name: torch.zeros_like(task.variate[name]) for name in sorted(task.variate)}
+            check = Round(Full(), zero, self.travelling, shared, run.rounds.outlier, "variate")
+            sound, odd = check.accepted({name: a.variate or {} for name, a in fitted.items()})
+            fitted = {name: fitted[name] for name in sound}
+        check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
+        updates, refused = check.accepted({name: a.tensors for name, a in fitted.items()})
+        return updates, (*odd, *refused)
 
     def _veiled(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates of which the server sees the sum."""
@@ -272,7 +296,8 @@ class _Fit:
             lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
             task,
             shares,
-            self.guarded.least,
+            {name: usable[name].rows for name in chosen},
+            self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
         )
         mean = veiled.mean(state.values, self.travelling, seed_of(self.fit, task.round))
@@ -280,24 +305,28 @@ class _Fit:
         return _Collected(mean, veiled.fitted, tuple(veiled.fitted), lost, (), veiled.up)
 
     def _weights(self, clients: Iterable[str], usable: Mapping[str, Joined]) -> dict[str, float]:
-        """Rows, or 1 where a client is the unit that is hidden."""
-        alike = self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel)
-        return {name: 1.0 if alike else float(usable[name].rows) for name in clients}
+        """By rows, or 1 where a client is the unit that is hidden."""
+        if self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel):
+            return dict.fromkeys(clients, 1.0)
+        weights = self.run_.members.weights(usable)
+        return {name: weights[name] for name in clients}
 
-    @cached_property
-    def guarded(self) -> Guarded | None:
-        """What is promised to the clients that are there; None without privacy. Raises OptionError where it cannot be
-        kept, or nothing would be learned."""
+    def _promised(self, state: State) -> Guarded | None:
+        """What is promised to the clients that are there, or was when the fit began; None without privacy. Raises
+        OptionError where it cannot be kept, or nothing would be learned."""
         run = self.run_
         if run.privacy is None:
+            run.usable(self.model)
             return None
-        usable = run.usable(self.model)
-        kind = run.privacy.among(len(usable)) if isinstance(run.privacy, Automatic) else run.privacy
+        needed = state.least or (2 if among_others(run.privacy) else 1)
+        usable = run.usable(self.model, needed if self._goes_on(state) else 0)
+        kind = run.privacy.among(len(usable), state.unit) if isinstance(run.privacy, Automatic) else run.privacy
         rows = {name: about.rows for name, about in usable.items()}
         d = sum(self.start[name].numel() for name in self.travelling)
         setting = Setting(self.plan, run.rounds, rows, d)
-        refuse(kind, setting, run.algorithm, run.travel)
-        return Guarded(kind, least(kind, setting), noise_to_signal(kind, setting)[0])
+        if not state.unit:
+            refuse(kind, setting, run.algorithm, run.travel)
+        return Guarded(kind, state.least or least(kind, setting), noise_to_signal(kind, setting)[0])
 
     def task(self, state: State, number: int) -> FitTask:
         """What clients are asked in a round."""
@@ -428,6 +457,11 @@ def _personal(model: Model) -> tuple[str, ...]:
     if not found:
         raise OptionError(f"a {type(model.network).__name__} has no head that clients could keep for themselves.")
     return found
+
+
+def _fine(answer: Scored) -> bool:
+    """Whether its quality, where there is one, is a number that was measured on rows."""
+    return answer.quality is None or (answer.rows > 0 and math.isfinite(answer.quality))
 
 
 def _lost(name: str, answer: object) -> Lost:

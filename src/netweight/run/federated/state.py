@@ -20,7 +20,8 @@ from netweight.run.federated.report import RoundReport
 @dataclass(frozen=True)
 class State:
     """The tensors that travel, the server's moments and SCAFFOLD variate, the best tensors so far and their quality
-    (early stopping), and a report of each finished round."""
+    (early stopping), a report of each finished round, and what was promised of rows when the fit began: the unit ("" is
+    nothing) and how many clients a round needs, which hold whoever comes or leaves."""
 
     values: Tensors
     moments: Moments | None = None
@@ -29,13 +30,16 @@ class State:
     quality: float = float("-inf")
     stale: int = 0
     rounds: tuple[RoundReport, ...] = ()
+    unit: str = ""
+    least: int = 0
 
     def save(self, path: Path, fit: str) -> None:
         """Write the state of a fit (SHA-256); atomic."""
         held: dict[str, Tensor] = {}
         for kind, tensors in self._kinds().items():
             held |= {f"{kind}/{name}": value.clone().contiguous() for name, value in tensors.items()}
-        about = {"quality": self.quality, "stale": self.stale, "rounds": [asdict(r) for r in self.rounds]}
+        plain = {name: getattr(self, name) for name in ("quality", "stale", "unit", "least")}
+        about = {**plain, "rounds": [asdict(r) for r in self.rounds]}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(held, path.with_suffix(".new"), {"fit": fit, "about": json.dumps(about)})
         path.with_suffix(".new").replace(path)
@@ -65,6 +69,8 @@ class State:
             about["quality"],
             about["stale"],
             tuple(map(RoundReport.of, about["rounds"])),
+            about["unit"],
+            about["least"],
         )
 
     def _kinds(self) -> dict[str, Tensors]:

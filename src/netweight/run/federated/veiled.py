@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from netweight.errors import RunError
+from netweight.run.federated.checks import unlikely
 from netweight.run.federated.codecs import Decoded, Full, parts_of
 from netweight.run.federated.guard import RANGE
 from netweight.run.federated.members import too_few
@@ -42,14 +45,21 @@ class Veiled:
         exchange: how tasks reach clients.
         task: what they are asked, without a seat.
         weights: of each client that is asked, above 0 and at most 1.
+        rows: that each said it has.
         threshold: clients that must be left in the end.
         largest: the norm that an update may have.
     """
 
     def __init__(
-        self, exchange: Exchange, task: FitTask, weights: Mapping[str, float], threshold: int, largest: float
+        self,
+        exchange: Exchange,
+        task: FitTask,
+        weights: Mapping[str, float],
+        rows: Mapping[str, int],
+        threshold: int,
+        largest: float,
     ) -> None:
-        self.exchange, self.task, self.weights = exchange, task, weights
+        self.exchange, self.task, self.weights, self.rows = exchange, task, weights, rows
         self.threshold, self.largest = threshold, largest
         self.lost: dict[str, Lost] = {}
         self.fitted: dict[str, Fitted] = {}
@@ -64,26 +74,28 @@ class Veiled:
         from netweight.run.federated.secure import Fixed, Keys, Shares, route, unmasked
 
         fit, number = self.task.fit, self.task.round
-        keys = self._ask(dict.fromkeys(sorted(self.weights), Advertise(fit, number, self.threshold)), Advertised)
-        shares = self._ask(dict.fromkeys(keys, Share(fit, number, keys)), Shared)
-        routed = route({n: {to: _bytes(s) for to, s in a.sealed.items()} for n, a in shares.items()}, self.threshold)
+        keys = self._ask(dict.fromkeys(sorted(self.weights), Advertise(fit, number, self.threshold)), Advertised, _keys)
+        shares = self._ask(dict.fromkeys(keys, Share(fit, number, keys)), Shared, partial(_sealed, keys))
+        routed = route({n: _all_bytes(a.sealed) for n, a in shares.items()}, self.threshold)
         tasks: dict[str, Task] = {}
         for name, parts in routed.items():
             sealed = {sender: part.hex() for sender, part in parts.items()}
             tasks[name] = replace(self.task, seat=Seat(sealed, len(keys), self.weights[name], self.largest))
         length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
-        self.fitted = self._ask(tasks, Fitted, lambda a: _is_vector(a, length))
+        self.fitted = self._ask(tasks, Fitted, partial(_masked, length, self.rows))
         # Added up before the next exchange, after which answers may be gone.
         total = np.zeros(length, np.uint32)
         for answer in self.fitted.values():
             total += answer.tensors["masked"].numpy().view(np.uint32)
             self.up += total.nbytes
-        told = self._ask(dict.fromkeys(self.fitted, Unmask(fit, number, tuple(self.fitted))), Told)
+        gone = set(routed) - set(self.fitted)
+        unmask = dict.fromkeys(self.fitted, Unmask(fit, number, tuple(self.fitted)))
+        told = self._ask(unmask, Told, partial(_told, set(self.fitted), gone))
         words = unmasked(
             total,
             list(self.fitted),
             {n: Shares(_all_bytes(a.seeds), _all_bytes(a.keys)) for n, a in told.items()},
-            {n: Keys(_bytes(a.seal), _bytes(a.mask)) for n, a in keys.items()},
+            {n: Keys(bytes.fromhex(a.seal), bytes.fromhex(a.mask)) for n, a in keys.items()},
             list(routed),
             self.threshold,
         )
@@ -92,18 +104,21 @@ class Veiled:
         self._sound(summed, weight)
         return self._values(torch.from_numpy(summed / weight), old, names, shared)
 
-    def _ask(self, tasks: Mapping[str, Task], kind: type[T], fine: Callable[[T], bool] | None = None) -> dict[str, T]:
-        """Answers of a kind, by client; the others are lost. Raises ClientError where too few are left."""
+    def _ask(self, tasks: Mapping[str, Task], kind: type[T], odd: Callable[[str, T], str]) -> dict[str, T]:
+        """Answers of a kind, by client; the others are lost, and those of which `odd` says what is wrong. Raises
+        ClientError where too few are left."""
         answers = self.exchange(tasks)
         found: dict[str, T] = {}
         for name in sorted(tasks):
             answer = answers.get(name)
-            if isinstance(answer, kind) and (fine is None or fine(answer)):
-                found[name] = answer
-            elif isinstance(answer, Lost):
+            if isinstance(answer, Lost):
                 self.lost[name] = answer
+            elif not isinstance(answer, kind):
+                self.lost[name] = Lost(name, f"no {kind.__name__} came.")
+            elif problem := odd(name, answer):
+                self.lost[name] = Lost(name, problem)
             else:
-                self.lost[name] = Lost(name, f"no {kind.__name__} that can be used came.")
+                found[name] = answer
         if len(found) < self.threshold:
             raise too_few(len(found), tuple(self.lost.values()), self.threshold, f"round {self.task.round}, secure sum")
         return found
@@ -132,21 +147,40 @@ class Veiled:
         return held
 
 
-def _is_vector(answer: Fitted, length: int) -> bool:
-    held = dict.fromkeys(answer.tensors)
-    return (
-        list(held) == ["masked"]
-        and answer.tensors["masked"].dtype == torch.int32
-        and tuple(answer.tensors["masked"].shape) == (length,)
-    )
+def _keys(name: str, answer: Advertised) -> str:
+    from netweight.run.federated.secure import is_key
+
+    fine = all(_is_hex(key, 32) and is_key(bytes.fromhex(key)) for key in (answer.seal, answer.mask))
+    return "" if fine else "its public keys are none."
 
 
-def _bytes(text: str) -> bytes:
-    try:
-        return bytes.fromhex(text)
-    except ValueError:
-        raise RunError("keys and shares travel as hexadecimal text, and something else came.") from None
+def _sealed(everyone: Collection[str], name: str, answer: Shared) -> str:
+    from netweight.run.federated.secure import SEALED
+
+    fine = set(answer.sealed) == set(everyone) - {name} and all(_is_hex(s, SEALED) for s in answer.sealed.values())
+    return "" if fine else "it sent no sealed share to each other client."
+
+
+def _masked(length: int, rows: Mapping[str, int], name: str, answer: Fitted) -> str:
+    held = dict(answer.tensors)
+    words = held.get("masked")
+    if words is None or len(held) > 1 or words.dtype != torch.int32 or tuple(words.shape) != (length,):
+        return f"its update is no vector of {length} masked words."
+    return unlikely(answer, rows[name], private=True)
+
+
+def _told(survivors: set[str], gone: set[str], name: str, answer: Told) -> str:
+    from netweight.run.federated.secure import SHARE
+
+    asked = set(answer.seeds) == survivors and set(answer.keys) == gone
+    fine = asked and all(_is_hex(s, SHARE) for s in (*answer.seeds.values(), *answer.keys.values()))
+    return "" if fine else "it told other shares than it was asked for."
+
+
+def _is_hex(text: str, count: int) -> bool:
+    """Whether a text is `count` bytes in hexadecimal."""
+    return re.fullmatch(f"[0-9a-f]{{{2 * count}}}", text) is not None
 
 
 def _all_bytes(texts: Mapping[str, str]) -> dict[str, bytes]:
-    return {name: _bytes(text) for name, text in texts.items()}
+    return {name: bytes.fromhex(text) for name, text in texts.items()}
