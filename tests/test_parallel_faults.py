@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from test_parallel import PLAN, SAME, assert_equal, undropped
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     """Three processes for tests that end none of them."""
-    with Pool(3) as made:
+    with Pool(3, restarts=0) as made:
         yield made
 
 
@@ -181,8 +182,8 @@ def test_a_group_that_never_meets_is_given_up(
 ) -> None:
     usual, run = Pool.joins, Parallel(dataset, setup=Setup(balance=False, timeout=1), pool=pool)
 
-    def lonely(self: Pool, timeout: float) -> Iterator[Join]:
-        return (replace(join, size=join.size + 1) for join in usual(self, timeout))
+    def lonely(self: Pool, members: Any, timeout: float) -> Iterator[Join]:
+        return (replace(join, size=join.size + 1) for join in usual(self, members, timeout))
 
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "joins", lonely)

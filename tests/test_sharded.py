@@ -22,7 +22,7 @@ from netweight.objectives import CausalLM, Contrastive, MaskedLM
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.commands import Strategy
 from netweight.run.local import logits_of
-from netweight.run.strategies import seams_of
+from netweight.run.strategies import seams_of, workable
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -260,28 +260,40 @@ def test_groups_are_left_when_a_fit_ends(strategy: Strategy, dataset: Dataset, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+@pytest.mark.parametrize(
+    ("strategy", "processes", "tensor", "left"),
+    [
+        ("fsdp", 2, None, "1 process"),
+        ("pipeline", 2, None, "1 process"),
+        ("tensor", 4, None, "2 processes"),  # three cannot divide four heads
+        ("tensor", 4, 2, "2 processes"),
+        ("tensor", 2, 2, "2 processes"),  # new ones
+    ],
+)
 def test_a_lost_process_sends_the_others_back_to_the_checkpoint(
-    strategy: Strategy, dataset: Dataset, tmp_path: Path
+    strategy: Strategy, processes: int, tensor: int | None, left: str, dataset: Dataset, tmp_path: Path
 ) -> None:
     model = still()
-    with Pool(2) as two:
+    with Pool(processes) as pool:
 
         class Murderer(Killer):
             notes: tuple[str, ...] = ()
 
             def step(self, step: int, loss: float, rate: float) -> None:
-                if step == 8 and len(two.members) == 2:
-                    os.kill(two.pids[1], signal.SIGKILL)
+                if step == 8 and not self.notes:
+                    os.kill(pool.pids[-1], signal.SIGKILL)
 
             def note(self, message: str) -> None:
                 self.notes = (*self.notes, message)
 
         murderer = Murderer(-1)
         plan = replace(PLAN, checkpoint_every=0.0, reporter=murderer)
-        with Parallel(dataset, strategy=strategy, setup=Setup(timeout=20), folder=tmp_path, pool=two) as run:
+        setup = Setup(timeout=20, tensor=tensor)
+        with Parallel(dataset, strategy=strategy, setup=setup, folder=tmp_path, pool=pool) as run:
             made = run.fit(model, Supervised(model.task), plan)
-    assert "from the last checkpoint" in " ".join(murderer.notes)
+            run.quality(made)
+    (note,) = murderer.notes
+    assert note.endswith(f"was ended by signal 9: going on with {left}, from the last checkpoint")
     assert murderer.resumed_at >= 6
     assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
 
@@ -324,6 +336,16 @@ def test_a_network_is_not_divided_over_a_card_and_a_processor(monkeypatch: pytes
     for strategy in STRATEGIES:
         with pytest.raises(OptionError, match=f"{strategy} divides one .* 2 of them and 1 graphics card; start 1, use"):
             seams_of(strategy, Setup(), torch.device("cpu"), None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tensor", "left", "wanted"),
+    [("fsdp", None, 3, 3), ("tensor", None, 3, 2), ("tensor", 2, 3, 2), ("tensor", 2, 1, 0), ("tensor", None, 0, 0)],
+)
+def test_how_many_of_those_that_are_left_can_work(
+    strategy: Strategy, tensor: int | None, left: int, wanted: int
+) -> None:
+    assert workable(strategy, Setup(tensor=tensor), left, still().network) == wanted
 
 
 def test_options_are_for_their_strategies(dataset: Dataset, pool: Pool) -> None:

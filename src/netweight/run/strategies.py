@@ -7,8 +7,11 @@ from typing import get_args
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from netweight.anatomy import blocks
 from netweight.errors import OptionError
+from netweight.network import Transformer
 from netweight.run import group
 from netweight.run.commands import Setup, Strategy
 from netweight.run.ddp import Ddp
@@ -51,6 +54,21 @@ def check(strategy: Strategy, setup: Setup, processes: int) -> None:
             "offload moves parameters from a device's memory to the host's, and this run computes on the CPU, where "
             "both are one; leave offload out."
         )
+
+
+def workable(strategy: Strategy, setup: Setup, left: int, network: nn.Module | None) -> int:
+    """How many of the processes that are left can divide the work; 0 where `tensor` asks for more than there are.
+
+    Without `tensor` all of them divide the layers of the network, if one is given, so their number must divide them.
+    """
+    if strategy != "tensor":
+        return left
+    if setup.tensor is not None:
+        return left - left % setup.tensor
+    if not isinstance(network, Transformer):
+        return left
+    units = {count for block in blocks(network) for count in (block.heads, block.neurons)}
+    return max((n for n in range(1, left + 1) if not any(count % n for count in units)), default=0)
 
 
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
