@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.loss import Loss, Penalized, PseudoLabels, SoftTargets, Supervised
 from netweight.model import Model
+from netweight.network import Transformer
 from netweight.objectives import CausalLM, Contrastive, MaskedLM
-from netweight.run import Local, Parallel, Pool, Setup
+from netweight.run import Local, Parallel, Pool, Setup, sharded
 from netweight.run.commands import Strategy
 from netweight.run.local import logits_of
+from netweight.run.pipelined import Pipelined
+from netweight.run.sharded import Fsdp
 from netweight.run.strategies import seams_of, workable
+from netweight.run.tensor import TensorParallel
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -239,6 +244,43 @@ def test_rows_and_layers_are_divided_on_a_mesh(dataset: Dataset) -> None:
     with Pool(4) as four:
         made = fit(dataset, four, "tensor", model, Supervised(model.task), PLAN, setup)
     assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_whole_network_never_goes_to_a_device(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models may be larger than one. The device here is torch's meta, where tensors have shapes alone."""
+    meta, usual, moved = torch.device("meta"), Transformer.to, dict[str, torch.Size]()
+
+    def to(self: Transformer, device: torch.device) -> Transformer:
+        moved.update({name: p.shape for name, p in self.named_parameters()})
+        return usual(self, device)
+
+    def cut(module: nn.Module, **_: Any) -> None:
+        assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+    monkeypatch.setattr(Transformer, "to", to)
+    for name, said in (("get_world_size", 2), ("get_rank", 0), ("new_group", None)):
+        monkeypatch.setattr(dist, name, lambda *_, _said=said, **__: _said)
+    monkeypatch.setattr(sharded, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(sharded, "fully_shard", cut)
+    network = still().network
+    state = {f"model/{name}": value for name, value in network.state_dict().items()}
+    whole = {name: p.shape for name, p in network.named_parameters()}
+    seams = {"fsdp": Fsdp, "tensor": TensorParallel, "pipeline": Pipelined}[strategy](device=meta)
+    seams.prepare(network)
+    if strategy == "fsdp":
+        assert not moved  # `fully_shard` moves what it has cut
+    if isinstance(seams, TensorParallel):
+        halves = {name for name, cut in seams.cuts.items() if cut.dim is not None}
+        assert {name for name, shape in moved.items() if 2 * shape.numel() == whole[name].numel()} == halves
+    if isinstance(seams, Pipelined):
+        assert len(moved) < len(whole)
+        assert not any(".layer.1." in name for name in moved)
+    # So it is when a checkpoint is read.
+    assert {part.device for part in seams.scatter(state).values()} == {meta}
+    if strategy == "fsdp":
+        offloaded = Fsdp(meta, offload=True).scatter(state)
+        assert {part.device.type for part in offloaded.values()} == {"cpu"}
 
 
 @dataclass(frozen=True)
