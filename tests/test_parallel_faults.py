@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
 from netweight.run import Local, Parallel, Pool, Setup, crew
-from netweight.run.group import Join
+from netweight.run.group import Join, backend
 from netweight.seams import Lost, Seams, State
 from netweight.train import Silent
 from test_parallel import PLAN, SAME, assert_equal, undropped
@@ -192,6 +194,16 @@ def test_a_group_that_never_meets_is_given_up(
         ):
             run.quality(model)
     assert run.quality(model) == Local(dataset).quality(model)
+
+
+@pytest.mark.parametrize(("cards", "wanted"), [((True, True), "cpu:gloo,cuda:nccl"), ((True, False), "gloo")])
+def test_machines_with_and_without_cards_take_the_same_backend(cards: tuple[bool, bool], wanted: str) -> None:
+    store, wait = dist.HashStore(), timedelta(seconds=20)
+    with ThreadPoolExecutor() as both:
+        said = [both.submit(backend, store, rank, 2, has, wait) for rank, has in enumerate(cards)]
+        assert [one.result() for one in said] == [wanted, wanted]
+    with pytest.raises(RuntimeError, match="timeout"):
+        backend(dist.HashStore(), 0, 2, True, timedelta(seconds=0.1))
 
 
 def test_one_process_alone_does_not_recover() -> None:

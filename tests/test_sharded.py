@@ -378,6 +378,10 @@ def test_a_network_is_not_divided_over_a_card_and_a_processor(monkeypatch: pytes
     for strategy in STRATEGIES:
         with pytest.raises(OptionError, match=f"{strategy} divides one .* 2 of them and 1 graphics card; start 1, use"):
             seams_of(strategy, Setup(), torch.device("cpu"), None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    with pytest.raises(OptionError, match="some machines of this run have a graphics card for each process and others"):
+        seams_of("fsdp", Setup(), torch.device("cuda"), None)
 
 
 @pytest.mark.parametrize(

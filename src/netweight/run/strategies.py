@@ -72,10 +72,16 @@ def workable(strategy: Strategy, setup: Setup, left: int, network: nn.Module | N
 
 
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
-    """Seams of this process, which is in a group. Raises OptionError where some of its machine have graphics cards and
+    """Seams of this process, which is in a group. Raises OptionError where some of the group have graphics cards and
     others not, and the strategy divides the network."""
     if strategy not in WHOLE and setup.device == "auto":
         _alike(strategy, torch.cuda.device_count(), group.beside(dist.get_world_size()))
+        if device.type == "cuda" and "nccl" not in dist.get_backend_config():
+            raise OptionError(
+                f"{strategy} divides one network over processes that compute alike, and some machines of this run have "
+                'a graphics card for each process and others not; use those that have, Setup(device="cpu"), or ddp, '
+                "which mixes them."
+            )
     if strategy == "fsdp":
         return Fsdp(device, setup.activation_checkpointing, setup.offload)
     if strategy == "tensor":
