@@ -32,7 +32,7 @@ from netweight.federate.start import Place, kept_apart, owned, serve
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
-from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
+from netweight.run.federated import Client, Federated, Int8, Rounds, RowLevel, Travel
 from netweight.run.federated.flower import (
     FlowerChannel,
     Memory,
@@ -714,6 +714,19 @@ def test_a_simulation_on_ray_equals_a_run_in_this_process(model: Model, tmp_path
         made.digest == fitted(Federated(shops(), rounds=Rounds(2), travel=Travel(Int8()), privacy=None), model).digest
     )
     assert not (tmp_path / "shop0" / "work").exists() or not list((tmp_path / "shop0" / "work").glob("fit-*"))
+
+
+@pytest.mark.slow
+def test_simulated_clients_remember_what_they_were_asked(tmp_path: Path) -> None:
+    """Under privacy a client's answers in a round hang together, whichever of Flower's actors takes which task."""
+    model = tiny_model()
+    model.network.backbone.requires_grad_(False)  # type: ignore[union-attr]
+    with simulated(shops(9, rows=540), tmp_path, cpus=(os.cpu_count() or 2) / 2) as over:
+        run = Federated(over, rounds=Rounds(2), privacy=RowLevel(epsilon=30.0))
+        fitted(run, model)
+    assert [(len(r.took_part), r.lost) for r in run.report.rounds] == [(9, ())] * 2
+    assert 0 < (run.report.epsilon or 0) <= 30
+    assert all((tmp_path / name / "privacy.json").exists() for name in run.report.rounds[0].took_part)
 
 
 def test_names_of_simulated_clients_are_their_own() -> None:

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -22,7 +25,7 @@ from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
 from netweight.run import Local, Parallel, Pool, Setup, crew
-from netweight.run.group import Join
+from netweight.run.group import Join, backend
 from netweight.seams import Lost, Seams, State
 from netweight.train import Silent
 from test_parallel import PLAN, SAME, assert_equal, undropped
@@ -31,7 +34,7 @@ from test_parallel import PLAN, SAME, assert_equal, undropped
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
     """Three processes for tests that end none of them."""
-    with Pool(3) as made:
+    with Pool(3, restarts=0) as made:
         yield made
 
 
@@ -181,8 +184,8 @@ def test_a_group_that_never_meets_is_given_up(
 ) -> None:
     usual, run = Pool.joins, Parallel(dataset, setup=Setup(balance=False, timeout=1), pool=pool)
 
-    def lonely(self: Pool, timeout: float) -> Iterator[Join]:
-        return (replace(join, size=join.size + 1) for join in usual(self, timeout))
+    def lonely(self: Pool, members: Any, timeout: float) -> Iterator[Join]:
+        return (replace(join, size=join.size + 1) for join in usual(self, members, timeout))
 
     with monkeypatch.context() as patch:
         patch.setattr(Pool, "joins", lonely)
@@ -191,6 +194,16 @@ def test_a_group_that_never_meets_is_given_up(
         ):
             run.quality(model)
     assert run.quality(model) == Local(dataset).quality(model)
+
+
+@pytest.mark.parametrize(("cards", "wanted"), [((True, True), "cpu:gloo,cuda:nccl"), ((True, False), "gloo")])
+def test_machines_with_and_without_cards_take_the_same_backend(cards: tuple[bool, bool], wanted: str) -> None:
+    store, wait = dist.HashStore(), timedelta(seconds=20)
+    with ThreadPoolExecutor() as both:
+        said = [both.submit(backend, store, rank, 2, has, wait) for rank, has in enumerate(cards)]
+        assert [one.result() for one in said] == [wanted, wanted]
+    with pytest.raises(RuntimeError, match="timeout"):
+        backend(dist.HashStore(), 0, 2, True, timedelta(seconds=0.1))
 
 
 def test_one_process_alone_does_not_recover() -> None:

@@ -17,7 +17,7 @@ from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.loss import Supervised
 from netweight.model import Model
-from netweight.run import Local, Parallel, named, roll
+from netweight.run import Local, Parallel, Setup, named, roll
 from netweight.run.commands import Strategy
 from netweight.seams import Lost
 from test_parallel import PLAN, assert_equal, undropped
@@ -177,6 +177,18 @@ def test_names_of_runs(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Mon
     run = named("ddp:3", threads=7)(dataset, tmp_path)
     assert isinstance(run, Parallel)
     assert (run.strategy, run._pool.processes, run._pool.threads) == ("ddp", 3, 2)
+    chosen = named("tensor:4,tensor=2,activation-checkpointing")(dataset, tmp_path)
+    assert isinstance(chosen, Parallel)
+    assert (chosen.strategy, chosen.setup) == ("tensor", Setup(tensor=2, activation_checkpointing=True))
+    piped = named("ray://auto/pipeline:2,micro-batches=8")
+    assert callable(piped)
+    for option in ("magic", "tensor", "tensor=two", "offload=1", ""):
+        with pytest.raises(
+            OptionError, match=f"tensor=N, micro-batches=N, .* and offload; given was '{option}' in 'te"
+        ):
+            named(f"tensor:4,{option}")
+    with pytest.raises(OptionError, match="activation_checkpointing is for strategy fsdp or tensor or pipeline, not"):
+        named("ddp:2,activation-checkpointing")
     for wrong in ("ddp", "ddp:0", "magic:2", "", "ray://ddp:2", "ray://nowhere/ddp:2", "ray://auto/ddp"):
         with pytest.raises(OptionError, match=f"such as ddp:2; or that on a Ray cluster: .*; given was '{wrong}'"):
             named(wrong)

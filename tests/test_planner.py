@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.commands import Strategy
-from netweight.run.planner import Job, needs, recommended
+from netweight.run.named import named
+from netweight.run.planner import Job, Need, needs, recommended
 from netweight.run.rehearsal import rehearse
 from netweight.run.strategies import seams_of
 from netweight.train import Plan, _Loop
@@ -204,6 +206,19 @@ def test_the_command(tmp_path: Path) -> None:
     base = tiny_base(tmp_path / "base", layers=2)
     said = CliRunner().invoke(app, ["plan", str(base), "--length", "32", "--processes", "2", "--memory", "1GB"])
     assert said.exit_code == 0, said.output
-    assert "Use ddp: the first that fits into 1GB." in said.output
+    assert "Use --run ddp:2, the first that fits into 1GB." in said.output
     small = CliRunner().invoke(app, ["plan", str(base), "--length", "32", "--memory", "1kB", "--json"])
     assert json.loads(small.output)["recommended"] is None
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_command_names_a_run_that_there_is(again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base(tmp_path / "base", layers=2)
+    given = ["plan", str(base), "--length", "32", *(["--activation-checkpointing"] if again else [])]
+    nothing = CliRunner().invoke(app, [*given, "--memory", "1kB"]).output
+    assert ("or plan with --activation-checkpointing." in nothing) != again
+    monkeypatch.setattr(Need, "fits", lambda need, _: need.strategy == "fsdp")
+    found = re.search(r"Use --run (\S+), the first that fits", CliRunner().invoke(app, given).output)
+    assert found
+    assert found[1] == ("fsdp:2,activation-checkpointing" if again else "fsdp:2")
+    assert callable(named(found[1]))

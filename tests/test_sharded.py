@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.loss import Loss, Penalized, PseudoLabels, SoftTargets, Supervised
 from netweight.model import Model
+from netweight.network import Transformer
 from netweight.objectives import CausalLM, Contrastive, MaskedLM
-from netweight.run import Local, Parallel, Pool, Setup
+from netweight.run import Local, Parallel, Pool, Setup, sharded
 from netweight.run.commands import Strategy
 from netweight.run.local import logits_of
-from netweight.run.strategies import seams_of
+from netweight.run.pipelined import Pipelined
+from netweight.run.sharded import Fsdp
+from netweight.run.strategies import seams_of, workable
+from netweight.run.tensor import TensorParallel
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -241,6 +246,43 @@ def test_rows_and_layers_are_divided_on_a_mesh(dataset: Dataset) -> None:
     assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_whole_network_never_goes_to_a_device(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models may be larger than one. The device here is torch's meta, where tensors have shapes alone."""
+    meta, usual, moved = torch.device("meta"), Transformer.to, dict[str, torch.Size]()
+
+    def to(self: Transformer, device: torch.device) -> Transformer:
+        moved.update({name: p.shape for name, p in self.named_parameters()})
+        return usual(self, device)
+
+    def cut(module: nn.Module, **_: Any) -> None:
+        assert {p.device.type for p in module.parameters()} == {"cpu"}
+
+    monkeypatch.setattr(Transformer, "to", to)
+    for name, said in (("get_world_size", 2), ("get_rank", 0), ("new_group", None)):
+        monkeypatch.setattr(dist, name, lambda *_, _said=said, **__: _said)
+    monkeypatch.setattr(sharded, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(sharded, "fully_shard", cut)
+    network = still().network
+    state = {f"model/{name}": value for name, value in network.state_dict().items()}
+    whole = {name: p.shape for name, p in network.named_parameters()}
+    seams = {"fsdp": Fsdp, "tensor": TensorParallel, "pipeline": Pipelined}[strategy](device=meta)
+    seams.prepare(network)
+    if strategy == "fsdp":
+        assert not moved  # `fully_shard` moves what it has cut
+    if isinstance(seams, TensorParallel):
+        halves = {name for name, cut in seams.cuts.items() if cut.dim is not None}
+        assert {name for name, shape in moved.items() if 2 * shape.numel() == whole[name].numel()} == halves
+    if isinstance(seams, Pipelined):
+        assert len(moved) < len(whole)
+        assert not any(".layer.1." in name for name in moved)
+    # So it is when a checkpoint is read.
+    assert {part.device for part in seams.scatter(state).values()} == {meta}
+    if strategy == "fsdp":
+        offloaded = Fsdp(meta, offload=True).scatter(state)
+        assert {part.device.type for part in offloaded.values()} == {"cpu"}
+
+
 @dataclass(frozen=True)
 class Groups:
     """A command: how many groups there are."""
@@ -260,28 +302,40 @@ def test_groups_are_left_when_a_fit_ends(strategy: Strategy, dataset: Dataset, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+@pytest.mark.parametrize(
+    ("strategy", "processes", "tensor", "left"),
+    [
+        ("fsdp", 2, None, "1 process"),
+        ("pipeline", 2, None, "1 process"),
+        ("tensor", 4, None, "2 processes"),  # three cannot divide four heads
+        ("tensor", 4, 2, "2 processes"),
+        ("tensor", 2, 2, "2 processes"),  # new ones
+    ],
+)
 def test_a_lost_process_sends_the_others_back_to_the_checkpoint(
-    strategy: Strategy, dataset: Dataset, tmp_path: Path
+    strategy: Strategy, processes: int, tensor: int | None, left: str, dataset: Dataset, tmp_path: Path
 ) -> None:
     model = still()
-    with Pool(2) as two:
+    with Pool(processes) as pool:
 
         class Murderer(Killer):
             notes: tuple[str, ...] = ()
 
             def step(self, step: int, loss: float, rate: float) -> None:
-                if step == 8 and len(two.members) == 2:
-                    os.kill(two.pids[1], signal.SIGKILL)
+                if step == 8 and not self.notes:
+                    os.kill(pool.pids[-1], signal.SIGKILL)
 
             def note(self, message: str) -> None:
                 self.notes = (*self.notes, message)
 
         murderer = Murderer(-1)
         plan = replace(PLAN, checkpoint_every=0.0, reporter=murderer)
-        with Parallel(dataset, strategy=strategy, setup=Setup(timeout=20), folder=tmp_path, pool=two) as run:
+        setup = Setup(timeout=20, tensor=tensor)
+        with Parallel(dataset, strategy=strategy, setup=setup, folder=tmp_path, pool=pool) as run:
             made = run.fit(model, Supervised(model.task), plan)
-    assert "from the last checkpoint" in " ".join(murderer.notes)
+            run.quality(made)
+    (note,) = murderer.notes
+    assert note.endswith(f"was ended by signal 9: going on with {left}, from the last checkpoint")
     assert murderer.resumed_at >= 6
     assert_equal(made, Local(dataset).fit(model, Supervised(model.task), PLAN), dataset)
 
@@ -324,6 +378,20 @@ def test_a_network_is_not_divided_over_a_card_and_a_processor(monkeypatch: pytes
     for strategy in STRATEGIES:
         with pytest.raises(OptionError, match=f"{strategy} divides one .* 2 of them and 1 graphics card; start 1, use"):
             seams_of(strategy, Setup(), torch.device("cpu"), None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
+    with pytest.raises(OptionError, match="some machines of this run have a graphics card for each process and others"):
+        seams_of("fsdp", Setup(), torch.device("cuda"), None)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tensor", "left", "wanted"),
+    [("fsdp", None, 3, 3), ("tensor", None, 3, 2), ("tensor", 2, 3, 2), ("tensor", 2, 1, 0), ("tensor", None, 0, 0)],
+)
+def test_how_many_of_those_that_are_left_can_work(
+    strategy: Strategy, tensor: int | None, left: int, wanted: int
+) -> None:
+    assert workable(strategy, Setup(tensor=tensor), left, still().network) == wanted
 
 
 def test_options_are_for_their_strategies(dataset: Dataset, pool: Pool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from netweight.errors import OptionError, StoreError
 from netweight.loss import Batch
 from netweight.network import Network
 from netweight.progress import Bar
+from netweight.seams import Seams
 from netweight.train import Plan, fit, fit_digest
 
 ROWS = 24
@@ -360,6 +361,21 @@ def test_resuming_under_early_stopping(tmp_path: Path, stop: int) -> None:
     again = run(after, kept)
     assert again.weights == wanted.weights
     assert seen.losses[: stop - 1] + after.losses == whole.losses
+
+
+def test_a_checkpoint_takes_no_copy_of_the_weights(tmp_path: Path) -> None:
+    """On a device there may be no room for one."""
+    network, seen = Plane(), list[bool]()
+
+    class Looks(Seams):
+        def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            seen.append(held["model/head.weight"].data_ptr() == network.head.weight.data_ptr())
+            return super().gather(held)
+
+    plan = plan_of(checkpoint_every=0.0)
+    fit(network, Numbers(), Squares(), plan, seams=Looks(), checkpoint=(tmp_path / "kept", "mine"))
+    assert seen
+    assert all(seen)
 
 
 def test_checkpoints_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:

@@ -334,7 +334,7 @@ class _Loop:
 
     def state(self) -> State:
         """This process's part of all that the fit goes on from."""
-        held = {f"model/{name}": value.clone() for name, value in tensors(self.network).items()}
+        held = {f"model/{name}": value for name, value in tensors(self.network).items()}
         held |= {f"best/{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
             for optimizer in self.optimizers:

@@ -71,7 +71,8 @@ def optimize(
     run: Annotated[
         str,
         typer.Option(
-            help="Where training happens: local, ddp:2 for two processes, or ray://auto/ddp:2 on a Ray cluster."
+            help="Where training happens: local, ddp:2 for two processes, ray://auto/ddp:2 on a Ray cluster; options "
+            "follow, as in fsdp:2,activation-checkpointing."
         ),
     ] = "local",
 ) -> None:

@@ -63,10 +63,12 @@ def plan(
         table.append([need.strategy, *cells, "refused" if need.refused else "yes" if need.fits(room) else "no"])
     print_table(table)
     lines = [f"{need.strategy}: {need.refused}" for need in found if need.refused]
+    again = ",activation-checkpointing" if activation_checkpointing and best and best.strategy != "ddp" else ""
     lines.append(f"MB in each of {processes} processes (local: in one); the largest where they differ.")
     lines.append(
-        f"Use {best.strategy}: the first that fits into {memory}."
+        f"Use --run {best.strategy}:{processes}{again}, the first that fits into {memory}."
         if best
-        else f"Nothing fits into {memory}: use more processes, a smaller batch, or --activation-checkpointing."
+        else f"Nothing fits into {memory}: use more processes or a smaller batch"
+        + ("." if activation_checkpointing else ", or plan with --activation-checkpointing.")
     )
     Console(soft_wrap=True).print("\n".join(lines), markup=False, highlight=False)

@@ -1,4 +1,7 @@
-"""A simulation of many clients on one machine, by Flower's engine on Ray: each task is computed in an actor."""
+"""A simulation of many clients on one machine, by Flower's engine on Ray.
+
+Flower gives a task to whichever of its actors is free, and a client must remember what it was asked: its secrets of a
+round, and what its rows have cost. So clients live in actors of their own here, and Flower's only pass tasks on."""
 
 from __future__ import annotations
 
@@ -6,19 +9,18 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from netweight.connect import connected
+from netweight.connect import connected, cores
 from netweight.errors import OptionError, RunError
 from netweight.federate.kinds import WIRE
 from netweight.quiet import flower
 from netweight.run.federated import Client
-from netweight.run.federated.flower import FlowerChannel, Node, addressee, answered
+from netweight.run.federated.flower import FlowerChannel, Node, answered
 from netweight.run.federated.wire import Wire
 
 _START = 120.0  # seconds until the engine must be there
@@ -28,11 +30,11 @@ _START = 120.0  # seconds until the engine must be there
 def simulated(
     clients: Sequence[Client], folder: Path | None = None, cpus: float = 1.0, wire: Wire = WIRE
 ) -> Iterator[FlowerChannel]:
-    """A channel to clients that Ray actors compute, while the block runs.
+    """A channel to clients that live in Ray actors, while the block runs.
 
     Args:
-        clients: their rows are handed to the actors once; what they keep between rounds lies in `folder`.
-        folder: one subfolder for each client; None uses a temporary one.
+        clients: each lives in one actor, which is handed its rows once; actors share the clients between them.
+        folder: what clients keep between rounds, one subfolder for each; None uses a temporary one.
         cpus: of each actor; their number is what this machine has, divided by it.
 
     Raises OptionError where two clients bear one name, MissingExtra without Flower or Ray, RunError where the engine
@@ -46,21 +48,43 @@ def simulated(
         import ray
 
         base = folder or Path(temporary)
-        held = {n: ray.put(Client(n, c.data, base / n, c.expects, c.limit)) for n, c in named.items()}
-        engine = _Engine(held, cpus, wire)
+        count = max(1, min(int(cores()[1] / cpus), len(named)))
+        # Flower's actors reserve the CPUs, and wait for these while they compute.
+        homes = [ray.remote(num_cpus=0)(_Home).remote(wire) for _ in range(count)]
+        held = {name: homes[i % count] for i, name in enumerate(named)}
+        ray.get([held[n].add.remote(Client(n, c.data, base / n, c.expects, c.limit)) for n, c in named.items()])
+        engine = _Engine(held, cpus)
         try:
             grid = engine.start()
             nodes = {name: Node(i) for name, i in zip(named, sorted(grid.get_node_ids()), strict=True)}
             yield FlowerChannel(grid, lambda: nodes, wire)
         finally:
-            engine.stop()
+            engine.stop()  # and with it Ray, and whoever lives there
+
+
+class _Home:
+    """The body of an actor in which some of the clients live."""
+
+    def __init__(self, wire: Wire) -> None:
+        flower()
+        torch.set_num_threads(1)
+        self.wire = wire
+        self.clients: dict[str, Client] = {}
+
+    def add(self, client: Client) -> None:
+        """From now on it answers here."""
+        self.clients[client.name] = client
+
+    def answer(self, name: str, record: Any) -> Any:
+        """The record of that client's answer."""
+        return answered(self.clients[name], self.wire, record)
 
 
 class _Engine:
     """Flower's simulation in a thread; its ServerApp does nothing but hand its grid over and wait for the end."""
 
-    def __init__(self, held: dict[str, Any], cpus: float, wire: Wire) -> None:
-        self.held, self.cpus, self.wire = held, cpus, wire
+    def __init__(self, held: dict[str, Any], cpus: float) -> None:
+        self.held, self.cpus = held, cpus
         self.there, self.end = threading.Event(), threading.Event()
         self.grid: Any = None
         self.problem: BaseException | None = None
@@ -84,10 +108,15 @@ class _Engine:
         from flwr.simulation import run_simulation
 
         client_app, server_app = ClientApp(), ServerApp()
-        held, wire = self.held, self.wire
+        held = self.held
 
         def query(message: Any, context: Any) -> Any:
-            return _query(held, wire, message)
+            # In an actor of Flower's. It names nothing of this module (as `addressee`), which would bring torch there.
+            import ray
+            from flwr.app import Message
+
+            name = message.content.config_records["to"]["client"]
+            return Message(ray.get(held[name].answer.remote(name, message.content)), reply_to=message)
 
         def main(grid: Any, context: Any) -> None:
             self.grid = grid
@@ -103,21 +132,3 @@ class _Engine:
             self.problem = problem
         finally:
             self.there.set()
-
-
-def _query(held: dict[str, Any], wire: Wire, message: Any) -> Any:
-    """In an actor: the answer of the client to which a message was sent."""
-    from flwr.app import Message
-
-    flower()
-    torch.set_num_threads(1)
-    client = _client(held[addressee(message.content)])
-    return Message(answered(client, wire, message.content), reply_to=message)
-
-
-@lru_cache(maxsize=8)
-def _client(held: Any) -> Client:
-    import ray
-
-    client: Client = ray.get(held)
-    return client

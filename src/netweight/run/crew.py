@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -14,9 +14,23 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import Tensor
 
 from netweight.errors import NetweightError, OptionError
-from netweight.run.commands import Cancel, Close, Command, Do, Done, Failed, Give, Open, Reply, Result, Told, Waits
+from netweight.run.commands import (
+    Cancel,
+    Close,
+    Command,
+    Do,
+    Done,
+    Failed,
+    Fit,
+    Give,
+    Open,
+    Reply,
+    Result,
+    Told,
+    Waits,
+)
 from netweight.run.group import Join, Place, refused
-from netweight.run.strategies import WHOLE
+from netweight.run.strategies import WHOLE, workable
 from netweight.run.worker import error_of
 from netweight.train import Reporter
 
@@ -47,7 +61,7 @@ class Crew(ABC, Generic[M]):
     Args:
         processes: how many.
         threads: of each.
-        restarts: how often one command may begin again with new processes when none is left.
+        restarts: how often one command may begin again with new processes when too few are left to go on.
     """
 
     def __init__(self, processes: int, threads: int, restarts: int = 0) -> None:
@@ -129,52 +143,78 @@ class Crew(ABC, Generic[M]):
         """What a command gives.
 
         Raises what it raises in a process (errors of this package as they are, others as RunError), what the reporter
-        raises, and RunError where no process is left.
+        raises, and RunError where too few processes are left.
         """
         try:
             self.start()
             round_ = _Round(self, number, command, reporter)
-            while True:
-                if (found := round_.played()) is not None:
-                    return found
+            try:
+                round_.begin()
+                while True:
+                    if (found := round_.played()) is not None:
+                        return found
+            except Exception:
+                round_.leave()
+                raise
         except BaseException as problem:
             if not isinstance(problem, Exception):
                 self.close()  # Ctrl-C: nobody waits for the end of a step
             raise
 
-    def joins(self, timeout: float) -> Iterator[Join]:
-        """A new group of all members, one value for each; ranks follow their order."""
+    def joins(self, members: Sequence[M], timeout: float) -> Iterator[Join]:
+        """A new group of these members, one value for each; ranks follow their order."""
         place = self._place(next(self._numbers))
-        for rank, member in enumerate(self.members):
+        for rank, member in enumerate(members):
             member.rank = rank
-            yield Join(place, rank, len(self.members), timeout)
+            yield Join(place, rank, len(members), timeout)
 
 
 class _Round(Generic[M]):
-    """One command: messages until every process has ended it, or waits for a new group."""
+    """One command: messages until every process has ended it, or waits for a new group.
+
+    `team` works on it: all members, or after a loss as many as can divide the network between them; others idle.
+    """
 
     def __init__(self, crew: Crew[M], number: int, command: Command, reporter: Reporter) -> None:
         self.crew, self.number, self.command, self.reporter = crew, number, command, reporter
         opened = crew.opened[number]
-        self.setup, self.whole = opened.setup, opened.strategy in WHOLE
+        self.strategy, self.setup, self.whole = opened.strategy, opened.setup, opened.strategy in WHOLE
         self.raised: Exception | None = None
         self.failures = self.restarts = 0
+        self.team: list[M] = []
         self.heard: dict[M, Any] = {}
         self.gone: list[str] = []
-        self._begin()
 
-    def _begin(self) -> None:
-        """The command, for all."""
-        self.heard = {}
-        new = self.crew.together != self.setup.timeout
-        self.crew.together = None
-        self.crew.tell(Do(self.number, self.command, new))
+    def begin(self) -> None:
+        """The command, for all of a team."""
+        crew, size = self.crew, self._size()
+        if not size:
+            self._restart()
+            return
+        everyone = size == len(crew.members)
+        new = not everyone or crew.together != self.setup.timeout
+        crew.together = None
+        self.heard, do = {}, Do(self.number, self.command, new)
+        if everyone:
+            crew.tell(do)
+        else:
+            for member in crew.members[:size]:
+                member.say(do)
+        self.team = crew.members[:size]
         if new:
             self._meet()
 
+    def _size(self) -> int:
+        """How many of those that are there can work. All that were asked for say themselves what is wrong."""
+        left = len(self.crew.members)
+        if left >= self.crew.processes:
+            return left
+        network = self.command.model.network if isinstance(self.command, Fit) else None
+        return workable(self.strategy, self.setup, left, network)
+
     def _meet(self) -> None:
         """In a new group."""
-        for member, join in zip(self.crew.members, self.crew.joins(self.setup.timeout), strict=True):
+        for member, join in zip(self.team, self.crew.joins(self.team, self.setup.timeout), strict=True):
             member.say(join)
 
     def played(self) -> dict[str, Tensor] | None:
@@ -182,17 +222,12 @@ class _Round(Generic[M]):
         self.gone = []
         self._listen()
         if self.raised is not None:
-            self._cancel()
             raise self.raised
         failed = {m: said for m, said in self.heard.items() if isinstance(said, Failed)}
         # Where one is gone, others fail of that, in whichever words a library has for it.
         real = [m for m, said in failed.items() if said.kind or not self.gone]
         if real:
-            self._cancel()
             raise error_of(failed[real[0]], real[0].name)
-        if not self.crew.members:
-            self._restart()
-            return None
         done = [m for m, said in self.heard.items() if isinstance(said, Done)]
         if done:
             self._cancel()
@@ -202,50 +237,69 @@ class _Round(Generic[M]):
                 self.crew.together = self.setup.timeout if len(done) == len(self.crew.members) else None
                 return given.held
             self._lose(done[0])
-            if not self.crew.members:
-                self._restart()
-                return None
         self._again(whole=self.whole and not failed and not done)
         return None
 
+    def leave(self) -> None:
+        """The command has ended with an error: nobody waits for a group any more, or is in the midst of a step."""
+        if all(member in self.heard for member in self.team if member in self.crew.members):
+            self._cancel()
+        else:
+            self.crew.close()
+
     def _restart(self) -> None:
         """From the last checkpoint with new processes, as often as this kind of them allows."""
+        few = self._few()
         lost = "; ".join(self.gone)
+        what = ": ".join(part for part in (few, lost) if part)
         self.crew.close()
         if self.restarts == self.crew.restarts:
-            raise refused(f"no process is left: {lost}")
+            raise refused(what)
         self.restarts += 1
         try:
             self.crew.start(fewer=True)
         except NetweightError as problem:
-            raise refused(f"no process is left: {lost}; {str(problem).rstrip('.')}") from None
-        self._note(lost, len(self.crew.members), whole=False)
-        self._begin()
+            raise refused(f"{what}; {str(problem).rstrip('.')}") from None
+        if not self._size():
+            raise refused(f"{what}; after a new start {self._few()}")
+        self._note(lost or few, whole=False)
+        self.begin()
 
-    def _note(self, lost: str, left: int, whole: bool) -> None:
-        plural = "process" if left == 1 else "processes"
-        self.reporter.note(f"{lost}: going on with {left} {plural}{'' if whole else ', from the last checkpoint'}")
+    def _few(self) -> str:
+        left = len(self.crew.members)
+        if not left:
+            return "no process is left"
+        return f"{left} {'process is' if left == 1 else 'processes are'} left, too few for tensor={self.setup.tensor}"
+
+    def _note(self, lost: str, whole: bool) -> None:
+        size = self._size()
+        plural = "process" if size == 1 else "processes"
+        self.reporter.note(f"{lost}: going on with {size} {plural}{'' if whole else ', from the last checkpoint'}")
 
     def _again(self, whole: bool) -> None:
         """Go on: those who wait in a new group, or all from the start, which is the last checkpoint."""
         self.failures = 0 if self.gone else self.failures + 1
         if self.failures >= _TRIES:
-            self._cancel()
             why = next((said.why for said in self.heard.values() if isinstance(said, Waits)), "")
             raise refused(f"{_TRIES} groups of processes failed one after the other: {why}")
-        if self.gone:
-            self._note("; ".join(self.gone), len(self.crew.members), whole)
         if not whole:
             self._cancel()
-            self._begin()
+        if not self._size():
+            self._restart()
             return
-        self.heard = {}
-        self._meet()
+        if self.gone:
+            self._note("; ".join(self.gone), whole)
+        if whole:
+            self.heard = {}
+            self.team = list(self.crew.members)
+            self._meet()
+        else:
+            self.begin()
 
     def _listen(self) -> None:
         """Until every process has ended the command or waits. One that stays silent while another waits is killed."""
         first = 0.0
-        while missing := [m for m in self.crew.members if m not in self.heard]:
+        while missing := [m for m in self.team if m in self.crew.members and m not in self.heard]:
             for member in self.crew.ready(missing, self.setup.timeout if first else None):
                 if member in self.crew.members:
                     self._take(member)
@@ -279,5 +333,6 @@ class _Round(Generic[M]):
         for member, said in list(self.heard.items()):
             if isinstance(said, Waits) and member in self.crew.members:
                 member.say(Cancel())
-                if member.hear() is None:
+                self.heard[member] = member.hear()
+                if self.heard[member] is None:
                     self._lose(member)

@@ -60,7 +60,6 @@ class Divided(Processes):
                 f"{type(network).__name__}, which has none; use local or ddp."
             )
         self._whole = hollow(network)
-        network.to(self.device)
         if self.activation_checkpointing:
             for layer in network.layers():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -78,7 +77,8 @@ class Divided(Processes):
         return [dict(mine)] if self._whole is not None else from_all(mine)
 
     def divide(self, network: Transformer) -> None:
-        """Leave only this process's part of the network, in place."""
+        """Leave only this process's part of the network, in place, and move that to the device: the whole may be too
+        large for it."""
         raise NotImplementedError
 
     def joined(self, name: str, part: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Divided(Processes):
         raise NotImplementedError
 
     def own(self, name: str, whole: Tensor) -> Tensor:
-        """Inverse of `joined`."""
+        """Inverse of `joined`, from the CPU to where the part is held."""
         raise NotImplementedError
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

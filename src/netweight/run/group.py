@@ -68,13 +68,7 @@ class Join:
         """Leave the group that there was, if any, and enter this one. Raises Lost where others do not come."""
         leave()
         with waiting():
-            dist.init_process_group(
-                backend(self.size),
-                store=self.place(self.size),
-                rank=self.rank,
-                world_size=self.size,
-                timeout=timedelta(seconds=self.timeout),
-            )
+            _met(self.place(self.size), self.rank, self.size, timedelta(seconds=self.timeout))
 
 
 def launched() -> bool:
@@ -89,7 +83,8 @@ def enter(timeout: float) -> None:
     if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
         _on_loopback()
     with waiting():
-        dist.init_process_group(backend(int(os.environ["WORLD_SIZE"])), timeout=timedelta(seconds=timeout))
+        store, rank, size = next(cast(Any, dist).rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        _met(cast(Any, dist).PrefixStore("netweight", store), rank, size, timedelta(seconds=timeout))
 
 
 def _on_loopback() -> None:
@@ -103,9 +98,24 @@ def leave() -> None:
         gc.collect()
 
 
-def backend(size: int) -> str:
-    """NCCL between graphics cards where each process of this machine has one; gloo else."""
-    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= beside(size) else "gloo"
+def _met(store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    """In the group whose processes find each other in that store."""
+    has = torch.cuda.device_count() >= beside(size)
+    dist.init_process_group(
+        backend(store, rank, size, has, timeout), store=store, rank=rank, world_size=size, timeout=timeout
+    )
+
+
+def backend(store: Any, rank: int, size: int, has: bool, timeout: timedelta) -> str:
+    """NCCL between graphics cards where each process of every machine has one, and gloo else.
+
+    All must take the same one, and each machine sees its own cards only, so they tell each other in the store whether
+    they have enough (`has`). Raises RuntimeError where others do not say in time.
+    """
+    names = [f"cards of {other}" for other in range(size)]
+    store.set(names[rank], str(has))
+    store.wait(names, timeout)
+    return "cpu:gloo,cuda:nccl" if all(store.get(name) == b"True" for name in names) else "gloo"
 
 
 def beside(size: int) -> int:

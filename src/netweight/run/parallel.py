@@ -108,7 +108,7 @@ class Parallel:
             self._pool.close()
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
-        """A trained copy of `model`. Raises as `Local.fit` does, and RunError where no process is left."""
+        """A trained copy of `model`. Raises as `Local.fit` does, and RunError where too few processes are left."""
         new = model.copy()
         new.network.load_state_dict(self._do(Fit(model, loss, plan, label), plan.reporter))
         new.network.eval()

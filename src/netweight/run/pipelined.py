@@ -141,6 +141,7 @@ class Pipelined(Divided):
             if leaves and self._there(network, name) and not any(self._mine(entry) for entry in entries):
                 parent, _, leaf = name.rpartition(".")
                 setattr(network.get_submodule(parent), leaf, _Passed(module))
+        network.to(self.device)
         self._held, self._entries = dict(network.named_parameters()), frozenset(network.state_dict())
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._answer)
@@ -314,7 +315,7 @@ class Pipelined(Divided):
         return found if wanted else {}
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value for name, value in whole.items() if entry(name) in self._entries}
+        return {name: value.to(self.device) for name, value in whole.items() if entry(name) in self._entries}
 
 
 def owners(network: Transformer, stages: int) -> dict[str, int]:

@@ -56,10 +56,12 @@ class Pool(Crew[_Process]):
         processes: how many.
         threads: of each.
         pin: give each a core of its own.
+        restarts: how often one command begins again from its last checkpoint, with all processes new, when too few
+            are left to go on.
     """
 
-    def __init__(self, processes: int = 2, threads: int = 1, pin: bool = False) -> None:
-        super().__init__(processes, threads)
+    def __init__(self, processes: int = 2, threads: int = 1, pin: bool = False, restarts: int = 3) -> None:
+        super().__init__(processes, threads, restarts)
         self.pin = pin
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 

@@ -41,11 +41,13 @@ class Fsdp(Divided):
         offload: bool = False,
     ) -> None:
         super().__init__(device, activation_checkpointing)
+        self.keeps = torch.device("cpu") if offload else self.device
         self.policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         self.mesh = init_device_mesh(self.device.type, (self.lanes,))
         self._shards: dict[str, DTensor] = {}
 
     def divide(self, network: Transformer) -> None:
+        # Layer by layer this goes to the device of the mesh, is cut there, and with offload goes back.
         for module in (*network.layers(), network):
             fully_shard(module, mesh=self.mesh, offload_policy=self.policy)
         for module in network.modules():
@@ -67,7 +69,7 @@ class Fsdp(Divided):
     def own(self, name: str, whole: Tensor) -> Tensor:
         shard = self._shards.get(name)
         if shard is None or shard.shape != whole.shape:
-            return whole
+            return whole.to(self.keeps)
         # Every process reads the same file: nothing has to be sent.
         part = distribute_tensor(whole.to(self.device), self.mesh, shard.placements, src_data_rank=None)
-        return part.to(shard.device)
+        return part.to(self.keeps)

@@ -7,8 +7,11 @@ from typing import get_args
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from netweight.anatomy import blocks
 from netweight.errors import OptionError
+from netweight.network import Transformer
 from netweight.run import group
 from netweight.run.commands import Setup, Strategy
 from netweight.run.ddp import Ddp
@@ -53,11 +56,32 @@ def check(strategy: Strategy, setup: Setup, processes: int) -> None:
         )
 
 
+def workable(strategy: Strategy, setup: Setup, left: int, network: nn.Module | None) -> int:
+    """How many of the processes that are left can divide the work; 0 where `tensor` asks for more than there are.
+
+    Without `tensor` all of them divide the layers of the network, if one is given, so their number must divide them.
+    """
+    if strategy != "tensor":
+        return left
+    if setup.tensor is not None:
+        return left - left % setup.tensor
+    if not isinstance(network, Transformer):
+        return left
+    units = {count for block in blocks(network) for count in (block.heads, block.neurons)}
+    return max((n for n in range(1, left + 1) if not any(count % n for count in units)), default=0)
+
+
 def seams_of(strategy: Strategy, setup: Setup, device: torch.device, rejoin: Callable[[Lost], None] | None) -> Seams:
-    """Seams of this process, which is in a group. Raises OptionError where some of its machine have graphics cards and
+    """Seams of this process, which is in a group. Raises OptionError where some of the group have graphics cards and
     others not, and the strategy divides the network."""
     if strategy not in WHOLE and setup.device == "auto":
         _alike(strategy, torch.cuda.device_count(), group.beside(dist.get_world_size()))
+        if device.type == "cuda" and "nccl" not in dist.get_backend_config():
+            raise OptionError(
+                f"{strategy} divides one network over processes that compute alike, and some machines of this run have "
+                'a graphics card for each process and others not; use those that have, Setup(device="cpu"), or ddp, '
+                "which mixes them."
+            )
     if strategy == "fsdp":
         return Fsdp(device, setup.activation_checkpointing, setup.offload)
     if strategy == "tensor":

@@ -90,8 +90,7 @@ class TensorParallel(Divided):
             self._leave(network, block.down)
         narrow(network, self.ways)
         self._shapes = {}
-        self._held = dict(network.named_parameters())
-        held = self._held | dict(network.named_buffers())
+        held: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         for name, cut in self.cuts.items():
             if cut.dim is None:
                 continue
@@ -100,6 +99,8 @@ class TensorParallel(Divided):
             self._shapes[name] = (value.shape, part.shape)
             # The parameter itself stays, so that whoever refers to it (an adapter, a rounding layer) sees its part.
             value.data = part
+        network.to(self.device)
+        self._held = dict(network.named_parameters())
 
     def _enter(self, network: Transformer, names: Iterable[str]) -> None:
         """The gradient of what goes into these layers is the sum over the team; one sum for those with one input."""
@@ -166,7 +167,8 @@ class TensorParallel(Divided):
 
     def own(self, name: str, whole: Tensor) -> Tensor:
         shapes = self._shapes.get(name)
-        return whole if shapes is None or shapes[0] != whole.shape else self._part(whole, self.cuts[name])
+        part = whole if shapes is None or shapes[0] != whole.shape else self._part(whole, self.cuts[name])
+        return part.to(self.device)
 
     def _part(self, whole: Tensor, cut: Cut) -> Tensor:
         assert cut.dim is not None
