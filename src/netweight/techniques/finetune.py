@@ -77,7 +77,7 @@ class Finetune:
                 raise OptionError(f"{name} is {given}; use a number above 0.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        new = model.copy()
+        new = model.with_network(model.copy().network)
         network = transformer(new, "Finetune")
         loss = self._loss(new, network, run)
         if self.probe:
