@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.store import Store, store_of
-from netweight.techniques import Quantize, Static
+from netweight.techniques import EarlyExit, Quantize, Static
 from netweight.train import Plan
 from test_habits import _BLOCKED, _CONNECTIONS, python
 
@@ -231,6 +231,15 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "litert_torch", None)
     with pytest.raises(MissingExtra, match=r"exporting to LiteRT needs an extra: pip install 'netweight\[litert\]'"):
         export(made, "litert", tmp_path / "out", str(table))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", get_args(Format))
+def test_early_exits_are_refused(to: Format, table: Path, tmp_path: Path) -> None:
+    run = Local(Dataset(*(tiny_rows(),) * 3, Sealed(tiny_rows())))
+    folder = shipped(tmp_path / "made.nw", {"exits-0": EarlyExit((1,), epochs=0.1)(tiny_model(), run, PLAN)})
+    with pytest.raises(ArtifactError, match="tier 'exits-0' has early exits, which no export holds; run the artifact"):
+        export(folder, to, tmp_path / "out", str(table))
     assert not (tmp_path / "out").exists()
 
 

@@ -25,7 +25,7 @@ from netweight.objectives import Adversarial, RDrop, embeddings_moved, inner
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Score
-from netweight.techniques import Finetune, Static
+from netweight.techniques import Finetune, Quantize, QuantizeAware, Static
 from netweight.techniques.finetune import LabelCounts, inverse_frequencies
 from netweight.techniques.lora import adapt, merge
 from netweight.testing import TechniqueContract
@@ -74,6 +74,17 @@ def test_contract_in_every_family(way: str, family: str, dataset: Dataset, tmp_p
             WAYS[way](tiny_model(family=family), run(), PLAN)
         return
     TechniqueContract(WAYS[way], tiny_model(family=family), run, PLAN, dataset.train.text).check(tmp_path)
+
+
+def test_what_quantization_knew_is_dropped(dataset: Dataset) -> None:
+    run = Local(dataset)
+    before = QuantizeAware(Quantize(rows=16, weight_bits=4), epochs=0.1)(tiny_model(layers=1), run, PLAN)
+    assert before.ranges
+    assert before.weights
+    made = Finetune(epochs=1)(before, run, PLAN)
+    assert not made.ranges
+    assert not made.weights
+    assert before.ranges, "the given model keeps its own"
 
 
 def test_the_head_alone_moves(dataset: Dataset) -> None:

@@ -16,7 +16,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import FAMILIES, tiny_model
+from netweight.artifact import Tier
 from netweight.data import Dataset
+from netweight.engine.cascade import tier_engine
 from netweight.errors import ModelError, OptionError
 from netweight.export import export, lowered
 from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
@@ -186,6 +188,25 @@ def test_least_divergence_is_that_of_the_loops() -> None:
 
 def test_percentiles_cut_both_ends() -> None:
     assert percentile_range(torch.ones(100), -1.0, 1.0, 0.9) == pytest.approx((-0.8, 0.8))
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.5])
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_constant_input_keeps_its_extremes(method: Any, constant: float, dataset: Dataset) -> None:
+    run = Local(dataset)
+    model = SwapActivation("relu", epochs=0)(tiny_model(layers=1), run, PLAN)
+    up = model.network.get_submodule("backbone.encoder.layer.0.intermediate.dense")
+    assert isinstance(up, nn.Linear)
+    with torch.no_grad():
+        # ReLU gives the same of every row: nothing, or the bias.
+        up.weight.zero_()
+        up.bias.fill_(constant or -1.0)
+    made = Quantize(method=method, rows=40)(model, run, PLAN)
+    assert made.ranges["backbone.encoder.layer.0.output.dense"] == Range(0.0, constant)
+    tokens = model.encoder.encode(dataset.dev.text)
+    found = tier_engine(Tier("small", "onnx", "", {}), export(made).data, model.encoder.pad, 1).logits(tokens, 16)
+    wanted = logits_of(model, tokens)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=0.05 * float(wanted.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("method", get_args(Method))

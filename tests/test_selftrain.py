@@ -21,7 +21,7 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local
 from netweight.task import Classify, Score
-from netweight.techniques import Finetune, SelfTrain, Static, describe
+from netweight.techniques import Finetune, Quantize, SelfTrain, Static, describe
 from netweight.techniques.selftrain import Sure, capped
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
@@ -97,6 +97,17 @@ def test_other_families(family: str, pooled: Dataset, tmp_path: Path) -> None:
     made = contract.returns_a_new_model()
     contract.repeats_itself(made)
     contract.survives_saving(made, tmp_path)
+
+
+@pytest.mark.parametrize("student", [False, True])
+def test_what_quantization_knew_is_dropped(student: bool, pooled: Dataset) -> None:
+    run = Local(pooled)
+    before = Quantize(rows=16, weight_bits=4)(sure_model(), run, PLAN)
+    assert before.ranges
+    assert before.weights
+    made = replace(QUICK, student=before if student else None)(before, run, PLAN)
+    assert not made.ranges
+    assert not made.weights
 
 
 def test_the_pool_is_what_it_learns_from(pooled: Dataset) -> None:

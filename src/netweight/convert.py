@@ -86,9 +86,15 @@ class Converted:
 def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 1) -> Converted:
     """Write the artifact for another runtime to the new folder `out`, and compare on (the first 1,000 of) `rows`.
 
-    Raises ArtifactError where `out` is not empty, or where a written file answers otherwise.
+    Raises ArtifactError where a tier has early exits, where `out` is not empty, or where a written file answers
+    otherwise.
     """
     manifest = artifact.read_manifest(folder)
+    if early := next((tier.name for tier in manifest.tiers if tier.engine == "exits"), None):
+        raise ArtifactError(
+            f"tier {early!r} has early exits, which no export holds; run the artifact with netweight.load, or optimize "
+            "with --effort quick, which makes none."
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out} exists and is not an empty folder; choose another one.")
     definition = artifact.read_file(folder, manifest, artifact.TOKENIZER)

@@ -83,19 +83,21 @@ def sure(logits: Floats) -> NDArray[np.float64]:
 
 
 def thresholds(stages: list[Floats], tolerance: float) -> list[float]:
-    """For each exit but the last, the lowest threshold at which rows that leave there and say something else than the
-    last exit are at most the share `tolerance` of all rows; 2.0 where no row may leave."""
+    """For each exit but the last, the lowest threshold at which rows that leave there or before and say something else
+    than the last exit are at most the share `tolerance` of all rows; 2.0 where no row may leave."""
     n, last = len(stages[-1]), stages[-1].argmax(axis=1)
-    inside, found = np.ones(n, bool), []
+    inside, spent, found = np.ones(n, bool), 0, []
     for logits in stages[:-1]:
         confidence, wrong = sure(logits), logits.argmax(axis=1) != last
         order = np.flatnonzero(inside)[np.argsort(-confidence[inside], kind="stable")]
-        errors = np.cumsum(wrong[order])
+        errors = spent + np.cumsum(wrong[order])
         allowed = np.flatnonzero(errors <= tolerance * n)
         # Rows of equal confidence leave together or stay together.
         count = int(allowed[-1]) + 1 if len(allowed) else 0
         while 0 < count < len(order) and confidence[order[count]] == confidence[order[count - 1]]:
             count -= 1
+        if count:
+            spent = int(errors[count - 1])
         found.append(float(confidence[order[count - 1]]) if count else 2.0)
         inside &= confidence < found[-1]
     return found

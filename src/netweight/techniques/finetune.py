@@ -77,7 +77,7 @@ class Finetune:
                 raise OptionError(f"{name} is {given}; use a number above 0.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        new = model.copy()
+        new = model.with_network(model.copy().network)
         network = transformer(new, "Finetune")
         if self.train == "lora" and network.pruned:
             raise OptionError("what LoRA learns would fill the zeros of a pruned model; use train='full' or 'head'.")

@@ -122,7 +122,8 @@ class Quantize:
             ends = {name: (-max(-low, high), max(-low, high)) for name, (low, high) in ends.items()}
         if self.method != "minmax":
             counts = run.reduce(model, Histogram(tuple(ends.items())), self.rows)
-            clipped = {name: self._clipped(counts[name], name, *ends[name]) for name in names}
+            # A constant input has no histogram: its extremes stay.
+            clipped = ends | {name: self._clipped(found, name, *ends[name]) for name, found in counts.items()}
             if self.method == "entropy":
                 # The threshold is one of |x|; values of one sign need no room for the other.
                 clipped = {

@@ -62,7 +62,8 @@ class SelfTrain:
                 break
             weights = capped(counts["pseudo"], counts["labels"], self.balance)
             loss = PseudoLabels(model.task, (model,), self.floor, weights, self.temperature, self.soft)  # type: ignore[arg-type]
-            start = (self.student or model).copy()
+            given = self.student or model
+            start = given.with_network(given.copy().network)
             freeze_embeddings(transformer(start, "SelfTrain"), self.freeze_embeddings)
             model = run.fit(start, loss, plan, f"self-training, round {number}")
             freeze_embeddings(transformer(model, "SelfTrain"), False)
