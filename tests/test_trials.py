@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -12,7 +14,7 @@ import pytest
 from conftest import Shop, again, journal, store_of, tiny_model
 from netweight.errors import OptionError
 from netweight.model import Model
-from netweight.search import Point, Rung, Search
+from netweight.search import Point, Rung, Search, ladder
 from netweight.store import MODELS, TRIALS
 from netweight.task import Score
 from netweight.techniques import Distill, EarlyExit, Factor, Quantize, Static
@@ -30,6 +32,7 @@ from netweight.trials import (
     kinds,
     space,
     undominated,
+    usual,
 )
 
 TEACHER = tiny_model(layers=6)
@@ -51,11 +54,17 @@ def disagreement(point: Point) -> float:
     return float(point.logits[0, 0])
 
 
-def trials(path: Path, effort: Effort, done: list[tuple[Trial, Point]] | None = None, seed: int = 0) -> Trials:
-    return Trials(path, TEACHER, effort, seed, disagreement, done or [])
+def trials(
+    path: Path,
+    effort: Effort,
+    kept: Sequence[tuple[Trial, Point | None]] = (),
+    seed: int = 0,
+    left: Callable[[], float] = lambda: 100.0,
+) -> Trials:
+    return Trials(path, TEACHER, effort, seed, disagreement, left, kept)
 
 
-def walk(made_trials: Trials) -> list[tuple[Trial, Point]]:
+def walk(made_trials: Trials, made: Callable[[Rung], Point] = made) -> list[tuple[Trial, Point]]:
     found = []
     while (rung := made_trials.ask()) is not None:
         assert made_trials.ask() == rung, "asking changes nothing"
@@ -119,6 +128,63 @@ def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
     assert [trial for trial, _ in done] == [trial for trial, _ in whole]
 
 
+def test_full_trials_come_when_the_time_that_is_kept_for_them_begins(tmp_path: Path) -> None:
+    left = 100.0
+    driven = trials(tmp_path / TRIALS, "standard", left=lambda: left)
+    found: list[tuple[Trial, Point]] = []
+    while (rung := driven.ask()) is not None:
+        assert driven.asked is not None
+        found.append((driven.asked, made(rung)))
+        assert rung.share == pytest.approx(0.5 / (3 if driven.asked.short else 1))
+        driven.tell(found[-1][1])
+        left -= rung.share * left
+    assert [trial.short for trial, _ in found] == [True] * 6 + [False] * 4
+    assert [trial.kind for trial, _ in found[6:]] == list(kinds(TEACHER)), "the best of each kind, not all of the first"
+    # One that was killed goes on with what it was at, though it has time again for short ones.
+    kept = [*found[:7], (found[7][0], None)]
+    assert trials(tmp_path / "again", "standard", kept).asked == found[7][0]
+
+
+def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> None:
+    driven = trials(tmp_path / TRIALS, "thorough")
+    found: dict[str, Trial] = {}
+    while len(found) < 8:
+        rung = driven.ask()
+        assert rung is not None
+        assert driven.asked is not None
+        found[driven.asked.name] = driven.asked
+        driven.tell(made(rung))
+    rungs = {rung.name: rung.recipe for rung in ladder(TEACHER)}
+    for kind, name in (("static", "static"), ("encoder", "half-int8")):
+        first = found[f"{kind}-1-short"]
+        assert replace(first, short=False).rung(TEACHER).recipe == rungs[name]
+    assert [found[f"{kind}-1-short"].params for kind in get_args(Kind)] == [
+        usual(kind, TEACHER)[0] for kind in get_args(Kind)
+    ]
+    rates = {found[f"{kind}-2-short"].params["learning_rate"] for kind in ("encoder", "exits", "factored")}
+    assert len(rates) == 3, "kinds are drawn apart"
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6])
+def test_what_comes_first_lies_in_the_space(depth: int) -> None:
+    teacher = tiny_model(layers=depth)
+    for kind in kinds(teacher):
+        where = space(kind, depth)
+        for options in usual(kind, teacher):
+            assert all(where[name]._contains(where[name].to_internal_repr(options[name])) for name in where)
+
+
+def test_a_short_search_learns(tmp_path: Path) -> None:
+    def turned(rung: Rung) -> Point:
+        point = made(rung)
+        return replace(point, bytes=10**9 - point.bytes, logits=1 - point.logits)
+
+    both = [walk(trials(tmp_path / name, "standard"), how) for name, how in (("one", made), ("other", turned))]
+    last = [[trial for trial, _ in found if trial.short and trial.kind == "static"][-1] for found in both]
+    assert last[0].number == last[1].number
+    assert last[0].params != last[1].params
+
+
 def test_optuna_holds_what_was_told(tmp_path: Path) -> None:
     path = tmp_path / TRIALS
     found = walk(trials(path, "standard"))
@@ -127,7 +193,9 @@ def test_optuna_holds_what_was_told(tmp_path: Path) -> None:
         values = [t.values for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
         wanted = [[disagreement(p), float(p.bytes)] for t, p in found if t.kind == kind and t.short]
         assert np.allclose(values, wanted)
-    assert walk(trials(tmp_path / "again", "standard", seed=1))[0][0].params != found[0][0].params
+    other = walk(trials(tmp_path / "again", "standard", seed=1))
+    drawn = [next(trial.params for trial, _ in one if trial.name == "encoder-2-short") for one in (found, other)]
+    assert drawn[0] != drawn[1]
 
 
 def test_a_flat_search_ends() -> None:
@@ -135,9 +203,10 @@ def test_a_flat_search_ends() -> None:
         return Told(Trial("static", 1, True, {}), wrong, 10)
 
     better = [told(0.5 - i / 100) for i in range(20)]
-    assert not _flat(better)
-    assert not _flat([told(0.1), *[told(0.2)] * (_FLAT - 1)])
-    assert _flat([told(0.1), *[told(0.2)] * _FLAT])
+    assert not _flat(better, 24)
+    for most, flat in ((24, _FLAT), (6, 3)):
+        assert not _flat([told(0.1), *[told(0.2)] * (flat - 1)], most)
+        assert _flat([told(0.1), *[told(0.2)] * flat], most)
 
 
 def test_what_nothing_beats_is_kept() -> None:
@@ -181,7 +250,19 @@ def test_exits_are_proposed_where_a_model_can_have_them() -> None:
     assert "exits" not in kinds(tiny_model(task=Score()))
 
 
-@pytest.mark.parametrize(("first", "exits", "after"), [(2, 2, (2, 4)), (2, 1, (2,)), (5, 2, (5,))])
+@pytest.mark.parametrize("depth", [2, 3, 6])
+def test_two_exits_are_two(depth: int) -> None:
+    teacher = tiny_model(layers=depth)
+    where = space("exits", depth)
+    for first in range(where["first"].low, where["first"].high + 1):  # type: ignore[attr-defined]
+        for exits in where["exits"].choices:  # type: ignore[attr-defined]
+            params = usual("exits", teacher)[0] | {"first": first, "exits": exits}
+            after = Trial("exits", 1, False, params).rung(teacher).recipe[0].after  # type: ignore[attr-defined]
+            assert len(set(after)) == exits
+            assert max(after) < depth
+
+
+@pytest.mark.parametrize(("first", "exits", "after"), [(2, 2, (2, 4)), (2, 1, (2,)), (4, 2, (4, 5))])
 def test_where_exits_are_put(first: int, exits: int, after: tuple[int, ...]) -> None:
     params = {"temperature": 2.0, "schedule": "cosine", "bits": 4, "learning_rate": 1e-4, "batch_size": 32}
     params |= {"optimizer": "adam", "splice": 2.0, "token_dropout": 0.1, "epochs": 3, "first": first, "exits": exits}
@@ -212,7 +293,10 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert not before.ranges
     # A finished search is not searched again, and what is derived may be deleted.
     (store_of(copied) / TRIALS).unlink()
-    again(shop, copied, effort="standard")
+    resumed = again(shop, copied, effort="standard")
     assert journal(copied) == after
+    ranked = [[point.name for point in one.measurements.candidates] for one in (result, resumed)]
+    assert ranked[0] == ranked[1], "what was tried before is not forgotten"
+    assert any(f"trial {name}" in after for name in ranked[0])
     with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
         again(shop, tmp_path / "other.nw", effort="lazy")

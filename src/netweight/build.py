@@ -216,13 +216,14 @@ class Builder:
         return [self.point(rung) for rung in rungs if self.made(rung.name)]
 
     def trials(self) -> Trials | None:
-        """What proposes rungs beyond the ladder, told of what is finished already; None where effort is quick."""
+        """What proposes rungs beyond the ladder, told of what is there already; None where effort is quick."""
         if self.job.options.effort == "quick":
             return None
         kept = [Trial(**value) for value in self.store.values("trial ")]
-        done = [(trial, self.point(trial.rung(self.teacher))) for trial in kept if self.made(trial.name)]
+        begun = [(t, self.point(t.rung(self.teacher)) if self.made(t.name) else None) for t in kept]
         path, options = self.store.folder / TRIALS, self.job.options
-        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, done)
+        left = lambda: self.clock.left  # noqa: E731
+        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, left, begun)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""

@@ -171,7 +171,7 @@ def climb(builder: Builder) -> Search:
     for name in {rung.name for rung in ladder(builder.teacher)} - {rung.name for rung in rungs}:
         builder.reporter.note(f"{name} is left out: it needs labelled rows in one place")
     trials = builder.trials()
-    search = Search(rungs, builder.told(rungs), trials)
+    search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
     while (rung := search.ask()) is not None:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")

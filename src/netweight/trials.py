@@ -2,17 +2,21 @@
 
 Two objectives: disagreement with the reference on dev, and bytes of the exported file, which for an encoder grow as its
 work does. (Times are measured later, interleaved, for the points that are there.) Successive halving (Jamieson and
-Talwalkar, 2016) with two rungs: a proposal trains for a third of its epochs, and the best of their kind then in full.
+Talwalkar, 2016) with two rungs: a proposal trains for a third of its epochs, and the best of their kind then in full,
+at the latest when the time that is kept for them begins. The first of a kind have the ladder's own options, so that
+Optuna learns from them.
 
-A proposal depends only on what was told before and on the seed. So a search that was killed asks again for what it had
-asked, and its SQLite file, which `optuna-dashboard` reads, may be deleted: it is made again from what is told.
+What is proposed depends only on what was told before and on the seed. So a search that was killed asks again for what
+it had asked, and its SQLite file, which `optuna-dashboard` reads, may be deleted: it is made again from what is told.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,7 +26,7 @@ from optuna.trial import TrialState, create_trial
 
 from netweight.errors import OptionError
 from netweight.model import Model
-from netweight.search import Point, Rung, quantized, student
+from netweight.search import Point, Rung, ladder, quantized, student
 from netweight.techniques import Distill, EarlyExit, Factor, Recipe, Static
 from netweight.techniques.exits import fits as exits_fit
 from netweight.train import Plan
@@ -31,15 +35,19 @@ Effort = Literal["quick", "standard", "thorough"]
 Kind = Literal["static", "encoder", "exits", "factored"]
 
 # Short trials of each kind at most, and how many of each kind are then made in full.
-_SHORT: dict[Effort, int] = {"quick": 0, "standard": 3, "thorough": 24}
+_SHORT: dict[Effort, int] = {"quick": 0, "standard": 6, "thorough": 24}
 _FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
 # Kinds that train all of the teacher's layers cost most and shrink least: they get a third of that, or one.
 _SIDE = ("exits", "factored")
 _SHORTENED = 3
 # More than the ladder allows itself: what is labelled once serves every trial of its kind.
 _SPLICED_TOKENS = 1_500_000
-_STARTUP = 4  # random proposals before Optuna's model takes over
-_FLAT = 6  # short trials of a kind in a row that move no front before its search is called flat
+# The first proposals of a kind, before Optuna's model takes over, and short trials in a row that move no front before
+# its search is called flat: at most so many, and so much of all its short trials.
+_STARTUP, _STARTUP_SHARE = 4, 1 / 3
+_FLAT, _FLAT_SHARE = 6, 1 / 2
+_FOR_FULL = 0.4  # of the time that is left when the search begins
+_SHARE = 0.5  # of the time that is left, for a full trial
 
 
 @dataclass(frozen=True)
@@ -61,14 +69,15 @@ class Trial:
         if set(self.params) != set(space(self.kind, teacher.depth)):
             raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
         given = dict(self.params)
-        given["epochs"] = given["epochs"] / (_SHORTENED if self.short else 1)
+        part = 1 / _SHORTENED if self.short else 1.0
+        given["epochs"], share = given["epochs"] * part, _SHARE * part
         plan = Plan(
             schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"), spliced_tokens=_SPLICED_TOKENS
         )
         if self.kind == "static":
-            return Rung(self.name, (Static(**given | {"buckets": 2 ** given["buckets"]}),), 0.5, plan)
+            return Rung(self.name, (Static(**given | {"buckets": 2 ** given["buckets"]}),), share, plan)
         plan = replace(plan, batch_size=given.pop("batch_size"))
-        return Rung(self.name, _encoder(self.kind, given, teacher), 0.5, plan)
+        return Rung(self.name, _encoder(self.kind, given, teacher), share, plan)
 
 
 def _encoder(kind: Kind, given: dict[str, Any], teacher: Model) -> Recipe:
@@ -79,14 +88,30 @@ def _encoder(kind: Kind, given: dict[str, Any], teacher: Model) -> Recipe:
     quantize = quantized(given.pop("bits"))
     if kind == "factored":
         return Factor(**given), quantize
-    first, depth = given.pop("first"), teacher.depth
-    after = (first, (first + depth) // 2)[: given.pop("exits")]
-    return EarlyExit(tuple(sorted({layer for layer in after if layer < depth})), **given), quantize
+    first = given.pop("first")
+    after = (first, (first + teacher.depth) // 2)[: given.pop("exits")]
+    return EarlyExit(after, **given), quantize
 
 
 def kinds(teacher: Model) -> tuple[Kind, ...]:
     """What can be made of a teacher."""
     return tuple(kind for kind in get_args(Kind) if kind != "exits" or (teacher.depth > 1 and exits_fit(teacher)))
+
+
+def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
+    """Options of the ladder's rungs of a kind, and of the technique where the ladder has none; what is tried first."""
+    plan = vars(Plan()) | {"bits": 8}
+    if kind == "static":
+        rungs = [rung.recipe[0] for rung in ladder(teacher) if isinstance(rung.recipe[0], Static)]
+        found = [plan | vars(rung) | {"buckets": rung.buckets.bit_length() - 1} for rung in rungs]
+    elif kind == "encoder":
+        shape = {"layers": max(1, teacher.depth // 2), "neurons": 0.5, "heads": 1.0, "activation": "relu"}
+        found = [plan | vars(Distill()) | shape]
+    elif kind == "exits":
+        found = [plan | vars(EarlyExit()) | {"first": min(2, max(1, teacher.depth - 2)), "exits": 1}]
+    else:
+        found = [plan | vars(Factor(budget=0.5))]
+    return [{name: options[name] for name in space(kind, teacher.depth)} for options in found]
 
 
 def _most(table: Mapping[Effort, int], effort: Effort, kind: Kind) -> int:
@@ -103,14 +128,15 @@ class Told:
 
 
 class Trials:
-    """Proposes rungs of one job.
+    """Proposes rungs of one job. `points` are those that earlier processes finished.
 
     Args:
         path: the SQLite file.
         teacher: what students are made of and trained on.
         effort: how many trials.
         disagreement: of a point with the reference on dev, in [0, 1].
-        done: trials that earlier processes finished, in their order, with their points.
+        left: seconds of the time box.
+        kept: trials that earlier processes began, in their order, with their points; None where one was not finished.
     """
 
     def __init__(
@@ -120,15 +146,19 @@ class Trials:
         effort: Effort,
         seed: int,
         disagreement: Callable[[Point], float],
-        done: Sequence[tuple[Trial, Point]] = (),
+        left: Callable[[], float],
+        kept: Sequence[tuple[Trial, Point | None]] = (),
     ) -> None:
         self.teacher, self.effort, self.seed = teacher, effort, seed
-        self._disagreement = disagreement
-        self._asked: Trial | None = None
-        self._made = {trial.name for trial, _ in done}
+        self._disagreement, self._left = disagreement, left
+        self._for_full: float | None = None
+        # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
+        self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
+        self._made = {trial.name for trial, point in kept if point is not None}
+        self.points = [point for _, point in kept if point is not None]
         self.told: dict[Kind, list[Told]] = {kind: [] for kind in kinds(teacher)}
-        for trial, point in done:
-            if trial.short:
+        for trial, point in kept:
+            if trial.short and point is not None:
                 self.told[trial.kind].append(Told(trial, disagreement(point), point.bytes))
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
@@ -148,29 +178,42 @@ class Trials:
         return study
 
     def ask(self) -> Rung | None:
-        """The next rung: short trials of the kinds in turn, then the best of them in full; None at the end."""
+        """The next rung: short trials of the kinds in turn, then, or when the time kept for that begins, the best of
+        them in full; None at the end."""
+        left = self._left()
+        if self._for_full is None:
+            self._for_full = _FOR_FULL * left
         if self._asked is None:
-            self._asked = self._short() or self._full()
+            short = left > self._for_full or not any(self.told.values())
+            self._asked = (self._short() if short else None) or self._full()
         return None if self._asked is None else self._asked.rung(self.teacher)
 
     def _short(self) -> Trial | None:
         for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
-            told = self.told[kind]
-            if len(told) < _most(_SHORT, self.effort, kind) and not _flat(told):
+            told, most = self.told[kind], _most(_SHORT, self.effort, kind)
+            if len(told) < most and not _flat(told, most):
                 with _quiet():
-                    study = self._studies[kind]
-                    study.sampler = optuna.samplers.TPESampler(
-                        seed=1000 * self.seed + len(told), n_startup_trials=_STARTUP, multivariate=True
-                    )
-                    return Trial(kind, len(told) + 1, True, study.ask(space(kind, self.teacher.depth)).params)
+                    return Trial(kind, len(told) + 1, True, self._proposed(kind, len(told), most))
         return None
 
+    def _proposed(self, kind: Kind, told: int, most: int) -> dict[str, Any]:
+        study, first = self._studies[kind], usual(kind, self.teacher)
+        # One may wait already, from a process that was killed before it took it.
+        if told < len(first) and not study.get_trials(states=[TrialState.WAITING]):
+            study.enqueue_trial(first[told])
+        study.sampler = optuna.samplers.TPESampler(
+            seed=zlib.crc32(f"{self.seed} {kind} {told}".encode()),
+            n_startup_trials=max(1, min(_STARTUP, round(_STARTUP_SHARE * most))),
+            multivariate=True,
+        )
+        return study.ask(space(kind, self.teacher.depth)).params
+
     def _full(self) -> Trial | None:
-        for kind, told in self.told.items():
-            for i in self.best(kind):
-                trial = Trial(kind, i + 1, False, told[i].trial.params)
-                if trial.name not in self._made:
-                    return trial
+        best = [[(kind, i) for i in self.best(kind)] for kind in self.told]
+        for kind, i in (one for each in zip_longest(*best) for one in each if one is not None):
+            trial = Trial(kind, i + 1, False, self.told[kind][i].trial.params)
+            if trial.name not in self._made:
+                return trial
         return None
 
     @property
@@ -209,10 +252,11 @@ def _dominates(one: Told, other: Told) -> bool:
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
-def _flat(told: Sequence[Told]) -> bool:
-    """Whether none of the last trials was on the front when it was told."""
-    late = range(max(0, len(told) - _FLAT), len(told))
-    return len(told) > _FLAT and all(any(_dominates(one, told[i]) for one in told[:i]) for i in late)
+def _flat(told: Sequence[Told], most: int) -> bool:
+    """Whether none of the last trials was on the front when it was told; there are `most` in all."""
+    flat = max(1, min(_FLAT, round(_FLAT_SHARE * most)))
+    late = range(max(0, len(told) - flat), len(told))
+    return len(told) > flat and all(any(_dominates(one, told[i]) for one in told[:i]) for i in late)
 
 
 def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
@@ -249,8 +293,9 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
     }
     if kind == "exits":
         return shared | {
-            "first": IntDistribution(1, max(1, depth - 1)),
-            "exits": CategoricalDistribution([1, 2]),
+            # So that the second exit, half way from the first to the end, is another one.
+            "first": IntDistribution(1, max(1, depth - 2)),
+            "exits": CategoricalDistribution([1, 2] if depth > 2 else [1]),
             "epochs": IntDistribution(3, 6),
         }
     return shared | {
