@@ -184,7 +184,7 @@ def badge(probabilities: Floats, features: Floats, count: int, seed: int, known:
 
     def nearer(centre: int) -> Floats:
         product = (error @ error[centre]) * (features @ features[centre])
-        return np.minimum(nearest, (square + square[centre] - 2 * product).clip(min=0.0))
+        return np.asarray(np.minimum(nearest, (square + square[centre] - 2 * product).clip(min=0.0)))
 
     for centre in chosen[:-1]:
         nearest = nearer(centre)
@@ -261,8 +261,9 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     """
     if not isinstance(engine.task, Classify):
         raise OptionError("rounds are compared by their labels, and scores have none; leave the file of rounds out.")
-    said = engine.predict(rows.text, rows.pair)
-    new = {"artifact": engine.version, "labels": {_hash(k): p.label for k, p in zip(rows.keys(), said, strict=True)}}  # type: ignore[union-attr]
+    chosen = engine.run(engine.encoder.encode(rows.text, rows.pair)).logits.argmax(axis=1)
+    said = {_hash(key): engine.task.labels[i] for key, i in zip(rows.keys(), chosen, strict=True)}
+    new = {"artifact": engine.version, "labels": said}
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         if lines and lines[-1]["artifact"] == new["artifact"]:

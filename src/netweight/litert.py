@@ -80,7 +80,9 @@ def example(length: int) -> dict[str, Tensor]:
 
 def program(model: Model, given: dict[str, Tensor]) -> torch.export.ExportedProgram:
     """The lowered model for inputs of these shapes, in operators of torch alone."""
-    return torch.export.export(_Named(lowered(model)), (), given).run_decompositions(PLAIN)
+    exported = torch.export.export(_Named(lowered(model)), (), given)
+    plain: torch.export.ExportedProgram = exported.run_decompositions(PLAIN)
+    return plain
 
 
 class _Named(nn.Module):
