@@ -19,7 +19,8 @@ from netweight.errors import ClientError, LabelError, ModelError, OptionError
 from netweight.loss import Supervised
 from netweight.model import Model
 from netweight.run import Local
-from netweight.run.federated import Client, FedAvg, Federated, FedProx, InProcess, Rounds, Scaffold, Travel
+from netweight.run.federated import Client, FedAvg, Federated, FedProx, Full, InProcess, Rounds, Scaffold, Travel
+from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
 from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Task
 from netweight.task import Score
@@ -357,7 +358,7 @@ def test_a_poisoned_update_changes_nothing_and_is_named(model: Model) -> None:
     ("factor", "shape", "said"),
     [
         (float("nan"), None, "the variate has values that are not finite."),
-        (1e6, None, "the variate has a norm of .*, more than 10 times .*, the median of the round."),
+        (1e6, None, "the variate has a norm of .*, more than 10 times .*, what is usual in the round."),
         (1.0, (7, 9), r"the variate has head.bias as torch.float32 \(7, 9\), which should be torch.float32 \(2,\)."),
     ],
 )
@@ -378,6 +379,22 @@ def test_a_poisoned_variate_changes_nothing_and_is_named(
         assert name == "shop3"
         assert re.fullmatch(said, reason)
     assert all(bool(value.isfinite().all()) for value in values(made).values())
+
+
+def test_who_takes_part_late_may_send_its_whole_variate() -> None:
+    old = {"w": torch.zeros(2)}
+    sent = {f"shop{i}": {"w": torch.tensor([size, 0.0])} for i, size in enumerate((0.01, 0.02, 0.03, 1.0))}
+    accepted = [
+        len(Round(Full(), old, frozenset(old), 0, 10.0, "variate", usual).accepted(sent)[0]) for usual in (0.0, 0.5)
+    ]
+    assert accepted == [3, 4]
+
+
+def test_variates_and_personal_heads_go_together(model: Model) -> None:
+    run = Federated(shops(3), rounds=Rounds(2), algorithm=Scaffold(), travel=Travel(personal_head=True), privacy=None)
+    made = values(fitted(run, model))
+    assert run.report.rounds[1].took_part == ("shop0", "shop1", "shop2")
+    assert torch.equal(made["head.weight"], values(model)["head.weight"])
 
 
 def claiming(**numbers: Any) -> Callable[[str, Task, Answer | Lost], Answer | Lost]:

@@ -58,8 +58,8 @@ def _short(value: object) -> str:
 @dataclass(frozen=True)
 class Round:
     """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
-    encoded as differences, the seed that clients share, how far from the median norm is too far, and what they are
-    called."""
+    encoded as differences, the seed that clients share, how far from the median norm is too far, what they are
+    called, and a norm that is usual whatever the median."""
 
     codec: Codec
     old: Tensors
@@ -67,6 +67,7 @@ class Round:
     shared: int
     outlier: float
     what: str = "update"
+    usual: float = 0.0
 
     def accepted(self, sent: Mapping[str, Tensors]) -> tuple[dict[str, Decoded], tuple[Lost, ...]]:
         """Decoded updates by client, and who was refused and why."""
@@ -85,13 +86,13 @@ class Round:
             sound[client] = update
         # Two cannot tell which of them is odd.
         known = [norms[client] for client in sound]
-        usual = statistics.median(known) if len(known) > 2 else 0.0
+        usual = max(self.usual, statistics.median(known)) if len(known) > 2 else 0.0
         for client in [c for c in sound if usual and norms[c] > self.outlier * usual]:
             refused.append(
                 Lost(
                     client,
                     f"the {self.what} has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
-                    "the median of the round.",
+                    "what is usual in the round.",
                 )
             )
             del sound[client]

@@ -230,9 +230,10 @@ class Correcting(Seams):
         self.mu = mu
         held = {name: p.detach().to(self.device) for name, p in network.named_parameters() if p.requires_grad}
         self.start = {name: p.clone() for name, p in held.items()} if mu else {}
-        push = {} if server is None else {n: server[n] - mine[n] if n in mine else server[n] for n in held}
-        self.push = None if server is None else self.scatter(push)
-        self.seen = {name: torch.zeros_like(p) for name, p in held.items()} if server is not None else {}
+        # Parameters that stay with the client have no variate.
+        push = {n: v - mine[n] if n in mine else v for n, v in (server or {}).items()}
+        self.push = self.scatter(push)
+        self.seen = {name: torch.zeros_like(held[name]) for name in push}
         self.steps = 0
 
     def correct(self, network: nn.Module) -> None:
@@ -240,7 +241,7 @@ class Correcting(Seams):
         for name, parameter in network.named_parameters():
             if parameter.grad is None:
                 continue
-            if self.push is not None:
+            if name in self.push:
                 self.seen[name] += parameter.grad  # a sparse one adds to the rows that it has
                 add(parameter, self.push[name])
             if self.mu:

@@ -278,7 +278,9 @@ class _Fit:
         odd: tuple[Lost, ...] = ()
         if task.variate is not None:
             zero = {name: torch.zeros_like(task.variate[name]) for name in sorted(task.variate)}
-            check = Round(Full(), zero, self.travelling, shared, run.rounds.outlier, "variate")
+            # Who takes part late sends its whole variate, the others by how much theirs changed.
+            whole = math.sqrt(sum(float(v.double().square().sum()) for v in task.variate.values()))
+            check = Round(Full(), zero, self.travelling, shared, run.rounds.outlier, "variate", whole)
             sound, odd = check.accepted({name: a.variate or {} for name, a in fitted.items()})
             fitted = {name: fitted[name] for name in sound}
         check = Round(run.travel.codec, state.values, self.travelling, shared, run.rounds.outlier)
