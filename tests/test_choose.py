@@ -31,7 +31,7 @@ from netweight.layers import Activate
 from netweight.measure import Cost
 from netweight.pipeline import climb
 from netweight.run import Local
-from netweight.search import Point, Search, ladder, student
+from netweight.search import Point, Search, ladder, quantized, student
 from netweight.task import Classify, Score
 from netweight.techniques import Distill, Quantize, Shrink
 from netweight.train import Plan
@@ -90,7 +90,7 @@ def test_a_student_of_any_family(family: str, dataset: Dataset) -> None:
 
 def test_a_student_with_fewer_heads_and_bits(dataset: Dataset) -> None:
     teacher = tiny_model(layers=2)
-    cut, *_, quantize = student(teacher, 2, 1.0, None, heads=0.5, bits=4)
+    cut, *_, quantize = student(teacher, 2, 1.0, None, heads=0.5, then=(quantized(4),))
     assert isinstance(cut, Shrink)
     assert isinstance(quantize, Quantize)
     made = cut(teacher, Local(dataset), Plan())

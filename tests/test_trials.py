@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import optuna
 import pytest
 
-from conftest import Shop, again, journal, store_of, tiny_model
+from conftest import Shop, again, journal, store_of, tiny_dataset, tiny_model
+from netweight.build import Builder, last_share, part
+from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.model import Model
+from netweight.run import Local, Run
 from netweight.search import Point, Rung, Search, ladder
-from netweight.store import MODELS, TRIALS
+from netweight.store import MODELS, TRIALS, Store
 from netweight.task import Score
-from netweight.techniques import Distill, EarlyExit, Factor, Quantize, Static
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    LinearFloor,
+    MixedBits,
+    Prune,
+    Quantize,
+    QuantizeAware,
+    Shrink,
+    Static,
+    SwapActivation,
+)
+from netweight.train import Plan, Silent
 from netweight.trials import (
     _FLAT,
     _FULL,
     _SHORT,
+    BYTES,
+    INSIDE,
     Effort,
     Kind,
     Told,
@@ -38,14 +57,17 @@ from netweight.trials import (
 TEACHER = tiny_model(layers=6)
 
 
+def trained(rung: Rung) -> Distill | EarlyExit | Factor:
+    return next(step for step in rung.recipe if isinstance(step, Distill | EarlyExit | Factor))
+
+
 def made(rung: Rung) -> Point:
     """A made-up outcome that depends on the recipe alone: more epochs agree more, more layers weigh more."""
     first = rung.recipe[0]
     if isinstance(first, Static):
         size, wrong = first.buckets * first.width // 1000, 0.1 + 1 / first.epochs + first.learning_rate
     else:
-        layers, distil = getattr(first, "layers", None) or 6, rung.recipe[-2]
-        assert isinstance(distil, Distill | EarlyExit | Factor)
+        layers, distil = getattr(first, "layers", None) or 6, trained(rung)
         size, wrong = 1000 * layers, 0.3 / layers + 0.1 / distil.epochs + distil.learning_rate
     return Point(rung.name, "static", {}, "", size, 1.0, np.array([[wrong]], np.float32))
 
@@ -60,8 +82,9 @@ def trials(
     kept: Sequence[tuple[Trial, Point | None]] = (),
     seed: int = 0,
     left: Callable[[], float] = lambda: 100.0,
+    without: Sequence[str] = (),
 ) -> Trials:
-    return Trials(path, TEACHER, effort, seed, disagreement, left, kept)
+    return Trials(path, TEACHER, effort, seed, disagreement, left, without, kept)
 
 
 def walk(made_trials: Trials, made: Callable[[Rung], Point] = made) -> list[tuple[Trial, Point]]:
@@ -97,13 +120,14 @@ def test_short_trials_first_then_the_best_in_full(tmp_path: Path, effort: Effort
 def test_a_short_trial_has_a_third_of_the_epochs(tmp_path: Path) -> None:
     driven = trials(tmp_path / TRIALS, "standard")
     for trial, _ in walk(driven):
-        recipe = trial.rung(TEACHER).recipe
-        plan = trial.rung(TEACHER).plan.changed()
+        rung = trial.rung(TEACHER)
+        plan = rung.plan.changed()
         assert plan.pop("spliced_tokens") == 1_500_000
         assert plan.items() <= trial.params.items(), "only what was proposed"
-        epochs = recipe[0 if trial.kind == "static" else -2].epochs  # type: ignore[attr-defined]
+        epochs = rung.recipe[0].epochs if isinstance(rung.recipe[0], Static) else trained(rung).epochs
         assert epochs == pytest.approx(trial.params["epochs"] / (3 if trial.short else 1))
-        assert isinstance(recipe[-1], Static if trial.kind == "static" else Quantize)
+        last = Static if trial.kind == "static" else Quantize | QuantizeAware | MixedBits
+        assert isinstance(rung.recipe[-1], last)
 
 
 @pytest.mark.parametrize("forget", [False, True])
@@ -155,9 +179,8 @@ def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> Non
         found[driven.asked.name] = driven.asked
         driven.tell(made(rung))
     rungs = {rung.name: rung.recipe for rung in ladder(TEACHER)}
-    for kind, name in (("static", "static"), ("encoder", "half-int8")):
-        first = found[f"{kind}-1-short"]
-        assert replace(first, short=False).rung(TEACHER).recipe == rungs[name]
+    for own, name in (("static-1", "static"), ("static-2", "conv"), ("encoder-1", "half-int8")):
+        assert replace(found[f"{own}-short"], short=False).rung(TEACHER).recipe == rungs[name]
     assert [found[f"{kind}-1-short"].params for kind in get_args(Kind)] == [
         usual(kind, TEACHER)[0] for kind in get_args(Kind)
     ]
@@ -169,7 +192,7 @@ def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> Non
 def test_what_comes_first_lies_in_the_space(depth: int) -> None:
     teacher = tiny_model(layers=depth)
     for kind in kinds(teacher):
-        where = space(kind, depth)
+        where = space(kind, teacher)
         for options in usual(kind, teacher):
             assert all(where[name]._contains(where[name].to_internal_repr(options[name])) for name in where)
 
@@ -240,7 +263,7 @@ def test_refusals(tmp_path: Path) -> None:
         driven.tell(made(Rung("static-9", (Static(),), 0.5)))
     with pytest.raises(OptionError, match="trial static-1 was proposed by another version"):
         Trial("static", 1, False, {"width": 1}).rung(TEACHER)
-    assert set(space("encoder", 1))
+    assert set(space("encoder", tiny_model(layers=1)))
 
 
 def test_exits_are_proposed_where_a_model_can_have_them() -> None:
@@ -250,10 +273,63 @@ def test_exits_are_proposed_where_a_model_can_have_them() -> None:
     assert "exits" not in kinds(tiny_model(task=Score()))
 
 
+@pytest.mark.parametrize(
+    ("family", "changed", "steps"),
+    [
+        (
+            "bert",
+            {"quantize": "aware", "match": "relations", "heads": 0.5},
+            (Shrink, SwapActivation, Distill, QuantizeAware),
+        ),
+        ("bert", {"quantize": "mixed", "match": "hidden"}, (Shrink, SwapActivation, Distill, MixedBits)),
+        ("bert", {"quantize": "aware", "sparsity": 0.5}, (Shrink, SwapActivation, Distill, Prune, QuantizeAware)),
+        ("qwen3", {"match": "relations", "heads": 0.5}, (Shrink, SwapActivation, Distill, Quantize)),
+    ],
+)
+def test_steps_of_an_encoder(
+    family: str, changed: dict[str, object], steps: tuple[type, ...], dataset: Dataset
+) -> None:
+    teacher = tiny_model(family=family)
+    few = {"epochs": 1, "splice": 0.0, "bits": 4}
+    recipe = Trial("encoder", 1, True, usual("encoder", teacher)[0] | few | changed).rung(teacher).recipe
+    assert tuple(type(step) for step in recipe) == steps
+    model = teacher
+    for step in recipe:
+        model = step(model, Local(dataset), Plan(batch_size=16, precision="fp32"))
+    bits = {spec.bits for spec in model.weights.values()}
+    assert bits == {4} if changed.get("quantize") != "mixed" else len(bits) > 1
+    for step in recipe[2:]:
+        if isinstance(step, Prune | QuantizeAware):
+            assert step.epochs == pytest.approx(1 / 9), "a third of a third"
+
+
+def test_a_static_student_with_filters_or_without() -> None:
+    plain, conv = usual("static", TEACHER)
+    assert Trial("static", 1, False, plain | {"reach": 7}).rung(TEACHER).recipe == (Static(),)
+    (found,) = Trial("static", 1, False, conv | {"reach": 7, "optimizer": "adam"}).rung(TEACHER).recipe
+    assert isinstance(found, Static)
+    assert (found.filters, found.reach) == (256, 7)
+
+
+def test_options_that_a_job_does_not_search(tmp_path: Path) -> None:
+    path = tmp_path / TRIALS
+    kept: list[tuple[Trial, Point]] = []
+    for without in ([BYTES], [INSIDE], []):  # one after the other, as a store may see them
+        driven = trials(path, "thorough", kept, without=without)
+        for _ in range(4):
+            rung = driven.ask()
+            assert rung is not None
+            assert driven.asked is not None
+            kept.append((driven.asked, made(rung)))
+            driven.tell(kept[-1][1])
+        asked = next(trial for trial, _ in kept[-4:] if trial.kind == "encoder")
+        assert {BYTES, INSIDE} - set(asked.params) == set(without)
+
+
 @pytest.mark.parametrize("depth", [2, 3, 6])
 def test_two_exits_are_two(depth: int) -> None:
     teacher = tiny_model(layers=depth)
-    where = space("exits", depth)
+    where = space("exits", teacher)
     for first in range(where["first"].low, where["first"].high + 1):  # type: ignore[attr-defined]
         for exits in where["exits"].choices:  # type: ignore[attr-defined]
             params = usual("exits", teacher)[0] | {"first": first, "exits": exits}
@@ -273,6 +349,32 @@ def test_where_exits_are_put(first: int, exits: int, after: tuple[int, ...]) -> 
     assert quantize.weight_bits == 4
 
 
+def test_steps_that_train_nothing_are_shared_whatever_the_plan() -> None:
+    cut, trained = Shrink(layers=1, epochs=0), Distill(layers=1)
+    large = Plan(batch_size=64)
+    assert part((cut,), large) == part((cut,), Plan())
+    assert part((cut, trained), large) != part((cut, trained), Plan())
+
+
+def test_steps_of_a_recipe_divide_its_time(tmp_path: Path) -> None:
+    given: dict[float, float | None] = {}
+
+    @dataclass(frozen=True)
+    class Timed:
+        epochs: float
+
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            given[self.epochs] = plan.seconds
+            return model
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0))
+        builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.model("one", lambda: TEACHER, (Timed(0), Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
+    assert given == {0: 1.0, 6: 60.0, 2: 20.0}
+    assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_job_with_more_effort_goes_on_from_the_ladder(
     shop: Shop, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -287,16 +389,25 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     made = len(kinds(Model.load(store_of(copied) / MODELS / "teacher")))
     assert sum(key.startswith("trial ") for key in after) == made * (1 + _FULL["standard"])
     assert result.certificate.verdict == "certified"
-    # What a recipe begins with is kept by itself, for others that begin so.
-    *_, before, quantized = (Model.load(store_of(copied) / MODELS / name) for name in after["steps encoder-1"])
+    tried = {key.removeprefix("trial ") for key in after if key.startswith("trial ")}
+    ranked = [one.name for one in result.measurements.candidates]
+    assert tried & set(ranked)
+    assert tried - set(ranked)
+    # What can ship keeps its steps, each by itself; the models of what others beat are gone.
+    steps = next(found for name in ranked if len(found := after[f"steps {name}"]) > 1)
+    *_, before, quantized = (Model.load(store_of(copied) / MODELS / name) for name in steps)
     assert quantized.ranges
     assert not before.ranges
+    wanted = {"teacher"}
+    for key, steps in after.items():
+        if key.startswith("steps ") and key.removeprefix("steps ") not in tried - set(ranked):
+            wanted |= set(steps)
+    assert {path.name for path in (store_of(copied) / MODELS).iterdir()} == wanted
+    assert {key for key, value in after.items() if key.startswith("model ") and value} == {f"model {n}" for n in wanted}
     # A finished search is not searched again, and what is derived may be deleted.
     (store_of(copied) / TRIALS).unlink()
     resumed = again(shop, copied, effort="standard")
     assert journal(copied) == after
-    ranked = [[point.name for point in one.measurements.candidates] for one in (result, resumed)]
-    assert ranked[0] == ranked[1], "what was tried before is not forgotten"
-    assert any(f"trial {name}" in after for name in ranked[0])
+    assert [one.name for one in resumed.measurements.candidates] == ranked, "what was tried before is not forgotten"
     with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
         again(shop, tmp_path / "other.nw", effort="lazy")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ from netweight.engine.exits import ExitsEngine, thresholds
 from netweight.export import export
 from netweight.job import Job
 from netweight.model import Model, pretrained
-from netweight.run import Run, Speaking
+from netweight.run import Parallel, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
@@ -32,7 +32,7 @@ from netweight.store import TRIALS, Store
 from netweight.task import Task
 from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Technique, describe
 from netweight.train import Plan, Reporter, fit_digest
-from netweight.trials import Trial, Trials
+from netweight.trials import BYTES, INSIDE, Trial, Trials, undominated
 
 TEACHER = "teacher"
 PRETRAINED = "pretrained"
@@ -48,8 +48,16 @@ _EXIT_TOLERANCE = 0.005
 
 
 def part(recipe: Sequence[Technique], plan: Plan) -> str:
-    """Name of what the first steps of a recipe give."""
+    """Name of what the first steps of a recipe give. While they train nothing, the plan is nothing to them."""
+    if all(getattr(step, "epochs", None) == 0 for step in recipe):
+        plan = Plan()
     return f"part-{fit_digest({'recipe': describe(tuple(recipe)), 'plan': plan.describe()})[:16]}"
+
+
+def last_share(recipe: Recipe) -> float:
+    """The share of a recipe's time that its last step gets: its epochs of all of them."""
+    epochs = [getattr(step, "epochs", 0.0) for step in recipe]
+    return epochs[-1] / sum(epochs) if sum(epochs) else 1.0
 
 
 class Clock:
@@ -153,15 +161,16 @@ class Builder:
         self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, run: Run, plan: Plan | None = None
     ) -> Model:
         """The model of a recipe: from the store, or made now and kept there, and so is what each step but the last
-        gives: recipes that begin alike share it."""
+        gives: recipes that begin alike share it (until `drop`)."""
         folder = self.store.model_folder(name)
         if self.store.get(f"model {name}") is not None:
             return Model.load(folder)
         began = time.monotonic()
         plan = plan or Plan()
         *first, last = recipe
-        model = self.model(part(first, plan), base, tuple(first), seconds, run, plan) if first else base()
-        plan = replace(plan, seed=self.job.options.seed, seconds=max(seconds, 1.0), reporter=self.reporter)
+        own = seconds * last_share(recipe)
+        model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
+        plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=self.reporter)
         model = last(model, run, plan)
         self.store.discard(name)
         model.save(folder)
@@ -223,12 +232,28 @@ class Builder:
         begun = [(t, self.point(t.rung(self.teacher)) if self.made(t.name) else None) for t in kept]
         path, options = self.store.folder / TRIALS, self.job.options
         left = lambda: self.clock.left  # noqa: E731
-        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, left, begun)
+        without = [] if self.job.budget.minimise == "size" else [BYTES]
+        run = self.students or self.run
+        if isinstance(run, Parallel) and run.strategy in ("tensor", "pipeline"):
+            without.append(INSIDE)  # no process has all of a network
+        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, left, without, begun)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""
         if self.store.get(f"trial {trial.name}") is None:
             self.store.put(f"trial {trial.name}", asdict(trial))
+
+    def drop(self, points: Collection[Point]) -> None:
+        """Remove the models of trials that other points beat: they cannot ship, and nothing else asks for them."""
+        good = {point.name for point in undominated(points, self.disagreement)}
+        steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
+        beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
+        needed = {model for name in steps if name not in beaten for model in steps[name]}
+        for model in (model for name in beaten for model in steps[name] if model not in needed):
+            # Whoever begins alike later makes it again.
+            if self.store.get(f"model {model}") is not None:
+                self.store.put(f"model {model}", None)
+            self.store.discard(model)
 
     def made(self, name: str) -> bool:
         """Whether a point is there."""

@@ -187,6 +187,8 @@ def climb(builder: Builder) -> Search:
         if trials is not None and trials.asked is not None:
             builder.keep(trials.asked)
         search.tell(builder.point(rung))
+        if trials is not None:
+            builder.drop(search.points.values())
     return search
 
 

@@ -59,17 +59,16 @@ def student(
     activation: Activation | None = "relu",
     distil: Distill | None = None,
     heads: float = 1.0,
-    bits: int = 8,
+    then: Recipe | None = None,
 ) -> Recipe:
     """Some of the teacher's layers with a share of their neurons and heads and a cheaper activation function, trained
-    on the teacher, in int8 with weights of `bits` bits. In families whose layers cannot be cut, only whole layers go.
+    on the teacher; `then` quantizes it (None: to int8). In families whose layers cannot be cut, only whole layers go.
     """
-    distil = distil or Distill()
-    quantize = quantized(bits)
+    distil, then = distil or Distill(), then or (Quantize(),)
     try:
         found = blocks(transformer(teacher, "a student"))
     except ModelError:
-        return replace(distil, layers=layers), quantize
+        return replace(distil, layers=layers), *then
     # Kernels work in blocks of 32; a share of few neurons is cut more finely.
     multiple = max(1, min(32, min(block.neurons for block in found) // 8))
     heads = heads if min(block.heads for block in found) > 1 else 1.0
@@ -78,7 +77,7 @@ def student(
         cut = Shrink(heads, neurons, layers, spacing="even", importance="magnitude", multiple=multiple, epochs=0)
         steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
-    return *steps, replace(distil, layers=None, teachers=(teacher,)), quantize
+    return *steps, replace(distil, layers=None, teachers=(teacher,)), *then
 
 
 def quantized(bits: int) -> Quantize:

@@ -176,7 +176,7 @@ class Store:
         return self.folder / MODELS / name
 
     def discard(self, name: str) -> None:
-        """Remove a half-written model."""
+        """Remove a model, or a half-written one."""
         shutil.rmtree(self.model_folder(name), ignore_errors=True)
 
     def close(self) -> None:

@@ -12,8 +12,9 @@ it had asked, and its SQLite file, which `optuna-dashboard` reads, may be delete
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -24,10 +25,12 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from netweight.errors import OptionError
+from netweight.anatomy import blocks
+from netweight.errors import ModelError, OptionError
 from netweight.model import Model
 from netweight.search import Point, Rung, ladder, quantized, student
-from netweight.techniques import Distill, EarlyExit, Factor, Recipe, Static
+from netweight.techniques import Distill, EarlyExit, Factor, MixedBits, Prune, QuantizeAware, Recipe, Static, Technique
+from netweight.techniques.base import transformer
 from netweight.techniques.exits import fits as exits_fit
 from netweight.train import Plan
 
@@ -40,6 +43,10 @@ _FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
 # Kinds that train all of the teacher's layers cost most and shrink least: they get a third of that, or one.
 _SIDE = ("exits", "factored")
 _SHORTENED = 3
+# Options that not every job searches: what pays in bytes alone, and what not every run can train.
+BYTES, INSIDE = "sparsity", "match"
+# What comes after distillation starts from its student: a part of its epochs at a part of its learning rate.
+_AFTER_EPOCHS, _AFTER_RATE = 1 / 3, 1 / 2
 # More than the ladder allows itself: what is labelled once serves every trial of its kind.
 _SPLICED_TOKENS = 1_500_000
 # The first proposals of a kind, before Optuna's model takes over, and short trials in a row that move no front before
@@ -66,15 +73,16 @@ class Trial:
 
     def rung(self, teacher: Model) -> Rung:
         """What the proposal comes to. Raises OptionError where its options are not those of the search's space."""
-        if set(self.params) != set(space(self.kind, teacher.depth)):
+        known = set(space(self.kind, teacher))
+        if not known - {BYTES, INSIDE} <= set(self.params) <= known:
             raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
         given = dict(self.params)
         part = 1 / _SHORTENED if self.short else 1.0
         given["epochs"], share = given["epochs"] * part, _SHARE * part
-        plan = Plan(
-            schedule=given.pop("schedule"), optimizer=given.pop("optimizer", "adamw"), spliced_tokens=_SPLICED_TOKENS
-        )
+        plan = Plan(schedule=given.pop("schedule"), optimizer=given.pop("optimizer"), spliced_tokens=_SPLICED_TOKENS)
         if self.kind == "static":
+            if not given["filters"]:
+                del given["reach"]
             return Rung(self.name, (Static(**given | {"buckets": 2 ** given["buckets"]}),), share, plan)
         plan = replace(plan, batch_size=given.pop("batch_size"))
         return Rung(self.name, _encoder(self.kind, given, teacher), share, plan)
@@ -83,14 +91,47 @@ class Trial:
 def _encoder(kind: Kind, given: dict[str, Any], teacher: Model) -> Recipe:
     """The recipe of an encoder of a kind with the given options."""
     if kind == "encoder":
-        shape = {name: given.pop(name) for name in ("layers", "neurons", "activation", "heads", "bits")}
-        return student(teacher, **shape, distil=Distill(**given))
+        return _student(given, teacher)
     quantize = quantized(given.pop("bits"))
     if kind == "factored":
         return Factor(**given), quantize
     first = given.pop("first")
     after = (first, (first + teacher.depth) // 2)[: given.pop("exits")]
     return EarlyExit(after, **given), quantize
+
+
+def _student(given: dict[str, Any], teacher: Model) -> Recipe:
+    """Cut, distilled, and for some made sparse; quantized at last."""
+    shape = {name: given.pop(name) for name in ("layers", "neurons", "activation", "heads")}
+    bits, how = given.pop("bits"), given.pop("quantize")
+    match, sparsity = given.pop(INSIDE, "logits"), given.pop(BYTES, 0.0)
+    after = {
+        "epochs": given["epochs"] * _AFTER_EPOCHS,
+        "learning_rate": given["learning_rate"] * _AFTER_RATE,
+        "temperature": given["temperature"],
+    }
+    then: Recipe = (Prune(sparsity, **after),) if sparsity else ()
+    last: dict[str, Technique] = {
+        "post": quantized(bits),
+        "aware": QuantizeAware(quantized(bits), **after),
+        "mixed": MixedBits(bits - 1),
+    }
+    if match == "hidden":
+        given["match"] = ("logits", "hidden")
+    elif match == "relations":
+        heads = _heads(teacher)
+        # Must divide the columns of the teacher and those of a student with half of the heads.
+        divisor = heads if shape["heads"] == 1.0 else math.gcd(heads, heads // 2)
+        given |= {"match": ("logits", "relations"), "relation_heads": divisor}
+    return student(teacher, **shape, distil=Distill(**given), then=(*then, last[how]))
+
+
+def _heads(teacher: Model) -> int:
+    """Heads of a layer; 0 in a family whose layers are not known."""
+    try:
+        return min(block.heads for block in blocks(transformer(teacher, "a student")))
+    except ModelError:
+        return 0
 
 
 def kinds(teacher: Model) -> tuple[Kind, ...]:
@@ -100,7 +141,7 @@ def kinds(teacher: Model) -> tuple[Kind, ...]:
 
 def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
     """Options of the ladder's rungs of a kind, and of the technique where the ladder has none; what is tried first."""
-    plan = vars(Plan()) | {"bits": 8}
+    plan = vars(Plan()) | {"bits": 8, "quantize": "post", BYTES: 0.0}
     if kind == "static":
         rungs = [rung.recipe[0] for rung in ladder(teacher) if isinstance(rung.recipe[0], Static)]
         found = [plan | vars(rung) | {"buckets": rung.buckets.bit_length() - 1} for rung in rungs]
@@ -111,7 +152,7 @@ def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
         found = [plan | vars(EarlyExit()) | {"first": min(2, max(1, teacher.depth - 2)), "exits": 1}]
     else:
         found = [plan | vars(Factor(budget=0.5))]
-    return [{name: options[name] for name in space(kind, teacher.depth)} for options in found]
+    return [{name: options[name] for name in space(kind, teacher)} for options in found]
 
 
 def _most(table: Mapping[Effort, int], effort: Effort, kind: Kind) -> int:
@@ -136,6 +177,7 @@ class Trials:
         effort: how many trials.
         disagreement: of a point with the reference on dev, in [0, 1].
         left: seconds of the time box.
+        without: options that are left at their defaults: BYTES, INSIDE.
         kept: trials that earlier processes began, in their order, with their points; None where one was not finished.
     """
 
@@ -147,10 +189,11 @@ class Trials:
         seed: int,
         disagreement: Callable[[Point], float],
         left: Callable[[], float],
+        without: Collection[str] = (),
         kept: Sequence[tuple[Trial, Point | None]] = (),
     ) -> None:
         self.teacher, self.effort, self.seed = teacher, effort, seed
-        self._disagreement, self._left = disagreement, left
+        self._disagreement, self._left, self._without = disagreement, left, without
         self._for_full: float | None = None
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
         self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
@@ -171,10 +214,11 @@ class Trials:
         for trial in study.get_trials(states=[TrialState.RUNNING]):
             study.tell(trial.number, state=TrialState.FAIL)
         known = len(study.get_trials(states=[TrialState.COMPLETE]))
+        where = space(kind, self.teacher)
         for one in self.told[kind][known:]:
-            values = [one.disagreement, float(one.bytes)]
-            where = space(kind, self.teacher.depth)
-            study.add_trial(create_trial(values=values, params=dict(one.trial.params), distributions=where))
+            values, params = [one.disagreement, float(one.bytes)], dict(one.trial.params)
+            held = {name: where[name] for name in params}
+            study.add_trial(create_trial(values=values, params=params, distributions=held))
         return study
 
     def ask(self) -> Rung | None:
@@ -198,15 +242,16 @@ class Trials:
 
     def _proposed(self, kind: Kind, told: int, most: int) -> dict[str, Any]:
         study, first = self._studies[kind], usual(kind, self.teacher)
+        where = {name: held for name, held in space(kind, self.teacher).items() if name not in self._without}
         # One may wait already, from a process that was killed before it took it.
         if told < len(first) and not study.get_trials(states=[TrialState.WAITING]):
-            study.enqueue_trial(first[told])
+            study.enqueue_trial({name: first[told][name] for name in where})
         study.sampler = optuna.samplers.TPESampler(
             seed=zlib.crc32(f"{self.seed} {kind} {told}".encode()),
             n_startup_trials=max(1, min(_STARTUP, round(_STARTUP_SHARE * most))),
             multivariate=True,
         )
-        return study.ask(space(kind, self.teacher.depth)).params
+        return study.ask(where).params
 
     def _full(self) -> Trial | None:
         best = [[(kind, i) for i in self.best(kind)] for kind in self.told]
@@ -259,8 +304,9 @@ def _flat(told: Sequence[Told], most: int) -> bool:
     return len(told) > flat and all(any(_dominates(one, told[i]) for one in told[:i]) for i in late)
 
 
-def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
+def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
     """What may be proposed."""
+    depth = teacher.depth
     shared: dict[str, BaseDistribution] = {
         "temperature": CategoricalDistribution([1.0, 2.0, 4.0]),
         "schedule": CategoricalDistribution(["cosine", "linear"]),
@@ -269,9 +315,12 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
         return shared | {
             "width": CategoricalDistribution([128, 256, 384]),
             "buckets": IntDistribution(14, 17),
+            "filters": CategoricalDistribution([0, 128, 256]),
+            "reach": IntDistribution(3, 7, step=2),
             "epochs": IntDistribution(20, 60, step=10),
             "splice": CategoricalDistribution([4.0, 8.0, 12.0]),
-            "learning_rate": FloatDistribution(2e-3, 1e-2, log=True),
+            "learning_rate": FloatDistribution(1e-3, 1e-2, log=True),
+            "optimizer": CategoricalDistribution(["adamw", "adam"]),
             "token_dropout": FloatDistribution(0.1, 0.3, step=0.1),
             "batch_size": CategoricalDistribution([64, 128, 256]),
         }
@@ -298,7 +347,12 @@ def space(kind: Kind, depth: int) -> dict[str, BaseDistribution]:
             "exits": CategoricalDistribution([1, 2] if depth > 2 else [1]),
             "epochs": IntDistribution(3, 6),
         }
+    if _heads(teacher):
+        shared[INSIDE] = CategoricalDistribution(["logits", "hidden", "relations"])
     return shared | {
+        # Rounded after training, in training, or some layers to fewer bits than others, `bits` - 1 on average.
+        "quantize": CategoricalDistribution(["post", "aware", "mixed"]),
+        BYTES: CategoricalDistribution([0.0, 0.5, 0.7]),
         "layers": IntDistribution(1, max(1, depth - 1)),
         "neurons": FloatDistribution(0.25, 1.0, step=0.25),
         "heads": CategoricalDistribution([1.0, 0.5]),
