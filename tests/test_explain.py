@@ -5,16 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from conftest import Say, Shop, store_of, write_table
+from conftest import Say, Shop, store_of, tiny_dataset, tiny_model, tiny_rows, write_table
 from netweight import artifact
-from netweight.engine import load
+from netweight.artifact import Manifest, Tier
+from netweight.engine import TierEngine, load
+from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Scenario, evaluate, suite
 from netweight.explain import explain
-from netweight.store import JOURNAL
+from netweight.export import export
+from netweight.model import Model
+from netweight.network import Exits
+from netweight.run import Local
+from netweight.store import DEV, JOURNAL, Store
+from netweight.techniques import EarlyExit, Quantize, Recipe, describe
+from netweight.train import Plan
+
+PLAN = Plan(batch_size=16, precision="fp32")
 
 
 @pytest.mark.usefixtures("quick")
@@ -50,6 +62,58 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert said.out.startswith("The teacher reaches accuracy ")
     assert "points" in said.out
     assert json.loads(say("explain", copied, "--json").out)["metric"] == "accuracy"
+
+
+def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, models: list[Model]) -> Path:
+    """An artifact of one tier, made of the first of the models by the steps of the recipe, with its run store."""
+    teacher, *steps = models
+    names = [*(f"part-{i}" for i in range(len(steps) - 1)), "small"]
+    rows = tiny_rows(9)
+    with Store(store_of(folder), {"a": "job"}) as store:
+        for name, model in zip(["teacher", *names], models, strict=True):
+            model.save(store.model_folder(name))
+        store.put("steps small", names)
+        lines = [json.dumps({"text": t, "label": y}) + "\n" for t, y in zip(rows.text, rows.label or (), strict=True)]
+        store.write(DEV, "".join(lines).encode())
+    made = export(steps[-1])
+    tier = Tier("small", engine, artifact.tier_file(0, "small", engine), made.options | options)
+    contents = {artifact.TOKENIZER: teacher.encoder.definition.encode(), tier.file: made.data}
+    encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}}
+    artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
+    return folder
+
+
+@pytest.mark.usefixtures("quick")
+def test_rows_leave_early_as_they_do_in_what_ships(tmp_path: Path) -> None:
+    teacher, run = tiny_model(), Local(tiny_dataset())
+    recipe: Recipe = (EarlyExit((1,), epochs=0.1), Quantize(rows=16))
+    early = recipe[0](teacher, run, PLAN)
+    assert isinstance(early.network, Exits)
+    with torch.no_grad():
+        # The first exit is sure that all is good, the last that all is bad.
+        for head, side in ((early.network.heads[0], 5.0), (early.network.head, -5.0)):
+            head.weight.zero_()  # type: ignore[operator,union-attr]
+            head.bias.copy_(torch.tensor([-side, side]))  # type: ignore[operator,union-attr]
+    models = [teacher, early, recipe[1](early, run, PLAN)]
+    folder = made_of(tmp_path / "made.nw", "exits", {"thresholds": [0.9]}, recipe, models)
+    found = explain(folder, 1)
+    assert [step.quality for step in found.steps[1:]] == [5 / 9, 5 / 9]
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_ships_on_openvino_is_timed_on_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed here")
+    teacher, seen = tiny_model(), []
+
+    def watched(tier: Tier, *given: Any) -> TierEngine:
+        seen.append(tier.engine)
+        return tier_engine(tier, *given)
+
+    monkeypatch.setattr("netweight.explain.tier_engine", watched)
+    recipe: Recipe = (Quantize(rows=16),)
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1)
+    assert seen == ["openvino"]
 
 
 @pytest.mark.usefixtures("quick")

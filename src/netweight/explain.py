@@ -15,7 +15,7 @@ from netweight.data import Columns
 from netweight.engine import Engine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import StoreError
-from netweight.export import export
+from netweight.export import Exported, export
 from netweight.model import Model
 from netweight.store import Store, rows_of, store_of
 from netweight.task import Floats, Ints
@@ -136,11 +136,18 @@ def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[t
     for name, step in zip(names, recipe, strict=True):
         model = Model.load(store.model_folder(name))
         made = export(model)
-        part = Tier(tier.name, made.kind, "", made.options)
+        part = _as_shipped(tier, made)
         runs = tier_engine(part, made.data, manifest.pad, threads)
         engine = Engine(model.task, model.encoder, [(part, runs)], name)
         found.append((tier.name, _words(step), engine, len(made.data)))
     return found
+
+
+def _as_shipped(tier: Tier, made: Exported) -> Tier:
+    """A step's file in the way of the tier that ships: rows leave at its thresholds, and OpenVINO runs what it ran."""
+    early = made.kind == tier.engine == "exits"
+    same = early or (made.kind == "onnx" and tier.engine == "openvino")
+    return Tier(tier.name, tier.engine if same else made.kind, "", tier.options if early else made.options)
 
 
 def _words(step: dict[str, Any]) -> str:
