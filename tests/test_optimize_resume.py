@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Shop, again, journal, looks
+from conftest import Shop, again, journal, looks, store_of
 from netweight import artifact, summary
+from netweight.pipeline import Result
 from netweight.train import Silent
+from netweight.trials import _SHORT
 
 TESTS = Path(__file__).parent
 
@@ -27,6 +30,33 @@ class Stopped(BaseException):
 def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = tmp_path / "made.nw"
+    same(shop.result, interrupted(shop, out, monkeypatch, most=12, apart=90), shop.folder, out)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_search_ends_as_an_uninterrupted_one(
+    shop: Shop, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_SHORT, "standard", 1)
+    whole, out = tmp_path / "whole.nw", copied
+    shutil.copytree(store_of(copied), store_of(whole))
+    result = again(shop, whole, effort="standard")
+    same(result, interrupted(shop, out, monkeypatch, most=8, apart=90, effort="standard"), whole, out)
+
+
+def same(one: Result, other: Result, folder: Path, again: Path) -> None:
+    assert journal(again) == journal(folder)
+    assert looks(again) == looks(folder)
+    assert other.certificate == one.certificate
+    assert other.manifest.digest == one.manifest.digest
+
+
+def interrupted(
+    shop: Shop, out: Path, monkeypatch: pytest.MonkeyPatch, most: int, apart: int, **options: Any
+) -> Result:
+    """The job's result after it was stopped up to `most` times, each within `apart` steps, notes and writes."""
     rng = np.random.default_rng(11)
     left = [0]
 
@@ -45,19 +75,16 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
 
     monkeypatch.setattr("os.fsync", counted(os.fsync))
     monkeypatch.setattr(Path, "replace", counted(Path.replace))
-    out, stops = tmp_path / "made.nw", 0
+    stops = 0
     while True:
-        left[0] = int(rng.integers(5, 90)) if stops < 12 else 10**9
+        left[0] = int(rng.integers(5, apart)) if stops < most else 10**9
         try:
-            result = again(shop, out, reporter=Reporter())
+            result = again(shop, out, reporter=Reporter(), **options)
             break
         except Stopped:
             stops += 1
     assert stops >= 5
-    assert journal(out) == journal(shop.folder)
-    assert looks(out) == looks(shop.folder)
-    assert result.certificate == shop.result.certificate
-    assert result.manifest.digest == shop.result.manifest.digest
+    return result
 
 
 _KILLED = """

@@ -172,7 +172,11 @@ def climb(builder: Builder) -> Search:
         builder.reporter.note(f"{name} is left out: it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
-    while (rung := search.ask()) is not None:
+    while True:
+        if trials is not None:
+            builder.drop(search.points.values())
+        if (rung := search.ask()) is None:
+            break
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")
             break
@@ -187,8 +191,6 @@ def climb(builder: Builder) -> Search:
         if trials is not None and trials.asked is not None:
             builder.keep(trials.asked)
         search.tell(builder.point(rung))
-        if trials is not None:
-            builder.drop(search.points.values())
     return search
 
 
