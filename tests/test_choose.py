@@ -133,7 +133,9 @@ def climbed(wrong: dict[str, float], cut: float = 0.0) -> tuple[Search, list[str
     right = np.eye(3)[targets] * 3.0
     worse = {k: np.where(rng.random((N, 1)) < share, np.roll(right, 1, axis=1), right) for k, share in wrong.items()}
     notes: list[str] = []
+    kept: dict[str, str] = {}
     builder = SimpleNamespace(
+        store=SimpleNamespace(get=kept.get, put=kept.__setitem__),
         teacher=teacher,
         dev_tokens=SimpleNamespace(lengths=np.where(np.arange(N) < cut * N, teacher.encoder.max_length, 4)),
         job=Job(Tables(Rows((), ()))),

@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import Say, Shop, store_of, tiny_dataset, tiny_model, tiny_rows, write_table
 from netweight import artifact
 from netweight.artifact import Manifest, Tier
+from netweight.certify import Candidate, Certificate, Estimate, Outcomes, Registration
+from netweight.certify import Tested as Result
 from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Scenario, evaluate, suite
-from netweight.explain import explain
+from netweight.explain import Tried, _why, explain
 from netweight.export import export
 from netweight.model import Model
 from netweight.network import Exits
@@ -47,6 +50,9 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
         assert (last.bytes, last.quality) == (points[tier.name].bytes, pytest.approx(points[tier.name].quality))
     assert {t.name for t in found.tried} == set(points) - {t.name for t in manifest.tiers}
     assert all(t.quality == pytest.approx(points[t.name].quality) for t in found.tried)
+    certificate = shop.result.certificate
+    others = [c.name for c in certificate.registration.candidates if c != certificate.shipped]
+    assert [c.name for c in found.candidates] == others
 
     # Each tier's first step is compared with the teacher, later ones with the step before.
     before = teacher
@@ -64,6 +70,21 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert json.loads(say("explain", copied, "--json").out)["metric"] == "accuracy"
 
 
+CASCADES = ("half > small (20 %)", "conv > small (10 %)")
+
+
+def certified() -> Certificate:
+    """Two that passed, of which the cheaper one ships, one that failed, and one that was not reached."""
+    full, small, half, _ = candidates = tuple(Candidate(name, name) for name in ("full", "small", *CASCADES))
+    registration = Registration(Candidate("teacher", ""), candidates, tiny_model().task, 1.0, 0.95, "", 500)
+    some = Estimate(0.9, 0.8, 1.0)
+    tested = [
+        Result(candidate, some, Estimate(drop, drop - 0.01, drop + 0.01), 0.01, p, p < 0.025, 5, 5)
+        for candidate, drop, p in ((full, 0.0, 0.001), (small, 0.0, 0.02), (half, 0.0125, 0.4))
+    ]
+    return Certificate(registration, "certified", small, some, tuple(tested), 0.9, (None, None))
+
+
 def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, models: list[Model]) -> Path:
     """An artifact of one tier, made of the first of the models by the steps of the recipe, with its run store."""
     teacher, *steps = models
@@ -78,6 +99,8 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     made = export(steps[-1])
     tier = Tier("small", engine, artifact.tier_file(0, "small", engine), made.options | options)
     contents = {artifact.TOKENIZER: teacher.encoder.definition.encode(), tier.file: made.data}
+    contents[artifact.CERTIFICATE] = certified().to_json().encode()
+    contents[artifact.OUTCOMES] = Outcomes((), np.zeros((0, 2)), {}, np.zeros(0)).to_json().encode()
     encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}}
     artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
     return folder
@@ -114,6 +137,58 @@ def test_what_ships_on_openvino_is_timed_on_openvino(tmp_path: Path, monkeypatch
     models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
     explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1)
     assert seen == ["openvino"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    targets = np.arange(9) % 2 == 0
+    with Store(store_of(folder), None) as store:
+        costs = {}
+        # Right answers of 9 rows, bytes, and seconds of a row.
+        for name, right, size, seconds in (
+            ("full", 9, 90, 9.0),
+            ("small", 8, 50, 5.0),
+            ("half", 8, 60, 4.0),
+            ("conv", 7, 30, 3.0),
+            ("small-but-slow", 8, 40, 6.0),
+            ("large-but-fast", 7, 95, 2.0),
+            ("trial", 6, 80, None),
+        ):
+            said = np.where(np.arange(9) < right, targets, ~targets)
+            store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
+            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
+            costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
+        store.put("costs of all", costs | {"small openvino": [4.9, 9.0]})
+        store.put("left out third", "half, which is larger, would hardly pass")
+        store.put("left out conv", "the time limit was near; a later run made it")
+    found = explain(folder, 1)
+    assert {t.name: t.why for t in found.tried} == {
+        "full": "passed, at a higher cost",
+        "half": "half > small (20 %) failed the certificate",
+        "conv": "conv > small (10 %) was not tested",
+        "small-but-slow": "small is at least as good and costs no more",
+        "large-but-fast": "the candidates that were registered promised more: they cost less, or are likelier to pass",
+        "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
+    }
+    assert [s for s in found.sentences if s.startswith(("Candidate", "Not made"))] == [
+        "Candidate full passed, and so did small, which costs less.",
+        "Candidate half > small (20 %) failed: on 500 certify rows it loses 1.25 points, and 2.25 at most with 97.5 % "
+        "confidence; 1.00 may be lost.",
+        "Candidate conv > small (10 %) was not tested, since half > small (20 %) failed before it.",
+        "Not made: third: half, which is larger, would hardly pass.",
+    ]
+
+
+def test_where_the_linear_model_is_the_reference_that_is_why() -> None:
+    certificate = certified()
+    alone = replace(certificate.registration, reference=Candidate("linear", ""), candidates=(Candidate("linear", ""),))
+    point = Tried("static", 0.9, 10, "")
+    said = _why(point, [point], {}, "cost", replace(certificate, registration=alone))
+    assert said == "the linear model is the reference, and nothing else was considered"
 
 
 @pytest.mark.usefixtures("quick")

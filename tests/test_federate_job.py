@@ -248,7 +248,7 @@ def test_a_private_federation_becomes_a_certified_artifact(tmp_path: Path, monke
     assert report["label"] == "fine-tune"
     assert 0 < report["epsilon"] <= 8
     assert "the head's probe is left out: it is an exact sum over rows" in done.output
-    assert "linear is left out: it needs labelled rows in one place" in done.output
+    assert "linear is not made: it needs labelled rows in one place" in done.output
     assert "privacy of the whole job: 1 fit on clients' rows cost a client's rows epsilon" in done.output
     assert {"point full-int8", "point static"} <= set(journal(out))
     provenance = artifact.read_manifest(out).provenance

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,22 @@ from netweight import artifact, measure
 from netweight.artifact import Manifest, Tier
 from netweight.baselines import teacher_engine
 from netweight.build import TEACHER
+from netweight.certify import Certificate
+from netweight.choose import Minimise
 from netweight.data import Columns
 from netweight.engine import Engine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import StoreError
 from netweight.export import Exported, export
+from netweight.measure import Cost
 from netweight.model import Model
+from netweight.pipeline import engine_of
 from netweight.store import Store, rows_of, store_of
+from netweight.summary import certificate_of
 from netweight.task import Floats, Ints
 
 _TIMED = 400  # rows; steps are far apart, and the teacher among them is slow
+_NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no longer", "size": "is no larger"}
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,26 @@ class Tried:
 
 
 @dataclass(frozen=True)
+class Left:
+    """A candidate of the certificate, or a rung of the ladder, and what became of it."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
 class Explanation:
-    """Steps of each tier from the teacher, then the artifact; what else was tried."""
+    """Steps of each tier from the teacher, then the artifact; candidates of the certificate that did not ship; points
+    that are no part of what ships; rungs that were not made."""
 
     metric: str
     point: float
     rows: int
     threads: int
     steps: tuple[Step, ...]
+    candidates: tuple[Left, ...]
     tried: tuple[Tried, ...]
+    left_out: tuple[Left, ...]
 
     def to_json(self) -> str:
         """All of it."""
@@ -74,10 +93,12 @@ class Explanation:
             where = f"Tier {step.tier}, {step.done}" if step.tier else step.done
             found.append(f"{where}: {self._change(before, step)}.")
             before = step
-        return found + [
+        found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
+        found += [
             f"Tried and not taken: {t.name} ({self.metric} {_share(t.quality)}, {t.bytes / 1e6:.1f} MB): {t.why}."
             for t in self.tried
         ]
+        return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
 
     def _change(self, before: Step, after: Step) -> str:
         points = (after.quality - before.quality) / self.point
@@ -101,10 +122,11 @@ def _times(ratio: float, more: str, less: str) -> str:
 def explain(folder: Path, threads: int | None = None) -> Explanation:
     """Build what each step of the shipped tiers gave and measure all of it in one run on the dev rows.
 
-    Raises StoreError where the run store beside the artifact is gone, or is of an earlier version.
+    Raises StoreError where the run store beside the artifact is gone, or is of an earlier version, and ArtifactError
+    where the artifact has no certificate.
     """
     count = threads or measure.cores()
-    engine, manifest = load(folder, count), artifact.read_manifest(folder)
+    engine, manifest, (certificate, _) = load(folder, count), artifact.read_manifest(folder), certificate_of(folder)
     rows = rows_of(folder, None, Columns())
     with Store(store_of(folder), None) as store:
         teacher = Model.load(store.model_folder(TEACHER))
@@ -121,8 +143,9 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
             logits = e.run(tokens).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
             steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
-        tried = _tried(store, manifest, engine, targets)
-    return Explanation(engine.task.metric, engine.task.point, len(rows), count, tuple(steps), tried)
+        tried, left = _tried(store, manifest, certificate, targets), _left_out(store)
+    task, candidates = engine.task, _candidates(certificate)
+    return Explanation(task.metric, task.point, len(rows), count, tuple(steps), candidates, tried, left)
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
@@ -156,25 +179,87 @@ def _words(step: dict[str, Any]) -> str:
     return f"{step['technique']} ({', '.join(options)})"
 
 
-def _tried(store: Store, manifest: Manifest, engine: Engine, targets: Ints | Floats) -> tuple[Tried, ...]:
+def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
     """Points of the store that did not ship."""
-    shipped = {tier.name for tier in manifest.tiers}
-    task = engine.task
+    shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
     names = [key.removeprefix("point ") for key in store.keys("point ")]
     held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
-    qualities = {name: float(task.quality(task.outcomes(logits, targets))) for name, logits in held.items()}
-    sizes = {name: int(store.get(f"point {name}")["bytes"]) for name in names}
+    points = [
+        Tried(name, float(task.quality(task.outcomes(held[name], targets))), store.get(f"point {name}")["bytes"], "")
+        for name in names
+    ]
+    minimise = manifest.provenance.get("minimise", "cost")
+    costs = _costs(store, points, minimise)
+    return tuple(replace(p, why=_why(p, points, costs, minimise, certificate)) for p in points if p.name not in shipped)
+
+
+def _costs(store: Store, points: Sequence[Tried], minimise: Minimise) -> dict[str, float]:
+    """What was minimised, of each point that was timed: seconds of a row or of a single request, or bytes."""
+    *_, stored = ({}, *store.values("costs of "))
+    costs, found = {name: Cost(*pair) for name, pair in stored.items()}, {}
+    for point in points:
+        engine = store.get(f"point {point.name}")["engine"]
+        if f"{point.name} {engine}" in costs:
+            cost = costs[f"{point.name} {engine_of(point.name, engine, costs)}"]
+            found[point.name] = {"cost": cost.row, "latency": cost.single, "size": float(point.bytes)}[minimise]
+    return found
+
+
+def _why(
+    point: Tried, points: Sequence[Tried], costs: Mapping[str, float], minimise: Minimise, certificate: Certificate
+) -> str:
+    """Why a point did not ship: what became of the candidates with it, or why there was none."""
+    tested = {t.candidate.name: t.passed for t in certificate.tested}
+    mine = [c.name for c in certificate.registration.candidates if point.name in c.name.split(" (")[0].split(" > ")]
+    for result, said in (
+        (False, "failed the certificate"),
+        (None, "was not tested"),
+        (True, "passed, at a higher cost"),
+    ):
+        if name := next((name for name in mine if tested.get(name) is result), None):
+            return said if name == point.name else f"{name} {said}"
+    if certificate.registration.reference.name == "linear":
+        return "the linear model is the reference, and nothing else was considered"
+    if point.name not in costs:
+        return "a trial that another one beats in agreement with the teacher and in size is not timed"
+    beaten = next(
+        (
+            o.name
+            for o in points
+            if o.name != point.name and o.quality >= point.quality and costs.get(o.name, inf) <= costs[point.name]
+        ),
+        None,
+    )
+    if beaten:
+        return f"{beaten} is at least as good and {_NO_WORSE[minimise]}"
+    return "the candidates that were registered promised more: they cost less, or are likelier to pass"
+
+
+def _candidates(certificate: Certificate) -> tuple[Left, ...]:
+    """Those of the certificate that did not ship, in its order, and the one that ships where it failed."""
+    tested = {t.candidate: t for t in certificate.tested}
+    registration, last = certificate.registration, certificate.tested[-1]
+    point = registration.task.margin(1.0, certificate.reference.value)
     found = []
-    for name in names:
-        if name in shipped:
-            continue
-        beaten = next(
-            (o for o in names if o != name and qualities[o] >= qualities[name] and sizes[o] <= sizes[name]), None
-        )
-        why = (
-            f"{beaten} is at least as good and no larger"
-            if beaten
-            else "what ships with it was dearer, or less likely to pass"
-        )
-        found.append(Tried(name, qualities[name], sizes[name], why))
+    for candidate in registration.candidates:
+        test = tested.get(candidate)
+        if test is None:
+            found.append(Left(candidate.name, f"was not tested, since {last.candidate.name} failed before it"))
+        elif not test.passed:
+            found.append(
+                Left(
+                    candidate.name,
+                    f"failed: on {registration.rows:,} certify rows it loses {test.drop.value / point:.2f} points, and "
+                    f"{test.drop.high / point:.2f} at most with {100 * (1 - registration.level):.4g} % confidence; "
+                    f"{test.margin / point:.2f} may be lost",
+                )
+            )
+        elif candidate != certificate.shipped:
+            found.append(Left(candidate.name, f"passed, and so did {certificate.shipped.name}, which costs less"))
     return tuple(found)
+
+
+def _left_out(store: Store) -> tuple[Left, ...]:
+    """Rungs that were not made, nor in a later run of the job."""
+    names = [key.removeprefix("left out ") for key in store.keys("left out ")]
+    return tuple(Left(n, store.get(f"left out {n}")) for n in names if store.get(f"point {n}") is None)

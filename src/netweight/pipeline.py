@@ -169,7 +169,7 @@ def climb(builder: Builder) -> Search:
         builder.reporter.note(f"{100 * cut:.0f} % of dev is longer than {most} tokens and was cut: see --max-length")
     rungs = _rungs(builder)
     for name in {rung.name for rung in ladder(builder.teacher)} - {rung.name for rung in rungs}:
-        builder.reporter.note(f"{name} is left out: it needs labelled rows in one place")
+        _left_out(builder, name, "it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
     while True:
@@ -178,20 +178,27 @@ def climb(builder: Builder) -> Search:
         if (rung := search.ask()) is None:
             break
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
-            builder.reporter.note(f"the time limit is near; {rung.name} and what follows it are not tried")
+            _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
             break
         if rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS:
-            builder.reporter.note(f"{rung.name} is not made: {rung.after}, which is larger, would hardly pass")
+            _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
             search.skip(rung)
             continue
         if rung.unless in search.points and _chance(builder, search.points, rung.unless) > _PASSES:
-            builder.reporter.note(f"{rung.name} is not made: {rung.unless}, which costs less, will hardly fail alone")
+            _left_out(builder, rung.name, f"{rung.unless}, which costs less, will hardly fail alone")
             search.skip(rung)
             continue
         if trials is not None and trials.asked is not None:
             builder.keep(trials.asked)
         search.tell(builder.point(rung))
     return search
+
+
+def _left_out(builder: Builder, name: str, why: str) -> None:
+    """Say that a rung is not made, and keep the reason for `netweight explain`."""
+    builder.reporter.note(f"{name} is not made: {why}")
+    if builder.store.get(f"left out {name}") != why:
+        builder.store.put(f"left out {name}", why)
 
 
 def _rungs(builder: Builder) -> tuple[Rung, ...]:
@@ -257,9 +264,8 @@ class Ranked:
     def _engines(self, points: Mapping[str, Point], costs: Mapping[str, Cost]) -> dict[str, Point]:
         chosen = {}
         for name, point in points.items():
-            fast, usual = costs.get(f"{name} openvino"), costs[f"{name} {point.engine}"]
-            better = fast is not None and fast.row < _WORTH_IT * usual.row
-            chosen[name] = self.builder.with_engine(point, "openvino") if better else point
+            best = engine_of(name, point.engine, costs)
+            chosen[name] = point if best == point.engine else self.builder.with_engine(point, best)
         return chosen
 
     def _judged(self) -> list[Planned]:
@@ -278,6 +284,12 @@ class Ranked:
         points = min(MOST, math.ceil(round(10 * provable(found) / point, 6)) / 10)
         builder.reporter.note(f"max drop: {points:g} points, from dev and {len(builder.data.certify):,} certify rows")
         return points
+
+
+def engine_of(name: str, engine: str, costs: Mapping[str, Cost]) -> str:
+    """What runs a point: its own engine, or OpenVINO where that is enough faster."""
+    fast = costs.get(f"{name} openvino")
+    return "openvino" if fast is not None and fast.row < _WORTH_IT * costs[f"{name} {engine}"].row else engine
 
 
 def _able(point: Point) -> tuple[str, ...]:
