@@ -729,6 +729,10 @@ def test_simulated_clients_remember_what_they_were_asked(tmp_path: Path) -> None
     assert all((tmp_path / name / "privacy.json").exists() for name in run.report.rounds[0].took_part)
 
 
+def test_actors_that_only_pass_tasks_on_import_no_torch() -> None:
+    assert python("import netweight.federate.home, sys; print('torch' in sys.modules)").strip() == "False"
+
+
 def test_names_of_simulated_clients_are_their_own() -> None:
     twice = [*shops(2), *shops(2)]
     with pytest.raises(OptionError, match="4 clients bear 2 names"), simulated(twice):

@@ -1,7 +1,8 @@
 """A simulation of many clients on one machine, by Flower's engine on Ray.
 
 Flower gives a task to whichever of its actors is free, and a client must remember what it was asked: its secrets of a
-round, and what its rows have cost. So clients live in actors of their own here, and Flower's only pass tasks on."""
+round, and what its rows have cost. So clients live in actors of their own here, and Flower's only pass tasks on.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from netweight.connect import connected, cores
 from netweight.errors import OptionError, RunError
+from netweight.federate.home import Home
 from netweight.federate.kinds import WIRE
 from netweight.quiet import flower
 from netweight.run.federated import Client
-from netweight.run.federated.flower import FlowerChannel, Node, answered
+from netweight.run.federated.flower import FlowerChannel, Node
 from netweight.run.federated.wire import Wire
 
 _START = 120.0  # seconds until the engine must be there
@@ -50,7 +50,7 @@ def simulated(
         base = folder or Path(temporary)
         count = max(1, min(int(cores()[1] / cpus), len(named)))
         # Flower's actors reserve the CPUs, and wait for these while they compute.
-        homes = [ray.remote(num_cpus=0)(_Home).remote(wire) for _ in range(count)]
+        homes = [ray.remote(num_cpus=0)(Home).remote(wire) for _ in range(count)]
         held = {name: homes[i % count] for i, name in enumerate(named)}
         ray.get([held[n].add.remote(Client(n, c.data, base / n, c.expects, c.limit)) for n, c in named.items()])
         engine = _Engine(held, cpus)
@@ -60,24 +60,6 @@ def simulated(
             yield FlowerChannel(grid, lambda: nodes, wire)
         finally:
             engine.stop()  # and with it Ray, and whoever lives there
-
-
-class _Home:
-    """The body of an actor in which some of the clients live."""
-
-    def __init__(self, wire: Wire) -> None:
-        flower()
-        torch.set_num_threads(1)
-        self.wire = wire
-        self.clients: dict[str, Client] = {}
-
-    def add(self, client: Client) -> None:
-        """From now on it answers here."""
-        self.clients[client.name] = client
-
-    def answer(self, name: str, record: Any) -> Any:
-        """The record of that client's answer."""
-        return answered(self.clients[name], self.wire, record)
 
 
 class _Engine:
@@ -111,7 +93,7 @@ class _Engine:
         held = self.held
 
         def query(message: Any, context: Any) -> Any:
-            # In an actor of Flower's. It names nothing of this module (as `addressee`), which would bring torch there.
+            # In an actor of Flower's: it names nothing of this module, which would import torch there.
             import ray
             from flwr.app import Message
 
