@@ -251,8 +251,13 @@ def test_keys_are_made_once_and_secrets_are_for_the_owner(tmp_path: Path) -> Non
     assert {oct(p.stat().st_mode & 0o777) for p in made if p.suffix == ".key"} == {"0o600"}
     assert set(ServerKeys.load(tmp_path / "k" / "server").clients) == {"a", "b"}
     ClientKeys.load(tmp_path / "k/a/ca.crt", tmp_path / "k/a/client.key")
-    with pytest.raises(OptionError, match="holds keys already"):
-        make_keys(tmp_path / "k", ("a",))
+    before = {path: path.read_bytes() for path in made}
+    with pytest.raises(OptionError, match=r"k has keys of a already; name other clients, or delete theirs \(NAME/ and"):
+        make_keys(tmp_path / "k", ("a", "c"))
+    make_keys(tmp_path / "k", ("c",))
+    assert {path: path.read_bytes() for path in made} == before
+    assert set(ServerKeys.load(tmp_path / "k" / "server").clients) == {"a", "b", "c"}
+    ClientKeys.load(tmp_path / "k/c/ca.crt", tmp_path / "k/c/client.key")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +371,7 @@ def test_no_client_appears(keys: Path, model: Model) -> None:
     with listening(f"127.0.0.1:{free_port()}", ServerKeys.load(keys / "server")) as over:
         run = Federated(over, rounds=Rounds(1, wait=0.3), privacy=None)
         with pytest.raises(
-            ClientError, match=r"no client appeared within 0.3 s, and 1 must; start them, or raise `wait`"
+            ClientError, match=r"no client appeared within 0.3 s, and 1 must; start them, or wait longer"
         ):
             fitted(run, model)
 

@@ -284,7 +284,7 @@ def test_one_label_only_works_and_is_said_and_no_rows_take_no_part(model: Model)
 
 
 def test_nobody_appears_or_all_leave(model: Model) -> None:
-    with pytest.raises(ClientError, match="no client appeared within 0.1 s, and 1 must; start them, or raise `wait`"):
+    with pytest.raises(ClientError, match="no client appeared within 0.1 s, and 1 must; start them, or wait longer"):
         fitted(Federated([], rounds=Rounds(1, wait=0.1), privacy=None), model)
     channel = Changed(shops(3), same)
 

@@ -194,6 +194,8 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         Job(optimizer="lion")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="unknown device 'tpu'; use auto, cpu, cuda"):
         Job(device="tpu")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="memory '24' is no size; write 24GB"):
+        size("24")
     with pytest.raises(OptionError, match="memory 'much' is no size"):
         size("much")
     assert (size("24GB"), size("0.5 g"), size("512MB")) == (24 * 10**9, 5 * 10**8, 512 * 10**6)

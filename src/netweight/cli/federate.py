@@ -37,7 +37,7 @@ def keys(
         str, typer.Option(help="Names and addresses of the server, as clients call it.")
     ] = "localhost,127.0.0.1",
 ) -> None:
-    """Make a certificate authority, the server's certificate, and a key pair for each client."""
+    """Make a certificate authority, the server's certificate, and a key pair for each client; or add clients."""
     from netweight.federate.keys import make_keys
 
     for path in make_keys(folder, _names(clients), _names(hosts)):

@@ -66,26 +66,35 @@ class ClientKeys:
 def make_keys(
     folder: Path, clients: tuple[str, ...], hosts: tuple[str, ...] = ("localhost", "127.0.0.1")
 ) -> list[Path]:
-    """Write keys for a server and its clients; the files that each client needs lie in a folder of its name.
+    """Write keys for a server and its clients; the files that each client needs lie in a folder of its name. Where the
+    server has keys already, clients are added.
 
-    Raises OptionError for names that cannot be files, and where the folder holds keys already.
+    Raises OptionError for names that cannot be files, and where a client has a key already.
     """
     for name in clients:
         if not _NAME.fullmatch(name):
             raise OptionError(f"{name!r} is no name of a client; use letters, digits, - _ . and at most 64 of them.")
     if not clients or len(set(clients)) < len(clients):
         raise OptionError(f"clients are {list(clients)}; name at least one, each once.")
-    if (folder / "server").exists():
-        raise OptionError(f"{folder} holds keys already; use another folder, or delete it.")
-    authority, authority_key = _certificate("netweight federation", None, ())
-    certificate, key = _certificate(hosts[0], (authority, authority_key), hosts)
     server = folder / "server"
-    files = {server / "ca.crt": _public(authority), server / "server.crt": _public(certificate)}
-    secret = {folder / "ca.key": _private(authority_key), server / "server.key": _private(key)}
+    if server.exists():
+        known, files, secret = _read(server / "ca.crt"), dict[Path, bytes](), dict[Path, bytes]()
+        there = [n for n in clients if (folder / n).exists() or (server / "clients" / f"{n}.pub").exists()]
+        if there:
+            raise OptionError(
+                f"{folder} has keys of {', '.join(there)} already; name other clients, or delete theirs (NAME/ and "
+                "server/clients/NAME.pub) to make new ones."
+            )
+    else:
+        authority, authority_key = _certificate("netweight federation", None, ())
+        certificate, key = _certificate(hosts[0], (authority, authority_key), hosts)
+        known = _public(authority)
+        files = {server / "ca.crt": known, server / "server.crt": _public(certificate)}
+        secret = {folder / "ca.key": _private(authority_key), server / "server.key": _private(key)}
     for name in clients:
         private = _new_key()
         secret[folder / name / "client.key"] = _private(private)
-        files[folder / name / "ca.crt"] = _public(authority)
+        files[folder / name / "ca.crt"] = known
         files[server / "clients" / f"{name}.pub"] = _public_key(private)
     for path, data in (files | secret).items():
         path.parent.mkdir(parents=True, exist_ok=True)

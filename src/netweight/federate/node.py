@@ -28,6 +28,7 @@ _INTERVAL = 20  # seconds; after twice as long without a sign of life Flower tak
 _BEAT = 4.0  # seconds between signs of life: a machine that is busy with training may be late with some
 _LOOK = 0.25
 _RETRY = (0.5, 8.0)  # seconds between attempts, first and last
+_WORTH_SAYING = 1.0  # seconds of a task
 
 
 class Connection:
@@ -99,8 +100,9 @@ class Connection:
 
         began = time.monotonic()
         reply = Message(answered(client, wire, message.content, self.memory), reply_to=message)
-        if ended(message.content) is None:
-            self.said(f"{client.name} answered a task in {time.monotonic() - began:.1f} s")
+        took = time.monotonic() - began
+        if ended(message.content) is None and took >= _WORTH_SAYING:
+            self.said(f"{client.name} answered a task in {took:.1f} s")
         session = self.node
         self._retried(lambda: self._push(reply) if self.node is session else None)
 

@@ -126,7 +126,7 @@ class Members:
         came = f"{', '.join(names)} and no other" if names else "no"
         return (
             f"{came} client appeared within {self.rounds.wait:g} s, and {self.rounds.minimum} must; start them, or "
-            "raise `wait` of the rounds."
+            "wait longer (--wait, Rounds.wait)."
         )
 
 
