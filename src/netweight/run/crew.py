@@ -224,8 +224,9 @@ class _Round(Generic[M]):
         if self.raised is not None:
             raise self.raised
         failed = {m: said for m, said in self.heard.items() if isinstance(said, Failed)}
-        # Where one is gone, others fail of that, in whichever words a library has for it.
-        real = [m for m, said in failed.items() if said.kind or not self.gone]
+        # Where one is gone, others fail of that, in whichever words a library has for it. By rank: who is heard first
+        # is chance.
+        real = sorted((m for m, said in failed.items() if said.kind or not self.gone), key=lambda m: m.rank)
         if real:
             raise error_of(failed[real[0]], real[0].name)
         done = [m for m, said in self.heard.items() if isinstance(said, Done)]
