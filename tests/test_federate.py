@@ -28,7 +28,7 @@ from netweight.federate.link import listening
 from netweight.federate.node import Connection, reachable
 from netweight.federate.options import task_of, terms_of
 from netweight.federate.simulate import simulated
-from netweight.federate.start import Place, kept_apart, owned, serve
+from netweight.federate.start import Deployment, Place, kept_apart, owned, serve
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
@@ -357,14 +357,36 @@ def test_clients_come_leave_and_are_told_the_end(keys: Path, model: Model) -> No
         assert isinstance(answers["shop0"], Scored)
         assert isinstance(answers["shop1"], Scored)
         assert answers["shop2"] == Lost("shop2", "it left, and was away for 0.3 s.")
-        over.dismiss({"shop1": "labels differ."})
+        over.dismiss({"shop1": "labels differ."}, "")
         first.join(10)
         second.join(10)
         assert over.clients() == ()
     assert first.problem is None
     assert first.said[-1] == "the server has ended the run"
     assert isinstance(second.problem, ClientError)
-    assert str(second.problem) == "the server refused this client: labels differ."
+    assert str(second.problem) == "labels differ."
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_clients_are_told_that_a_run_has_failed(keys: Path, refused: bool, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+
+    def fails(over: FlowerChannel) -> None:
+        terms = terms_of(Rounds(1, minimum=1, wait=30.0), CHOSEN)
+        with Deployment(over, None, tmp_path / "work", terms) as run:
+            if refused:
+                run.members.refused["shop0"] = "labels differ."
+            raise ZeroDivisionError
+
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        client = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        with pytest.raises(ZeroDivisionError):
+            fails(over)
+        client.join(10)
+    assert isinstance(client.problem, ClientError)
+    wanted = "the server refused this client: labels differ." if refused else "the server has ended the run without a"
+    assert str(client.problem).startswith(wanted)
 
 
 def test_no_client_appears(keys: Path, model: Model) -> None:

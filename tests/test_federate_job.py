@@ -55,7 +55,7 @@ class Connected(InProcess):
         self.asked += {type(task) for task in tasks.values()}
         return super().exchange(tasks, seconds)
 
-    def dismiss(self, reasons: Mapping[str, str]) -> None:
+    def dismiss(self, reasons: Mapping[str, str], others: str = "") -> None:
         self.told.append(reasons)
 
 

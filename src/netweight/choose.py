@@ -41,6 +41,14 @@ _KNOWN = 3
 _SURPRISE = 0.98
 # What a margin that is to be found is made for: the cheapest choice that is as likely as not to pass at its own.
 _EVEN = 0.5
+# OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
+_WORTH_IT = 0.9
+
+
+def engine_of(name: str, engine: str, costs: Mapping[str, Cost]) -> str:
+    """What runs a point: its own engine, or OpenVINO where that is enough faster."""
+    fast = costs.get(f"{name} openvino")
+    return "openvino" if fast is not None and fast.row < _WORTH_IT * costs[f"{name} {engine}"].row else engine
 
 
 @dataclass(frozen=True)

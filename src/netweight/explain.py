@@ -14,7 +14,7 @@ from netweight.artifact import Manifest, Tier
 from netweight.baselines import teacher_engine
 from netweight.build import TEACHER
 from netweight.certify import Certificate
-from netweight.choose import Minimise
+from netweight.choose import Minimise, engine_of
 from netweight.data import Columns
 from netweight.engine import Engine, load
 from netweight.engine.cascade import tier_engine
@@ -22,7 +22,6 @@ from netweight.errors import StoreError
 from netweight.export import Exported, export
 from netweight.measure import Cost
 from netweight.model import Model
-from netweight.pipeline import engine_of
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints

@@ -22,7 +22,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
-from netweight.choose import Minimise, Planned, alone, choices, judged, own, plan, provable
+from netweight.choose import Minimise, Planned, alone, choices, engine_of, judged, own, plan, provable
 from netweight.data import Columns, Dataset, Rows
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
@@ -41,8 +41,6 @@ from netweight.track import Tracked, trackers
 from netweight.train import Reporter, Silent
 from netweight.trials import Effort, undominated
 
-# OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
-_WORTH_IT = 0.9
 # A smaller student is made where the larger one's chance to pass alone is at least this.
 _MAY_PASS = 0.2
 # Where the rung that makes another one needless has so large a chance to pass alone, that other one is not made.
@@ -284,12 +282,6 @@ class Ranked:
         points = min(MOST, math.ceil(round(10 * provable(found) / point, 6)) / 10)
         builder.reporter.note(f"max drop: {points:g} points, from dev and {len(builder.data.certify):,} certify rows")
         return points
-
-
-def engine_of(name: str, engine: str, costs: Mapping[str, Cost]) -> str:
-    """What runs a point: its own engine, or OpenVINO where that is enough faster."""
-    fast = costs.get(f"{name} openvino")
-    return "openvino" if fast is not None and fast.row < _WORTH_IT * costs[f"{name} {engine}"].row else engine
 
 
 def _able(point: Point) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ class Connection:
                 self._answer(client, wire, message)
                 why = ended(message.content)
                 if why:
-                    raise ClientError(f"the server refused this client: {why}")
+                    raise ClientError(why)
                 if why is not None:
                     self.said("the server has ended the run")
                     return

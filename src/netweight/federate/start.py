@@ -42,6 +42,10 @@ class Place:
     out: Path
 
 
+# Why stays with the server: it may name other clients.
+_FAILED = "the server has ended the run without a result; its own output says why."
+
+
 class Deployment(Federated):
     """A run over the clients that connect, who are told when it ends.
 
@@ -68,12 +72,12 @@ class Deployment(Federated):
             if not self.reports:
                 self.members.gather()
         except ClientError:
-            self._dismiss()
+            self._dismiss(_FAILED)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._dismiss()
+        self._dismiss("" if error is None else _FAILED)
 
     def finished(self, report: FederationReport) -> None:
         """Its report is on disk when this returns; of a fit that was made again there is one."""
@@ -89,8 +93,9 @@ class Deployment(Federated):
         """The terms as well."""
         return {"terms": str(self.terms), **super().account()}
 
-    def _dismiss(self) -> None:
-        self._flower.dismiss(self.members.refused)
+    def _dismiss(self, others: str) -> None:
+        refused = {name: f"the server refused this client: {why}" for name, why in self.members.refused.items()}
+        self._flower.dismiss(refused, others)
 
 
 @contextmanager

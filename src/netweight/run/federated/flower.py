@@ -80,12 +80,12 @@ class FlowerChannel:
         late = f"no answer within {seconds:g} s." if seconds is not None else ""
         return {name: answers.get(name, Lost(name, late)) for name in asked}
 
-    def dismiss(self, reasons: Mapping[str, str], seconds: float = 5.0) -> None:
-        """Tell all clients that are there that the run has ended, and those that were refused why."""
+    def dismiss(self, reasons: Mapping[str, str], others: str = "", seconds: float = 5.0) -> None:
+        """Tell all clients that are there that the run has ended, and by name, or all others, why not well."""
         from flwr.app import ConfigRecord, RecordDict
 
         asked = {
-            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reasons.get(name, "")})}), {})
+            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reasons.get(name, others)})}), {})
             for name in self.nodes()
         }
         self._ask_again(asked, seconds, {})
