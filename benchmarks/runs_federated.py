@@ -69,7 +69,7 @@ class Setting:
 
 
 SETTINGS = {
-    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 1e-4, 6.0, 4e-4, 5e-3, 1.5, 9.0, 9.0),
+    "banking77": Setting("banking77", 3000, 2000, 48, 6.0, 1e-4, 9.0, 4e-4, 5e-3, 1.0, 9.0, 9.0),
     "amazon": Setting("amazon_multidomain", 1600, 1600, 64, 3.0, 1e-4, 6.0, 3e-4, 2e-3, 1.5, 1.0, 6.0),
 }
 MANY = 50
