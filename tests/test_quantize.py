@@ -21,7 +21,15 @@ from netweight.data import Dataset
 from netweight.engine.cascade import tier_engine
 from netweight.errors import ModelError, OptionError
 from netweight.export import export, lowered
-from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
+from netweight.lower import (
+    TRANSLATIONS,
+    DynamicLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    Signed,
+    Unsigned,
+    WeightOnlyLinear,
+)
 from netweight.lower import packed as nibbles
 from netweight.lower import unpacked as bytes_of
 from netweight.model import Model, Range, Weights
@@ -236,6 +244,15 @@ def test_integer_layers_are_fake_ones(spec: Weights) -> None:
 
 
 @settings(max_examples=30)
+@given(SPECS.filter(lambda spec: spec.symmetric))
+def test_dynamic_layers_are_fake_ones_of_each_token(spec: Weights) -> None:
+    linear, x = nn.Linear(24, 7), some(2, 24)[:, None] * torch.tensor([[1.0], [100.0], [0.0]])
+    steps = x.abs().amax(-1, keepdim=True) / 127
+    wanted = F.linear((x / steps).nan_to_num().round() * steps, fake(linear.weight, spec), linear.bias)
+    torch.testing.assert_close(DynamicLinear(linear, spec)(x), wanted.detach(), atol=1e-4, rtol=1e-5)
+
+
+@settings(max_examples=30)
 @given(st.one_of(SPECS, GROUPED), st.sampled_from([16, 24, 40, 64]))
 def test_weight_only_layers_are_fake_ones(spec: Weights, inputs: int) -> None:
     linear, x = nn.Linear(inputs, 7, bias=False), some(3, inputs)
@@ -269,11 +286,8 @@ class Side(nn.Module):
         return torch.cat([layer(x) for layer in self.layers], dim=1)
 
 
-def test_both_engines_multiply_by_few_bits() -> None:
-    import onnxruntime as ort
-
-    specs = (Weights(4, "group", 32), Weights(3, "group", 16, False), Weights(4, "group", 16, False), Weights(6))
-    layer, x = Side(*(WeightOnlyLinear(nn.Linear(40, 24), spec) for spec in specs)).eval(), some(4, 40)
+def sided(layer: nn.Module, x: torch.Tensor) -> tuple[bytes, list[str]]:
+    """An ONNX file of it for any number of rows, and its operators."""
     made: Any = torch.onnx.export(
         layer,
         (x,),
@@ -284,8 +298,13 @@ def test_both_engines_multiply_by_few_bits() -> None:
         dynamic_shapes=({0: torch.export.Dim("n")},),
         custom_translation_table=TRANSLATIONS,
     )
-    data = made.model_proto.SerializeToString()
-    assert [node.op_type for node in made.model_proto.graph.node] == [*4 * ["MatMulNBits", "Add"], "Concat"]
+    return made.model_proto.SerializeToString(), [node.op_type for node in made.model_proto.graph.node]
+
+
+def check_engines(data: bytes, layer: nn.Module) -> None:
+    """Both engines say what the layer says; ONNX Runtime of each row alone, too."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -299,11 +318,27 @@ def test_both_engines_multiply_by_few_bits() -> None:
     np.testing.assert_allclose(compiled(many.numpy())[0], layer(many), atol=1e-5)
 
 
+def test_both_engines_round_each_token() -> None:
+    layer = Side(DynamicLinear(nn.Linear(40, 24), Weights()), DynamicLinear(nn.Linear(40, 24), Weights(4))).eval()
+    data, operators = sided(layer, some(4, 40))
+    assert operators.count("MatMulInteger") == 2
+    check_engines(data, layer)
+
+
+def test_both_engines_multiply_by_few_bits() -> None:
+    specs = (Weights(4, "group", 32), Weights(3, "group", 16, False), Weights(4, "group", 16, False), Weights(6))
+    layer = Side(*(WeightOnlyLinear(nn.Linear(40, 24), spec) for spec in specs)).eval()
+    data, operators = sided(layer, some(4, 40))
+    assert operators == [*4 * ["MatMulNBits", "Add"], "Concat"]
+    check_engines(data, layer)
+
+
 # --- the technique ---
 
 FORMS = [
     Quantize(rows=40, weight_bits=4, weight_clip="mse", method="mse"),
     Quantize(activations="none", weight_bits=4, granularity="group", group=16, table_bits=4),
+    Quantize(activations="dynamic"),
     Half(),
     SwapActivation("relu6", epochs=1),
 ]
@@ -389,8 +424,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "magic"}, "unknown calibration 'magic'; use minmax, percentile, mse, entropy"),
     ({"granularity": "row"}, "unknown granularity 'row' of Quantize; use channel or tensor or group"),
     ({"weight_clip": "percentile"}, "unknown weight_clip 'percentile'"),
-    ({"activations": "dynamic"}, "dynamic activations take ranges from each batch"),
-    ({"activations": "bf16"}, "unknown activations 'bf16'; use static or none"),
+    ({"activations": "bf16"}, "unknown activations 'bf16'; use static, dynamic or none"),
+    ({"activations": "dynamic", "symmetric": False}, "with dynamic activations weights have no zero points"),
+    ({"activations": "dynamic", "granularity": "group", "group": 32}, "no integer kernel has groups"),
+    ({"activations": "dynamic", "method": "mse"}, "method does not apply to activations 'dynamic'"),
     ({"weight_bits": 1}, "weight_bits of Quantize is 1; use 2 to 8"),
     ({"activation_bits": 16}, "activation_bits of Quantize is 16"),
     ({"group": 32}, "granularity 'channel' does not go with group 32"),
@@ -398,7 +435,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "group", "group": 48, "activations": "none"}, "a group of 48 inputs has no kernel; use 16, 32"),
     ({"granularity": "group", "group": 32}, "no integer kernel has groups"),
     ({"method": "mse", "percentile": 0.9}, "percentile does not apply to calibration 'mse'"),
-    ({"activations": "none", "rows": 5}, "rows does not apply where activations are not quantized"),
+    ({"activations": "none", "rows": 5}, "rows does not apply to activations 'none'"),
 ]
 
 

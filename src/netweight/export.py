@@ -27,7 +27,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from netweight.errors import ModelError
 from netweight.layers import put
-from netweight.lower import TRANSLATIONS, QuantizedEmbedding, QuantizedLinear, Signed, Unsigned, WeightOnlyLinear
+from netweight.lower import (
+    TRANSLATIONS,
+    DynamicLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    Signed,
+    Unsigned,
+    WeightOnlyLinear,
+)
 from netweight.model import Model, Range, Weights
 from netweight.network import Exits, Linear, Static, Transformer
 from netweight.packing import packed, packed_file, unpacked_file
@@ -211,7 +219,7 @@ def _quantized(model: Model, name: str, module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.Linear) and given is not None:
         return QuantizedLinear(module, given, model.ranges.get(name + OUT), spec)
     if isinstance(module, nn.Linear) and name in model.weights:
-        return WeightOnlyLinear(module, spec)
+        return DynamicLinear(module, spec) if spec.dynamic else WeightOnlyLinear(module, spec)
     return None
 
 

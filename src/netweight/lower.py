@@ -1,7 +1,8 @@
 """Modules that compute as an engine will: rounded inputs, integer weights, and what each becomes in ONNX.
 
 Each operation is a custom operator of torch, so that the exporter takes it whole and `TRANSLATIONS` says what it is in
-ONNX: QuantizeLinear and DequantizeLinear, or ONNX Runtime's MatMulNBits, which multiplies by weights of 4 or 8 bits.
+ONNX: QuantizeLinear and DequantizeLinear, MatMulInteger with scales around it, or ONNX Runtime's MatMulNBits, which
+multiplies by weights of 4 or 8 bits.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netweight.model import Range, Weights
-from netweight.quantizer import affine, grid, integers, symmetric
+from netweight.quantizer import TINY, affine, by_token, grid, integers, symmetric
 
 # Block sizes along a layer's inputs that MatMulNBits takes.
 BLOCKS = (16, 32, 64, 128, 256)
@@ -82,6 +83,18 @@ def _(x: Tensor, held: Tensor, scale: Tensor, zero: Tensor, sizes: list[int], bi
     return x.new_empty((*x.shape[:-1], sizes[1]))
 
 
+def _by_token(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x (..., inputs), each token rounded to int8 by its own scale, times int8 weights (inputs, outputs) with a scale a
+    channel or one."""
+    step = by_token(x)
+    return torch.matmul((x / step).round(), weight.to(torch.float32)) * step * scale
+
+
+@torch.library.custom_op("netweight::by_token", _by_token, mutates_args=()).register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1]))
+
+
 def packed(values: Tensor, bits: int) -> Tensor:
     """Integers of 4 or 8 bits as bytes, two in one, the first in the low half (along the last axis)."""
     if bits == 8:
@@ -142,6 +155,16 @@ def _dq_around(weight: INT8, scale: FLOAT, zero: INT8) -> FLOAT:
     return cast(FLOAT, _OP.DequantizeLinear(weight, scale, zero, axis=1))
 
 
+def _int8_by_token(x: FLOAT, weight: INT8, scale: FLOAT) -> FLOAT:
+    most = _OP.ReduceMax(_OP.Abs(x), _OP.Constant(value_ints=[-1]), keepdims=1)
+    step = _OP.Div(_OP.Max(most, _OP.Constant(value_float=TINY)), _OP.Constant(value_float=127.0))
+    # Kernels multiply unsigned by signed integers.
+    zero = _OP.Cast(_OP.Constant(value_int=128), to=onnx.TensorProto.UINT8)
+    whole = _OP.Add(_OP.Round(_OP.Div(x, step)), _OP.Constant(value_float=128.0))
+    sums = _OP.MatMulInteger(_OP.Cast(whole, to=onnx.TensorProto.UINT8), weight, zero)
+    return cast(FLOAT, _OP.Mul(_OP.Mul(_OP.Cast(sums, to=onnx.TensorProto.FLOAT), step), scale))
+
+
 def _nbits(x: FLOAT, held: UINT8, scale: FLOAT, zero: UINT8, sizes: list[int], bits: int, block: int) -> FLOAT:
     given = (x, held, scale, zero) if 0 not in (zero.shape or ()) else (x, held, scale)
     inputs, outputs = sizes
@@ -156,6 +179,7 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.netweight.from_int8.default: _dq,
     torch.ops.netweight.from_int8_around.default: _dq_around,
     torch.ops.netweight.matmul_nbits.default: _nbits,
+    torch.ops.netweight.by_token.default: _int8_by_token,
 }
 
 
@@ -166,6 +190,7 @@ PLAIN: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.ops.netweight.from_int8.default: _from_int8,
     torch.ops.netweight.from_int8_around.default: _from_int8_around,
     torch.ops.netweight.matmul_nbits.default: _matmul_nbits,
+    torch.ops.netweight.by_token.default: _by_token,
 }
 
 
@@ -234,6 +259,24 @@ class QuantizedLinear(nn.Module):
 def _flat(scale: Tensor) -> Tensor:
     """One value a channel, or a scalar."""
     return scale.reshape(()) if scale.numel() == 1 else scale.flatten()
+
+
+class DynamicLinear(nn.Module):
+    """A linear layer whose inputs are rounded to int8 as they come, each token by its own largest value, so that a row
+    depends on no other (one range for a batch, as in ONNX Runtime's dynamic quantization, would)."""
+
+    def __init__(self, linear: nn.Linear, spec: Weights) -> None:
+        super().__init__()
+        scale, zero = grid(linear.weight, spec)
+        self.register_buffer(
+            "weight", integers(linear.weight, scale, zero, spec).reshape(linear.weight.shape).T.contiguous()
+        )
+        self.register_buffer("weight_scale", _flat(scale))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.ops.netweight.by_token(x, self.weight, self.weight_scale)
+        return cast(Tensor, y if self.bias is None else y + cast(Tensor, self.bias))
 
 
 class WeightOnlyLinear(nn.Module):

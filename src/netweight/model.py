@@ -57,7 +57,8 @@ class Weights:
     """How a layer's weights are quantized: what shares a scale, whether zero lies in the middle, where to clip.
 
     `group`: inputs that share one, for granularity "group". `steps`: learned scales, one for each that there is; where
-    there is none, scales follow from the weights by `clip`.
+    there is none, scales follow from the weights by `clip`. `dynamic`: the layer's inputs are rounded to int8 too, each
+    token's by its own largest value.
     """
 
     bits: int = 8
@@ -66,6 +67,7 @@ class Weights:
     symmetric: bool = True
     clip: Literal["minmax", "mse"] = "minmax"
     steps: tuple[float, ...] = ()
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Model:
     """Network + text encoder + task (+ ranges and weights' specs, once a technique set them).
 
     A layer with a range and no spec has 8-bit weights, symmetric, one scale a channel. A layer with a spec and no range
-    is quantized in its weights only.
+    is quantized in its weights only, unless the spec is dynamic.
     """
 
     network: Network

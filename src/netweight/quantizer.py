@@ -16,7 +16,7 @@ from torch import Tensor
 
 from netweight.model import Range, Weights
 
-_TINY = 1e-12
+TINY = 1e-12
 _RATIOS = 64  # clips that a search tries between a tenth of the extreme and all of it
 _LEAST = 0.1
 _HALF_TINY = 2.0**-24  # the smallest number that fp16 holds
@@ -35,6 +35,11 @@ def affine(given: Range) -> tuple[float, int]:
 def symmetric(given: Range) -> float:
     """Scale of signed integers around zero over a range."""
     return max(-given.low, given.high, 1e-8) / limits(given.bits)[1]
+
+
+def by_token(x: Tensor) -> Tensor:
+    """Scales (..., 1) of signed integers of 8 bits for each token's values (..., n), by the largest of them."""
+    return x.abs().amax(dim=-1, keepdim=True).clamp(min=TINY) / limits(8)[1]
 
 
 def limits(bits: int) -> tuple[int, int]:
@@ -84,11 +89,11 @@ def _grid(values: Tensor, spec: Weights, ratio: float) -> tuple[Tensor, Tensor]:
     """The grid over `ratio` of what each row spans."""
     low, high = limits(spec.bits)
     if spec.symmetric:
-        scale = (ratio * values.abs().amax(dim=1, keepdim=True)).clamp(min=_TINY) / high
+        scale = (ratio * values.abs().amax(dim=1, keepdim=True)).clamp(min=TINY) / high
     else:
         least = ratio * values.amin(dim=1, keepdim=True).clamp(max=0)
         most = ratio * values.amax(dim=1, keepdim=True).clamp(min=0)
-        scale = (most - least).clamp(min=_TINY) / (high - low)
+        scale = (most - least).clamp(min=TINY) / (high - low)
     if spec.granularity == "group":
         scale = scale.half().to(values.dtype).clamp(min=_HALF_TINY)
     if spec.symmetric:

@@ -19,7 +19,7 @@ from netweight.layers import put
 from netweight.loss import SoftTargets
 from netweight.model import Model, Range, Weights
 from netweight.network import Transformer
-from netweight.quantizer import affine, grid, grouped, learned, limits, symmetric, ungrouped
+from netweight.quantizer import affine, by_token, grid, grouped, learned, limits, rounded, symmetric, ungrouped
 from netweight.run import Run
 from netweight.techniques.base import Technique, transformer
 from netweight.techniques.distill import heal, planned
@@ -163,6 +163,9 @@ class FakeLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.given is None else self.given(x)
+        if self.spec.dynamic:
+            # Nothing is clipped: the largest value is what the scale is made of.
+            x = x + (rounded(x, by_token(x), 0.0, *limits(8)) - x).detach()
         y = F.linear(x, self.rounded_weight(), self.bias)
         return y if self.out is None else cast(Tensor, self.out(y))
 

@@ -1,8 +1,8 @@
-"""Static int8 and less: ranges of every linear layer's input, from a pass or two over some rows; weights in few bits.
+"""int8 and less: ranges of every linear layer's input, from a pass or two over some rows; weights in few bits.
 
 Affine quantization as in Jacob et al. (CVPR 2018): activations per tensor and asymmetric, weights, unless asked
-otherwise, per output channel and symmetric. Ranges and specs are kept on the model; `export` lowers them to
-QuantizeLinear and DequantizeLinear, whose result does not depend on the batch a row happens to be in.
+otherwise, per output channel and symmetric. Ranges and specs are kept on the model; `export` lowers them to forms whose
+result does not depend on the batch a row happens to be in.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Quantize:
 
     `method` finds the range of a layer's input: "minmax" takes the extremes, "percentile" cuts `1 - percentile` of the
     values off at each end, "mse" takes the range with the least squared error, "entropy" the one with the least KL
-    divergence (Migacz, GTC 2017). `activations` "none" rounds weights only, and calibrates nothing.
+    divergence (Migacz, GTC 2017). `activations` "dynamic" calibrates nothing: each token's inputs are rounded by their
+    own largest value; "none" rounds weights only.
 
     `weight_bits` of each weight, 2 to 8; what shares a scale is an output channel, the tensor, or a `group` of inputs
     (with activations "none", since no integer kernel has groups). `weight_clip` "mse" looks for the scale with the
@@ -61,7 +62,7 @@ class Quantize:
     group: int | None = None
     symmetric: bool = True
     weight_clip: Literal["minmax", "mse"] = "minmax"
-    activations: Literal["static", "none"] = "static"
+    activations: Literal["static", "dynamic", "none"] = "static"
     activation_bits: int = 8
     table_bits: int = 8
 
@@ -71,13 +72,8 @@ class Quantize:
                 raise OptionError(f"unknown {name} {getattr(self, name)!r} of Quantize; use {' or '.join(allowed)}.")
         if self.method not in get_args(Method):
             raise OptionError(f"unknown calibration {self.method!r}; use {', '.join(get_args(Method))}.")
-        if self.activations == "dynamic":  # type: ignore[comparison-overlap]
-            raise OptionError(
-                "dynamic activations take ranges from each batch, so that labels depend on a row's neighbours; "
-                "use static or none. `netweight bench` has ONNX Runtime's dynamic int8 to compare with."
-            )
-        if self.activations not in ("static", "none"):
-            raise OptionError(f"unknown activations {self.activations!r}; use static or none.")
+        if self.activations not in ("static", "dynamic", "none"):
+            raise OptionError(f"unknown activations {self.activations!r}; use static, dynamic or none.")
         for name in ("weight_bits", "activation_bits", "table_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
@@ -90,15 +86,17 @@ class Quantize:
         self._check_activations()
 
     def _check_activations(self) -> None:
+        if self.activations != "none" and self.granularity == "group":
+            raise OptionError("no integer kernel has groups; use granularity 'channel', or activations 'none'.")
+        if self.activations == "dynamic" and not self.symmetric:
+            raise OptionError("with dynamic activations weights have no zero points; leave symmetric as it is.")
         if self.activations == "static":
-            if self.granularity == "group":
-                raise OptionError("no integer kernel has groups; use granularity 'channel', or activations 'none'.")
             if self.method != "percentile" and self.percentile != Quantize.percentile:
                 raise OptionError(f"percentile does not apply to calibration {self.method!r}; leave it out.")
             return
         for name in ("method", "percentile", "rows", "activation_bits"):
             if getattr(self, name) != getattr(Quantize, name):
-                raise OptionError(f"{name} does not apply where activations are not quantized; leave it out.")
+                raise OptionError(f"{name} does not apply to activations {self.activations!r}; leave it out.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Quantize")
@@ -107,7 +105,14 @@ class Quantize:
 
     def specs(self, network: nn.Module) -> dict[str, Weights]:
         """What is noted of each layer's weights; nothing for what a range alone implies."""
-        spec = Weights(self.weight_bits, self.granularity, self.group or 0, self.symmetric, self.weight_clip)
+        spec = Weights(
+            self.weight_bits,
+            self.granularity,
+            self.group or 0,
+            self.symmetric,
+            self.weight_clip,
+            dynamic=self.activations == "dynamic",
+        )
         found = {} if self.activations == "static" and spec == Weights() else dict.fromkeys(linears(network), spec)
         if self.table_bits < 8:
             table = Weights(self.table_bits, clip=self.weight_clip)
