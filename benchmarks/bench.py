@@ -84,6 +84,7 @@ class Given:
     results: Path
     threads: int
     limit: str
+    effort: str
     hours: float
     quick: bool
     again: bool
@@ -122,7 +123,7 @@ class Shop:
         words = [sys.executable, "-c", "from netweight.cli import main; main()", "optimize", source["train"]]
         words += ["--dev", source["dev"], "--certify", source["test"], "--text", "text", "--label", "label"]
         words += ["--out", self.artifact, "--seed", self.seed, "--threads", self.given.threads]
-        words += ["--max-drop", "auto", *ASKED.get(self.name, ())]
+        words += ["--max-drop", "auto", "--effort", self.given.effort, *ASKED.get(self.name, ())]
         began = time.monotonic()
         subprocess.run([*map(str, words), "--time-limit", self.given.limit], check=True)
         if not resumed:  # a resumed job's seconds would say nothing
@@ -398,6 +399,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results" / "cells")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--limit", default="30m", help="time limit of a Netweight job that must be made")
+    parser.add_argument("--effort", default="quick", help="of such a job; candidates in its cell name what was tried")
     parser.add_argument("--hours", type=float, default=3.0, help="after which a peer's training is stopped")
     parser.add_argument("--quick", action="store_true", help="peers train for a moment: to see whether they run")
     parser.add_argument("--again", action="store_true", help="measure cells that are there once more")

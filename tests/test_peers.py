@@ -99,7 +99,7 @@ def given(bench: ModuleType, shop: Shop, tmp_path: Path) -> Any:
             csv.writer(file).writerows([("text", "label"), *zip(rows.text, rows.label or ())])
     for source in (shop.folder, store_of(shop.folder)):
         shutil.copytree(source, work / source.name.replace("made", "made-seed0"))
-    return bench.Given(data, work, work / "env", tmp_path / "cells", 1, "30m", 1.0, True, False)
+    return bench.Given(data, work, work / "env", tmp_path / "cells", 1, "30m", "quick", 1.0, True, False)
 
 
 def test_a_peer_and_a_broken_one(
