@@ -20,12 +20,13 @@ from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Scenario, evaluate, suite
-from netweight.explain import Tried, _why, explain
+from netweight.explain import Explanation, Step, Tried, _why, explain
 from netweight.export import export
 from netweight.model import Model
 from netweight.network import Exits
 from netweight.run import Local
 from netweight.store import DEV, JOURNAL, Store
+from netweight.task import Score
 from netweight.techniques import EarlyExit, Quantize, Recipe, describe
 from netweight.train import Plan
 
@@ -68,6 +69,15 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert said.out.startswith("The teacher reaches accuracy ")
     assert "points" in said.out
     assert json.loads(say("explain", copied, "--json").out)["metric"] == "accuracy"
+
+
+def test_errors_are_said_as_errors() -> None:
+    steps = (Step("", "teacher", -0.5, 4_000_000, 2.0), Step("small", "Quantize()", -0.51, 1_000_000, 1.0))
+    found = Explanation(Score(3.0, 1.0, "mae"), 100, 1, steps, (), (), ())
+    first, second = found.sentences
+    assert "reaches mae 0.5000 on 100 dev rows" in first
+    assert "mae 0.5100 (-2.00 points), 1.0 MB (4.0x smaller), 1.000 ms a row (2.0x faster)" in second
+    assert json.loads(found.to_json())["point"] == pytest.approx(0.005)
 
 
 CASCADES = ("half > small (20 %)", "conv > small (10 %)")

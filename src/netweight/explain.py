@@ -22,9 +22,10 @@ from netweight.errors import StoreError
 from netweight.export import Exported, export
 from netweight.measure import Cost
 from netweight.model import Model
+from netweight.report.format import Scale
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
-from netweight.task import Floats, Ints
+from netweight.task import Floats, Ints, Task
 
 _TIMED = 400  # rows; steps are far apart, and the teacher among them is slow
 _NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no longer", "size": "is no larger"}
@@ -64,8 +65,7 @@ class Explanation:
     """Steps of each tier from the teacher, then the artifact; candidates of the certificate that did not ship; points
     that are no part of what ships; rungs that were not made."""
 
-    metric: str
-    point: float
+    task: Task
     rows: int
     threads: int
     steps: tuple[Step, ...]
@@ -73,16 +73,22 @@ class Explanation:
     tried: tuple[Tried, ...]
     left_out: tuple[Left, ...]
 
+    @property
+    def scale(self) -> Scale:
+        """How qualities are written, with the teacher's as the reference."""
+        return Scale(self.task, self.steps[0].quality)
+
     def to_json(self) -> str:
-        """All of it."""
-        return json.dumps(asdict(self), indent=1)
+        """All of it; `point` is one point in units of quality."""
+        values = asdict(self) | {"task": self.task.to_dict(), "metric": self.task.metric, "point": self.scale.point}
+        return json.dumps(values, indent=1)
 
     @property
     def sentences(self) -> list[str]:
         """In plain words."""
         teacher, *steps = self.steps
         found = [
-            f"The teacher reaches {self.metric} {_share(teacher.quality)} on {self.rows:,} dev rows, with "
+            f"The teacher reaches {self.task.metric} {self.scale.quality(teacher.quality)} on {self.rows:,} dev rows, with "
             f"{teacher.bytes / 1e6:.1f} MB and {teacher.milliseconds:.2f} ms a row on {self.threads} threads."
         ]
         before = teacher
@@ -94,24 +100,20 @@ class Explanation:
             before = step
         found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
         found += [
-            f"Tried and not taken: {t.name} ({self.metric} {_share(t.quality)}, {t.bytes / 1e6:.1f} MB): {t.why}."
+            f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, {t.bytes / 1e6:.1f} MB): {t.why}."
             for t in self.tried
         ]
         return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
 
     def _change(self, before: Step, after: Step) -> str:
-        points = (after.quality - before.quality) / self.point
+        points = (after.quality - before.quality) / self.scale.point
         times = before.milliseconds / after.milliseconds
         size = before.bytes / after.bytes
         return (
-            f"{self.metric} {_share(after.quality)} ({points:+.2f} points), {after.bytes / 1e6:.1f} MB "
+            f"{self.task.metric} {self.scale.quality(after.quality)} ({points:+.2f} points), {after.bytes / 1e6:.1f} MB "
             f"({_times(size, 'smaller', 'larger')}), {after.milliseconds:.3f} ms a row "
             f"({_times(times, 'faster', 'slower')})"
         )
-
-
-def _share(quality: float) -> str:
-    return f"{100 * quality:.2f} %"
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -143,8 +145,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
             steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store)
-    task, candidates = engine.task, _candidates(certificate)
-    return Explanation(task.metric, task.point, len(rows), count, tuple(steps), candidates, tried, left)
+    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left)
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
