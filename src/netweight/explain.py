@@ -110,9 +110,9 @@ class Explanation:
         times = before.milliseconds / after.milliseconds
         size = before.bytes / after.bytes
         return (
-            f"{self.task.metric} {self.scale.quality(after.quality)} ({points:+.2f} points), {after.bytes / 1e6:.1f} MB "
-            f"({_times(size, 'smaller', 'larger')}), {after.milliseconds:.3f} ms a row "
-            f"({_times(times, 'faster', 'slower')})"
+            f"{self.task.metric} {self.scale.quality(after.quality)} ({points:+.2f} points), "
+            f"{after.bytes / 1e6:.1f} MB ({_times(size, 'smaller', 'larger')}), "
+            f"{after.milliseconds:.3f} ms a row ({_times(times, 'faster', 'slower')})"
         )
 
 
