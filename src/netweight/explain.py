@@ -100,7 +100,8 @@ class Explanation:
             before = step
         found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
         found += [
-            f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, {t.bytes / 1e6:.1f} MB): {t.why}."
+            f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, "
+            f"{t.bytes / 1e6:.1f} MB): {t.why}."
             for t in self.tried
         ]
         return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
