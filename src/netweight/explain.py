@@ -88,8 +88,8 @@ class Explanation:
         """In plain words."""
         teacher, *steps = self.steps
         found = [
-            f"The teacher reaches {self.task.metric} {self.scale.quality(teacher.quality)} on {self.rows:,} dev rows, with "
-            f"{teacher.bytes / 1e6:.1f} MB and {teacher.milliseconds:.2f} ms a row on {self.threads} threads."
+            f"The teacher reaches {self.task.metric} {self.scale.quality(teacher.quality)} on {self.rows:,} dev rows, "
+            f"with {teacher.bytes / 1e6:.1f} MB and {teacher.milliseconds:.2f} ms a row on {self.threads} threads."
         ]
         before = teacher
         for step in steps:
