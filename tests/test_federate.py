@@ -49,6 +49,7 @@ from netweight.task import Classify, Score
 from netweight.techniques import Finetune
 from netweight.train import Plan
 from test_federated import PLAN, fitted, shops
+from test_federated_clients import Unheard
 from test_habits import _CONNECTIONS, python
 
 flower()
@@ -113,6 +114,15 @@ def test_a_run_over_a_grid_equals_one_in_this_process(model: Model) -> None:
     assert made[0].digest == made[1].digest
     assert [s.quality for s in runs[0].report.standings] == [s.quality for s in runs[1].report.standings]
     assert runs[0].report.up == runs[1].report.up
+
+
+def test_a_client_hears_over_a_grid_which_of_its_answers_counted(model: Model) -> None:
+    made = []
+    for how in ("away", "late"):
+        lossy = Unheard([], how)
+        lossy.inner = channel(FakeGrid(shops()))  # type: ignore[assignment]
+        made.append(fitted(Federated(lossy, rounds=Rounds(3), travel=Travel(Int8()), privacy=None), model).digest)
+    assert made[0] == made[1]
 
 
 def test_what_a_client_holds_is_not_sent_again(model: Model) -> None:

@@ -158,7 +158,8 @@ class FitTask:
     `round` counts from 0. The parameters of `model` that require gradients are trained; a carrier must keep those
     flags. `plan` is this round's part. `personal` parameters stay with the client. `proximal` is FedProx's mu,
     `variate` SCAFFOLD's server variate. `codec` says how the update is to be encoded, `privacy` what noise it needs;
-    with a `seat` it is masked.
+    with a `seat` it is masked. `taken` is the last round in which an answer of this client counted (-1: none yet): what
+    it carries from round to round is that of then.
     """
 
     fit: str
@@ -173,6 +174,7 @@ class FitTask:
     variate: Tensors | None = None
     privacy: RowNoise | UpdateNoise | None = None
     seat: Seat | None = None
+    taken: int = -1
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ class _Fit:
     def _open(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates that the server sees one by one."""
         run = self.run_
-        answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
+        answers = run.channel.exchange(_told(task, state, chosen), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
         up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
@@ -296,7 +296,7 @@ class _Fit:
         run = self.run_
         veiled = Veiled(
             lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
-            task,
+            _told(task, state, chosen),
             shares,
             {name: usable[name].rows for name in chosen},
             self.guarded.threshold(len(chosen)),
@@ -459,6 +459,14 @@ def _personal(model: Model) -> tuple[str, ...]:
     if not found:
         raise OptionError(f"a {type(model.network).__name__} has no head that clients could keep for themselves.")
     return found
+
+
+def _told(task: FitTask, state: State, clients: Iterable[str]) -> dict[str, FitTask]:
+    """The task by client, with the last round in which its answer counted. Those with one such round share a task, and
+    so what is packed."""
+    last = {name: done.round for done in state.rounds for name in done.took_part}
+    tasks = {round_: replace(task, taken=round_) for round_ in (-1, *last.values())}
+    return {name: tasks[last.get(name, -1)] for name in clients}
 
 
 def _fine(answer: Scored) -> bool:

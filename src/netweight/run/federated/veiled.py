@@ -43,7 +43,7 @@ class Veiled:
 
     Args:
         exchange: how tasks reach clients.
-        task: what they are asked, without a seat.
+        tasks: what each is asked, without a seat.
         weights: of each client that is asked, above 0 and at most 1.
         rows: that each said it has.
         threshold: clients that must be left in the end.
@@ -53,13 +53,14 @@ class Veiled:
     def __init__(
         self,
         exchange: Exchange,
-        task: FitTask,
+        tasks: Mapping[str, FitTask],
         weights: Mapping[str, float],
         rows: Mapping[str, int],
         threshold: int,
         largest: float,
     ) -> None:
-        self.exchange, self.task, self.weights, self.rows = exchange, task, weights, rows
+        self.exchange, self.tasks, self.weights, self.rows = exchange, tasks, weights, rows
+        self.task = next(iter(tasks.values()))
         self.threshold, self.largest = threshold, largest
         self.lost: dict[str, Lost] = {}
         self.fitted: dict[str, Fitted] = {}
@@ -80,7 +81,7 @@ class Veiled:
         tasks: dict[str, Task] = {}
         for name, parts in routed.items():
             sealed = {sender: part.hex() for sender, part in parts.items()}
-            tasks[name] = replace(self.task, seat=Seat(sealed, len(keys), self.weights[name], self.largest))
+            tasks[name] = replace(self.tasks[name], seat=Seat(sealed, len(keys), self.weights[name], self.largest))
         length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
         self.fitted = self._ask(tasks, Fitted, partial(_masked, length, self.rows))
         # Added up before the next exchange, after which answers may be gone.
