@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from netweight.run.federated import (
     TopK,
     Travel,
     server,
+    veiled,
 )
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.guard import Ledger, Opened, shortened
@@ -173,6 +175,41 @@ def test_a_fifth_of_the_clients_vanish_in_a_round_and_the_sum_is_that_of_the_oth
     (done,) = run.report.rounds
     assert ("shop3" in done.took_part) == (stage is Unmask)
     assert [lost.client for lost in done.lost] == ["shop3"]
+
+
+def test_a_deadline_bounds_a_secure_round_as_a_whole(monkeypatch):
+    """One more client is silent in each exchange, and the server waits for it as long as it may."""
+    clock = [0.0]
+
+    class Waiting(Vanishing):
+        def exchange(self, tasks, seconds=None):
+            self.stage = type(next(iter(tasks.values())))
+            self.gone = (GONE.get(self.stage),)
+            if self.gone[0] in tasks:
+                given[self.stage] = seconds
+                clock[0] += seconds
+            return super().exchange(tasks, seconds)
+
+    GONE = {Advertise: "shop01", Share: "shop02", FitTask: "shop03", Unmask: "shop04"}
+    given = {}
+    monkeypatch.setattr(veiled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    every = shops(12, rows=40)
+    clients = [Client(f"shop{i:02d}", c.data) for i, c in enumerate(every)]
+    run = Federated(Waiting(clients, (), None), rounds=Rounds(1, seconds=100.0), privacy=RowLevel(epsilon=30.0))
+    fitted(run)
+    assert {stage: pytest.approx(seconds) for stage, seconds in given.items()} == {
+        Advertise: 10,
+        Share: 10,
+        FitTask: 70,
+        Unmask: 10,
+    }
+    assert clock == [pytest.approx(100)]
+    assert len(run.report.rounds[0].took_part) == 9
+    # What nobody waits for is left to those that train, and each exchange has some time however long others took.
+    one = veiled.Veiled(None, {"a": None}, {}, {}, 2, 1.0, 60.0)
+    assert one._left(Fitted) == pytest.approx(54)
+    clock[0] += 1000
+    assert one._left(Fitted) == pytest.approx(6)
 
 
 def test_too_few_are_left():

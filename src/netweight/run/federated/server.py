@@ -295,12 +295,13 @@ class _Fit:
         shares = {name: weight / most for name, weight in weights.items()}
         run = self.run_
         veiled = Veiled(
-            lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
+            run.channel.exchange,
             _told(task, state, chosen),
             shares,
             {name: usable[name].rows for name in chosen},
             self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
+            run.rounds.seconds,
         )
         mean = veiled.mean(state.values, self.travelling, seed_of(self.fit, task.round))
         lost = tuple(veiled.lost[name] for name in sorted(veiled.lost))

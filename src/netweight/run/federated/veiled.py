@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,10 @@ from netweight.run.federated.messages import (
 )
 
 T = TypeVar("T")
-Exchange = Callable[[Mapping[str, Task]], Mapping[str, Answer | Lost]]
+Exchange = Callable[[Mapping[str, Task], float | None], Mapping[str, Answer | Lost]]
+# By which part of a round's time each answer must be there: who is silent in one exchange leaves time for the next.
+_BY = {Advertised: 0.1, Shared: 0.2, Fitted: 0.9, Told: 1.0}
+_LEAST = 0.1  # of it for each exchange: clients of a simulation take their turns while the clock runs
 
 
 class Veiled:
@@ -48,6 +52,7 @@ class Veiled:
         rows: that each said it has.
         threshold: clients that must be left in the end.
         largest: the norm that an update may have.
+        seconds: of the whole round; None has no end.
     """
 
     def __init__(
@@ -58,10 +63,12 @@ class Veiled:
         rows: Mapping[str, int],
         threshold: int,
         largest: float,
+        seconds: float | None = None,
     ) -> None:
         self.exchange, self.tasks, self.weights, self.rows = exchange, tasks, weights, rows
         self.task = next(iter(tasks.values()))
         self.threshold, self.largest = threshold, largest
+        self.seconds, self.began = seconds, time.monotonic()
         self.lost: dict[str, Lost] = {}
         self.fitted: dict[str, Fitted] = {}
         self.up = 0
@@ -108,7 +115,7 @@ class Veiled:
     def _ask(self, tasks: Mapping[str, Task], kind: type[T], odd: Callable[[str, T], str]) -> dict[str, T]:
         """Answers of a kind, by client; the others are lost, and those of which `odd` says what is wrong. Raises
         ClientError where too few are left."""
-        answers = self.exchange(tasks)
+        answers = self.exchange(tasks, self._left(kind))
         found: dict[str, T] = {}
         for name in sorted(tasks):
             answer = answers.get(name)
@@ -123,6 +130,12 @@ class Veiled:
         if len(found) < self.threshold:
             raise too_few(len(found), tuple(self.lost.values()), self.threshold, f"round {self.task.round}, secure sum")
         return found
+
+    def _left(self, kind: type) -> float | None:
+        """Seconds for answers of a kind."""
+        if self.seconds is None:
+            return None
+        return max(_BY[kind] * self.seconds - (time.monotonic() - self.began), _LEAST * self.seconds)
 
     def _sound(self, total: np.ndarray[tuple[int, ...], np.dtype[np.float64]], weight: float) -> None:
         norm, most = float(np.linalg.norm(total)), weight * self.largest
