@@ -222,7 +222,8 @@ def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(model: Model, monkeyp
     task = to_record(WIRE.pack(ScoreTask(model)))
     assert (
         said(addressed(task, "mart"))
-        == "the server knows this client's key as that of 'mart', and it calls itself 'shop0'."
+        == "the server knows this client's key as that of 'mart', and it calls itself 'shop0'; use the name, or the key, "
+        "of the other."
     )
     assert "a Flower message holds no message of ours" in said(addressed(RecordDict({}), "shop0"))
 
@@ -383,7 +384,7 @@ def test_clients_are_told_that_a_run_has_failed(keys: Path, refused: bool, tmp_p
 
     def fails(over: FlowerChannel) -> None:
         terms = terms_of(Rounds(1, minimum=1, wait=30.0), CHOSEN)
-        with Deployment(over, None, tmp_path / "work", terms) as run:
+        with Deployment(over, None, tmp_path / "work", terms, print) as run:
             if refused:
                 run.members.refused["shop0"] = "labels differ."
             raise ZeroDivisionError
@@ -429,21 +430,56 @@ def test_all_clients_leave(keys: Path, model: Model) -> None:
     assert isinstance(joined.problem, SystemExit)
 
 
-def test_a_client_that_differs_is_refused_with_the_field(keys: Path, model: Model) -> None:
+def test_a_client_that_differs_ends_with_the_field_and_the_server_says_so_once(
+    keys: Path, model: Model, tmp_path: Path
+) -> None:
     address = f"127.0.0.1:{free_port()}"
     odd = shops()[1].data
     odd = replace(odd, train=replace(odd.train, label=tuple("other" for _ in odd.train.label or ())))
+    terms, said = terms_of(Rounds(1, wait=20.0), CHOSEN), list[str]()
     with listening(address, ServerKeys.load(keys / "server")) as over:
-        joined = [Joining(address, keys / c.name, c) for c in (shops()[0], Client("shop1", odd))]
-        soon(lambda: len(over.clients()) == 2)
-        run = Federated(over, rounds=Rounds(1), privacy=None)
-        fitted(run, model)
-        over.dismiss(run.members.refused)
-        for one in joined:
+        one = Joining(address, keys / "shop1", Client("shop1", odd))
+        with Deployment(over, None, tmp_path / "work", terms, said.append) as run:
+            asking = threading.Thread(target=lambda: fitted(run, model))
+            asking.start()
+            for again in (False, True):  # it comes again, as under a service manager
+                if again:
+                    one = Joining(address, keys / "shop1", Client("shop1", odd))
+                one.join(10)
+                assert isinstance(one.problem, ClientError)
+                assert str(one.problem).startswith("the server refused this client: labels differs: the server has")
+            other = Joining(address, keys / "shop0", shops()[0])
+            asking.join(20)
+        other.join(10)
+    assert other.problem is None
+    assert [line[: len("shop1 was refused: labels differs")] for line in said] == ["shop1 was refused: labels differs"]
+    assert run.report.notes == (said[0],)
+
+
+def test_a_client_whose_name_is_not_that_of_its_key_ends_at_once(keys: Path, tmp_path: Path) -> None:
+    make_keys(tmp_path / "other", ("shop0",))
+    address, said = f"127.0.0.1:{free_port()}", list[str]()
+    client = shops()[0]
+    with listening(address, ServerKeys.load(keys / "server"), said=said.append) as over:
+        first = Joining(address, keys / "shop0", client)
+        soon(lambda: over.clients() == ("shop0",))
+        there = over.nodes()
+        for _ in range(2):
+            one = Joining(address, keys / "shop0", Client("shop9", client.data))
             one.join(10)
-    assert joined[0].problem is None
-    assert "labels" in str(joined[1].problem)
-    assert any("shop1 was refused" in note for note in run.report.notes)
+            assert isinstance(one.problem, ClientError)
+            assert str(one.problem).startswith("the server knows this client's key as that of 'shop0', and it calls")
+        assert over.nodes() == there, "who is there with that key stays"
+        authority = (keys / "server/ca.crt").read_bytes()
+        unknown = ClientKeys(authority, (tmp_path / "other/shop0/client.key").read_bytes())
+        with pytest.raises(ClientError, match="does not let this client in"):
+            Connection(address, unknown).serve(client)
+        over.dismiss({})
+        first.join(10)
+    assert said == [
+        f"'shop9' was not let in: {one.problem}",
+        "'shop0' was not let in: its public key is not among those of the server's clients.",
+    ]
 
 
 def test_a_server_that_is_away_or_is_another(keys: Path, tmp_path: Path) -> None:

@@ -239,6 +239,11 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
         ClientError, match="0 of 1 clients can take part, and 1 must. strange was refused: labels differs"
     ):
         fitted(Federated([Client("strange", part(strange))], privacy=None), model)
+    leaving = Changed([Client("strange", part(strange))], same)
+    run = Federated(leaving, rounds=Rounds(1, wait=0.3), privacy=None)
+    run.members.refuses = lambda name, reason, final: leaving.gone.add(name)
+    with pytest.raises(ClientError, match="0 of 0 clients can take part, and 1 must. strange was refused: labels"):
+        fitted(run, model)
 
 
 def test_labels_that_are_texts_stay_with_the_client(model: Model) -> None:

@@ -92,7 +92,7 @@ class Federated:
         self.algorithm: Algorithm = algorithm or FedAvg()
         self.travel = travel or Travel()
         self.privacy = privacy
-        self.members = Members(self.channel, self.rounds)
+        self.members = Members(self.channel, self.rounds, self.refuses)
         self.reports: list[FederationReport] = []
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
@@ -156,6 +156,9 @@ class Federated:
     def remarks(self) -> tuple[str, ...]:
         """What all fits cost the rows of clients."""
         return (in_words(self.reports),) if self.reports else ()
+
+    def refuses(self, client: str, reason: str, final: bool) -> None:
+        """A client cannot take part; what differs (`final`) does so whenever it is asked."""
 
     def finished(self, report: FederationReport) -> None:
         """A fit has come to its end."""
