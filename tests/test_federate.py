@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import tiny_base, tiny_model, tiny_rows, write_table
-from netweight.errors import ClientError, EndpointError, OptionError, WireError
+from netweight.errors import ClientError, EndpointError, LabelError, OptionError, WireError
 from netweight.federate.keys import ClientKeys, ServerKeys, make_keys
 from netweight.federate.kinds import WIRE
 from netweight.federate.link import listening
@@ -302,6 +302,9 @@ def test_labels_come_from_names_or_rows() -> None:
         task_of(None, None)
     with pytest.raises(OptionError, match="labels that --labels does not name"):
         task_of(("x", "y"), rows)
+    ids = replace(rows, label=tuple(map(str, range(len(rows)))))
+    with pytest.raises(LabelError, match="each label needs at least 2 rows in dev; only 1 has '0', '1', .* more"):
+        task_of(None, ids)
 
 
 def test_scores_are_standardised_by_the_rows_of_the_server() -> None:

@@ -246,6 +246,16 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
         fitted(run, model)
 
 
+def test_labels_that_are_no_scores_are_refused(model: Model) -> None:
+    model, said = replace(model, task=Score()), list[str]()
+    numbers = part(replace(tiny_rows(30), label=tuple(str(i) for i in range(30))))
+    clients = [Client("words", shops(1)[0].data, said=said.append), Client("numbers", numbers)]
+    run = Federated(clients, privacy=None)
+    assert list(run.usable(model)) == ["numbers"]
+    assert run.members.refused["words"].startswith("labels differs: the server has numbers, the client 2 that are")
+    assert said == ["words: labels that the server does not know (2; it has numbers): 'bad', 'good'."]
+
+
 def test_labels_that_are_texts_stay_with_the_client(model: Model) -> None:
     """As where the column of labels is named by mistake, and a server asks without having let the client join."""
     rows, said = tiny_rows(30), list[str]()

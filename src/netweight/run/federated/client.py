@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -124,15 +124,13 @@ class Client:
             columns=tuple(name for name in _SEEN if getattr(rows, name) is not None),
             version=version("netweight"),
         )
-        if not mine.labels:
-            return Joined(mine, len(rows), 0)
         found = set(rows.label or ())
-        unknown = sorted(found - set(mine.labels)) if self.expects is None else []
+        unknown = _strange(found, mine.labels) if self.expects is None else []
         if unknown:
-            known = ", ".join(map(repr, mine.labels))
+            known = ", ".join(map(repr, mine.labels)) or "numbers"
             some = ", ".join(map(repr, unknown[:5]))
             self._say(f"labels that the server does not know ({len(unknown)}; it has {known}): {some}.")
-        return Joined(mine, len(rows), len(found), len(unknown))
+        return Joined(mine, len(rows), len(found) if mine.labels else 0, len(unknown))
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
@@ -182,6 +180,18 @@ class Client:
         self._kept.save(task, keep)
         rows, seconds = len(self.data.train), time.monotonic() - began
         return Fitted(sent, rows, meter.steps, seconds, math.nan if task.privacy else meter.loss, change)
+
+
+def _strange(found: Collection[str], labels: tuple[str, ...]) -> list[str]:
+    """Those that are not among the labels, or no numbers where there are none: scores."""
+
+    def number(label: str) -> bool:
+        try:
+            return math.isfinite(float(label))
+        except ValueError:
+            return False
+
+    return sorted(label for label in found if not (label in labels if labels else number(label)))
 
 
 def _require(rows: Rows) -> None:

@@ -50,7 +50,8 @@ class Join:
 @dataclass(frozen=True)
 class Joined:
     """A client's own manifest, the number of its training rows, of their labels (0 for scores), and of those that the
-    server does not know. Which ones does not travel: a column that was named by mistake may hold texts."""
+    server does not know (of scores: that are no numbers). Which ones does not travel: a column that was named by
+    mistake may hold texts."""
 
     manifest: Manifest
     rows: int
