@@ -1,14 +1,18 @@
 """Federated runs under privacy: on unless turned off, within the budget, and equal to plain ones where they must be."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import typer
 
 from conftest import Killed, tiny_model, tiny_rows
+from netweight.cli import app
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import ClientError, OptionError, RunError, StoreError
@@ -300,24 +304,27 @@ def test_noise_that_drowns_the_signal_is_refused_with_its_numbers():
     assert "the noise of epsilon 0.1 (delta 1e-05) would be" in text
     assert "from 36 rows of 2 clients in 2 rounds" in text
     assert (
-        "What helps: fewer trained parameters (Finetune(train='lora') or 'head'), more rows, a larger batch_size"
-        in text
+        "What helps: fewer trained parameters (--train lora or head; Finetune(train=...)), more rows, a larger "
+        "batch_size" in text
     )
+    assert text.endswith("or a larger epsilon (--epsilon).")
     with pytest.raises(OptionError, match="more clients in a round"):
         refuse(ClientLevel(), setting(d=10**6), FedAvg(), Travel())
 
 
 @pytest.mark.parametrize("aggregate", [Median(), TrimmedMean(), Krum()])
 def test_secure_sums_cannot_be_ordered(aggregate):
-    with pytest.raises(OptionError, match=f"{type(aggregate).__name__} orders or compares clients' values"):
+    with pytest.raises(OptionError, match=f"{type(aggregate).__name__} orders or compares .*--aggregate mean"):
         fitted(Federated(shops(4), algorithm=FedAvg(aggregate)))
 
 
 def test_what_does_not_add_up_is_refused():
     for codec in (TopK(), Int8()):
-        with pytest.raises(OptionError, match=f"{type(codec).__name__} picks places or scales of each client's own"):
+        with pytest.raises(
+            OptionError, match=f"{type(codec).__name__} picks places or scales .*--travel random-k, full"
+        ):
             fitted(Federated(shops(), travel=Travel(codec)))
-    with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors"):
+    with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors.*--algorithm"):
         fitted(Federated(shops(), algorithm=Scaffold()))
     one = Rounds(share=0.3)
     with pytest.raises(OptionError, match="secure aggregation hides a client among others, and 1 takes part"):
@@ -326,9 +333,18 @@ def test_what_does_not_add_up_is_refused():
         fitted(Federated(shops(), rounds=one, privacy=ClientLevel(secure=False)))
     with pytest.raises(
         ClientError,
-        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*RowLevel\(secure=False\) needs no",
+        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*--privacy off .*RowLevel\(secure=False\), too. needs no",
     ):
         fitted(Federated(shops(1)))
+
+
+def test_errors_name_options_that_the_command_line_has():
+    said = "".join(path.read_text(encoding="utf-8") for path in Path(server.__file__).parent.glob("*.py"))
+    group = typer.main.get_command(app).commands["federate"]
+    there = {word for p in group.commands["server"].params for word in (*p.opts, *p.secondary_opts)}
+    named = set(re.findall(r"--[a-z][a-z-]*", said))
+    assert {"--privacy", "--epsilon", "--train", "--aggregate"} <= named
+    assert named <= there
 
 
 def test_without_secure_sums_they_are_allowed():
@@ -341,7 +357,7 @@ def test_without_secure_sums_they_are_allowed():
 
 def test_statistics_are_refused_and_the_text_says_what_to_do():
     run = Federated(shops())
-    with pytest.raises(OptionError, match="Moments is an exact sum over rows.* probe=False"):
+    with pytest.raises(OptionError, match="Moments is an exact sum over rows.* probe=False.*--privacy off"):
         Finetune(train="head")(tiny_model(), run, PLAN)
     made = Finetune(train="head", probe=False, epochs=1, learning_rate=1e-2)(tiny_model(), run, PLAN)
     assert made.digest != tiny_model().digest

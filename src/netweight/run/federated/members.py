@@ -124,7 +124,10 @@ class Members:
             return self._absent(names)
         why = " ".join(self.notes()) or "The others left."
         if least > self.rounds.minimum:
-            why += " Privacy hides a client among so many; RowLevel(secure=False) needs no others."
+            why += (
+                " Privacy hides a client among so many; --privacy off (in Python RowLevel(secure=False), too) needs no "
+                "others."
+            )
         return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
 
     def _absent(self, names: tuple[str, ...]) -> str:

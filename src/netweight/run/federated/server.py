@@ -110,8 +110,8 @@ class Federated:
         if self.privacy is not None:
             raise OptionError(
                 f"{type(statistic).__name__} is an exact sum over rows, which no noise hides: a technique that needs "
-                "it cannot run with privacy (Finetune: probe=False, class_weights=False). Leave it out, or use "
-                "privacy=None."
+                "it cannot run with privacy (Finetune: probe=False, class_weights=False). Leave it out, or turn "
+                "privacy off (privacy=None, --privacy off)."
             )
         usable = self.usable(model)
         names = sorted(usable)

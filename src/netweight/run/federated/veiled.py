@@ -144,7 +144,7 @@ class Veiled:
             raise RunError(
                 f"round {self.task.round}: the sum of updates has norm {norm:.4g}, and those of {len(self.fitted)} "
                 f"clients that keep to the rules have {most:.4g} at most. One did not, and a sum does not tell which: "
-                "begin again with fewer clients, or with secure=False."
+                "begin again with fewer clients, or, in Python, with secure=False."
             )
 
     def _values(self, mean: Tensor, old: Tensors, names: frozenset[str], shared: int) -> dict[str, Tensor]:
