@@ -33,6 +33,7 @@ from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
 from netweight.run.federated import Client, Federated, Int8, Rounds, RowLevel, Travel
+from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.flower import (
     FlowerChannel,
     Memory,
@@ -841,6 +842,46 @@ def test_a_killed_server_goes_on_from_its_last_round_and_a_killed_client_comes_b
         status, told = ended(client)
         assert status == 0, told
     assert "again" in told
+
+
+@pytest.mark.slow
+def test_a_round_of_secure_sums_in_which_the_server_is_killed_costs_rows_once(federation: Federation) -> None:
+    many = ("--rounds", 4, "--epochs", 4, "--minimum", 2, "--wait", 90, "--train", "head", "--learning-rate", 0.01)
+    server = federation.server(*many)
+    clients = [federation.client(name) for name in federation.names]
+    out, state = federation.folder / "out", federation.folder / "state"
+
+    def entered(name: str) -> list[Any]:
+        ledger = state / name / "privacy.json"
+        return [step for fit in json.loads(ledger.read_text()).values() for step in fit] if ledger.exists() else []
+
+    def done() -> list[Any]:
+        for path in (out / "work").glob("rounds-*.safetensors"):
+            with safe_open(path, "pt") as file:
+                return list(json.loads(file.metadata()["about"])["rounds"])
+        return []
+
+    # A client has trained in a round that the server has not finished: it will be asked for it again.
+    waited(lambda: len(entered("north")) > len(done()) > 0)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    before = done()
+    assert 0 < len(before) < 4
+    status, said = ended(federation.server(*many))
+    assert status == 0, said
+    assert "the server saw sums of updates only" in said
+    assert [ended(client)[0] for client in clients] == [0, 0]
+    (report,) = json.loads((out / "federation.json").read_text())
+    assert report["rounds"][: len(before)] == before
+    assert [(r["round"], r["took_part"]) for r in report["rounds"]] == [(i, ["north", "south"]) for i in range(4)]
+    assert report["moved"] > 0
+    assert float(Model.load(out / "model").network.head.weight.detach().abs().max()) > 0, "it begins with zeros"  # type: ignore[union-attr]
+    costs = []
+    for name in federation.names:
+        steps = entered(name)
+        assert len(steps) == 4
+        costs.append(epsilon([Steps(**step) for step in steps], 1e-5))
+    assert report["epsilon"] == pytest.approx(max(costs))
 
 
 def waited(true: Any) -> None:
