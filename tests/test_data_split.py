@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,11 @@ SERVER = {"dev": many(40, prefix="dev"), "certify": many(30, prefix="certify")}
             LabelError,
             "20 rows of dev have labels that are not among the job's: 'b' .first: row 2.. Name",
             {"labels": "ac"},
+        ),
+        (
+            LabelError,
+            "each label needs at least 2 rows in dev; only 1 has '0', '1', '10', '11', '12' and 35 more",
+            {"dev": replace(many(40), label=tuple(map(str, range(40))))},
         ),
         (
             LabelError,

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import tiny_base, tiny_model, tiny_rows, write_table
-from netweight.errors import ClientError, EndpointError, OptionError, WireError
+from netweight.errors import ClientError, EndpointError, LabelError, OptionError, WireError
 from netweight.federate.keys import ClientKeys, ServerKeys, make_keys
 from netweight.federate.kinds import WIRE
 from netweight.federate.link import listening
@@ -33,6 +33,7 @@ from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.quiet import flower
 from netweight.run.federated import Client, Federated, Int8, Rounds, RowLevel, Travel
+from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.flower import (
     FlowerChannel,
     Memory,
@@ -49,6 +50,7 @@ from netweight.task import Classify, Score
 from netweight.techniques import Finetune
 from netweight.train import Plan
 from test_federated import PLAN, fitted, shops
+from test_federated_clients import Unheard
 from test_habits import _CONNECTIONS, python
 
 flower()
@@ -113,6 +115,15 @@ def test_a_run_over_a_grid_equals_one_in_this_process(model: Model) -> None:
     assert made[0].digest == made[1].digest
     assert [s.quality for s in runs[0].report.standings] == [s.quality for s in runs[1].report.standings]
     assert runs[0].report.up == runs[1].report.up
+
+
+def test_a_client_hears_over_a_grid_which_of_its_answers_counted(model: Model) -> None:
+    made = []
+    for how in ("away", "late"):
+        lossy = Unheard([], how)
+        lossy.inner = channel(FakeGrid(shops()))  # type: ignore[assignment]
+        made.append(fitted(Federated(lossy, rounds=Rounds(3), travel=Travel(Int8()), privacy=None), model).digest)
+    assert made[0] == made[1]
 
 
 def test_what_a_client_holds_is_not_sent_again(model: Model) -> None:
@@ -212,7 +223,8 @@ def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(model: Model, monkeyp
     task = to_record(WIRE.pack(ScoreTask(model)))
     assert (
         said(addressed(task, "mart"))
-        == "the server knows this client's key as that of 'mart', and it calls itself 'shop0'."
+        == "the server knows this client's key as that of 'mart', and it calls itself 'shop0'; use the name, or the key, "
+        "of the other."
     )
     assert "a Flower message holds no message of ours" in said(addressed(RecordDict({}), "shop0"))
 
@@ -291,6 +303,9 @@ def test_labels_come_from_names_or_rows() -> None:
         task_of(None, None)
     with pytest.raises(OptionError, match="labels that --labels does not name"):
         task_of(("x", "y"), rows)
+    ids = replace(rows, label=tuple(map(str, range(len(rows)))))
+    with pytest.raises(LabelError, match="each label needs at least 2 rows in dev; only 1 has '0', '1', .* more"):
+        task_of(None, ids)
 
 
 def test_scores_are_standardised_by_the_rows_of_the_server() -> None:
@@ -373,7 +388,7 @@ def test_clients_are_told_that_a_run_has_failed(keys: Path, refused: bool, tmp_p
 
     def fails(over: FlowerChannel) -> None:
         terms = terms_of(Rounds(1, minimum=1, wait=30.0), CHOSEN)
-        with Deployment(over, None, tmp_path / "work", terms) as run:
+        with Deployment(over, None, tmp_path / "work", terms, print) as run:
             if refused:
                 run.members.refused["shop0"] = "labels differ."
             raise ZeroDivisionError
@@ -419,21 +434,56 @@ def test_all_clients_leave(keys: Path, model: Model) -> None:
     assert isinstance(joined.problem, SystemExit)
 
 
-def test_a_client_that_differs_is_refused_with_the_field(keys: Path, model: Model) -> None:
+def test_a_client_that_differs_ends_with_the_field_and_the_server_says_so_once(
+    keys: Path, model: Model, tmp_path: Path
+) -> None:
     address = f"127.0.0.1:{free_port()}"
     odd = shops()[1].data
     odd = replace(odd, train=replace(odd.train, label=tuple("other" for _ in odd.train.label or ())))
+    terms, said = terms_of(Rounds(1, wait=20.0), CHOSEN), list[str]()
     with listening(address, ServerKeys.load(keys / "server")) as over:
-        joined = [Joining(address, keys / c.name, c) for c in (shops()[0], Client("shop1", odd))]
-        soon(lambda: len(over.clients()) == 2)
-        run = Federated(over, rounds=Rounds(1), privacy=None)
-        fitted(run, model)
-        over.dismiss(run.members.refused)
-        for one in joined:
+        one = Joining(address, keys / "shop1", Client("shop1", odd))
+        with Deployment(over, None, tmp_path / "work", terms, said.append) as run:
+            asking = threading.Thread(target=lambda: fitted(run, model))
+            asking.start()
+            for again in (False, True):  # it comes again, as under a service manager
+                if again:
+                    one = Joining(address, keys / "shop1", Client("shop1", odd))
+                one.join(10)
+                assert isinstance(one.problem, ClientError)
+                assert str(one.problem).startswith("the server refused this client: labels differs: the server has")
+            other = Joining(address, keys / "shop0", shops()[0])
+            asking.join(20)
+        other.join(10)
+    assert other.problem is None
+    assert [line[: len("shop1 was refused: labels differs")] for line in said] == ["shop1 was refused: labels differs"]
+    assert run.report.notes == (said[0],)
+
+
+def test_a_client_whose_name_is_not_that_of_its_key_ends_at_once(keys: Path, tmp_path: Path) -> None:
+    make_keys(tmp_path / "other", ("shop0",))
+    address, said = f"127.0.0.1:{free_port()}", list[str]()
+    client = shops()[0]
+    with listening(address, ServerKeys.load(keys / "server"), said=said.append) as over:
+        first = Joining(address, keys / "shop0", client)
+        soon(lambda: over.clients() == ("shop0",))
+        there = over.nodes()
+        for _ in range(2):
+            one = Joining(address, keys / "shop0", Client("shop9", client.data))
             one.join(10)
-    assert joined[0].problem is None
-    assert "labels" in str(joined[1].problem)
-    assert any("shop1 was refused" in note for note in run.report.notes)
+            assert isinstance(one.problem, ClientError)
+            assert str(one.problem).startswith("the server knows this client's key as that of 'shop0', and it calls")
+        assert over.nodes() == there, "who is there with that key stays"
+        authority = (keys / "server/ca.crt").read_bytes()
+        unknown = ClientKeys(authority, (tmp_path / "other/shop0/client.key").read_bytes())
+        with pytest.raises(ClientError, match="does not let this client in"):
+            Connection(address, unknown).serve(client)
+        over.dismiss({})
+        first.join(10)
+    assert said == [
+        f"'shop9' was not let in: {one.problem}",
+        "'shop0' was not let in: its public key is not among those of the server's clients.",
+    ]
 
 
 def test_a_server_that_is_away_or_is_another(keys: Path, tmp_path: Path) -> None:
@@ -792,6 +842,46 @@ def test_a_killed_server_goes_on_from_its_last_round_and_a_killed_client_comes_b
         status, told = ended(client)
         assert status == 0, told
     assert "again" in told
+
+
+@pytest.mark.slow
+def test_a_round_of_secure_sums_in_which_the_server_is_killed_costs_rows_once(federation: Federation) -> None:
+    many = ("--rounds", 4, "--epochs", 4, "--minimum", 2, "--wait", 90, "--train", "head", "--learning-rate", 0.01)
+    server = federation.server(*many)
+    clients = [federation.client(name) for name in federation.names]
+    out, state = federation.folder / "out", federation.folder / "state"
+
+    def entered(name: str) -> list[Any]:
+        ledger = state / name / "privacy.json"
+        return [step for fit in json.loads(ledger.read_text()).values() for step in fit] if ledger.exists() else []
+
+    def done() -> list[Any]:
+        for path in (out / "work").glob("rounds-*.safetensors"):
+            with safe_open(path, "pt") as file:
+                return list(json.loads(file.metadata()["about"])["rounds"])
+        return []
+
+    # A client has trained in a round that the server has not finished: it will be asked for it again.
+    waited(lambda: len(entered("north")) > len(done()) > 0)
+    server.send_signal(signal.SIGKILL)
+    server.wait()
+    before = done()
+    assert 0 < len(before) < 4
+    status, said = ended(federation.server(*many))
+    assert status == 0, said
+    assert "the server saw sums of updates only" in said
+    assert [ended(client)[0] for client in clients] == [0, 0]
+    (report,) = json.loads((out / "federation.json").read_text())
+    assert report["rounds"][: len(before)] == before
+    assert [(r["round"], r["took_part"]) for r in report["rounds"]] == [(i, ["north", "south"]) for i in range(4)]
+    assert report["moved"] > 0
+    assert float(Model.load(out / "model").network.head.weight.detach().abs().max()) > 0, "it begins with zeros"  # type: ignore[union-attr]
+    costs = []
+    for name in federation.names:
+        steps = entered(name)
+        assert len(steps) == 4
+        costs.append(epsilon([Steps(**step) for step in steps], 1e-5))
+    assert report["epsilon"] == pytest.approx(max(costs))
 
 
 def waited(true: Any) -> None:

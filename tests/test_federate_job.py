@@ -55,13 +55,13 @@ class Connected(InProcess):
         self.asked += {type(task) for task in tasks.values()}
         return super().exchange(tasks, seconds)
 
-    def dismiss(self, reasons: Mapping[str, str], others: str = "") -> None:
+    def dismiss(self, reasons: Mapping[str, str], others: str | None = "") -> None:
         self.told.append(reasons)
 
 
 def deployment(channel: Connected, folder: Path, privacy: Automatic | None = PRIVATE, **rounds: Any) -> Deployment:
     terms = terms_of(Rounds(2, **rounds), CHOSEN, privacy=privacy)
-    return Deployment(channel, None, folder / "work", terms)  # type: ignore[arg-type]
+    return Deployment(channel, None, folder / "work", terms, print)  # type: ignore[arg-type]
 
 
 def head() -> Model:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,20 @@ from netweight.errors import ClientError, LabelError, ModelError, OptionError
 from netweight.loss import Supervised
 from netweight.model import Model
 from netweight.run import Local
-from netweight.run.federated import Client, FedAvg, Federated, FedProx, Full, InProcess, Rounds, Scaffold, Travel
+from netweight.run.federated import (
+    Client,
+    FedAvg,
+    Federated,
+    FedProx,
+    Full,
+    InProcess,
+    Int8,
+    RandomK,
+    Rounds,
+    Scaffold,
+    TopK,
+    Travel,
+)
 from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
 from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Task
@@ -225,6 +239,21 @@ def test_another_label_set_and_other_columns_are_refused(model: Model) -> None:
         ClientError, match="0 of 1 clients can take part, and 1 must. strange was refused: labels differs"
     ):
         fitted(Federated([Client("strange", part(strange))], privacy=None), model)
+    leaving = Changed([Client("strange", part(strange))], same)
+    run = Federated(leaving, rounds=Rounds(1, wait=0.3), privacy=None)
+    run.members.refuses = lambda name, reason, final: leaving.gone.add(name)
+    with pytest.raises(ClientError, match="0 of 0 clients can take part, and 1 must. strange was refused: labels"):
+        fitted(run, model)
+
+
+def test_labels_that_are_no_scores_are_refused(model: Model) -> None:
+    model, said = replace(model, task=Score()), list[str]()
+    numbers = part(replace(tiny_rows(30), label=tuple(str(i) for i in range(30))))
+    clients = [Client("words", shops(1)[0].data, said=said.append), Client("numbers", numbers)]
+    run = Federated(clients, privacy=None)
+    assert list(run.usable(model)) == ["numbers"]
+    assert run.members.refused["words"].startswith("labels differs: the server has numbers, the client 2 that are")
+    assert said == ["words: labels that the server does not know (2; it has numbers): 'bad', 'good'."]
 
 
 def test_labels_that_are_texts_stay_with_the_client(model: Model) -> None:
@@ -327,6 +356,47 @@ def test_slow_and_absent_clients_are_normal(model: Model) -> None:
     assert took_part[3] == ("shop0", "shop1", "shop2", "shop3"), "one that comes back takes part again"
     assert run.report.rounds[1].lost == (Lost("shop1", "no answer within 5 s"),)
     assert any("round 1: shop1 lost: no answer within 5 s" in line for line in run.report.lines())
+
+
+class Unheard(Changed):
+    """shop1 answers in the middle of three rounds, and is late or sends NaN; or it is not asked."""
+
+    def __init__(self, clients: list[Client], how: str) -> None:
+        super().__init__(clients, same)
+        self.how = how
+
+    def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
+        middle = isinstance(task := next(iter(tasks.values())), FitTask) and task.round == 1
+        if not middle:
+            return super().exchange(tasks, seconds)
+        found = super().exchange({n: t for n, t in tasks.items() if n != "shop1" or self.how != "away"}, seconds)
+        answer = found.get("shop1")
+        if isinstance(answer, Fitted) and self.how == "refused":
+            return {**found, "shop1": replace(answer, loss=math.nan)}
+        return {**found, "shop1": Lost("shop1", "no answer within 5 s")}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("algorithm", "travel"),
+    [
+        (Scaffold(), Travel()),
+        *((FedAvg(), Travel(codec)) for codec in (Int8(), RandomK(0.2), TopK(0.1))),
+        (FedAvg(), Travel(personal_head=True)),
+    ],
+    ids=repr,
+)
+def test_what_a_client_carries_is_of_the_last_answer_that_counted(
+    algorithm: FedAvg, travel: Travel, folder: bool, model: Model, tmp_path: Path
+) -> None:
+    """An answer that the server did not take leaves no trace on the client, as if it had not been asked."""
+    made = {}
+    for how in ("away", "refused", "late"):
+        channel = Unheard(shops(3, tmp_path / how if folder else None), how)
+        run = Federated(channel, rounds=Rounds(3), algorithm=algorithm, travel=travel, privacy=None)
+        made[how] = fitted(run, model).digest
+        assert [len(r.took_part) for r in run.report.rounds] == [3, 2, 3]
+    assert made["refused"] == made["late"] == made["away"]
 
 
 def test_a_share_of_the_clients_takes_part_in_each_round(model: Model) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from netweight.cli import app
 from netweight.cli.plan import size
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
-from netweight.errors import OptionError
+from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, Supervised
-from netweight.model import Model
-from netweight.network import Transformer
+from netweight.model import Model, pretrained, skeleton
+from netweight.network import Linear, Transformer
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.commands import Strategy
 from netweight.run.named import named
 from netweight.run.planner import Job, Need, needs, recommended
 from netweight.run.rehearsal import rehearse
 from netweight.run.strategies import seams_of
+from netweight.task import Classify
 from netweight.train import Plan, _Loop
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -211,6 +212,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert "Use --run ddp:2, the first that fits into 1GB." in said.output
     small = CliRunner().invoke(app, ["plan", str(base), "--length", "32", "--memory", "1kB", "--json"])
     assert json.loads(small.output)["recommended"] is None
+
+
+def test_the_command_reads_a_saved_model(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "base", layers=2)
+    pretrained(str(base), Classify(("bad", "good"))).save(tmp_path / "model")
+    said = [
+        CliRunner().invoke(app, ["plan", str(tmp_path / name), "--length", "32", "--json"]).output
+        for name in ("base", "model")
+    ]
+    assert json.loads(said[0]) == json.loads(said[1])
+    network = Linear(3, 5, 2)
+    replace(tiny_model(), network=network).save(tmp_path / "linear")
+    with pytest.raises(ModelError, match="linear holds a saved Linear; only an encoder can be divided"):
+        skeleton(str(tmp_path / "linear"))
 
 
 @pytest.mark.parametrize("again", [False, True])

@@ -1,13 +1,18 @@
 """Federated runs under privacy: on unless turned off, within the budget, and equal to plain ones where they must be."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import typer
 
 from conftest import Killed, tiny_model, tiny_rows
+from netweight.cli import app
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import ClientError, OptionError, RunError, StoreError
@@ -30,6 +35,7 @@ from netweight.run.federated import (
     TopK,
     Travel,
     server,
+    veiled,
 )
 from netweight.run.federated.accountant import Steps, epsilon
 from netweight.run.federated.guard import Ledger, Opened, shortened
@@ -175,6 +181,41 @@ def test_a_fifth_of_the_clients_vanish_in_a_round_and_the_sum_is_that_of_the_oth
     assert [lost.client for lost in done.lost] == ["shop3"]
 
 
+def test_a_deadline_bounds_a_secure_round_as_a_whole(monkeypatch):
+    """One more client is silent in each exchange, and the server waits for it as long as it may."""
+    clock = [0.0]
+
+    class Waiting(Vanishing):
+        def exchange(self, tasks, seconds=None):
+            self.stage = type(next(iter(tasks.values())))
+            self.gone = (GONE.get(self.stage),)
+            if self.gone[0] in tasks:
+                given[self.stage] = seconds
+                clock[0] += seconds
+            return super().exchange(tasks, seconds)
+
+    GONE = {Advertise: "shop01", Share: "shop02", FitTask: "shop03", Unmask: "shop04"}
+    given = {}
+    monkeypatch.setattr(veiled, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    every = shops(12, rows=40)
+    clients = [Client(f"shop{i:02d}", c.data) for i, c in enumerate(every)]
+    run = Federated(Waiting(clients, (), None), rounds=Rounds(1, seconds=100.0), privacy=RowLevel(epsilon=30.0))
+    fitted(run)
+    assert {stage: pytest.approx(seconds) for stage, seconds in given.items()} == {
+        Advertise: 10,
+        Share: 10,
+        FitTask: 70,
+        Unmask: 10,
+    }
+    assert clock == [pytest.approx(100)]
+    assert len(run.report.rounds[0].took_part) == 9
+    # What nobody waits for is left to those that train, and each exchange has some time however long others took.
+    one = veiled.Veiled(None, {"a": None}, {}, {}, 2, 1.0, 60.0)
+    assert one._left(Fitted) == pytest.approx(54)
+    clock[0] += 1000
+    assert one._left(Fitted) == pytest.approx(6)
+
+
 def test_too_few_are_left():
     run = Federated(Vanishing(shops(5), ("shop1", "shop3"), FitTask), rounds=Rounds(1))
     with pytest.raises(ClientError, match="round 0, secure sum: 3 clients answered, and 4 must. shop1: gone"):
@@ -263,24 +304,27 @@ def test_noise_that_drowns_the_signal_is_refused_with_its_numbers():
     assert "the noise of epsilon 0.1 (delta 1e-05) would be" in text
     assert "from 36 rows of 2 clients in 2 rounds" in text
     assert (
-        "What helps: fewer trained parameters (Finetune(train='lora') or 'head'), more rows, a larger batch_size"
-        in text
+        "What helps: fewer trained parameters (--train lora or head; Finetune(train=...)), more rows, a larger "
+        "batch_size" in text
     )
+    assert text.endswith("or a larger epsilon (--epsilon).")
     with pytest.raises(OptionError, match="more clients in a round"):
         refuse(ClientLevel(), setting(d=10**6), FedAvg(), Travel())
 
 
 @pytest.mark.parametrize("aggregate", [Median(), TrimmedMean(), Krum()])
 def test_secure_sums_cannot_be_ordered(aggregate):
-    with pytest.raises(OptionError, match=f"{type(aggregate).__name__} orders or compares clients' values"):
+    with pytest.raises(OptionError, match=f"{type(aggregate).__name__} orders or compares .*--aggregate mean"):
         fitted(Federated(shops(4), algorithm=FedAvg(aggregate)))
 
 
 def test_what_does_not_add_up_is_refused():
     for codec in (TopK(), Int8()):
-        with pytest.raises(OptionError, match=f"{type(codec).__name__} picks places or scales of each client's own"):
+        with pytest.raises(
+            OptionError, match=f"{type(codec).__name__} picks places or scales .*--travel random-k, full"
+        ):
             fitted(Federated(shops(), travel=Travel(codec)))
-    with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors"):
+    with pytest.raises(OptionError, match="SCAFFOLD sends a second set of tensors.*--algorithm"):
         fitted(Federated(shops(), algorithm=Scaffold()))
     one = Rounds(share=0.3)
     with pytest.raises(OptionError, match="secure aggregation hides a client among others, and 1 takes part"):
@@ -289,9 +333,18 @@ def test_what_does_not_add_up_is_refused():
         fitted(Federated(shops(), rounds=one, privacy=ClientLevel(secure=False)))
     with pytest.raises(
         ClientError,
-        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*RowLevel\(secure=False\) needs no",
+        match=r"1 of 1 clients can take part, and 2 must.* Privacy hides .*--privacy off .*RowLevel\(secure=False\), too. needs no",
     ):
         fitted(Federated(shops(1)))
+
+
+def test_errors_name_options_that_the_command_line_has():
+    said = "".join(path.read_text(encoding="utf-8") for path in Path(server.__file__).parent.glob("*.py"))
+    group = typer.main.get_command(app).commands["federate"]
+    there = {word for p in group.commands["server"].params for word in (*p.opts, *p.secondary_opts)}
+    named = set(re.findall(r"--[a-z][a-z-]*", said))
+    assert {"--privacy", "--epsilon", "--train", "--aggregate"} <= named
+    assert named <= there
 
 
 def test_without_secure_sums_they_are_allowed():
@@ -304,7 +357,7 @@ def test_without_secure_sums_they_are_allowed():
 
 def test_statistics_are_refused_and_the_text_says_what_to_do():
     run = Federated(shops())
-    with pytest.raises(OptionError, match="Moments is an exact sum over rows.* probe=False"):
+    with pytest.raises(OptionError, match="Moments is an exact sum over rows.* probe=False.*--privacy off"):
         Finetune(train="head")(tiny_model(), run, PLAN)
     made = Finetune(train="head", probe=False, epochs=1, learning_rate=1e-2)(tiny_model(), run, PLAN)
     assert made.digest != tiny_model().digest

@@ -196,10 +196,16 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
 
 
 def skeleton(name: str) -> Transformer:
-    """The network of a pretrained model on torch's meta device: names and shapes, without weights or memory. Takes what
-    `pretrained` takes, and raises what it raises."""
+    """The network of a pretrained or saved model on torch's meta device: names and shapes, without weights or memory.
+    Takes what `pretrained` takes, or a folder that `Model.save` wrote, and raises what `pretrained` raises."""
     folder = _folder(name)
     try:
+        if (saved := folder / "model.json").exists():
+            with torch.device("meta"):
+                network = build(json.loads(saved.read_text(encoding="utf-8"))["spec"])
+            if not isinstance(network, Transformer):
+                raise ModelError(f"{name} holds a saved {type(network).__name__}; only an encoder can be divided.")
+            return network
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"), _quiet():
             return Transformer(AutoModel.from_config(config), 2, _pooling(folder, config))

@@ -26,7 +26,7 @@ def size(text: str) -> int:
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="starter, a folder with config.json, or a Hub id.")] = "starter",
+    model: Annotated[str, typer.Argument(help="starter, a Hub id, or a folder of a base or saved model.")] = "starter",
     processes: Annotated[int, typer.Option(help="How many share the work.")] = 2,
     memory: Annotated[str, typer.Option(help="Of each device, for example 24GB.")] = "24GB",
     batch: Annotated[int, typer.Option(help="Rows of a global batch.")] = 32,

@@ -49,7 +49,7 @@ def split(
         raise OptionError(f"unknown task {kind!r}; use classify or score.")
     _require({"train": train, "dev": dev, "certify": certify, "pool": pool})
     if kind == "classify":
-        strata = _labels(train)
+        strata = numbered_labels(train)
         minority = _minority(train, strata)
     else:
         strata = _bins(train, dev, certify)
@@ -99,6 +99,8 @@ def without_train(
     """
     _require({"dev": dev, "certify": certify, "pool": pool})
     if kind == "classify":
+        if not labels:
+            numbered_labels(dev, "dev")
         others = {"dev": dev, "certify": certify}
         _known(labels or dev.label or (), others, "are not among the job's", "Name them, or remove such rows from")
     else:
@@ -127,18 +129,19 @@ def _require(parts: Mapping[str, Rows | None]) -> None:
             raise DataError(f"{first} has {'a' if paired else 'no'} pair column and {name} differs; align them.")
 
 
-def _labels(train: Rows) -> Ints:
-    """Label numbers in alphabetical order (n,)."""
-    names, numbers, counts = np.unique(np.array(train.label, object), return_inverse=True, return_counts=True)
+def numbered_labels(rows: Rows, called: str = "train") -> Ints:
+    """Numbers (n,) of the labels of a table that says which there are, in alphabetical order. Raises LabelError for one
+    label, and for a label with one row."""
+    names, numbers, counts = np.unique(np.array(rows.label, object), return_inverse=True, return_counts=True)
     if len(names) < 2:
         raise LabelError(
-            f"all {_rows(len(train))} of train have the label {names[0]!r}; classification needs at least 2 labels. "
+            f"all {_rows(len(rows))} of {called} have the label {names[0]!r}; classification needs at least 2 labels. "
             "Is it the right column?"
         )
     if single := names[counts < 2].tolist():
         more = f" and {len(single) - 5:,} more" if len(single) > 5 else ""
         raise LabelError(
-            f"each label needs at least 2 rows in train; only 1 has {', '.join(map(repr, single[:5]))}{more}. "
+            f"each label needs at least 2 rows in {called}; only 1 has {', '.join(map(repr, single[:5]))}{more}. "
             "Add rows, or merge or remove such labels; for numbers the task is score."
         )
     return numbers.astype(np.int64)

@@ -32,7 +32,9 @@ def optimize(place: Place, job: Job, terms: Terms, reporter: Reporter) -> Result
         reporter.note("the head's probe is left out: it is an exact sum over rows, which no noise hides")
     with opened(place, reporter.note) as channel:
         job = replace(job, run=str(terms))
-        result = run(job, place.out, reporter, lambda data, folder: Deployment(channel, data, folder, terms))
+        result = run(
+            job, place.out, reporter, lambda data, folder: Deployment(channel, data, folder, terms, reporter.note)
+        )
     reports = read_reports(store_of(place.out) / REPORTS)
     for line in [line for report in reports for line in report.lines()]:
         reporter.note(line)

@@ -8,7 +8,7 @@ signatures, and its Grid, which calls the handlers of that state instead of a we
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,23 +16,32 @@ from netweight.errors import OptionError
 from netweight.federate.keys import ServerKeys
 from netweight.federate.kinds import WIRE
 from netweight.quiet import flower
-from netweight.run.federated.flower import FlowerChannel, Node
+from netweight.run.federated.flower import FlowerChannel, Node, misnamed
 from netweight.run.federated.wire import Wire
 
 MESSAGE = 64 << 20  # bytes of one gRPC message; Flower cuts tensors into pieces of 5 MiB
 _THREADS = 64
 _BEAT = 20.0  # seconds between signs of life of the run, which Flower ends after 60 without
+NAME = "netweight-client-bin"  # in the metadata of a call: what a client calls itself
+_LINES = 100  # on clients that were not let in: anybody may knock
 
 
 @contextmanager
-def listening(address: str, keys: ServerKeys, wire: Wire = WIRE, patience: float = 60.0) -> Iterator[FlowerChannel]:
-    """A channel to the clients that connect to `address` (HOST:PORT), while the block runs.
+def listening(
+    address: str,
+    keys: ServerKeys,
+    wire: Wire = WIRE,
+    patience: float = 60.0,
+    said: Callable[[str], None] | None = None,
+) -> Iterator[FlowerChannel]:
+    """A channel to the clients that connect to `address` (HOST:PORT), while the block runs. `said` is told who was not
+    let in.
 
     At its end clients that are there are told so. Raises OptionError where the address cannot be listened on, or where
     certificate and key do not fit.
     """
     flower()
-    link = _Link(keys)
+    link = _Link(keys, said or (lambda _: None))
     server = link.serve(address)
     try:
         yield FlowerChannel(link.grid, link.nodes, wire, patience, remembers=True)
@@ -44,7 +53,7 @@ def listening(address: str, keys: ServerKeys, wire: Wire = WIRE, patience: float
 class _Link:
     """Flower's state of one run, and the nodes that may take part."""
 
-    def __init__(self, keys: ServerKeys) -> None:
+    def __init__(self, keys: ServerKeys, said: Callable[[str], None]) -> None:
         from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
         from flwr.server.superlink.linkstate import LinkStateFactory
         from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -52,7 +61,7 @@ class _Link:
         from flwr.supercore.task_identity import TaskIdentity
         from flwr.superlink.federation import NoOpFederationManager
 
-        self.keys = keys
+        self.keys, self.said, self.lines = keys, said, set[str]()
         self.objects = ObjectStoreFactory()
         self.factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.objects)
         self.state: Any = self.factory.state()
@@ -75,6 +84,13 @@ class _Link:
     def nodes(self) -> Mapping[str, Node]:
         """Those that are connected now, by name."""
         return {self.names[i]: Node(i, self.sessions.get(i, 0)) for i in self.grid.get_node_ids() if i in self.names}
+
+    def turned_away(self, name: str, why: str) -> None:
+        """Say, once, that a client was not let in."""
+        line = f"{name[:64]!r} was not let in: {why}"
+        if line not in self.lines and len(self.lines) < _LINES:
+            self.lines.add(line)
+            self.said(line)
 
     def serve(self, address: str) -> Any:
         """The gRPC server, started."""
@@ -120,16 +136,23 @@ def _servicer(link: _Link) -> Any:
         return key
 
     class Fleet(FleetServicer):  # type: ignore[misc]
-        """Flower's service, with two changes. A client that was killed and is back is let in at once, and counted as a
-        new session, instead of being turned away until its old one has timed out. And who calls must be who a request
+        """Flower's service with three changes. A client that was killed and is back is let in at once, and counted as a
+        new session, instead of being turned away until its old one has timed out. Who calls must be who a request
         speaks of: Flower's interceptor compares neither the key to activate nor the sources of messages with the
-        caller."""
+        caller. And who is not let in is told why, and so is the server."""
 
         def ActivateNode(self, request: Any, context: Any) -> Any:  # noqa: N802
             if request.public_key != caller(context):
                 context.abort(StatusCode.UNAUTHENTICATED, "the key to let in is not the key that signed")
             node = link.state.get_node_id_by_public_key(request.public_key)
-            if node is not None:
+            said = get_metadata_bytes(context.invocation_metadata(), NAME)
+            called = said.decode(errors="replace") if said else ""
+            if node is None:
+                link.turned_away(called, "its public key is not among those of the server's clients.")
+            else:
+                if why := called and misnamed(link.names[node], called):
+                    link.turned_away(called, why)
+                    context.abort(StatusCode.PERMISSION_DENIED, why)
                 link.state.deactivate_node(node)
                 link.sessions[node] = link.sessions.get(node, 0) + 1
             return super().ActivateNode(request, context)

@@ -18,7 +18,7 @@ from typing import Any
 from netweight.errors import ClientError, EndpointError, OptionError
 from netweight.federate.keys import ClientKeys
 from netweight.federate.kinds import WIRE
-from netweight.federate.link import MESSAGE
+from netweight.federate.link import MESSAGE, NAME
 from netweight.quiet import flower
 from netweight.run.federated import Client
 from netweight.run.federated.flower import Memory, answered, ended
@@ -46,6 +46,7 @@ class Connection:
         flower()
         self.address, self.keys, self.patience = address, keys, patience
         self.said = said or (lambda _: None)
+        self.name = ""
         self.node: Any = None
         self.memory = Memory()
         self.stub = self._stub()
@@ -54,8 +55,9 @@ class Connection:
         """Answer tasks until the server ends the run.
 
         Raises EndpointError (nobody answers, or its certificate does not match), ClientError (the server does not know
-        this key, or has refused the client: the text says why).
+        this key, or by another name, or has refused the client: the text says why).
         """
+        self.name = client.name
         reachable(self.address, self.keys.authority, min(self.patience, 30.0))
         self.activate()
         self.said(f"{client.name} is connected to {self.address}")
@@ -79,17 +81,21 @@ class Connection:
             self._leave()
 
     def activate(self) -> None:
-        """Say that this client is there. Raises ClientError where the server does not know its key."""
+        """Say that this client is there. Raises ClientError where the server does not know its key, or by another
+        name."""
         import grpc
         from flwr.proto.fleet_pb2 import ActivateNodeRequest
         from flwr.proto.node_pb2 import Node
 
         request = ActivateNodeRequest(public_key=self._public(), heartbeat_interval=_INTERVAL)
         try:
-            self.node = Node(node_id=self.stub.ActivateNode(request, timeout=30).node_id)
+            called = [(NAME, self.name.encode())]
+            self.node = Node(node_id=self.stub.ActivateNode(request, timeout=30, metadata=called).node_id)
         except grpc.RpcError as problem:
             if problem.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise
+            if problem.code() is grpc.StatusCode.PERMISSION_DENIED:
+                raise ClientError(problem.details()) from None
             raise ClientError(
                 f"the server at {self.address} does not let this client in ({problem.details()}): its public key must "
                 "lie among the server's clients, and both clocks must agree within 10 seconds."

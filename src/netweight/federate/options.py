@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from netweight.data import Rows
+from netweight.data.split import numbered_labels
 from netweight.errors import OptionError
 from netweight.run.aggregate import Aggregator, Krum, Mean, Median, TrimmedMean
 from netweight.run.federated import (
@@ -42,7 +43,8 @@ def task_of(labels: Sequence[str] | None, rows: Rows | None, kind: Literal["clas
     """Classification over the labels that are named, in their order, or over those of the rows; or scores, which are
     standardised by those of the rows.
 
-    Raises OptionError without either, where the rows have a label that is not named, and for labels of scores.
+    Raises OptionError without either, where the rows have a label that is not named, and for labels of scores;
+    LabelError where the rows must name the labels, and one of them has one row.
     """
     if kind == "score":
         if rows is None or labels:
@@ -61,6 +63,7 @@ def task_of(labels: Sequence[str] | None, rows: Rows | None, kind: Literal["clas
         raise OptionError(
             "the server must know the labels before it sees a client: give --labels A,B,C or --dev TABLE."
         )
+    numbered_labels(rows, "dev")
     return task_for(rows.label or (), "classify")
 
 

@@ -42,6 +42,7 @@ class Place:
     out: Path
 
 
+_REFUSED = "the server refused this client: "
 # Why stays with the server: it may name other clients.
 _FAILED = "the server has ended the run without a result; its own output says why."
 
@@ -50,10 +51,11 @@ class Deployment(Federated):
     """A run over the clients that connect, who are told when it ends.
 
     Reports of its fits are kept beside its folder, in federation.json, and read again by a server that was killed.
-    Under privacy the state of a finished fit stays as well: what costs rows something is not asked for twice.
+    Under privacy the state of a finished fit stays as well: what costs rows something is not asked for twice. `say` is
+    told, once, who was refused and why.
     """
 
-    def __init__(self, channel: FlowerChannel, data: Dataset | None, folder: Path, terms: Terms) -> None:
+    def __init__(self, channel: FlowerChannel, data: Dataset | None, folder: Path, terms: Terms, say: Say) -> None:
         super().__init__(
             channel,
             data,
@@ -64,6 +66,7 @@ class Deployment(Federated):
             privacy=terms.privacy,
         )
         self.terms, self._flower = terms, channel
+        self.say, self._said = say, set[str]()
         self._kept = folder.parent / REPORTS
         self.reports = read_reports(self._kept)
 
@@ -78,6 +81,15 @@ class Deployment(Federated):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._dismiss("" if error is None else _FAILED)
+
+    def refuses(self, client: str, reason: str, final: bool) -> None:
+        """Both sides hear of it; who differs need not wait for the end of the run."""
+        line = f"{client} was refused: {reason}"
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+        if final:
+            self._flower.dismiss({client: _REFUSED + reason}, None)
 
     def finished(self, report: FederationReport) -> None:
         """Its report is on disk when this returns; of a fit that was made again there is one."""
@@ -94,7 +106,7 @@ class Deployment(Federated):
         return {"terms": str(self.terms), **super().account()}
 
     def _dismiss(self, others: str) -> None:
-        refused = {name: f"the server refused this client: {why}" for name, why in self.members.refused.items()}
+        refused = {name: _REFUSED + why for name, why in self.members.refused.items()}
         self._flower.dismiss(refused, others)
 
 
@@ -102,7 +114,7 @@ class Deployment(Federated):
 def opened(place: Place, say: Say) -> Iterator[FlowerChannel]:
     """The channel of a server that listens while the block runs."""
     keys = ServerKeys.load(place.keys)
-    with listening(place.address, keys) as channel:
+    with listening(place.address, keys, said=say) as channel:
         say(f"listening on {place.address} for {len(keys.clients)} clients: {', '.join(sorted(keys.clients))}")
         yield channel
 
@@ -118,7 +130,7 @@ def serve(
     """
     if (place.out / "model" / "model.json").exists():
         raise OptionError(f"{place.out} holds a finished model; use another folder, or delete it.")
-    with opened(place, say) as channel, Deployment(channel, data, place.out / "work", terms) as federated:
+    with opened(place, say) as channel, Deployment(channel, data, place.out / "work", terms, say) as federated:
         made = technique(model, federated, plan)
     made.save(place.out / "model")
     for line in federated.report.lines():

@@ -25,9 +25,10 @@ def differing(server: Manifest, client: Joined) -> str:
         if mine != theirs:
             return f"{f.name} differs: the server has {_short(mine)}, the client {_short(theirs)}."
     if client.unknown:
+        known = _short(server.labels) if server.labels else "numbers"
         return (
-            f"labels differs: the server has {_short(server.labels)}, the client {client.unknown} that are not among "
-            "them; it names them where it runs."
+            f"labels differs: the server has {known}, the client {client.unknown} that are not among them; it names "
+            "them where it runs."
         )
     return ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -110,7 +110,7 @@ class Client:
 
     def own(self, model: Model, fit: str) -> Model:
         """The model with the parameters that this client kept for itself in a fit."""
-        kept = self._kept.before(fit, None, "personal")
+        kept = self._kept.after(fit, None, "personal")
         if not kept:
             return model
         mine = model.copy()
@@ -124,22 +124,20 @@ class Client:
             columns=tuple(name for name in _SEEN if getattr(rows, name) is not None),
             version=version("netweight"),
         )
-        if not mine.labels:
-            return Joined(mine, len(rows), 0)
         found = set(rows.label or ())
-        unknown = sorted(found - set(mine.labels)) if self.expects is None else []
+        unknown = _strange(found, mine.labels) if self.expects is None else []
         if unknown:
-            known = ", ".join(map(repr, mine.labels))
+            known = ", ".join(map(repr, mine.labels)) or "numbers"
             some = ", ".join(map(repr, unknown[:5]))
             self._say(f"labels that the server does not know ({len(unknown)}; it has {known}): {some}.")
-        return Joined(mine, len(rows), len(found), len(unknown))
+        return Joined(mine, len(rows), len(found) if mine.labels else 0, len(unknown))
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
         self._say(self._guard.stated(task), task.fit)
         old, names = travelling(task.model.network, task.personal), trained(task.model) - set(task.personal)
         # Asked again, as by a server that was killed: a second answer of the same rows would cost twice.
-        said = self._kept.at(task.fit, task.round, "said") if task.privacy else {}
+        said = self._kept.after(task.fit, task.round, "said") if task.privacy else {}
         fitted = Fitted(said, len(self.data.train), 0, 0.0, math.nan) if said else self._train(task, old, names)
         spent, in_all = self._guard.spent(task)
         tensors = self._guard.masked(task, old, fitted.tensors, names)
@@ -148,11 +146,11 @@ class Client:
     def _train(self, task: FitTask, old: Tensors, names: frozenset[str]) -> Fitted:
         began = time.monotonic()
         model = task.model
-        personal = self._kept.before(task.fit, task.round, "personal")
+        personal = self._kept.after(task.fit, task.taken, "personal")
         if personal:
             model = model.copy()
             put(model.network, personal)
-        mine = self._kept.before(task.fit, task.round, "variate")
+        mine = self._kept.after(task.fit, task.taken, "variate")
         plain = self._local.seams
         seams = Correcting(model.network, task.proximal, task.variate, mine, plain.device)
         meter = Meter(task.plan.reporter)
@@ -166,7 +164,7 @@ class Client:
         self._guard.note(task, drawn, meter.at)
         new = travelling(fitted.network, task.personal)
         seed = seed_of(task.fit, task.round)
-        residual = self._kept.before(task.fit, task.round, "residual")
+        residual = self._kept.after(task.fit, task.taken, "residual")
         draws = (seed, seed_of(seed, self.name))
         sent, left = encoded(task.codec, old, new, names, draws, residual)
         sent = self._guard.noised(task, old, sent, names)
@@ -179,9 +177,21 @@ class Client:
         if task.variate is not None:
             keep["variate"] = seams.variate()
             change = {n: v - mine[n] if n in mine else v for n, v in keep["variate"].items()}
-        self._kept.save(task.fit, task.round, keep)
+        self._kept.save(task, keep)
         rows, seconds = len(self.data.train), time.monotonic() - began
         return Fitted(sent, rows, meter.steps, seconds, math.nan if task.privacy else meter.loss, change)
+
+
+def _strange(found: Collection[str], labels: tuple[str, ...]) -> list[str]:
+    """Those that are not among the labels, or no numbers where there are none: scores."""
+
+    def number(label: str) -> bool:
+        try:
+            return math.isfinite(float(label))
+        except ValueError:
+            return False
+
+    return sorted(label for label in found if not (label in labels if labels else number(label)))
 
 
 def _require(rows: Rows) -> None:
@@ -298,28 +308,25 @@ class Meter:
 class Kept:
     """What a client carries from round to round, by fit: residuals, its SCAFFOLD variate, personal parameters.
 
-    The state after the last two rounds is kept: a server that was killed may ask for the last one again, and must get
-    the same answer.
+    The state after the last round is kept, and that after the last one whose answer the server took: the next round
+    begins from the one or the other, and so does the last one where a server that was killed asks for it again.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._held: dict[tuple[str, int], dict[str, Tensor]] = {}
 
-    def before(self, fit: str, round_: int | None, kind: str) -> dict[str, Tensor]:
-        """The latest tensors of a kind from before a round (None: the latest of all), by name; empty where none are."""
-        rounds = [r for r in self._rounds(fit) if round_ is None or r < round_]
+    def after(self, fit: str, round_: int | None, kind: str) -> dict[str, Tensor]:
+        """The tensors of a kind from after a round (None: the last), by name; empty where none are."""
+        rounds = [r for r in self._rounds(fit) if round_ in (None, r)]
         held = self._load(fit, max(rounds)) if rounds else {}
         return {name[len(kind) + 1 :]: value for name, value in held.items() if name.startswith(f"{kind}/")}
 
-    def at(self, fit: str, round_: int, kind: str) -> dict[str, Tensor]:
-        """The tensors of a kind from after this very round, by name; empty where none are."""
-        return self.before(fit, round_ + 1, kind) if round_ in self._rounds(fit) else {}
-
-    def save(self, fit: str, round_: int, state: Mapping[str, Tensors]) -> None:
+    def save(self, task: FitTask, state: Mapping[str, Tensors]) -> None:
         """Keep the state after a round. Written whole or not at all."""
+        fit, round_ = task.fit, task.round
         held = {f"{kind}/{name}": v.contiguous() for kind, tensors in state.items() for name, v in tensors.items()}
-        for old in [r for r in self._rounds(fit) if r > round_] + sorted(self._rounds(fit))[:-2]:
+        for old in set(self._rounds(fit)) - {task.taken, round_}:
             self._drop(fit, old)
         if not held:
             return

@@ -80,19 +80,19 @@ class FlowerChannel:
         late = f"no answer within {seconds:g} s." if seconds is not None else ""
         return {name: answers.get(name, Lost(name, late)) for name in asked}
 
-    def dismiss(self, reasons: Mapping[str, str], others: str = "", seconds: float = 5.0) -> None:
-        """Tell all clients that are there that the run has ended, and by name, or all others, why not well."""
+    def dismiss(self, reasons: Mapping[str, str], others: str | None = "", seconds: float = 5.0) -> None:
+        """Tell clients that the run has ended, and why not well: some by name, and all others unless that is None. Then
+        wait for them to leave: who is on its way out answers no more."""
         from flwr.app import ConfigRecord, RecordDict
 
         asked = {
-            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reasons.get(name, others)})}), {})
+            name: _Asked(RecordDict({"end": ConfigRecord({"reason": reason})}), {})
             for name in self.nodes()
+            if (reason := reasons.get(name, others)) is not None
         }
         self._ask_again(asked, seconds, {})
         end = time.monotonic() + seconds
-        waiting = {one.message for one in asked.values() if one.message}
-        while waiting and time.monotonic() < end:
-            waiting -= {m.metadata.reply_to_message_id for m in self.grid.pull_messages(sorted(waiting))}
+        while asked.keys() & self.nodes().keys() and time.monotonic() < end:
             time.sleep(_LOOK)
 
     def _ask_again(self, waiting: Mapping[str, _Asked], seconds: float | None, lost: dict[str, Answer | Lost]) -> None:
@@ -282,6 +282,16 @@ def from_record(record: Any) -> Packed:
     return Packed(header, held)
 
 
+def misnamed(known: str, called: str) -> str:
+    """A sentence where a client calls itself by another name than that of its key; empty where it does not."""
+    if known == called:
+        return ""
+    return (
+        f"the server knows this client's key as that of {known!r}, and it calls itself {called!r}; use the name, or "
+        "the key, of the other."
+    )
+
+
 def ended(record: Any) -> str | None:
     """Why the run has ended for this client ("" where it simply has), or None where it goes on."""
     said = record.config_records.get("end")
@@ -295,8 +305,7 @@ def answered(client: Client, wire: Wire, record: Any, memory: Memory | None = No
     if ended(record) is not None:
         return RecordDict({"end": ConfigRecord({"reason": ""})})
     to = addressee(record)
-    if to != client.name:
-        text = f"the server knows this client's key as that of {to!r}, and it calls itself {client.name!r}."
+    if text := misnamed(to, client.name):
         return RecordDict({"error": ConfigRecord({"text": text})})
     try:
         whole = memory.completed(record) if memory else record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -22,10 +22,11 @@ class Members:
 
     The first manifest that is asked for holds for the whole run: techniques may change tokenizer and labels' order of a
     model later, and clients follow. Columns are those of the server's rows, or of the first client where it has none.
+    `refuses` hears of each client that is refused, why, and whether for good.
     """
 
-    def __init__(self, channel: Channel, rounds: Rounds) -> None:
-        self.channel, self.rounds = channel, rounds
+    def __init__(self, channel: Channel, rounds: Rounds, refuses: Callable[[str, str, bool], None]) -> None:
+        self.channel, self.rounds, self.refuses = channel, rounds, refuses
         self.manifest: Manifest | None = None
         self.joined: dict[str, Joined] = {}
         self.refused: dict[str, str] = {}
@@ -96,18 +97,22 @@ class Members:
         for name in sorted(answers):
             answer = answers[name]
             if not isinstance(answer, Joined):
-                self.refused[name] = answer.reason if isinstance(answer, Lost) else "it did not say what it has."
+                self._refuse(name, answer.reason if isinstance(answer, Lost) else "it did not say what it has.", False)
                 continue
             if not self.manifest.columns:
                 self.manifest = replace(self.manifest, columns=answer.manifest.columns)
             problem = differing(self.manifest, answer)
             self._anew.discard(name)
             if problem:
-                self.refused[name] = problem
                 self.joined.pop(name, None)
+                self._refuse(name, problem, True)
             else:
                 self.joined[name] = answer
                 self.refused.pop(name, None)
+
+    def _refuse(self, name: str, reason: str, final: bool) -> None:
+        self.refused[name] = reason
+        self.refuses(name, reason, final)
 
     def _lacking(self, names: tuple[str, ...], usable: Mapping[str, Joined], least: int) -> str:
         if not names and self.joined:
@@ -115,11 +120,14 @@ class Members:
                 f"all clients left ({', '.join(sorted(self.joined))}); start them again: a run with a folder goes on "
                 "from its last finished round."
             )
-        if not names:
+        if not names and not self.refused:
             return self._absent(names)
         why = " ".join(self.notes()) or "The others left."
         if least > self.rounds.minimum:
-            why += " Privacy hides a client among so many; RowLevel(secure=False) needs no others."
+            why += (
+                " Privacy hides a client among so many; --privacy off (in Python RowLevel(secure=False), too) needs no "
+                "others."
+            )
         return f"{len(usable)} of {len(names)} clients can take part, and {least} must. {why}"
 
     def _absent(self, names: tuple[str, ...]) -> str:

@@ -50,7 +50,8 @@ class Join:
 @dataclass(frozen=True)
 class Joined:
     """A client's own manifest, the number of its training rows, of their labels (0 for scores), and of those that the
-    server does not know. Which ones does not travel: a column that was named by mistake may hold texts."""
+    server does not know (of scores: that are no numbers). Which ones does not travel: a column that was named by
+    mistake may hold texts."""
 
     manifest: Manifest
     rows: int
@@ -158,7 +159,8 @@ class FitTask:
     `round` counts from 0. The parameters of `model` that require gradients are trained; a carrier must keep those
     flags. `plan` is this round's part. `personal` parameters stay with the client. `proximal` is FedProx's mu,
     `variate` SCAFFOLD's server variate. `codec` says how the update is to be encoded, `privacy` what noise it needs;
-    with a `seat` it is masked.
+    with a `seat` it is masked. `taken` is the last round in which an answer of this client counted (-1: none yet): what
+    it carries from round to round is that of then.
     """
 
     fit: str
@@ -173,6 +175,7 @@ class FitTask:
     variate: Tensors | None = None
     privacy: RowNoise | UpdateNoise | None = None
     seat: Seat | None = None
+    taken: int = -1
 
 
 @dataclass(frozen=True)

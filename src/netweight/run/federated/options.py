@@ -15,9 +15,9 @@ class Rounds:
     """How often, with whom, and for how long.
 
     `number` rounds share the epochs and the schedule of a plan. `share` of the clients that are there take part in
-    each, drawn by seed; `minimum` of them must answer, within `seconds` (None waits), and `wait` seconds are given to
-    them to appear. An update whose norm is more than `outlier` times the median of a round's norms is refused, and a
-    client weighs at most `heaviest` times the median of all clients' rows.
+    each, drawn by seed; `minimum` of them must answer, within `seconds` (None waits; the exchanges of a secure sum
+    share them), and `wait` seconds are given to them to appear. An update whose norm is more than `outlier` times the
+    median of a round's norms is refused, and a client weighs at most `heaviest` times the median of all clients' rows.
     """
 
     number: int = 10

@@ -156,17 +156,19 @@ def refuse(privacy: Privacy, setting: Setting, algorithm: Algorithm, travel: Tra
     if privacy.secure and not isinstance(algorithm.aggregate, Mean):
         raise OptionError(
             f"{type(algorithm.aggregate).__name__} orders or compares clients' values, and under secure aggregation "
-            f"the server sees only their sum: use Mean, or {kind}(secure=False)."
+            f"the server sees only their sum: use Mean (--aggregate mean), or, in Python, {kind}(secure=False)."
         )
     if algorithm.variates and (privacy.secure or isinstance(privacy, ClientLevel)):
         raise OptionError(
-            "SCAFFOLD sends a second set of tensors, which is neither masked nor noised; use FedAvg, FedProx or FedAdam"
-            ", or RowLevel(secure=False), under which both are made of noised gradients."
+            "SCAFFOLD sends a second set of tensors, which is neither masked nor noised; use FedAvg, FedProx or "
+            "FedAdam (--algorithm), or, in Python, RowLevel(secure=False), under which both are made of noised "
+            "gradients."
         )
     if not isinstance(travel.codec, Full | RandomK) and (privacy.secure or isinstance(privacy, ClientLevel)):
         raise OptionError(
             f"{type(travel.codec).__name__} picks places or scales of each client's own, so that encoded updates do "
-            "not add up, and the choice tells of its rows: use RandomK, whose places all clients share, or Full."
+            "not add up, and the choice tells of its rows: use RandomK, whose places all clients share, or Full "
+            "(--travel random-k, full)."
         )
     if privacy.secure and setting.cohort < 2:
         raise OptionError(
@@ -182,8 +184,8 @@ def refuse(privacy: Privacy, setting: Setting, algorithm: Algorithm, travel: Tra
             f"the noise of epsilon {privacy.epsilon:g} (delta {privacy.delta:g}) would be {ratio:.2f} times as large "
             f"as the most that {setting.travelling:,} parameters can learn from {sum(setting.rows.values()):,} rows of "
             f"{len(setting.rows)} clients in {setting.rounds.number} rounds (noise multiplier {noise:.2f}); at most 1 "
-            f"is accepted. What helps: fewer trained parameters (Finetune(train='lora') or 'head'), {more} more "
-            "clients, or a larger epsilon."
+            f"is accepted. What helps: fewer trained parameters (--train lora or head; Finetune(train=...)), {more} "
+            "more clients, or a larger epsilon (--epsilon)."
         )
 
 

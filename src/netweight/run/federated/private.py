@@ -138,7 +138,9 @@ def require(network: nn.Module, loss: Loss, plan: Plan) -> None:
         )
     for name, module in _owners(network):
         if _kind(module) is None:
-            advice = "freeze_embeddings=True" if isinstance(module, nn.Embedding) else "train='lora' or train='head'"
+            advice = (
+                "freeze_embeddings=True" if isinstance(module, nn.Embedding) else "train='lora' or 'head' (--train)"
+            )
             raise OptionError(
                 f"{name} is a {type(module).__name__}, whose gradients row by row are not known; use {advice}, or turn "
                 "privacy off."

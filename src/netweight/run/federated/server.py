@@ -92,7 +92,7 @@ class Federated:
         self.algorithm: Algorithm = algorithm or FedAvg()
         self.travel = travel or Travel()
         self.privacy = privacy
-        self.members = Members(self.channel, self.rounds)
+        self.members = Members(self.channel, self.rounds, self.refuses)
         self.reports: list[FederationReport] = []
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
@@ -110,8 +110,8 @@ class Federated:
         if self.privacy is not None:
             raise OptionError(
                 f"{type(statistic).__name__} is an exact sum over rows, which no noise hides: a technique that needs "
-                "it cannot run with privacy (Finetune: probe=False, class_weights=False). Leave it out, or use "
-                "privacy=None."
+                "it cannot run with privacy (Finetune: probe=False, class_weights=False). Leave it out, or turn "
+                "privacy off (privacy=None, --privacy off)."
             )
         usable = self.usable(model)
         names = sorted(usable)
@@ -156,6 +156,9 @@ class Federated:
     def remarks(self) -> tuple[str, ...]:
         """What all fits cost the rows of clients."""
         return (in_words(self.reports),) if self.reports else ()
+
+    def refuses(self, client: str, reason: str, final: bool) -> None:
+        """A client cannot take part; what differs (`final`) does so whenever it is asked."""
 
     def finished(self, report: FederationReport) -> None:
         """A fit has come to its end."""
@@ -256,7 +259,7 @@ class _Fit:
     def _open(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates that the server sees one by one."""
         run = self.run_
-        answers = run.channel.exchange(dict.fromkeys(chosen, task), run.rounds.seconds)
+        answers = run.channel.exchange(_told(task, state, chosen), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
         up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
@@ -295,12 +298,13 @@ class _Fit:
         shares = {name: weight / most for name, weight in weights.items()}
         run = self.run_
         veiled = Veiled(
-            lambda tasks: run.channel.exchange(tasks, run.rounds.seconds),
-            task,
+            run.channel.exchange,
+            _told(task, state, chosen),
             shares,
             {name: usable[name].rows for name in chosen},
             self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
+            run.rounds.seconds,
         )
         mean = veiled.mean(state.values, self.travelling, seed_of(self.fit, task.round))
         lost = tuple(veiled.lost[name] for name in sorted(veiled.lost))
@@ -459,6 +463,14 @@ def _personal(model: Model) -> tuple[str, ...]:
     if not found:
         raise OptionError(f"a {type(model.network).__name__} has no head that clients could keep for themselves.")
     return found
+
+
+def _told(task: FitTask, state: State, clients: Iterable[str]) -> dict[str, FitTask]:
+    """The task by client, with the last round in which its answer counted. Those with one such round share a task, and
+    so what is packed."""
+    last = {name: done.round for done in state.rounds for name in done.took_part}
+    tasks = {round_: replace(task, taken=round_) for round_ in (-1, *last.values())}
+    return {name: tasks[last.get(name, -1)] for name in clients}
 
 
 def _fine(answer: Scored) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,10 @@ from netweight.run.federated.messages import (
 )
 
 T = TypeVar("T")
-Exchange = Callable[[Mapping[str, Task]], Mapping[str, Answer | Lost]]
+Exchange = Callable[[Mapping[str, Task], float | None], Mapping[str, Answer | Lost]]
+# By which part of a round's time each answer must be there: who is silent in one exchange leaves time for the next.
+_BY = {Advertised: 0.1, Shared: 0.2, Fitted: 0.9, Told: 1.0}
+_LEAST = 0.1  # of it for each exchange: clients of a simulation take their turns while the clock runs
 
 
 class Veiled:
@@ -43,24 +47,28 @@ class Veiled:
 
     Args:
         exchange: how tasks reach clients.
-        task: what they are asked, without a seat.
+        tasks: what each is asked, without a seat.
         weights: of each client that is asked, above 0 and at most 1.
         rows: that each said it has.
         threshold: clients that must be left in the end.
         largest: the norm that an update may have.
+        seconds: of the whole round; None has no end.
     """
 
     def __init__(
         self,
         exchange: Exchange,
-        task: FitTask,
+        tasks: Mapping[str, FitTask],
         weights: Mapping[str, float],
         rows: Mapping[str, int],
         threshold: int,
         largest: float,
+        seconds: float | None = None,
     ) -> None:
-        self.exchange, self.task, self.weights, self.rows = exchange, task, weights, rows
+        self.exchange, self.tasks, self.weights, self.rows = exchange, tasks, weights, rows
+        self.task = next(iter(tasks.values()))
         self.threshold, self.largest = threshold, largest
+        self.seconds, self.began = seconds, time.monotonic()
         self.lost: dict[str, Lost] = {}
         self.fitted: dict[str, Fitted] = {}
         self.up = 0
@@ -80,7 +88,7 @@ class Veiled:
         tasks: dict[str, Task] = {}
         for name, parts in routed.items():
             sealed = {sender: part.hex() for sender, part in parts.items()}
-            tasks[name] = replace(self.task, seat=Seat(sealed, len(keys), self.weights[name], self.largest))
+            tasks[name] = replace(self.tasks[name], seat=Seat(sealed, len(keys), self.weights[name], self.largest))
         length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
         self.fitted = self._ask(tasks, Fitted, partial(_masked, length, self.rows))
         # Added up before the next exchange, after which answers may be gone.
@@ -107,7 +115,7 @@ class Veiled:
     def _ask(self, tasks: Mapping[str, Task], kind: type[T], odd: Callable[[str, T], str]) -> dict[str, T]:
         """Answers of a kind, by client; the others are lost, and those of which `odd` says what is wrong. Raises
         ClientError where too few are left."""
-        answers = self.exchange(tasks)
+        answers = self.exchange(tasks, self._left(kind))
         found: dict[str, T] = {}
         for name in sorted(tasks):
             answer = answers.get(name)
@@ -123,6 +131,12 @@ class Veiled:
             raise too_few(len(found), tuple(self.lost.values()), self.threshold, f"round {self.task.round}, secure sum")
         return found
 
+    def _left(self, kind: type) -> float | None:
+        """Seconds for answers of a kind."""
+        if self.seconds is None:
+            return None
+        return max(_BY[kind] * self.seconds - (time.monotonic() - self.began), _LEAST * self.seconds)
+
     def _sound(self, total: np.ndarray[tuple[int, ...], np.dtype[np.float64]], weight: float) -> None:
         norm, most = float(np.linalg.norm(total)), weight * self.largest
         step = 2 * RANGE * len(self.weights) / 2**31 * len(self.fitted) * math.sqrt(len(total))
@@ -130,7 +144,7 @@ class Veiled:
             raise RunError(
                 f"round {self.task.round}: the sum of updates has norm {norm:.4g}, and those of {len(self.fitted)} "
                 f"clients that keep to the rules have {most:.4g} at most. One did not, and a sum does not tell which: "
-                "begin again with fewer clients, or with secure=False."
+                "begin again with fewer clients, or, in Python, with secure=False."
             )
 
     def _values(self, mean: Tensor, old: Tensors, names: frozenset[str], shared: int) -> dict[str, Tensor]:
