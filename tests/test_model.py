@@ -74,7 +74,13 @@ def test_pooling_ignores_padding(pooling: module.Pooling) -> None:
 
 def test_saving_and_loading_keep_everything(tmp_path: Path) -> None:
     made = tiny_model(Score(2.0, 3.0, "mae"))
-    made = Model(made.network, made.encoder, made.task, made.base, {"backbone.x": Range(-1.0, 2.0, 8)})
+    made = Model(
+        made.network,
+        made.encoder,
+        made.task,
+        made.base,
+        {"backbone.x": Range(-1.0, 2.0, 8, (0.5, 2.0)), "backbone.y": Range(0.0, 1.0)},
+    )
     made.save(tmp_path / "deep" / "folder")
     again = Model.load(tmp_path / "deep" / "folder")
     assert again.digest == made.digest

@@ -149,7 +149,7 @@ def test_what_was_trained_is_what_is_lowered(dataset: Dataset) -> None:
 def test_training_beats_rounding_afterwards(bits: int, taught: Model, dataset: Dataset) -> None:
     start = Quantize(rows=40, weight_bits=bits, weight_clip="mse", method="mse", activation_bits=bits)
     after = start(taught, Local(dataset), PLAN)
-    aware = QuantizeAware(start, epochs=4, learning_rate=3e-4, temperature=1.0, hard=0.0, token_dropout=0.0)
+    aware = QuantizeAware(start, epochs=10, learning_rate=3e-4, temperature=1.0, hard=0.0, token_dropout=0.0)
     made = aware(taught, Local(dataset), PLAN)
     assert distance(made, taught, dataset) < 0.7 * distance(after, taught, dataset)
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from conftest import FAMILIES, tiny_model
+from netweight.anatomy import blocks
 from netweight.artifact import Tier
 from netweight.data import Dataset
 from netweight.engine.cascade import tier_engine
@@ -47,6 +48,7 @@ from netweight.quantizer import (
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import Half, Quantize, SwapActivation, Technique
+from netweight.techniques.base import transformer
 from netweight.techniques.quantize import Method, linears
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
@@ -243,6 +245,51 @@ def test_integer_layers_are_fake_ones(spec: Weights) -> None:
     assert layer.weight.dtype == torch.int8  # type: ignore[union-attr]
 
 
+def test_what_inputs_are_divided_by_their_weights_are_multiplied_by() -> None:
+    linear, x, scale = nn.Linear(24, 7), some(3, 24), some(1, 24, 1).abs()[0] + 0.5
+    given = Range(-8.0, 8.0, scale=tuple(scale.tolist()))
+    wanted = F.linear(Unsigned(given)(x / scale), fake(linear.weight * scale, Weights()), linear.bias)
+    torch.testing.assert_close(QuantizedLinear(linear, given, None, Weights())(x), wanted.detach())
+
+
+def with_outliers() -> Model:
+    """Of each norm one unit is thirty times as large, as in trained encoders."""
+    model = tiny_model(layers=2)
+    with torch.no_grad():
+        for name, module in model.network.named_modules():
+            if isinstance(module, nn.LayerNorm) and "layer" in name:
+                module.weight[3] *= 30
+    return model
+
+
+def test_smoothing_moves_outliers_into_weights(dataset: Dataset) -> None:
+    model, run = with_outliers(), Local(dataset)
+    made = Quantize(rows=40)(model, run, PLAN)
+    smoothed = {name for name, found in made.ranges.items() if found.scale}
+    assert {name.rpartition(".")[2] for name in smoothed} == {"query", "key", "value", "dense"}
+    assert all("intermediate" in name for name in smoothed if name.endswith("dense"))
+    tokens = model.encoder.encode(dataset.train.text)
+    plain = logits_of(model, tokens)
+
+    def error(smooth: float) -> float:
+        network = lowered(Quantize(rows=40, smooth=smooth)(model, run, PLAN))
+        with torch.no_grad():
+            said = network(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))
+        return float((said - plain).square().mean().sqrt())
+
+    assert error(0.5) < 0.7 * error(0.0)
+
+
+def test_layers_that_read_the_same_are_divided_by_the_same(dataset: Dataset) -> None:
+    for family in FAMILIES:
+        model = tiny_model(family=family, layers=1)
+        made = Quantize(rows=40)(model, Local(dataset), PLAN)
+        (block,) = blocks(transformer(model, "a test"))
+        for names in (block.qkv, block.up):
+            assert len({made.ranges[name].scale for name in names}) == 1
+            assert np.log(made.ranges[names[0]].scale).mean() == pytest.approx(0, abs=1e-5)
+
+
 @settings(max_examples=30)
 @given(SPECS.filter(lambda spec: spec.symmetric))
 def test_dynamic_layers_are_fake_ones_of_each_token(spec: Weights) -> None:
@@ -428,6 +475,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"activations": "dynamic", "symmetric": False}, "with dynamic activations weights have no zero points"),
     ({"activations": "dynamic", "granularity": "group", "group": 32}, "no integer kernel has groups"),
     ({"activations": "dynamic", "method": "mse"}, "method does not apply to activations 'dynamic'"),
+    ({"smooth": 1.0}, "smooth of Quantize is 1.0; use 0 to less than 1"),
+    ({"activations": "none", "smooth": 0.0}, "smooth does not apply to activations 'none'"),
     ({"weight_bits": 1}, "weight_bits of Quantize is 1; use 2 to 8"),
     ({"activation_bits": 16}, "activation_bits of Quantize is 16"),
     ({"group": 32}, "granularity 'channel' does not go with group 32"),

@@ -143,7 +143,9 @@ def test_every_other_message_arrives_as_it_was_sent(model: Model) -> None:
 def test_flags_and_what_quantization_knows_travel() -> None:
     model = tiny_model()
     model.network.head.requires_grad_(False)
-    model = replace(model, ranges={"head": Range(-1.0, 2.0, 4)}, weights={"head": Weights(4, steps=(0.5, 0.25))})
+    model = replace(
+        model, ranges={"head": Range(-1.0, 2.0, 4, (0.5, 2.0))}, weights={"head": Weights(4, steps=(0.5, 0.25))}
+    )
     came = travelled(ScoreTask(model)).model
     assert not came.network.head.weight.requires_grad
     assert same(came, model)

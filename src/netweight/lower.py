@@ -238,8 +238,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.given = Unsigned(given)
         self.out = nn.Identity() if out is None else Signed(out)
-        scale, zero = grid(linear.weight, spec)
-        held = integers(linear.weight, scale, zero, spec).reshape(linear.weight.shape)
+        self.register_buffer("divided", 1 / torch.tensor(given.scale) if given.scale else None)
+        weight = linear.weight * torch.tensor(given.scale) if given.scale else linear.weight
+        scale, zero = grid(weight, spec)
+        held = integers(weight, scale, zero, spec).reshape(weight.shape)
         self.register_buffer("weight", held.T.contiguous())
         self.register_buffer("weight_scale", _flat(scale))
         self.around = not spec.symmetric
@@ -247,7 +249,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.given(x)
+        x = self.given(x if self.divided is None else x * cast(Tensor, self.divided))
         if self.around:
             weight = torch.ops.netweight.from_int8_around(self.weight, self.weight_scale, self.weight_zero)
         else:

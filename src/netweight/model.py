@@ -45,11 +45,15 @@ class Base:
 
 @dataclass(frozen=True)
 class Range:
-    """Range of a layer's input (or output), and the bits that it is quantized to."""
+    """Range of a layer's input (or output), and the bits that it is quantized to.
+
+    `scale`: what each channel of an input is divided by first, and the layer's weights are multiplied by (none: 1).
+    """
 
     low: float
     high: float
     bits: int = 8
+    scale: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,10 @@ class Model:
             "pad": self.encoder.pad,
             "tokenizer": hashlib.sha256(self.encoder.definition.encode()).hexdigest(),
             "base": [self.base.name, self.base.licence, self.base.digest],
-            "ranges": {name: [r.low, r.high, r.bits] for name, r in sorted(self.ranges.items())},
+            "ranges": {
+                name: [r.low, r.high, r.bits, *([r.scale] if r.scale else [])]
+                for name, r in sorted(self.ranges.items())
+            },
             **weights,
         }
 
@@ -153,7 +160,9 @@ class Model:
         except (OSError, KeyError, ValueError, RuntimeError, CorruptArtifact) as problem:
             raise ModelError(f"{folder} holds no complete saved model: {problem}") from problem
         network.eval()
-        ranges = {name: Range(low, high, bits) for name, (low, high, bits) in header["ranges"].items()}
+        ranges = {
+            name: Range(low, high, bits, tuple(*scale)) for name, (low, high, bits, *scale) in header["ranges"].items()
+        }
         weights = {
             name: Weights(**{**given, "steps": tuple(given["steps"])})
             for name, given in header.get("weights", {}).items()

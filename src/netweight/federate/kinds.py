@@ -46,6 +46,7 @@ def roundings(network: Network) -> dict[str, Any] | None:
     for name, layer in network.named_modules():
         if isinstance(layer, FakeLinear):
             points = {"given": layer.given and layer.given.bits, "out": layer.out and layer.out.bits}
+            points["scaled"] = layer.scale is not None
             learn = layer.given.learn if layer.given else layer.steps is not None and layer.steps.ratio.requires_grad
             found[name] = {"spec": asdict(layer.spec), "learn": learn, **points}
     return found or None
@@ -55,11 +56,12 @@ def put_roundings(network: Network, given: Any) -> None:
     """Inverse of `roundings`; scales and zero points are tensors of the network and come with its state."""
     for name, how in given.items():
         spec = Weights(**{**how["spec"], "steps": tuple(how["spec"]["steps"])})
-        given_range, out = (Range(-1.0, 1.0, how[at]) if how[at] else None for at in ("given", "out"))
+        linear = cast(Any, network.get_submodule(name))
+        scale = (1.0,) * linear.in_features if how["scaled"] else ()
+        given_range = Range(-1.0, 1.0, how["given"], scale) if how["given"] else None
+        out = Range(-1.0, 1.0, how["out"]) if how["out"] else None
         # Where weights are best clipped is not searched in weights that are not there yet.
-        layer = FakeLinear(
-            cast(Any, network.get_submodule(name)), given_range, out, replace(spec, clip="minmax"), how["learn"]
-        )
+        layer = FakeLinear(linear, given_range, out, replace(spec, clip="minmax"), how["learn"])
         layer.spec = spec
         put(network, name, layer)
 

@@ -90,7 +90,8 @@ def unfaked(model: Model, start: Model) -> Model:
             weights[name] = replace(fake.spec, steps=tuple(fake.steps.scale().flatten().tolist()))
         for point, rounding in ((name, fake.given), (name + OUT, fake.out)):
             if isinstance(rounding, Rounding) and rounding.learn:
-                ranges[point] = rounding.range()
+                learned_range = rounding.range()
+                ranges[point] = replace(ranges[point], low=learned_range.low, high=learned_range.high)
         put(network, name, fake.plain())
     return replace(model, network=network, ranges=ranges, weights=weights)
 
@@ -148,13 +149,20 @@ class FakeLinear(nn.Linear):
         self.spec = spec
         self.given = None if given is None else Rounding(given, False, learn)
         self.out = None if out is None else Rounding(out, True, learn)
-        self.steps = Step(grid(linear.weight, spec)[0], learn) if _has_steps(spec) else None
+        scale = torch.tensor(given.scale) if given is not None and given.scale else None
+        self.register_buffer("scale", scale)
+        self.steps = Step(grid(self.scaled_weight(), spec)[0], learn) if _has_steps(spec) else None
+
+    def scaled_weight(self) -> Tensor:
+        """The weights, times what the inputs are divided by."""
+        return self.weight if self.scale is None else self.weight * cast(Tensor, self.scale)
 
     def rounded_weight(self) -> Tensor:
         """The weights as an engine has them; their scale is the step, or follows from the weights as they are now."""
-        rows = grouped(self.weight, self.spec)
+        weight = self.scaled_weight()
+        rows = grouped(weight, self.spec)
         if self.steps is None:
-            scale, zero = grid(self.weight, self.spec)
+            scale, zero = grid(weight, self.spec)
         else:
             scale = self.steps.scale()[:, None]
             zero = torch.zeros_like(scale)
@@ -162,6 +170,7 @@ class FakeLinear(nn.Linear):
         return ungrouped(held, self.weight.shape) if self.spec.granularity == "group" else held.view_as(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.scale is None else x / cast(Tensor, self.scale)
         x = x if self.given is None else self.given(x)
         if self.spec.dynamic:
             # Nothing is clipped: the largest value is what the scale is made of.

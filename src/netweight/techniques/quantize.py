@@ -7,14 +7,15 @@ result does not depend on the batch a row happens to be in.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from netweight.errors import OptionError
+from netweight.anatomy import blocks
+from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch
 from netweight.model import Model, Range, Weights
 from netweight.network import Network
@@ -28,6 +29,9 @@ _CHOICES = {"granularity": ("channel", "tensor", "group"), "weight_clip": ("minm
 
 # Group sizes of which ONNX Runtime has a kernel.
 GROUPS = (16, 32, 64, 128, 256)
+
+# Of the mean over channels: what a channel's largest value is taken to be at least.
+_QUIET = 0.01
 
 # Ranges of a layer's output bear its name and this.
 OUT = "/out"
@@ -49,6 +53,9 @@ class Quantize:
     divergence (Migacz, GTC 2017). `activations` "dynamic" calibrates nothing: each token's inputs are rounded by their
     own largest value; "none" rounds weights only.
 
+    `smooth` moves outliers of channels from the inputs of attention and of feed-forward networks into their weights
+    (SmoothQuant, Xiao et al., ICML 2023, with alpha = `smooth`; 0 moves none), which is exact but for rounding.
+
     `weight_bits` of each weight, 2 to 8; what shares a scale is an output channel, the tensor, or a `group` of inputs
     (with activations "none", since no integer kernel has groups). `weight_clip` "mse" looks for the scale with the
     least squared error.
@@ -65,6 +72,7 @@ class Quantize:
     activations: Literal["static", "dynamic", "none"] = "static"
     activation_bits: int = 8
     table_bits: int = 8
+    smooth: float = 0.5
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -77,6 +85,8 @@ class Quantize:
         for name in ("weight_bits", "activation_bits", "table_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
+        if not 0 <= self.smooth < 1:
+            raise OptionError(f"smooth of Quantize is {self.smooth}; use 0 to less than 1.")
         if (self.granularity == "group") != (self.group is not None):
             raise OptionError(
                 f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size."
@@ -94,7 +104,7 @@ class Quantize:
             if self.method != "percentile" and self.percentile != Quantize.percentile:
                 raise OptionError(f"percentile does not apply to calibration {self.method!r}; leave it out.")
             return
-        for name in ("method", "percentile", "rows", "activation_bits"):
+        for name in ("method", "percentile", "rows", "activation_bits", "smooth"):
             if getattr(self, name) != getattr(Quantize, name):
                 raise OptionError(f"{name} does not apply to activations {self.activations!r}; leave it out.")
 
@@ -121,12 +131,16 @@ class Quantize:
 
     def _ranges(self, model: Model, run: Run) -> dict[str, Range]:
         names = points(model.network)
-        extremes = run.reduce(model, Extremes(), self.rows)
+        found = run.reduce(model, Extremes(), self.rows)
+        largest = {name: torch.maximum(found[f"{name}/low"], found[f"{name}/high"]) for name in names}
+        scales = self._scales(model, largest)
+        extremes = {key: (x / scales.get(key.rpartition("/")[0], 1.0)).max() for key, x in found.items()}
         ends = {name: (-float(extremes[f"{name}/low"]), float(extremes[f"{name}/high"])) for name in names}
         if self.method == "entropy":
             ends = {name: (-max(-low, high), max(-low, high)) for name, (low, high) in ends.items()}
+        held = {name: tuple(scale.tolist()) for name, scale in scales.items()}
         if self.method != "minmax":
-            counts = run.reduce(model, Histogram(tuple(ends.items())), self.rows)
+            counts = run.reduce(model, Histogram(tuple(ends.items()), tuple(held.items())), self.rows)
             # A constant input has no histogram: its extremes stay.
             clipped = ends | {name: self._clipped(found, name, *ends[name]) for name, found in counts.items()}
             if self.method == "entropy":
@@ -137,7 +151,30 @@ class Quantize:
                 }
             ends = clipped
         bits = self.activation_bits
-        return {name: Range(min(low, 0.0), max(high, 0.0), bits) for name, (low, high) in ends.items()}
+        return {
+            name: Range(min(low, 0.0), max(high, 0.0), bits, held.get(name, ())) for name, (low, high) in ends.items()
+        }
+
+    def _scales(self, model: Model, largest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the channels of inputs are divided by: max|x|^smooth / max|w|^(1 - smooth), with a geometric mean of 1;
+        `largest` is max|x|. Layers that read the same share theirs.
+
+        Inputs of `down` and `out` have none: what an activation function gives has its outliers in single tokens.
+        """
+        try:
+            found = blocks(transformer(model, "Quantize")) if self.smooth else []
+        except ModelError:
+            return {}
+        layers, scales = linears(model.network), {}
+        for names in (names for block in found for names in (block.qkv, block.up)):
+            read = [name if name in layers else f"{name}.down" for name in names]
+            x = largest[read[0]]
+            w = torch.stack([layers[name].weight.detach().abs().amax(dim=0) for name in read]).amax(dim=0)
+            # Who is silent in these rows need not be so in others.
+            x, w = (v.clamp(min=_QUIET * float(v.mean()) or 1.0) for v in (x, w))
+            scale = x**self.smooth / w ** (1 - self.smooth)
+            scales |= dict.fromkeys(read, scale / scale.log().mean().exp())
+        return scales
 
     def _clipped(self, counts: Tensor, name: str, low: float, high: float) -> tuple[float, float]:
         if self.method == "percentile":
@@ -154,26 +191,28 @@ def linears(network: nn.Module) -> dict[str, nn.Linear]:
 
 @dataclass(frozen=True)
 class Extremes:
-    """Largest value, and largest negated value, at each point over unmasked tokens."""
+    """Largest value, and largest negated value, of each channel at each point over unmasked tokens."""
 
     combine: Literal["sum", "max"] = "max"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, x in values_at(network, batch).items():
-            found[f"{name}/low"], found[f"{name}/high"] = -x.min(), x.max()
+            found[f"{name}/low"], found[f"{name}/high"] = -x.amin(dim=0), x.amax(dim=0)
         return found
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of the values at each point in equal bins between known extremes."""
+    """Counts of the values at each point, channels divided by their `scales`, in equal bins between known extremes."""
 
     ranges: tuple[tuple[str, tuple[float, float]], ...]
+    scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         seen = values_at(network, batch)
+        seen |= {name: seen[name] / torch.tensor(scale, device=batch.ids.device) for name, scale in self.scales}
         return {
             name: torch.histc(seen[name], _BINS, low, high).double() for name, (low, high) in self.ranges if high > low
         }
@@ -186,7 +225,7 @@ def points(network: nn.Module) -> list[str]:
 
 
 def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
-    """The values at every point at the batch's real tokens, flat."""
+    """The values (tokens, channels) at every point at the batch's real tokens."""
     seen: dict[str, Tensor] = {}
     wanted = set(points(network))
     real = batch.mask > 0
@@ -195,7 +234,7 @@ def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
         def keep(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
             for point, x in ((name, args[0]), (name + OUT, out)):
                 if point in wanted:
-                    seen[point] = (x[real] if x.shape[:2] == real.shape else x).detach().float().flatten()
+                    seen[point] = (x[real] if x.shape[:2] == real.shape else x).detach().float()
 
         return keep
 
