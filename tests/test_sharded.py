@@ -361,6 +361,11 @@ ATTEMPTS: tuple[Attempt, ...] = (
         ),
         "follows from weights that tensor divides",
     ),
+    (
+        "tensor",
+        lambda m, run: QuantizeAware(Quantize(weight_bits=4, activations="dynamic"))(m, run, PLAN),
+        "follow from inputs that tensor divides",
+    ),
 )
 
 

@@ -226,6 +226,11 @@ def _linear(network: Transformer, name: str, side: Side, groups: int, ways: int)
             f"the grid of {name} follows from weights that tensor divides; use symmetric weights per channel or "
             "tensor, or local, ddp or fsdp."
         )
+    if spec is not None and spec.dynamic and side == "inputs":
+        raise OptionError(
+            f"the ranges of tokens at {name} follow from inputs that tensor divides; use static activations, or local, "
+            "ddp or fsdp."
+        )
     cuts: dict[str, Cut] = {}
     for part, value in (*module.named_parameters(), *module.named_buffers()):
         found = _cut(part, value.numel(), side, groups, ways)
@@ -256,6 +261,8 @@ def _cut(part: str, size: int, side: Side, groups: int, ways: int) -> Cut | Lite
         # LSQ divides by the square root of how many values share a scale: fewer do in each process.
         fewer = not outwards or at[0] == "out" or (at[0] == "steps" and size == 1)
         return Cut(None, factor=ways**-0.5 if fewer else 1.0)
+    if leaf == "scale":
+        return "whole" if outwards else Cut(0)
     return "whole" if leaf in ("first", "zero", "top") else "unknown"
 
 
