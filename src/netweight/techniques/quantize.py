@@ -165,7 +165,8 @@ class Quantize:
             found = blocks(transformer(model, "Quantize")) if self.smooth else []
         except ModelError:
             return {}
-        layers, scales = linears(model.network), {}
+        layers = linears(model.network)
+        scales: dict[str, Tensor] = {}
         for names in (names for block in found for names in (block.qkv, block.up)):
             read = [name if name in layers else f"{name}.down" for name in names]
             x = largest[read[0]]
