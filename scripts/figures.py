@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import peers
@@ -44,16 +45,23 @@ def _transformers(certified: dict[str, Cell]) -> dict[str, Cell]:
     return {p: c for p, c in certified.items() if p not in LIGHT}
 
 
-def _mean(values: Iterable[float]) -> float:
-    logs = [math.log(v) for v in values]
-    return math.exp(sum(logs) / len(logs))
+def _mean(values: Mapping[str, float]) -> float:
+    """Over sets, each with the mean of its seeds, so that one with more seeds weighs no more; names are "SET SEED"."""
+    sets: dict[str, list[float]] = {}
+    for name, value in values.items():
+        sets.setdefault(name.partition(" ")[0], []).append(value)
+    return fmean(fmean(seeds) for seeds in sets.values())
+
+
+def _geometric(values: Mapping[str, float]) -> float:
+    return math.exp(_mean({name: math.log(value) for name, value in values.items()}))
 
 
 def _line(figure: str, target: str, least: float, values: dict[str, float], form: str = "{:.2f}x") -> str:
     """A row of the table; `least` is negative where smaller is better. A target holds for the geometric mean."""
     if not values:
         return f"| {figure} | {target} | {peers.NOT_RUN} | |"
-    mean = _mean(values.values())
+    mean = _geometric(values)
     fine = mean >= least if least > 0 else mean <= -least
     each = ", ".join(f"{name} {form.format(v)}" for name, v in values.items())
     said = form.format(mean) if len(values) == 1 else f"{form.format(mean)} in the geometric mean ({each})"
@@ -82,7 +90,7 @@ def table() -> str:
         if static := max((points[name] for name in ("static", "conv") if name in points), default=None):
             gaps[name] = 100 * (own["certificate"]["dev"]["reference"] - static)
     lost = [name for name, own, _ in found if own["certificate"]["verdict"] != "certified"]
-    mean_gap = sum(gaps.values()) / len(gaps) if gaps else math.nan
+    mean_gap = _mean(gaps) if gaps else math.nan
     each = ", ".join(f"{name} {v:.2f}" for name, v in gaps.items())
     lines = [
         _HEAD,
