@@ -151,6 +151,7 @@ COSTS = {
     "half-int8": 5e-5,
     "third-int8": 4e-5,
     "full-int8": 1e-4,
+    "full-mixed": 1.1e-4,
 }
 
 

@@ -175,7 +175,7 @@ def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone()
     assert set(found.points) == {"linear", "full-int8", "static"}
     assert notes[1:] == [
         f"{name} is not made: static, which costs less, will hardly fail alone"
-        for name in ("conv", "half-int8", "third-int8")
+        for name in ("conv", "full-mixed", "half-int8", "third-int8")
     ]
 
 

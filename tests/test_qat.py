@@ -262,6 +262,7 @@ def test_the_same_function_under_its_other_name_changes_nothing(model: Model, da
 TECHNIQUES: list[Technique] = [
     QuantizeAware(START, epochs=1),
     QuantizeAware(Quantize(activations="dynamic", weight_bits=3), epochs=1),
+    QuantizeAware(Quantize(activations="mixed", weight_bits=3, rows=40), epochs=1),
     MixedBits(mean_bits=5.0, rows=20, quantize=Quantize(rows=20)),
 ]
 

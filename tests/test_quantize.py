@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from conftest import FAMILIES, tiny_model
 from netweight.anatomy import blocks
 from netweight.artifact import Tier
 from netweight.data import Dataset
+from netweight.encode import Tokens
 from netweight.engine.cascade import tier_engine
 from netweight.errors import ModelError, OptionError
 from netweight.export import export, lowered
@@ -252,6 +253,13 @@ def test_what_inputs_are_divided_by_their_weights_are_multiplied_by() -> None:
     torch.testing.assert_close(QuantizedLinear(linear, given, None, Weights())(x), wanted.detach())
 
 
+def lowered_logits(model: Model, tokens: Tokens) -> torch.Tensor:
+    """What an engine is to say of the tokens."""
+    with torch.no_grad():
+        said = lowered(model)(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))
+    return cast(torch.Tensor, said)
+
+
 def with_outliers() -> Model:
     """Of each norm one unit is thirty times as large, as in trained encoders."""
     model = tiny_model(layers=2)
@@ -272,10 +280,8 @@ def test_smoothing_moves_outliers_into_weights(dataset: Dataset) -> None:
     plain = logits_of(model, tokens)
 
     def error(smooth: float) -> float:
-        network = lowered(Quantize(rows=40, smooth=smooth)(model, run, PLAN))
-        with torch.no_grad():
-            said = network(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))
-        return float((said - plain).square().mean().sqrt())
+        made = Quantize(rows=40, smooth=smooth)(model, run, PLAN)
+        return float((lowered_logits(made, tokens) - plain).square().mean().sqrt())
 
     assert error(0.5) < 0.7 * error(0.0)
 
@@ -288,6 +294,37 @@ def test_layers_that_read_the_same_are_divided_by_the_same(dataset: Dataset) -> 
         for names in (block.qkv, block.up):
             assert len({made.ranges[name].scale for name in names}) == 1
             assert np.log(made.ranges[names[0]].scale).mean() == pytest.approx(0, abs=1e-5)
+
+
+def test_mixed_activations_round_what_the_feed_forward_network_made_token_by_token(dataset: Dataset) -> None:
+    for family in FAMILIES:
+        model = tiny_model(family=family, layers=2)
+        static, mixed = (Quantize(activations=a, rows=40)(model, Local(dataset), PLAN) for a in ("static", "mixed"))
+        down = {block.down for block in blocks(transformer(model, "a test"))}
+        assert {name for name, spec in mixed.weights.items() if spec.dynamic} == set(mixed.weights) == down
+        assert mixed.ranges == {name: found for name, found in static.ranges.items() if name not in down}
+
+
+def test_mixed_activations_do_not_suffer_from_one_token_that_stands_out(dataset: Dataset) -> None:
+    """One token drives one neuron far beyond all others: a range for all tokens leaves those few levels."""
+    model, run = tiny_model(layers=1), Local(dataset)
+    (block,) = blocks(transformer(model, "a test"))
+    tokens = model.encoder.encode(dataset.train.text[:40])
+    up, down = (cast(nn.Linear, model.network.get_submodule(name)) for name in (*block.up, block.down))
+    seen: list[torch.Tensor] = []
+    handle = up.register_forward_hook(lambda _, args, out: seen.append(args[0][0, 1]))
+    logits_of(model, tokens)
+    handle.remove()
+    with torch.no_grad():
+        up.weight[0], up.bias[0] = 300 * seen[0] / seen[0].square().sum(), -150
+        down.weight[:, 0] = 0
+    plain = logits_of(model, tokens)
+
+    def error(activations: Literal["static", "mixed"]) -> float:
+        made = Quantize("minmax", rows=40, activations=activations)(model, run, PLAN)
+        return float((lowered_logits(made, tokens) - plain).square().mean().sqrt())
+
+    assert error("mixed") < 0.7 * error("static")
 
 
 @settings(max_examples=30)
@@ -386,6 +423,7 @@ FORMS = [
     Quantize(rows=40, weight_bits=4, weight_clip="mse", method="mse"),
     Quantize(activations="none", weight_bits=4, granularity="group", group=16, table_bits=4),
     Quantize(activations="dynamic"),
+    Quantize(activations="mixed", rows=40),
     Half(),
     SwapActivation("relu6", epochs=1),
 ]
@@ -471,8 +509,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "magic"}, "unknown calibration 'magic'; use minmax, percentile, mse, entropy"),
     ({"granularity": "row"}, "unknown granularity 'row' of Quantize; use channel or tensor or group"),
     ({"weight_clip": "percentile"}, "unknown weight_clip 'percentile'"),
-    ({"activations": "bf16"}, "unknown activations 'bf16'; use static, dynamic or none"),
+    ({"activations": "bf16"}, "unknown activations 'bf16'; use static, mixed, dynamic or none"),
     ({"activations": "dynamic", "symmetric": False}, "with dynamic activations weights have no zero points"),
+    ({"activations": "mixed", "symmetric": False}, "with mixed activations weights have no zero points"),
     ({"activations": "dynamic", "granularity": "group", "group": 32}, "no integer kernel has groups"),
     ({"activations": "dynamic", "method": "mse"}, "method does not apply to activations 'dynamic'"),
     ({"smooth": 1.0}, "smooth of Quantize is 1.0; use 0 to less than 1"),

@@ -366,6 +366,11 @@ ATTEMPTS: tuple[Attempt, ...] = (
         lambda m, run: QuantizeAware(Quantize(weight_bits=4, activations="dynamic"))(m, run, PLAN),
         "follow from inputs that tensor divides",
     ),
+    (
+        "tensor",
+        lambda m, run: QuantizeAware(Quantize(weight_bits=4, activations="mixed"))(m, run, PLAN),
+        r"output.dense follow from inputs that tensor divides",
+    ),
 )
 
 

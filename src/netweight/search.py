@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from netweight.anatomy import blocks
+from netweight.anatomy import Block, blocks
 from netweight.errors import ModelError
 from netweight.layers import Activation
 from netweight.model import Model
@@ -43,13 +43,24 @@ def ladder(teacher: Model) -> tuple[Rung, ...]:
         Rung(name, student(teacher, n), 0.5, after=larger, unless="static")
         for name, n, larger in zip(called, layers, ["", *called], strict=False)
     ]
+    # Nearer to the teacher than the one above and a little slower, for certificates that need it.
+    mixed = [Rung("full-mixed", (Quantize(activations="mixed"),), 0.2, unless="static")] if known(teacher) else []
     return (
         Rung("linear", (LinearFloor(),), 0.2),
         Rung("full-int8", (Quantize(),), 0.2),
         Rung("static", (Static(),), 0.3),
         Rung("conv", (Static(filters=256, epochs=20.0, learning_rate=2e-3),), 0.3, unless="static"),
+        *mixed,
         *students,
     )
+
+
+def known(teacher: Model) -> list[Block]:
+    """Its layers; none in families whose layers are built in a way of their own."""
+    try:
+        return blocks(transformer(teacher, "a student"))
+    except ModelError:
+        return []
 
 
 def student(
@@ -65,9 +76,8 @@ def student(
     on the teacher; `then` quantizes it (None: to int8). In families whose layers cannot be cut, only whole layers go.
     """
     distil, then = distil or Distill(), then or (Quantize(),)
-    try:
-        found = blocks(transformer(teacher, "a student"))
-    except ModelError:
+    found = known(teacher)
+    if not found:
         return replace(distil, layers=layers), *then
     # Kernels work in blocks of 32; a share of few neurons is cut more finely.
     multiple = max(1, min(32, min(block.neurons for block in found) // 8))

@@ -18,7 +18,7 @@ from netweight.anatomy import blocks
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch
 from netweight.model import Model, Range, Weights
-from netweight.network import Network
+from netweight.network import Network, Transformer
 from netweight.quantizer import entropy_range, mse_range, percentile_range
 from netweight.run import Run
 from netweight.techniques.base import transformer
@@ -51,7 +51,8 @@ class Quantize:
     `method` finds the range of a layer's input: "minmax" takes the extremes, "percentile" cuts `1 - percentile` of the
     values off at each end, "mse" takes the range with the least squared error, "entropy" the one with the least KL
     divergence (Migacz, GTC 2017). `activations` "dynamic" calibrates nothing: each token's inputs are rounded by their
-    own largest value; "none" rounds weights only.
+    own largest value; "mixed" does so where single tokens stand out, at what the activation function of a feed-forward
+    network gives, and calibrates the rest; "none" rounds weights only.
 
     `smooth` moves outliers of channels from the inputs of attention and of feed-forward networks into their weights
     (SmoothQuant, Xiao et al., ICML 2023, with alpha = `smooth`; 0 moves none), which is exact but for rounding.
@@ -69,7 +70,7 @@ class Quantize:
     group: int | None = None
     symmetric: bool = True
     weight_clip: Literal["minmax", "mse"] = "minmax"
-    activations: Literal["static", "dynamic", "none"] = "static"
+    activations: Literal["static", "mixed", "dynamic", "none"] = "static"
     activation_bits: int = 8
     table_bits: int = 8
     smooth: float = 0.5
@@ -80,8 +81,8 @@ class Quantize:
                 raise OptionError(f"unknown {name} {getattr(self, name)!r} of Quantize; use {' or '.join(allowed)}.")
         if self.method not in get_args(Method):
             raise OptionError(f"unknown calibration {self.method!r}; use {', '.join(get_args(Method))}.")
-        if self.activations not in ("static", "dynamic", "none"):
-            raise OptionError(f"unknown activations {self.activations!r}; use static, dynamic or none.")
+        if self.activations not in ("static", "mixed", "dynamic", "none"):
+            raise OptionError(f"unknown activations {self.activations!r}; use static, mixed, dynamic or none.")
         for name in ("weight_bits", "activation_bits", "table_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
@@ -98,9 +99,11 @@ class Quantize:
     def _check_activations(self) -> None:
         if self.activations != "none" and self.granularity == "group":
             raise OptionError("no integer kernel has groups; use granularity 'channel', or activations 'none'.")
-        if self.activations == "dynamic" and not self.symmetric:
-            raise OptionError("with dynamic activations weights have no zero points; leave symmetric as it is.")
-        if self.activations == "static":
+        if self.activations in ("mixed", "dynamic") and not self.symmetric:
+            raise OptionError(
+                f"with {self.activations} activations weights have no zero points; leave symmetric as it is."
+            )
+        if self.calibrated:
             if self.method != "percentile" and self.percentile != Quantize.percentile:
                 raise OptionError(f"percentile does not apply to calibration {self.method!r}; leave it out.")
             return
@@ -110,26 +113,35 @@ class Quantize:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Quantize")
-        ranges = self._ranges(model, run) if self.activations == "static" else {}
-        return replace(model, ranges=ranges, weights=self.specs(network))
+        weights = self.specs(network)
+        return replace(model, ranges=self._ranges(model, run, weights) if self.calibrated else {}, weights=weights)
 
-    def specs(self, network: nn.Module) -> dict[str, Weights]:
+    @property
+    def calibrated(self) -> bool:
+        """Whether any layer's range is taken from rows."""
+        return self.activations in ("static", "mixed")
+
+    def specs(self, network: Transformer) -> dict[str, Weights]:
         """What is noted of each layer's weights; nothing for what a range alone implies."""
-        spec = Weights(
-            self.weight_bits,
-            self.granularity,
-            self.group or 0,
-            self.symmetric,
-            self.weight_clip,
-            dynamic=self.activations == "dynamic",
-        )
-        found = {} if self.activations == "static" and spec == Weights() else dict.fromkeys(linears(network), spec)
+        spec = Weights(self.weight_bits, self.granularity, self.group or 0, self.symmetric, self.weight_clip)
+        layers, by_token = linears(network), self._by_token(network)
+        found = {} if self.calibrated and spec == Weights() else dict.fromkeys(layers, spec)
+        found |= dict.fromkeys((name for name in layers if name in by_token), replace(spec, dynamic=True))
         if self.table_bits < 8:
             table = Weights(self.table_bits, clip=self.weight_clip)
             found |= {n: table for n, m in network.named_modules() if isinstance(m, nn.Embedding)}
         return found
 
-    def _ranges(self, model: Model, run: Run) -> dict[str, Range]:
+    def _by_token(self, network: Transformer) -> set[str]:
+        """Layers whose inputs are rounded token by token."""
+        if self.activations == "dynamic":
+            return set(linears(network))
+        if self.activations != "mixed":
+            return set()
+        # A factored layer is two, of which the first reads the inputs.
+        return {part for block in blocks(network) for part in (block.down, f"{block.down}.down")}
+
+    def _ranges(self, model: Model, run: Run, weights: Mapping[str, Weights]) -> dict[str, Range]:
         names = points(model.network)
         found = run.reduce(model, Extremes(), self.rows)
         largest = {name: torch.maximum(found[f"{name}/low"], found[f"{name}/high"]) for name in names}
@@ -152,7 +164,9 @@ class Quantize:
             ends = clipped
         bits = self.activation_bits
         return {
-            name: Range(min(low, 0.0), max(high, 0.0), bits, held.get(name, ())) for name, (low, high) in ends.items()
+            name: Range(min(low, 0.0), max(high, 0.0), bits, held.get(name, ()))
+            for name, (low, high) in ends.items()
+            if not weights.get(name, Weights()).dynamic
         }
 
     def _scales(self, model: Model, largest: Mapping[str, Tensor]) -> dict[str, Tensor]:
