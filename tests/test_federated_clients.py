@@ -36,8 +36,9 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
-from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Task
+from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Reduced, Task
 from netweight.task import Score
+from netweight.techniques.finetune import Moments
 from netweight.train import Plan
 from test_federated import PLAN, fitted, part, shops, values
 
@@ -449,6 +450,46 @@ def test_a_poisoned_variate_changes_nothing_and_is_named(
         assert name == "shop3"
         assert re.fullmatch(said, reason)
     assert all(bool(value.isfinite().all()) for value in values(made).values())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda v: v * float("nan"), "the statistic has values that are not finite."),
+        (lambda v: v * 1e9, r"the statistic has a norm .* of .*, more than 100 times .*, what is usual in the round."),
+        (
+            lambda v: v[:1],
+            r"the statistic has xx as torch.float64 \(1, 33\), which should be torch.float64 \(33, 33\).",
+        ),
+        (lambda v: v.float(), "the statistic has xx as torch.float32 .*, which should be torch.float64 .*"),
+    ],
+)
+def test_a_poisoned_statistic_changes_nothing_and_is_named(
+    change: Callable[[Tensor], Tensor], said: str, model: Model
+) -> None:
+    def lying(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        if isinstance(answer, Reduced) and name == "shop3":
+            return replace(answer, tensors={n: change(v) for n, v in answer.tensors.items()})
+        return answer
+
+    told: list[tuple[str, str]] = []
+    run, honest = Federated(Changed(shops(4), lying), privacy=None), Federated(shops(4)[:3], privacy=None)
+    run.members.refuses = run.refuses = lambda client, reason, final: told.append((client, reason))  # type: ignore[method-assign]
+    found = run.reduce(model, Moments(model.task))
+    for name, value in honest.reduce(model, Moments(model.task)).items():
+        torch.testing.assert_close(found[name], value)
+    ((client, reason),) = told
+    assert client == "shop3"
+    assert re.fullmatch(said, reason)
+
+
+def test_what_is_missing_from_a_statistic_is_named(model: Model) -> None:
+    def lying(name: str, task: Task, answer: Answer | Lost) -> Answer | Lost:
+        return replace(answer, tensors={}) if isinstance(answer, Reduced) else answer
+
+    run = Federated(Changed(shops(2), lying), privacy=None)
+    with pytest.raises(ClientError, match=r"a statistic: 0 clients answered, .* shop0: the statistic has no tensor xx"):
+        run.reduce(model, Moments(model.task))
 
 
 def test_who_takes_part_late_may_send_its_whole_variate() -> None:

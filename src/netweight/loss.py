@@ -56,6 +56,13 @@ class Batch:
         return Batch(ids, mask, types, targets, weight, tuple(map(change, self.teachers)), self.everywhere)
 
 
+def short_row(model: Model) -> Batch:
+    """A batch of one row of special tokens: what asks how something computes, and not what."""
+    ids = torch.tensor([model.encoder.specials or (0,)])
+    targets = torch.zeros(1, dtype=torch.long if isinstance(model.task, Classify) else torch.float)
+    return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), targets, torch.ones(1))
+
+
 class Loss(Protocol):
     """What a run needs to know of a loss: whose outputs to fetch, and whether unlabelled rows help."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, Loss, SoftTargets
+from netweight.loss import Loss, SoftTargets, short_row
 from netweight.matching import LayerMap, Match, Matching, mapped, project, unproject
 from netweight.model import Model
 from netweight.network import Exits, Transformer
@@ -148,12 +148,10 @@ def _tables(network: nn.Module) -> list[Tensor]:
 
 def _try(loss: Loss, student: Model) -> None:
     """Ask the loss of one short row, so that what does not fit together is refused before anything is computed."""
-    ids = torch.tensor([student.encoder.specials or (0,)])
     outputs = tuple(torch.zeros(1, student.task.outputs) for _ in loss.teachers)
-    one = torch.ones(1, dtype=torch.long if isinstance(student.task, Classify) else torch.float)
     with torch.no_grad():
         student.network.eval()
-        loss(student.network, Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), 0 * one, torch.ones(1), outputs))
+        loss(student.network, replace(short_row(student), teachers=outputs))
 
 
 class Fitting(Protocol):

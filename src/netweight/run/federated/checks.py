@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -85,19 +85,9 @@ class Round:
                 refused.append(Lost(client, f"the {self.what} has {problem}"))
                 continue
             sound[client] = update
-        # Two cannot tell which of them is odd.
-        known = [norms[client] for client in sound]
-        usual = max(self.usual, statistics.median(known)) if len(known) > 2 else 0.0
-        for client in [c for c in sound if usual and norms[c] > self.outlier * usual]:
-            refused.append(
-                Lost(
-                    client,
-                    f"the {self.what} has a norm of {norms[client]:.3g}, more than {self.outlier:g} times {usual:.3g}, "
-                    "what is usual in the round.",
-                )
-            )
-            del sound[client]
-        return sound, tuple(sorted(refused, key=lambda lost: lost.client))
+        far = _far({client: norms[client] for client in sound}, self.outlier, f"the {self.what} has a norm", self.usual)
+        kept = {client: update for client, update in sound.items() if client not in far}
+        return kept, _in_order([*refused, *far.values()])
 
     def norm(self, update: Tensors) -> float:
         """L2 norm of the change of the parameters; NaN or infinite where a value (of a buffer, too) is not finite."""
@@ -113,12 +103,10 @@ class Round:
         wanted: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for name, old in self.old.items():
             wanted |= parts_of(self.codec if name in self.differences else Full(), name, old)
-        for name in sorted(wanted.keys() ^ set(sent)):
-            return f"no tensor {name}." if name in wanted else f"a tensor {name} that nobody asked for."
-        for name, (shape, dtype) in wanted.items():
+        if problem := _differs(wanted, sent):
+            return problem
+        for name, (_, dtype) in wanted.items():
             got = sent[name]
-            if tuple(got.shape) != shape or got.dtype != dtype:
-                return f"{name} as {got.dtype} {tuple(got.shape)}, which should be {dtype} {shape}."
             parameter = name.partition("/")[0]
             # Places are the only integers that are looked up.
             if name != parameter and dtype == torch.int32 and got.numel():
@@ -126,3 +114,54 @@ class Round:
                 if not (int(got.min()) >= 0 and int(got.max()) < n):
                     return f"places outside of {parameter}, which has {n} values."
         return ""
+
+
+def sound_parts(
+    form: Tensors, sent: Mapping[str, Tensors], rows: Mapping[str, float], outlier: float
+) -> tuple[dict[str, Tensors], tuple[Lost, ...]]:
+    """Parts of a statistic that look like `form` and are finite, by client, and who was refused and why.
+
+    `rows` divide what a client sent (1 where it is no sum). A norm may be the square of `outlier` times the median:
+    squares of gradients are among what is summed up.
+    """
+    wanted = {name: (tuple(value.shape), value.dtype) for name, value in form.items()}
+    refused: list[Lost] = []
+    norms: dict[str, float] = {}
+    for client in sorted(sent):
+        problem = _differs(wanted, sent[client])
+        if not problem:
+            norms[client] = math.hypot(*(float(v.double().norm()) for v in sent[client].values())) / rows[client]
+            problem = "" if math.isfinite(norms[client]) else "values that are not finite."
+        if problem:
+            norms.pop(client, None)
+            refused.append(Lost(client, f"the statistic has {problem}"))
+    far = _far(norms, outlier**2, "the statistic has a norm (for each row, if it is a sum)")
+    return {c: sent[c] for c in norms if c not in far}, _in_order([*refused, *far.values()])
+
+
+def _differs(wanted: Mapping[str, tuple[tuple[int, ...], torch.dtype]], sent: Tensors) -> str:
+    """What is wrong with the names, shapes or types of tensors; empty where nothing is."""
+    for name in sorted(wanted.keys() ^ set(sent)):
+        return f"no tensor {name}." if name in wanted else f"a tensor {name} that nobody asked for."
+    for name, (shape, dtype) in wanted.items():
+        got = sent[name]
+        if tuple(got.shape) != shape or got.dtype != dtype:
+            return f"{name} as {got.dtype} {tuple(got.shape)}, which should be {dtype} {shape}."
+    return ""
+
+
+def _far(norms: Mapping[str, float], times: float, what: str, least: float = 0.0) -> dict[str, Lost]:
+    """Clients whose norm is so many times the median, which is taken to be `least` at least."""
+    # Two cannot tell which of them is odd.
+    usual = max(least, statistics.median(norms.values())) if len(norms) > 2 else 0.0
+    return {
+        client: Lost(
+            client, f"{what} of {norm:.3g}, more than {times:g} times {usual:.3g}, what is usual in the round."
+        )
+        for client, norm in norms.items()
+        if usual and norm > times * usual
+    }
+
+
+def _in_order(lost: Iterable[Lost]) -> tuple[Lost, ...]:
+    return tuple(sorted(lost, key=lambda one: one.client))

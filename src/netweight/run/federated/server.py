@@ -14,10 +14,10 @@ from torch import Tensor
 
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Loss
+from netweight.loss import Loss, short_row
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
-from netweight.run.federated.checks import Round, capped, unlikely
+from netweight.run.federated.checks import Round, capped, sound_parts, unlikely
 from netweight.run.federated.client import Client, manifest_of, trained
 from netweight.run.federated.codecs import Decoded, Full, put, seed_of, size, travelling
 from netweight.run.federated.inprocess import InProcess
@@ -121,9 +121,16 @@ class Federated:
             takes = list(shares(limit, rows))
         tasks = {n: ReduceTask(model, statistic, k, unlabelled) for n, k in zip(names, takes, strict=True) if k != 0}
         answers = self.channel.exchange(tasks, self.rounds.seconds)
-        parts = {name: a.tensors for name, a in sorted(answers.items()) if isinstance(a, Reduced)}
+        sent = {name: a.tensors for name, a in answers.items() if isinstance(a, Reduced)}
+        with torch.no_grad():
+            form = statistic(model.network, short_row(model))
+        summed = statistic.combine == "sum"
+        per = {n: float(task.limit or usable[n].rows) if summed else 1.0 for n, task in tasks.items()}
+        parts, refused = sound_parts(form, sent, per, self.rounds.outlier)
+        for one in refused:
+            self.refuses(one.client, one.reason, False)
         if len(parts) < min(self.rounds.minimum, len(tasks)):
-            lost = tuple(a for _, a in sorted(answers.items()) if isinstance(a, Lost))
+            lost = (*(_lost(n, answers.get(n)) for n in tasks if n not in sent), *refused)
             raise too_few(len(parts), lost, self.rounds.minimum, "a statistic")
         return merge(statistic, [dict(part) for part in parts.values()])
 
