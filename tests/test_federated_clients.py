@@ -36,7 +36,7 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
-from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Reduced, Task
+from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Reduced, ScoreTask, Task
 from netweight.task import Score
 from netweight.techniques.finetune import Moments
 from netweight.train import Plan
@@ -364,9 +364,10 @@ class Unheard(Changed):
 
     def __init__(self, clients: list[Client], how: str) -> None:
         super().__init__(clients, same)
-        self.how = how
+        self.how, self.scored = how, list[Task]()
 
     def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
+        self.scored += [task for task in tasks.values() if isinstance(task, ScoreTask)]
         middle = isinstance(task := next(iter(tasks.values())), FitTask) and task.round == 1
         if not middle:
             return super().exchange(tasks, seconds)
@@ -375,6 +376,22 @@ class Unheard(Changed):
         if isinstance(answer, Fitted) and self.how == "refused":
             return {**found, "shop1": replace(answer, loss=math.nan)}
         return {**found, "shop1": Lost("shop1", "no answer within 5 s")}
+
+
+def test_a_head_whose_answer_did_not_count_is_not_scored(model: Model) -> None:
+    """shop1's last answer is refused: its standing is that of the head that it had before."""
+    clients = shops(3)
+    channel = Unheard(clients, "refused")
+    run = Federated(channel, rounds=Rounds(2), travel=Travel(personal_head=True), privacy=None)
+    made, fit = fitted(run, model), run.report.fit
+    assert run.report.rounds[1].refused[0].client == "shop1"
+    heads = [values(clients[1].own(made, fit, taken))["head.weight"] for taken in (0, 1, None)]
+    assert torch.equal(heads[1], heads[2])
+    assert not torch.equal(heads[0], heads[1])
+    scored = {task.taken for task in channel.scored if isinstance(task, ScoreTask)}
+    assert scored == {0, 1}
+    standing = next(s for s in run.report.standings if s.client == "shop1")
+    assert standing.quality == Local(clients[1].data).quality(clients[1].own(made, fit, 0))
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
-from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Tensors
+from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Scored, Tensors
 
 _CUT = 60  # characters of a value in a message
 
@@ -42,6 +42,18 @@ def unlikely(answer: Fitted, rows: int, private: bool) -> str:
     if not private and not math.isfinite(answer.loss):
         return f"it reports a loss of {answer.loss:g}."
     return ""
+
+
+def measured(answer: Scored) -> bool:
+    """Whether its quality, where there is one, is a number that was measured on rows."""
+    return answer.quality is None or (answer.rows > 0 and math.isfinite(answer.quality))
+
+
+def missing(name: str, answer: object) -> Lost:
+    """Why a client that was asked is not among those that answered."""
+    if isinstance(answer, Lost):
+        return answer
+    return Lost(name, "no answer." if answer is None else f"it answered with {type(answer).__name__}.")
 
 
 def capped(rows: Mapping[str, int], heaviest: float) -> dict[str, float]:

@@ -98,19 +98,20 @@ class Client:
             return self._fit(task)
         if isinstance(task, ScoreTask):
             rows = len(self.data.select)
-            model = self.own(task.model, task.fit) if task.fit else task.model
+            model = self.own(task.model, task.fit, task.taken)
             return Scored(self._local.quality(model) if rows else None, rows)
         if isinstance(task, AttackTask):
-            model = self.own(task.model, task.fit) if task.fit else task.model
+            model = self.own(task.model, task.fit, task.taken)
             return membership(model, self.data.train, self.data.select, _ATTACKED)
         if isinstance(task, Advertise | Share | Unmask):
             return self._guard.answer(task)
         found = self._local.reduce(task.model, task.statistic, task.limit, task.unlabelled)
         return Reduced(found, len(self.data.train) if task.limit is None else task.limit)
 
-    def own(self, model: Model, fit: str) -> Model:
-        """The model with the parameters that this client kept for itself in a fit."""
-        kept = self._kept.after(fit, None, "personal")
+    def own(self, model: Model, fit: str, taken: int | None = None) -> Model:
+        """The model with the parameters that this client kept for itself in a fit, after the round `taken` (None: the
+        last)."""
+        kept = self._kept.after(fit, taken, "personal")
         if not kept:
             return model
         mine = model.copy()

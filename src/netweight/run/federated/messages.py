@@ -145,10 +145,12 @@ class Told:
 
 @dataclass(frozen=True)
 class AttackTask:
-    """Asks how well training rows can be told from held-out ones by a model's loss."""
+    """Asks how well training rows can be told from held-out ones by a model's loss; `fit` and `taken` as in
+    `ScoreTask`."""
 
     model: Model
     fit: str = ""
+    taken: int = -1
 
 
 @dataclass(frozen=True)
@@ -219,10 +221,11 @@ class Reduced:
 @dataclass(frozen=True)
 class ScoreTask:
     """Asks how good a model is on the client's own select rows; with `fit` the parameters that it kept replace
-    those of the model."""
+    those of the model, as they were after the round `taken`, the last in which its answer counted."""
 
     model: Model
     fit: str = ""
+    taken: int = -1
 
 
 @dataclass(frozen=True)

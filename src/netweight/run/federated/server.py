@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from netweight.errors import ModelError, OptionError
 from netweight.loss import Loss, short_row
 from netweight.model import Model
 from netweight.run.base import Statistic, merge
-from netweight.run.federated.checks import Round, capped, sound_parts, unlikely
+from netweight.run.federated.checks import Round, capped, measured, missing, sound_parts, unlikely
 from netweight.run.federated.client import Client, manifest_of, trained
 from netweight.run.federated.codecs import Decoded, Full, put, seed_of, size, travelling
 from netweight.run.federated.inprocess import InProcess
@@ -57,6 +58,7 @@ from netweight.run.local import Local
 from netweight.run.processes import shares
 from netweight.train import Plan, Silent, fit_digest
 
+T = TypeVar("T")
 _HEADS = ("head", "heads")
 _PRIVATE = Automatic()
 
@@ -130,7 +132,7 @@ class Federated:
         for one in refused:
             self.refuses(one.client, one.reason, False)
         if len(parts) < min(self.rounds.minimum, len(tasks)):
-            lost = (*(_lost(n, answers.get(n)) for n in tasks if n not in sent), *refused)
+            lost = (*(missing(n, answers.get(n)) for n in tasks if n not in sent), *refused)
             raise too_few(len(parts), lost, self.rounds.minimum, "a statistic")
         return merge(statistic, [dict(part) for part in parts.values()])
 
@@ -138,18 +140,19 @@ class Federated:
         """The task's metric on the server's select rows, or, where it has none, the mean over clients by their rows."""
         if self.held_out is not None:
             return Local(self.held_out).quality(model)
-        scores = self.scores(model, "")
+        scores = self.scores(model)
         weights = capped({name: s.rows for name, s in scores.items() if s.quality is not None}, self.rounds.heaviest)
         known = [(s.quality, weights[name]) for name, s in scores.items() if s.quality is not None]
         if not known:
             raise OptionError("no client has select rows to measure quality on; give the server `data`.")
         return sum(q * n for q, n in known) / sum(n for _, n in known)
 
-    def scores(self, model: Model, fit: str) -> dict[str, Scored]:
-        """Each client's own view of a model, by name; with `fit` with the parameters that it kept in that fit."""
-        tasks = {name: ScoreTask(model, fit) for name in self.usable(model)}
+    def scores(self, model: Model, fit: str = "", taken: Mapping[str, int] | None = None) -> dict[str, Scored]:
+        """Each client's own view of a model, by name; with `fit` with the parameters that it kept in that fit, after
+        the round that `taken` has for it."""
+        tasks = _each(partial(ScoreTask, model, fit), self.usable(model), taken or {})
         answers = self.channel.exchange(tasks, self.rounds.seconds)
-        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored) and _fine(a)}
+        return {name: a for name, a in sorted(answers.items()) if isinstance(a, Scored) and measured(a)}
 
     def usable(self, model: Model, least: int = 0) -> dict[str, Joined]:
         """Clients that can take part now, by name. Raises ClientError where they are fewer than `least`."""
@@ -268,7 +271,7 @@ class _Fit:
         run = self.run_
         answers = run.channel.exchange(_told(task, state, chosen), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
-        lost = tuple(_lost(name, answers.get(name)) for name in chosen if name not in fitted)
+        lost = tuple(missing(name, answers.get(name)) for name in chosen if name not in fitted)
         up = sum(size(a.tensors) + size(a.variate or {}) for a in fitted.values())
         unsound = {name: unlikely(a, usable[name].rows, self.guarded is not None) for name, a in fitted.items()}
         fitted = {name: a for name, a in fitted.items() if not unsound[name]}
@@ -414,7 +417,8 @@ class _Fit:
         if not moved > 0:
             raise ModelError(f"{self.label}: no weight moved in {len(state.rounds)} rounds; raise the learning rate.")
         run = self.run_
-        scores = run.scores(made, self.fit if self.personal else "")
+        taken = _last(state) if self.personal else {}
+        scores = run.scores(made, self.fit if self.personal else "", taken)
         standings = tuple(
             Standing(name, about.rows, scores[name].quality if name in scores else None)
             for name, about in sorted(run.members.joined.items())
@@ -429,7 +433,7 @@ class _Fit:
                 self._statement(state),
                 run.members.notes(),
                 max(r.epsilon for r in state.rounds) if self.guarded else None,
-                self._attacks(made),
+                self._attacks(made, taken),
             )
         )
 
@@ -440,12 +444,13 @@ class _Fit:
         ratio = f"; predicted noise to signal {self.guarded.ratio:.2f}"
         return statement(self.guarded.privacy, spent, in_all) + ratio
 
-    def _attacks(self, made: Model) -> tuple[Attacked, ...]:
+    def _attacks(self, made: Model, taken: Mapping[str, int]) -> tuple[Attacked, ...]:
         """What clients' training rows can be told by, before and after; of those that have rows enough."""
         run, names = self.run_, sorted(self.run_.usable(self.model))
         found = []
         for model, fit in ((self.model, ""), (made, self.fit if self.personal else "")):
-            answers = run.channel.exchange(dict.fromkeys(names, AttackTask(model, fit)), run.rounds.seconds)
+            tasks = _each(partial(AttackTask, model, fit), names, taken)
+            answers = run.channel.exchange(tasks, run.rounds.seconds)
             found.append({n: a for n, a in answers.items() if isinstance(a, Membership)})
         before, after = found
         return tuple(Attacked(n, before[n], after[n]) for n in names if n in before and n in after)
@@ -473,19 +478,17 @@ def _personal(model: Model) -> tuple[str, ...]:
 
 
 def _told(task: FitTask, state: State, clients: Iterable[str]) -> dict[str, FitTask]:
-    """The task by client, with the last round in which its answer counted. Those with one such round share a task, and
-    so what is packed."""
-    last = {name: done.round for done in state.rounds for name in done.took_part}
-    tasks = {round_: replace(task, taken=round_) for round_ in (-1, *last.values())}
+    """The task by client, with the last round in which its answer counted."""
+    return _each(lambda round_: replace(task, taken=round_), clients, _last(state))
+
+
+def _each(make: Callable[[int], T], clients: Iterable[str], last: Mapping[str, int]) -> dict[str, T]:
+    """A task by client, made for the last round in which its answer counted (-1: none). Those with one such round share
+    it, and so what is packed."""
+    tasks = {round_: make(round_) for round_ in (-1, *last.values())}
     return {name: tasks[last.get(name, -1)] for name in clients}
 
 
-def _fine(answer: Scored) -> bool:
-    """Whether its quality, where there is one, is a number that was measured on rows."""
-    return answer.quality is None or (answer.rows > 0 and math.isfinite(answer.quality))
-
-
-def _lost(name: str, answer: object) -> Lost:
-    if isinstance(answer, Lost):
-        return answer
-    return Lost(name, "no answer." if answer is None else f"it answered with {type(answer).__name__}.")
+def _last(state: State) -> dict[str, int]:
+    """The last round in which an answer of each client counted; without those of whom none did."""
+    return {name: done.round for done in state.rounds for name in done.took_part}
