@@ -99,6 +99,7 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("vocab", "tokens that occur", TEACHER, (Vocab(),)),
     ("vocab", "tokens that occur, factored, int8", TEACHER, (Vocab(), FactorEmbedding(rank=128), Quantize())),
     ("quantize", "int8", TEACHER, (Quantize(),)),
+    ("quantize", "int8, mixed", TEACHER, (Quantize(activations="mixed"),)),
     ("quantize", "int8, each token by its own range", TEACHER, (Quantize(activations="dynamic"),)),
     ("quantize", "weights alone, 4 bits in groups of 32", TEACHER, (Quantize(**ALONE),)),
     ("quantize", "fp16 storage", TEACHER, (Half(),)),

@@ -105,7 +105,9 @@ def test_a_student_where_nothing_can_be_cut_has_fewer_layers(monkeypatch: pytest
     monkeypatch.setattr(search, "blocks", refuse)
     teacher = tiny_model()
     assert [type(step) for step in student(teacher, 1)] == [Distill, Quantize]
+    assert "full-mixed" not in [rung.name for rung in ladder(teacher)]
     monkeypatch.undo()
+    assert "full-mixed" in [rung.name for rung in ladder(teacher)]
     assert [type(s) for s in student(teacher, 2, 1.0, None)] == [Distill, Quantize], "and where nothing is to be cut"
 
 
