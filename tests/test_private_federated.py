@@ -555,11 +555,17 @@ def test_updates_are_shortened_and_must_be_finite():
 def test_what_private_runs_say_travels():
     model = head_only()
     loss = Supervised(model.task)
-    seat = Seat({"a": "00ff"}, 3, 0.5, 100.0)
+    seat = Seat({"a": "00ff"}, {"a": "01"}, 3, 0.5, 100.0)
     keys = Advertised("aa", "bb")
     check = Membership(0.5, 0.4, 0.6, 0.0, 10, 10)
     for message in (
-        *(Advertise("f", 0, 2), keys, Share("f", 0, {"a": keys}), Shared({"a": "00"}), Unmask("f", 0, ("a", "b"))),
+        *(
+            Advertise("f", 0, 2),
+            keys,
+            Share("f", 0, {"a": keys}),
+            Shared({"a": "00"}, {"a": "01"}, "02"),
+            Unmask("f", 0, ("a", "b")),
+        ),
         *(Told({"a": "00"}, {}), check),
     ):
         assert Wire().unpack(Wire().pack(message)) == message
@@ -583,10 +589,17 @@ def test_keys_and_shares_are_hexadecimal():
 LIES = [
     (lambda a: replace(a, seal="00" * 32), Advertised, "its public keys are none."),
     (lambda a: replace(a, mask="no"), Advertised, "its public keys are none."),
-    (lambda a: Shared(dict.fromkeys(a.sealed, "no")), Shared, "it sent no sealed share to each other client."),
-    (lambda a: Shared({}), Shared, "it sent no sealed share to each other client."),
+    (
+        lambda a: replace(a, sealed=dict.fromkeys(a.sealed, "no")),
+        Shared,
+        "it sent no sealed share to each other client.",
+    ),
+    (lambda a: replace(a, sealed={}), Shared, "it sent no sealed share to each other client."),
     (lambda a: replace(a, tensors={"masked": a.tensors["masked"][1:]}), Fitted, "no vector of 66 masked words."),
     (lambda a: replace(a, rows=7), Fitted, "it joined with 48 rows and now has 7; it is asked anew what it has."),
+    (lambda a: replace(a, digests={}), Shared, "it vouches for no shares: digests are missing."),
+    (lambda a: replace(a, seed="no"), Shared, "it vouches for no shares: digests are missing."),
+    (lambda a: replace(a, seeds=dict.fromkeys(a.seeds, "01" * 66)), Told, "it told other shares than it was dealt."),
     (lambda a: replace(a, seeds={}), Told, "it told other shares than it was asked for."),
     (lambda a: a.seeds, Told, "no Told came."),
 ]

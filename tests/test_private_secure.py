@@ -1,6 +1,8 @@
 """Secure aggregation: exact sums, vanishing clients, and what nobody may learn."""
 
+import copy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,12 @@ from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.run.federated import secure
 from netweight.run.federated.privacy import two_thirds
 from netweight.run.federated.secure import (
+    Deal,
     Fixed,
     Keys,
     Member,
     Shares,
+    are_dealt,
     join,
     mask,
     route,
@@ -36,8 +40,8 @@ class Rounds:
         self.threshold = threshold or two_thirds(len(vectors))
         self.members = {name: Member(name, self.threshold) for name in vectors}
         self.keys = {name: m.advertise() for name, m in self.members.items()}
-        sent = {name: m.share(self.keys) for name, m in self.members.items() if name not in absent}
-        self.routed = route(sent, self.threshold)
+        self.deals = {name: m.share(self.keys) for name, m in self.members.items() if name not in absent}
+        self.routed = route(self.deals, self.threshold)
 
     def masked(self, gone=()):
         return {n: self.members[n].masked(self.vectors[n], self.routed[n]) for n in self.routed if n not in gone}
@@ -45,7 +49,7 @@ class Rounds:
     def sum(self, gone=(), late=()):
         sent = self.masked(gone)
         shares = {n: self.members[n].unmask(frozenset(sent)) for n in sent if n not in late}
-        return unmasked(plain(sent), list(sent), shares, self.keys, self.routed, self.threshold)
+        return unmasked(plain(sent), list(sent), shares, self.keys, self.deals, self.threshold)
 
 
 def vectors_of(count, length, seed=0):
@@ -86,9 +90,9 @@ def test_fewer_than_the_threshold_are_refused():
     with pytest.raises(OptionError, match="3 clients are left for secure aggregation, and 4 are needed"):
         rounds.members["shop02"].unmask(frozenset(sent))
     with pytest.raises(RunError, match="3 clients are left .* nothing of their vectors can be read"):
-        unmasked(plain(sent), list(sent), {n: Shares({}, {}) for n in sent}, rounds.keys, rounds.routed, 4)
+        unmasked(plain(sent), list(sent), {n: Shares({}, {}) for n in sent}, rounds.keys, rounds.deals, 4)
     with pytest.raises(RunError, match="1 clients are left"):
-        route({"shop00": {}}, 2)
+        route({"shop00": Deal({}, {}, b"")}, 2)
 
 
 def test_one_masked_vector_tells_nothing():
@@ -135,7 +139,7 @@ def test_steps_out_of_order_are_refused():
     with pytest.raises(OptionError, match="1 clients have shared their secrets, and 2 must be left"):
         member.masked(np.zeros(2, np.uint32), {})
     with pytest.raises(OptionError, match="got shares of c, which does not take part"):
-        member.masked(np.zeros(2, np.uint32), {"c": b""})
+        member.masked(np.zeros(2, np.uint32), {"c": (b"", b"")})
 
 
 def test_survivors_must_be_those_that_shared():
@@ -148,7 +152,8 @@ def test_survivors_must_be_those_that_shared():
 def test_shares_that_were_changed_on_their_way_are_refused():
     rounds = Rounds(vectors_of(3, 4))
     parts = dict(rounds.routed["shop00"])
-    parts["shop01"] = parts["shop01"][:-1] + bytes([parts["shop01"][-1] ^ 1])
+    sealed, digests = parts["shop01"]
+    parts["shop01"] = sealed[:-1] + bytes([sealed[-1] ^ 1]), digests
     with pytest.raises(RunError, match="sealed shares .shop01>shop00. were changed on their way"):
         rounds.members["shop00"].masked(np.zeros(4, np.uint32), parts)
 
@@ -160,7 +165,38 @@ def test_sealed_shares_of_another_length_are_refused():
     other.share(keys)
     short = secure._seal(one._sealing("b"), b"short", "a>b")
     with pytest.raises(RunError, match="sealed shares .a>b. have 5 bytes, not 132"):
-        other.masked(np.zeros(2, np.uint32), {"a": short})
+        other.masked(np.zeros(2, np.uint32), {"a": (short, b"")})
+
+
+def test_shares_that_their_dealer_does_not_vouch_for_are_refused():
+    rounds = Rounds(vectors_of(3, 4))
+    sealed, digests = rounds.routed["shop00"]["shop01"]
+    for odd in (bytes(64), digests[32:] + digests[:32], b""):
+        parts = {**rounds.routed["shop00"], "shop01": (sealed, odd)}
+        with pytest.raises(RunError, match="shop01 vouches for other shares than it dealt; .* without it"):
+            copy.copy(rounds.members["shop00"]).masked(np.zeros(4, np.uint32), parts)
+
+
+def test_every_false_share_is_known_for_one():
+    rounds = Rounds(vectors_of(4, 4))
+    sent = rounds.masked(gone=("shop02",))
+    shares = {n: rounds.members[n].unmask(frozenset(sent)) for n in sent}
+    assert all(are_dealt(n, told, rounds.deals) for n, told in shares.items())
+    true = shares["shop00"]
+    for name, part in true.seeds.items():
+        changed = Shares({**true.seeds, name: part[:-1] + bytes([part[-1] ^ 1])}, true.keys)
+        assert not are_dealt("shop00", changed, rounds.deals)
+    assert not are_dealt("shop00", Shares(true.seeds, {"shop02": bytes(66)}), rounds.deals)
+    # Another's share, or the same one as if it were of the other kind, is not the one that was dealt.
+    assert not are_dealt("shop01", true, rounds.deals)
+    assert not are_dealt("shop00", Shares({**true.seeds, "shop01": true.seeds["shop00"]}, true.keys), rounds.deals)
+
+
+def test_who_deals_shares_of_another_seed_is_named():
+    rounds = Rounds(vectors_of(3, 4))
+    rounds.deals["shop01"] = replace(rounds.deals["shop01"], seed=bytes(32))
+    with pytest.raises(RunError, match="the shares that shop01 dealt do not stand for its secrets; .* without it"):
+        rounds.sum()
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
@@ -175,13 +211,13 @@ def test_damaged_shares_and_keys_are_refused():
     sent = rounds.masked(gone=("shop02",))
     shares = {n: rounds.members[n].unmask(frozenset(sent)) for n in sent}
     wrong = {**shares, "shop00": Shares(dict.fromkeys(shares["shop00"].seeds, bytes([1] * 66)), shares["shop00"].keys)}
-    with pytest.raises(RunError, match="shares of a secret do not fit together"):
-        unmasked(plain(sent), list(sent), wrong, rounds.keys, rounds.routed, 2)
+    with pytest.raises(RunError, match="shop00 told other shares than it was dealt; begin the round again without it"):
+        unmasked(plain(sent), list(sent), wrong, rounds.keys, rounds.deals, 2)
     with pytest.raises(RunError, match="shop00 told shares of others than it was asked for"):
-        unmasked(plain(sent), list(sent), {**shares, "shop00": Shares({}, {})}, rounds.keys, rounds.routed, 2)
+        unmasked(plain(sent), list(sent), {**shares, "shop00": Shares({}, {})}, rounds.keys, rounds.deals, 2)
     other = {**rounds.keys, "shop02": Member("shop02", 2).advertise()}
-    with pytest.raises(RunError, match="shares of the key of shop02 do not fit its public key"):
-        unmasked(plain(sent), list(sent), shares, other, rounds.routed, 2)
+    with pytest.raises(RunError, match="the shares that shop02 dealt do not stand for its secrets"):
+        unmasked(plain(sent), list(sent), shares, other, rounds.deals, 2)
     member = Member("a", 2)
     with pytest.raises(RunError, match="a public key that is none"):
         member.share({"a": member.advertise(), "b": Keys(bytes(32), bytes(31))})
@@ -192,14 +228,14 @@ def test_any_threshold_of_shares_gives_the_secret_back(secret, threshold, data):
     count = data.draw(st.integers(threshold, 12))
     shares = split(secret, count, threshold)
     places = data.draw(st.permutations(range(count)))[:threshold]
-    assert join({place + 1: shares[place] for place in places}) == secret
+    assert join({place + 1: shares[place] for place in places}, "a shop") == secret
 
 
 def test_fewer_shares_say_nothing():
     secret = bytes(32)
     assert split(secret, 3, 2)[0] != split(secret, 3, 2)[0]
-    with pytest.raises(RunError, match="do not fit together"):
-        join({1: split(secret, 3, 2)[0]})
+    with pytest.raises(RunError, match="the shares that a shop dealt do not stand for its secrets"):
+        join({1: split(secret, 3, 2)[0]}, "a shop")
 
 
 def test_the_mask_is_the_key_stream_of_aes_256():

@@ -142,7 +142,8 @@ class Guard:
         shortened(changes, task.seat.largest)
         values = torch.cat([v.flatten() for v in changes.values()]) * task.seat.weight
         words = Fixed(RANGE, task.seat.clients).encode(values.numpy())
-        received = {name: _bytes(part) for name, part in task.seat.sealed.items()}
+        seat = task.seat
+        received = {n: (_bytes(part), _bytes(seat.digests.get(n, ""))) for n, part in seat.sealed.items()}
         hidden = self._member((task.fit, task.round)).masked(words, received)
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
@@ -164,7 +165,8 @@ class Guard:
                     f"shares its secrets where {two_thirds(len(task.keys))} must."
                 )
             everyone = {n: Keys(_bytes(k.seal), _bytes(k.mask)) for n, k in task.keys.items()}
-            return Shared({name: part.hex() for name, part in member.share(everyone).items()})
+            deal = member.share(everyone)
+            return Shared(_hex(deal.sealed), _hex(deal.digests), deal.seed.hex())
         self._same(task)
         shares = member.unmask(frozenset(task.survivors))
         self.opened.add(task.fit, task.round, task.survivors)
@@ -305,6 +307,10 @@ def shortened(values: Mapping[str, Tensor], limit: float) -> None:
     if norm > limit:
         for value in values.values():
             value *= limit / norm
+
+
+def _hex(parts: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: part.hex() for name, part in parts.items()}
 
 
 def _bytes(text: str) -> bytes:

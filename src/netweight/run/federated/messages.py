@@ -84,10 +84,12 @@ class UpdateNoise:
 
 @dataclass(frozen=True)
 class Seat:
-    """A client's place in secure aggregation (see `secure`): sealed shares by sender, as hexadecimal text; the number
-    of clients whose vectors are added up; what this client multiplies its update by, and the norm it may have."""
+    """A client's place in secure aggregation (see `secure`): sealed shares and their digests by sender, as hexadecimal
+    text; the number of clients whose vectors are added up; what this client multiplies its update by, and the norm that
+    it may have."""
 
     sealed: Mapping[str, str]
+    digests: Mapping[str, str]
     clients: int
     weight: float
     largest: float
@@ -121,9 +123,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Shared:
-    """Sealed shares by receiver, as hexadecimal text."""
+    """Sealed shares by receiver, digests of those that each client holds, and that of the seed (`secure.Deal`), as
+    hexadecimal text."""
 
     sealed: Mapping[str, str]
+    digests: Mapping[str, str]
+    seed: str
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ Four rounds, each a pure step of a `Member` (a client) or a function of the serv
     mask        each sends its vector plus masks; those of a pair of clients cancel in the sum
     unmask      the survivors send shares with which the server takes away what did not cancel
 
-Whoever leaves after `share` is made up for, as long as `threshold` clients are left. Masks are AES-256 in counter mode
-under keys that no two rounds share; a generator for simulations (Philox, Mersenne twister) would not do, since part of
-its output tells the rest. Vectors are integers modulo 2^32 (`Fixed`).
+Whoever leaves after `share` is made up for, as long as `threshold` clients are left. More than in the paper, each
+client vouches for the shares that it deals (`Deal`), so that who tells a false one is known. Masks are AES-256 in
+counter mode under keys that no two rounds share; a generator for simulations (Philox, Mersenne twister) would not do,
+since part of its output tells the rest. Vectors are integers modulo 2^32 (`Fixed`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from collections.abc import Collection, Mapping
@@ -41,6 +43,7 @@ Words = NDArray[np.uint32]
 _PRIME = 2**521 - 1  # shares are numbers below it; secrets are below 2^256
 SHARE = 66  # bytes of a share
 SEALED = 12 + 2 * SHARE + 16  # bytes of two under AES-GCM, with nonce and tag
+DIGEST = 32  # bytes
 _MASK = b"netweight mask"
 _LEAST = 2  # clients whose sum may be seen
 
@@ -93,6 +96,18 @@ class Keys:
 
 
 @dataclass(frozen=True)
+class Deal:
+    """What a client sends in round 2: sealed shares, by receiver; digests (SHA-256) of the two shares that each client
+    holds, its own among them; and that of its seed. Its mask key has a public one.
+
+    Shares and seeds are random numbers of 256 bits and more, so that digests tell nothing of them."""
+
+    sealed: Mapping[str, bytes]
+    digests: Mapping[str, bytes]
+    seed: bytes
+
+
+@dataclass(frozen=True)
 class Shares:
     """What a client tells of others in the end: of those that sent a vector the share of the seed of their own mask, of
     those that vanished the share of their mask key. Never both of one."""
@@ -123,7 +138,7 @@ class Member:
         """Round 1: this client's public keys."""
         return Keys(_public(self._seal), _public(self._mask))
 
-    def share(self, everyone: Mapping[str, Keys]) -> dict[str, bytes]:
+    def share(self, everyone: Mapping[str, Keys]) -> Deal:
         """Round 2: a sealed share of both secrets for each other client, by name; `everyone` includes this one."""
         if self._all:
             raise OptionError(f"{self.name} has shared its secrets already; a new aggregation needs new keys.")
@@ -141,18 +156,22 @@ class Member:
         seeds = split(self._seed, len(names), self.threshold)
         keys = split(self._mask.private_bytes_raw(), len(names), self.threshold)
         parts = {name: seed + key for name, seed, key in zip(names, seeds, keys, strict=True)}
+        digests = {name: _digests(part, f"{self.name}>{name}") for name, part in parts.items()}
         self._held[self.name] = parts.pop(self.name)
-        return {name: _seal(self._sealing(name), part, f"{self.name}>{name}") for name, part in parts.items()}
+        sealed = {name: _seal(self._sealing(name), part, f"{self.name}>{name}") for name, part in parts.items()}
+        return Deal(sealed, digests, _digest(self._seed, self.name))
 
-    def masked(self, words: Words, received: Mapping[str, bytes]) -> Words:
-        """Round 3: the vector under this client's masks. `received` are sealed shares, by the client that they are
-        from; who sent none takes no part from here on."""
+    def masked(self, words: Words, received: Mapping[str, tuple[bytes, bytes]]) -> Words:
+        """Round 3: the vector under this client's masks. `received` are sealed shares and their digests, by the client
+        that they are from; who sent none takes no part from here on."""
         if not self._all or self._sent:
             raise OptionError(f"{self.name} is asked for a vector out of order: once, after shares are exchanged.")
-        for name, part in received.items():
+        for name, (part, digests) in received.items():
             if name not in self._all or name == self.name:
                 raise OptionError(f"{self.name} got shares of {name}, which does not take part.")
             self._held[name] = _open(self._sealing(name), part, f"{name}>{self.name}")
+            if _digests(self._held[name], f"{name}>{self.name}") != digests:
+                raise RunError(f"{name} vouches for other shares than it dealt; begin the round again without it.")
         if len(self._held) < self.threshold:
             raise OptionError(
                 f"{len(self._held)} clients have shared their secrets, and {self.threshold} must be left in the end; "
@@ -189,12 +208,22 @@ class Member:
         return _agreed(self._mask, self._all[other].mask, _MASK)
 
 
-def route(sent: Mapping[str, Mapping[str, bytes]], threshold: int) -> dict[str, dict[str, bytes]]:
+def route(deals: Mapping[str, Deal], threshold: int) -> dict[str, dict[str, tuple[bytes, bytes]]]:
     """The server after round 2: what each client gets, by sender, of what those that are still there sent."""
-    if len(sent) < threshold:
-        raise RunError(_too_few(len(sent), threshold))
+    if len(deals) < threshold:
+        raise RunError(_too_few(len(deals), threshold))
     # Who left a share out sends an empty one: its receiver says so.
-    return {to: {name: parts.get(to, b"") for name, parts in sent.items() if name != to} for to in sent}
+    return {
+        to: {name: (d.sealed.get(to, b""), d.digests.get(to, b"")) for name, d in deals.items() if name != to}
+        for to in deals
+    }
+
+
+def are_dealt(teller: str, shares: Shares, deals: Mapping[str, Deal]) -> bool:
+    """Whether what a client tells are the shares that the others vouch for."""
+    told = ((n, part, slice(DIGEST), "seed") for n, part in shares.seeds.items())
+    kept = ((n, part, slice(DIGEST, None), "key") for n, part in shares.keys.items())
+    return all(_digest(p, f"{n}>{teller} {kind}") == deals[n].digests[teller][at] for n, p, at, kind in (*told, *kept))
 
 
 def unmasked(
@@ -202,7 +231,7 @@ def unmasked(
     survivors: Collection[str],
     shares: Mapping[str, Shares],
     keys: Mapping[str, Keys],
-    shared: Collection[str],
+    deals: Mapping[str, Deal],
     threshold: int,
 ) -> Words:
     """The server in the end: the sum of the survivors' vectors.
@@ -212,26 +241,30 @@ def unmasked(
         survivors: those that sent one.
         shares: what they told, by name.
         keys: public keys of all that advertised (round 1).
-        shared: those that shared secrets (round 2).
+        deals: of those that shared secrets (round 2).
 
-    Raises RunError where fewer than `threshold` told their shares, or a share is damaged.
+    Raises RunError where fewer than `threshold` told their shares, or a share is not the one that was dealt.
     """
     if len(shares) < threshold or len(survivors) < threshold:
         raise RunError(_too_few(min(len(shares), len(survivors)), threshold))
     names = sorted(keys)
     told = sorted(shares)[:threshold]
-    gone = sorted(set(shared) - set(survivors))
+    gone = sorted(set(deals) - set(survivors))
     for t in told:
         if set(shares[t].seeds) != set(survivors) or set(shares[t].keys) != set(gone):
             raise RunError(f"{t} told shares of others than it was asked for; begin the round again.")
+        if not are_dealt(t, shares[t], deals):
+            raise RunError(f"{t} told other shares than it was dealt; begin the round again without it.")
     for name in sorted(survivors):
-        at = {names.index(t) + 1: shares[t].seeds[name] for t in told}
-        total = total - mask(join(at), len(total))
+        seed = join({names.index(t) + 1: shares[t].seeds[name] for t in told}, name)
+        if _digest(seed, name) != deals[name].seed:
+            raise RunError(_no_secret(name))
+        total = total - mask(seed, len(total))
     for name in gone:
         at = {names.index(t) + 1: shares[t].keys[name] for t in told}
-        private = X25519PrivateKey.from_private_bytes(join(at))
+        private = X25519PrivateKey.from_private_bytes(join(at, name))
         if _public(private) != keys[name].mask:
-            raise RunError(f"shares of the key of {name} do not fit its public key; begin the round again.")
+            raise RunError(_no_secret(name))
         for other in sorted(survivors):
             # What `other` added for the pair is what `name` would have taken away.
             total = _paired(total, name, other, _agreed(private, keys[other].mask, _MASK))
@@ -251,7 +284,7 @@ def split(secret: bytes, shares: int, threshold: int) -> list[bytes]:
     return found
 
 
-def join(shares: Mapping[int, bytes]) -> bytes:
+def join(shares: Mapping[int, bytes], dealer: str) -> bytes:
     """The secret that shares, by their place from 1 on, stand for. Raises RunError where they stand for none."""
     total = 0
     for x, share in shares.items():
@@ -262,7 +295,7 @@ def join(shares: Mapping[int, bytes]) -> bytes:
         total += int.from_bytes(share, "big") * above * pow(below, -1, _PRIME)
     total %= _PRIME
     if total >= 2**256:
-        raise RunError("shares of a secret do not fit together; a client sent damaged ones. Begin the round again.")
+        raise RunError(_no_secret(dealer))
     return total.to_bytes(32, "big")
 
 
@@ -283,6 +316,19 @@ def _too_few(left: int, threshold: int) -> str:
         f"{left} clients are left for secure aggregation, and {threshold} are needed to take the masks away; nothing "
         "of their vectors can be read. Begin the round again with those that are there."
     )
+
+
+def _no_secret(dealer: str) -> str:
+    return f"the shares that {dealer} dealt do not stand for its secrets; begin the round again without it."
+
+
+def _digest(secret: bytes, what: str) -> bytes:
+    return hashlib.sha256(f"netweight {what}\0".encode() + secret).digest()
+
+
+def _digests(part: bytes, way: str) -> bytes:
+    """Of the two shares that go one way."""
+    return _digest(part[:SHARE], f"{way} seed") + _digest(part[SHARE:], f"{way} key")
 
 
 def _public(private: X25519PrivateKey) -> bytes:

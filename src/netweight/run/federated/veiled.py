@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from netweight.run.federated.messages import (
     Told,
     Unmask,
 )
+
+if TYPE_CHECKING:
+    from netweight.run.federated.secure import Deal, Shares
 
 T = TypeVar("T")
 Exchange = Callable[[Mapping[str, Task], float | None], Mapping[str, Answer | Lost]]
@@ -79,16 +82,17 @@ class Veiled:
 
         Raises ClientError where fewer than the threshold are left, RunError for a sum that no honest clients make.
         """
-        from netweight.run.federated.secure import Fixed, Keys, Shares, route, unmasked
+        from netweight.run.federated.secure import Deal, Fixed, Keys, route, unmasked
 
         fit, number = self.task.fit, self.task.round
         keys = self._ask(dict.fromkeys(sorted(self.weights), Advertise(fit, number, self.threshold)), Advertised, _keys)
         shares = self._ask(dict.fromkeys(keys, Share(fit, number, keys)), Shared, partial(_sealed, keys))
-        routed = route({n: _all_bytes(a.sealed) for n, a in shares.items()}, self.threshold)
+        deals = {n: Deal(_all_bytes(a.sealed), _all_bytes(a.digests), bytes.fromhex(a.seed)) for n, a in shares.items()}
         tasks: dict[str, Task] = {}
-        for name, parts in routed.items():
-            sealed = {sender: part.hex() for sender, part in parts.items()}
-            tasks[name] = replace(self.tasks[name], seat=Seat(sealed, len(keys), self.weights[name], self.largest))
+        for name, parts in route(deals, self.threshold).items():
+            sealed, digests = ({sender: pair[i].hex() for sender, pair in parts.items()} for i in (0, 1))
+            seat = Seat(sealed, digests, len(keys), self.weights[name], self.largest)
+            tasks[name] = replace(self.tasks[name], seat=seat)
         length = sum(math.prod(parts_of(self.task.codec, n, old[n])[n][0]) for n in names)
         self.fitted = self._ask(tasks, Fitted, partial(_masked, length, self.rows))
         # Added up before the next exchange, after which answers may be gone.
@@ -96,15 +100,14 @@ class Veiled:
         for answer in self.fitted.values():
             total += answer.tensors["masked"].numpy().view(np.uint32)
             self.up += total.nbytes
-        gone = set(routed) - set(self.fitted)
         unmask = dict.fromkeys(self.fitted, Unmask(fit, number, tuple(self.fitted)))
-        told = self._ask(unmask, Told, partial(_told, set(self.fitted), gone))
+        told = self._ask(unmask, Told, partial(_told, set(self.fitted), deals))
         words = unmasked(
             total,
             list(self.fitted),
-            {n: Shares(_all_bytes(a.seeds), _all_bytes(a.keys)) for n, a in told.items()},
+            {n: _shares(a) for n, a in told.items()},
             {n: Keys(bytes.fromhex(a.seal), bytes.fromhex(a.mask)) for n, a in keys.items()},
-            list(routed),
+            deals,
             self.threshold,
         )
         summed = Fixed(RANGE, len(keys)).decode(words)
@@ -169,10 +172,13 @@ def _keys(name: str, answer: Advertised) -> str:
 
 
 def _sealed(everyone: Collection[str], name: str, answer: Shared) -> str:
-    from netweight.run.federated.secure import SEALED
+    from netweight.run.federated.secure import DIGEST, SEALED
 
-    fine = set(answer.sealed) == set(everyone) - {name} and all(_is_hex(s, SEALED) for s in answer.sealed.values())
-    return "" if fine else "it sent no sealed share to each other client."
+    if set(answer.sealed) != set(everyone) - {name} or not all(_is_hex(s, SEALED) for s in answer.sealed.values()):
+        return "it sent no sealed share to each other client."
+    digests = (_is_hex(answer.seed, DIGEST), *(_is_hex(d, 2 * DIGEST) for d in answer.digests.values()))
+    fine = set(answer.digests) == set(everyone) and all(digests)
+    return "" if fine else "it vouches for no shares: digests are missing."
 
 
 def _masked(length: int, rows: Mapping[str, int], name: str, answer: Fitted) -> str:
@@ -183,12 +189,19 @@ def _masked(length: int, rows: Mapping[str, int], name: str, answer: Fitted) -> 
     return unlikely(answer, rows[name], private=True)
 
 
-def _told(survivors: set[str], gone: set[str], name: str, answer: Told) -> str:
-    from netweight.run.federated.secure import SHARE
+def _told(survivors: set[str], deals: Mapping[str, Deal], name: str, answer: Told) -> str:
+    from netweight.run.federated.secure import SHARE, are_dealt
 
-    asked = set(answer.seeds) == survivors and set(answer.keys) == gone
-    fine = asked and all(_is_hex(s, SHARE) for s in (*answer.seeds.values(), *answer.keys.values()))
-    return "" if fine else "it told other shares than it was asked for."
+    asked = set(answer.seeds) == survivors and set(answer.keys) == set(deals) - survivors
+    if not asked or not all(_is_hex(s, SHARE) for s in (*answer.seeds.values(), *answer.keys.values())):
+        return "it told other shares than it was asked for."
+    return "" if are_dealt(name, _shares(answer), deals) else "it told other shares than it was dealt."
+
+
+def _shares(answer: Told) -> Shares:
+    from netweight.run.federated.secure import Shares
+
+    return Shares(_all_bytes(answer.seeds), _all_bytes(answer.keys))
 
 
 def _is_hex(text: str, count: int) -> bool:
