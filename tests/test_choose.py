@@ -238,6 +238,7 @@ def test_costs_worked_out_by_hand(
     cheap, strong, targets = two()
     found = choices([cheap, strong], COSTS, TASK, CALIBRATE, targets, minimise)
     assert tuple(c.cost for c in found[:2]) == alone
+    assert (len(found) == 2) == (minimise == "size"), "no cascade is smaller than its last tier"
     for cascade in found[2:]:
         # Tokenization and the cheap tier are paid for every row, the strong tier for those that reach it.
         assert cascade.cost == pytest.approx(base + each * cascade.answered[1])
@@ -251,6 +252,16 @@ def test_scores_have_no_cascades_and_ties_one_threshold() -> None:
     assert len(choices([flat, strong], COSTS, TASK, CALIBRATE, np.zeros(N, int), "cost")) == 3
     even = {"": Cost(1.0, 1.0), "cheap": Cost(2.0, 2.0), "strong": Cost(2.0, 2.0)}
     assert len(choices([cheap, strong], even, TASK, CALIBRATE, np.zeros(N, int), "cost")) == 2
+
+
+def test_no_cascade_costs_as_much_as_its_last_tier_alone() -> None:
+    cheap, strong, targets = two()
+    costs = {"": Cost(1.0, 1.0), "cheap": Cost(20.0, 20.0), "strong": Cost(30.0, 30.0)}
+    found = choices([cheap, strong], costs, TASK, CALIBRATE, targets, "cost")
+    assert max(c.answered[1] for c in found[2:]) <= 1 / 3, "what the cheap tier saves pays for asking it"
+    everything = choices([cheap, strong], COSTS, TASK, CALIBRATE, targets, "cost")
+    kept = [c.thresholds for c in everything if c.answered[-1] < 1 / 3 or len(c.points) == 1]
+    assert [c.thresholds for c in found] == kept
 
 
 def three() -> tuple[list[Point], dict[str, Cost], np.ndarray]:

@@ -91,16 +91,17 @@ def choices(
     tiers: int = 3,
 ) -> list[Choice]:
     """Every point alone, every cascade of two at each share of `SHARES`, and, where three `tiers` are allowed, those of
-    three points of the front.
+    three points of the front; but no cascade that costs as much as its last tier alone.
 
     Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it, so that they do not depend on
     labels. The temperature of every tier but the first is fitted on the calibrate rows that reach it; `targets` (n,)
     are for all dev.
     """
     compose = _Composer(costs, task, calibrate, targets, minimise)
-    found = [compose((p,), ()) for p in points]
+    alone = [compose((p,), ()) for p in points]
     if not task.confident:
-        return found
+        return alone
+    found: list[Choice] = []
     by_cost = sorted(points, key=lambda p: costs[p.name].row)
     for pair in itertools.permutations(points, 2):
         if costs[pair[0].name].row < costs[pair[1].name].row:
@@ -108,7 +109,8 @@ def choices(
     for three in itertools.combinations(_front(by_cost, task, targets), 3) if tiers > 2 else ():
         if costs[three[0].name].row < costs[three[1].name].row < costs[three[2].name].row:
             found += compose.distinct(three, list(itertools.product(FIRST, SECOND)))
-    return found
+    most = {choice.points[0].name: choice.cost for choice in alone}
+    return [*alone, *(choice for choice in found if choice.cost < most[choice.points[-1].name])]
 
 
 def _front(by_cost: Sequence[Point], task: Task, targets: Ints) -> list[Point]:
