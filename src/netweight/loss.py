@@ -58,7 +58,7 @@ class Batch:
 
 def short_row(model: Model) -> Batch:
     """A batch of one row of special tokens: what asks how something computes, and not what."""
-    ids = torch.tensor([model.encoder.specials or (0,)])
+    ids = torch.tensor([model.encoder.specials or (0,)], dtype=torch.int32)
     targets = torch.zeros(1, dtype=torch.long if isinstance(model.task, Classify) else torch.float)
     return Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), targets, torch.ones(1))
 
