@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from conftest import KIND, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.engine import load
 from netweight.errors import ModelError
+from netweight.federate.kinds import STATISTICS
+from netweight.loss import Loss, short_row
 from netweight.model import Model
 from netweight.pipeline import optimize
+from netweight.run import Local
+from netweight.run.base import Statistic
 from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
 from netweight.run.federated.partition import Dirichlet, Quantity, datasets
+from netweight.task import Score
 from netweight.techniques import (
     Distill,
     Finetune,
@@ -24,6 +31,8 @@ from netweight.techniques import (
     QuantizeAware,
     Technique,
 )
+from netweight.techniques.finetune import Moments
+from netweight.techniques.prune import Gradients
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
 from quick import LORA, TECHNIQUES, VARIANTS, some
@@ -45,6 +54,39 @@ def test_contract(technique: Technique, model: Model, dataset: Dataset, tmp_path
     made = contract.returns_a_new_model()
     contract.survives_saving(made, tmp_path)
     contract.survives_export(made)
+
+
+class Forms(Local):
+    """Trains nothing; whatever is asked of rows has the form that a server expects of its clients."""
+
+    def __init__(self, data: Dataset) -> None:
+        super().__init__(data)
+        self.seen: set[type] = set()
+
+    def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
+        return model.copy()
+
+    def reduce(
+        self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
+    ) -> dict[str, Tensor]:
+        found = super().reduce(model, statistic, limit, unlabelled)
+        with torch.no_grad():
+            form = statistic(model.network, short_row(model))
+        assert {n: (v.shape, v.dtype) for n, v in found.items()} == {n: (v.shape, v.dtype) for n, v in form.items()}
+        self.seen.add(type(statistic))
+        return found
+
+
+def test_a_short_row_tells_the_form_of_every_statistic(dataset: Dataset) -> None:
+    run, scored = Forms(replace(dataset, pool=tiny_rows(40).unlabelled())), Score(3.0, 2.0)
+    for technique in (*ALL, Finetune(class_weights=True), Prune(0.5, importance="fisher", rows=20)):
+        technique(tiny_model(more=KIND[:5]), run, PLAN)
+    assert run.seen == set(STATISTICS)
+    numbers = Rows(dataset.train.text, tuple(str(i % 7) for i in range(len(dataset.train))))
+    run = Forms(replace(dataset, train=numbers))
+    for technique in (Finetune(), Prune(0.5, importance="taylor", rows=20)):
+        technique(tiny_model(task=scored), run, PLAN)
+    assert run.seen == {Moments, Gradients}
 
 
 @pytest.mark.slow
