@@ -262,7 +262,9 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     write(tmp_path / "reviews.csv", ROWS)
     with pytest.raises(DataError, match=r"there is no file .*review.csv. Did you mean 'reviews.csv'\?"):
         read(tmp_path / "review.csv", COLUMNS)
-    with pytest.raises(DataError, match="there is no file"):
+    with pytest.raises(
+        DataError, match=r"there is no file .*\. Check its path; a relative one begins in the current folder\."
+    ):
         read(tmp_path / "no" / "such.csv", COLUMNS)
     with pytest.raises(DataError, match="is a folder; name one table in it"):
         read(tmp_path, COLUMNS)

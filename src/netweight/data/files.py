@@ -53,7 +53,8 @@ def existing(path: Path) -> File:
         raise DataError(f"{path} is a folder; name one table in it.")
     if not path.exists():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"there is no file {path}.{did_you_mean(path.name, near)}")
+        hint = did_you_mean(path.name, near) or " Check its path; a relative one begins in the current folder."
+        raise DataError(f"there is no file {path}.{hint}")
     return file_of(path)
 
 
