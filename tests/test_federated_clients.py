@@ -381,10 +381,17 @@ class Unheard(Changed):
 def test_a_head_whose_answer_did_not_count_is_not_scored(model: Model) -> None:
     """shop1's last answer is refused: its standing is that of the head that it had before."""
     clients = shops(3)
-    channel = Unheard(clients, "refused")
+    channel, heard = Unheard(clients, "refused"), list[int | None]()
+
+    def own(model: Model, fit: str, taken: int | None = None) -> Model:
+        heard.append(taken)
+        return Client.own(clients[1], model, fit, taken)
+
+    clients[1].own = own  # type: ignore[method-assign]
     run = Federated(channel, rounds=Rounds(2), travel=Travel(personal_head=True), privacy=None)
     made, fit = fitted(run, model), run.report.fit
     assert run.report.rounds[1].refused[0].client == "shop1"
+    assert heard == [0, 0, 0], "for its score, and for the membership check before and after"
     heads = [values(clients[1].own(made, fit, taken))["head.weight"] for taken in (0, 1, None)]
     assert torch.equal(heads[1], heads[2])
     assert not torch.equal(heads[0], heads[1])
