@@ -37,12 +37,16 @@ from netweight.trials import BYTES, INSIDE, Trial, Trials, undominated
 TEACHER = "teacher"
 PRETRAINED = "pretrained"
 _TEACHER_SHARE = 0.45  # of the time box
-_PRETRAINED_SHARE = 0.6  # of the teacher's, where there is nothing to start from
+_PRETRAINED_SHARE = 0.4  # of the teacher's, where there is nothing to start from
 # Rows of dev that are looked at for tokens that a model does not know, and the share from which on it is said.
 _LOOK = 1000
 _UNKNOWN = 0.05
-# Random weights stand steps ten times as long as pretrained ones; the time box cuts the epochs to what fits.
-_FROM_SCRATCH = Pretrain(epochs=40, learning_rate=1e-3), Finetune(learning_rate=5e-4)
+# Random weights stand steps ten times as long as pretrained ones, and token vectors that have seen only these texts are
+# to be trained too; the time box cuts the epochs to what fits.
+_FROM_SCRATCH = (
+    Pretrain(epochs=40, learning_rate=1e-3),
+    Finetune(epochs=10, learning_rate=5e-4, freeze_embeddings=False),
+)
 # Share of rows that may leave an encoder early with another label than the last layer's.
 _EXIT_TOLERANCE = 0.005
 

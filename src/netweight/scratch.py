@@ -1,4 +1,4 @@
-"""Models from nothing but a shop's own texts: a tokenizer trained on them, and a backbone with random weights."""
+"""Models from nothing but a shop's own texts: a tokenizer and token vectors made of them, and random layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel
 
-from netweight.encode import TextEncoder
+from netweight.encode import TextEncoder, Tokens
 from netweight.errors import DataError, OptionError
 from netweight.model import Base, Model
 from netweight.network import Transformer, causal
@@ -23,6 +25,9 @@ _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD, _CLS, _SEP = 0, 2, 3
 _END = "<|endoftext|>"
 _LEAST = 260  # the 256 bytes, and what stands for no text
+# Neighbours at each side that count, and the power that keeps rare contexts from looking telling (Levy et al., 2015).
+_WINDOW = 4
+_SMOOTHED = 0.75
 
 
 def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call names them one by one)
@@ -37,11 +42,12 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
     max_length: int = 128,
     seed: int = 0,
 ) -> Model:
-    """A backbone with random weights and a zero head for `task`, and a tokenizer that knows these texts.
+    """A backbone with random layers and a zero head for `task`, and a tokenizer and token vectors that know the texts.
 
     Encoders get WordPiece under BERT's rules, which take Chinese apart into characters; GPT-2 and Qwen3 get byte-level
-    BPE with an end token behind every text. The same texts and seed give the same model. It knows nothing yet: see
-    `techniques.Pretrain`.
+    BPE with an end token behind every text. Tokens start from what stands beside them (`token_vectors`), which takes
+    seconds; the layers know nothing yet: see `techniques.Pretrain`. Attention has no dropout, which would keep
+    processors from their fused kernel. The same texts and seed give the same model.
 
     Args:
         texts: what the tokenizer is trained on; texts in the same order.
@@ -73,17 +79,58 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
         network = Transformer(AutoModel.from_config(config), task.outputs, "last" if causal(config) else "mean")
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
+    table = network.backbone.get_input_embeddings().weight.data  # type: ignore[operator]
+    vectors = token_vectors(encoder.encode(texts), encoder.vocabulary, encoder.specials, hidden)
+    known = np.flatnonzero(vectors.any(axis=1))
+    if len(known):
+        # As large as the random ones, which stay where a token has no neighbours.
+        found = torch.from_numpy(vectors[known] * (float(table.std()) / vectors[known].std()))
+        table[torch.from_numpy(known), : found.shape[1]] = found
     return Model(network.eval(), encoder, task, Base(SCRATCH, "none: made from the rows alone"))
+
+
+def token_vectors(tokens: Tokens, vocabulary: int, specials: Sequence[int], width: int) -> NDArray[np.float32]:
+    """Vectors (vocabulary, width or less) of tokens by what stands near them; zeros where nothing does.
+
+    The matrix of positive pointwise mutual information of token and context, factorised by SVD, which is what word2vec
+    does implicitly (Levy & Goldberg, NIPS 2014): U sqrt(S), with weights 1/distance and smoothed contexts (Levy,
+    Goldberg & Dagan, TACL 2015). `specials` have no neighbours and are nobody's.
+    """
+    # Both take a while to import, and hardly any job starts from nothing.
+    from scipy.sparse import coo_array, csr_array
+    from sklearn.utils.extmath import randomized_svd
+
+    row = np.repeat(np.arange(len(tokens)), tokens.lengths)
+    real = ~np.isin(tokens.ids, specials)
+    counts = csr_array((vocabulary, vocabulary), dtype=np.float64)
+    for distance in range(1, _WINDOW + 1):
+        pairs = (row[distance:] == row[:-distance]) & real[distance:] & real[:-distance]
+        left, right = tokens.ids[:-distance][pairs], tokens.ids[distance:][pairs]
+        counts += coo_array((np.full(len(left), 1 / distance), (left, right)), counts.shape).tocsr()
+    both = coo_array(counts + counts.T)
+    often = both.sum(axis=1)
+    context = often**_SMOOTHED
+    information = np.log(both.data * context.sum() / (often[both.row] * context[both.col]))
+    above = information > 0
+    if not above.any():
+        return np.zeros((vocabulary, 1), np.float32)
+    matrix = csr_array((information[above], (both.row[above], both.col[above])), both.shape)
+    u, s, _ = randomized_svd(matrix, min(width, vocabulary), random_state=0)
+    vectors = u * np.sqrt(s)
+    vectors[often > 0] -= vectors[often > 0].mean(axis=0)
+    vectors[often == 0] = 0
+    return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
 def _sizes(family: Family, layers: int, hidden: int, heads: int, max_length: int) -> dict[str, Any]:
     """What each family calls them. Ids are those of the tokenizers below."""
     if family == "gpt2":
-        sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden, "n_positions": max_length}
+        sizes: dict[str, Any] = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden, "n_positions": max_length}
+        sizes |= {"attn_pdrop": 0.0}
         return {**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "distilbert":
         sizes = {"n_layers": layers, "dim": hidden, "n_heads": heads, "hidden_dim": 4 * hidden}
-        return {**sizes, "max_position_embeddings": max_length, "pad_token_id": _PAD}
+        return {**sizes, "attention_dropout": 0.0, "max_position_embeddings": max_length, "pad_token_id": _PAD}
     usual: dict[str, Any] = {
         "num_hidden_layers": layers,
         "hidden_size": hidden,
@@ -97,7 +144,9 @@ def _sizes(family: Family, layers: int, hidden: int, heads: int, max_length: int
         ends = {"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": True}
         return {**usual, **ends, "num_key_value_heads": heads, "head_dim": hidden // heads}
     usual |= {"bos_token_id": _CLS, "eos_token_id": _SEP}
-    return {**usual, "cls_token_id": _CLS, "sep_token_id": _SEP} if family == "modernbert" else usual
+    if family == "modernbert":
+        return {**usual, "cls_token_id": _CLS, "sep_token_id": _SEP}
+    return {**usual, "attention_probs_dropout_prob": 0.0}
 
 
 def word_pieces(texts: Sequence[str], vocabulary: int) -> Tokenizer:
