@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from conftest import many_rows, tiny_rows
 from netweight.data import Dataset
+from netweight.encode import Tokens
 from netweight.errors import DataError, OptionError
 from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local
 from netweight.run.local import logits_of
-from netweight.scratch import Family, scratch, word_pieces
+from netweight.scratch import Family, scratch, token_vectors, word_pieces
 from netweight.task import Classify
 from netweight.techniques import Finetune, Pretrain
 from netweight.techniques.pretrain import special_ids
@@ -116,6 +118,49 @@ def test_the_global_random_state_neither_counts_nor_changes() -> None:
     assert small().digest == one
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def tokens(*rows: tuple[int, ...]) -> Tokens:
+    """Rows of ids."""
+    ids = np.concatenate([np.array(row, np.int32) for row in rows])
+    return Tokens(ids, np.zeros_like(ids), np.cumsum([0, *map(len, rows)]))
+
+
+@given(st.lists(st.lists(st.integers(0, 11), max_size=9).map(tuple), min_size=1, max_size=12))
+def test_token_vectors_are_those_of_the_dense_matrix(rows: list[tuple[int, ...]]) -> None:
+    counts = np.zeros((12, 12))
+    for row in rows:
+        for i, one in enumerate(row):
+            for j, other in enumerate(row):
+                if 1 <= abs(i - j) <= 4 and min(one, other) >= 2:  # 0 and 1 are special
+                    counts[one, other] += 1 / abs(i - j)
+    often, context = counts.sum(axis=1, keepdims=True), counts.sum(axis=0) ** 0.75
+    with np.errstate(divide="ignore", invalid="ignore"):
+        information = np.nan_to_num(np.log(counts * context.sum() / (often * context)), neginf=0).clip(0)
+    found = token_vectors(tokens(*rows), 12, (0, 1), 12)
+    if not information.any():
+        assert not found.any()
+        return
+    # Rotations and signs of singular vectors are free, lengths and angles between tokens are not.
+    u, s, _ = np.linalg.svd(information)
+    expected = (u * np.sqrt(s))[:, s > 1e-9]
+    near = often[:, 0] > 0
+    expected[near] -= expected[near].mean(axis=0)
+    expected[~near] = 0
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-4)
+
+
+def test_words_in_like_places_start_near_each_other() -> None:
+    texts = [f"the {word} broke after a {unit}" for word in ("zip", "strap") for unit in ("week", "month")] * 5
+    texts += [f"very {word} to wear every day" for word in ("soft", "warm")] * 5
+    made = scratch(texts, TASK, **_SMALL)  # type: ignore[arg-type]
+    table = made.network.backbone.get_input_embeddings().weight  # type: ignore[union-attr, operator]
+    names = made.encoder.tokens()
+    zip_, strap, soft = (table[names.index(word)] for word in ("zip", "strap", "soft"))
+    near, far = (torch.cosine_similarity(zip_, other, dim=0).item() for other in (strap, soft))
+    assert near > 0.8 > 0.3 > far
+    # As large as random ones: layers start from the scale that they expect.
+    assert 0.015 < table[len(made.encoder.specials) + 3 :].std() < 0.025
 
 
 def test_pretraining_and_fine_tuning_go_on_from_it(dataset: Dataset) -> None:

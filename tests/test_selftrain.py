@@ -194,7 +194,7 @@ def test_refusals(pooled: Dataset, dataset: Dataset) -> None:
     with pytest.raises(OptionError, match="self-training needs labels; a task of kind score"):
         QUICK(tiny_model(Score(0.0, 1.0)), Local(pooled), PLAN)
     for name, value in {"floor": 1.0, "rounds": 0, "temperature": 0.0, "balance": 0.5, "drift": 0.0}.items():
-        with pytest.raises(OptionError, match=f"{name} of SelfTrain is {value}, which is out of range"):
+        with pytest.raises(OptionError, match=f"{name} of SelfTrain is {value}; use "):
             replace(QUICK, **{name: value})(model, Local(pooled), PLAN)
     with pytest.raises(ModelError, match="the student has another task"):
         replace(QUICK, student=tiny_model(Classify(("good", "bad"))))(model, Local(pooled), PLAN)

@@ -21,7 +21,7 @@ Each text says what came, what is allowed, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 
@@ -50,6 +50,16 @@ class LabelError(DataError):
 
 class OptionError(NetweightError, ValueError):
     """An option has a value that is not allowed, or does not apply."""
+
+
+def within(options: object, of: str, allowed: Mapping[str, tuple[bool, str]]) -> None:
+    """Check values of `options`, which is called `of`: each by name, with whether it is fine and what would be.
+
+    Raises OptionError for the first that is not.
+    """
+    for name, (fine, what) in allowed.items():
+        if not fine:
+            raise OptionError(f"{name} of {of} is {getattr(options, name)}; use {what}.")
 
 
 class ModelError(NetweightError):

@@ -125,9 +125,8 @@ def token_vectors(tokens: Tokens, vocabulary: int, specials: Sequence[int], widt
 def _sizes(family: Family, layers: int, hidden: int, heads: int, max_length: int) -> dict[str, Any]:
     """What each family calls them. Ids are those of the tokenizers below."""
     if family == "gpt2":
-        sizes: dict[str, Any] = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden, "n_positions": max_length}
-        sizes |= {"attn_pdrop": 0.0}
-        return {**sizes, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        sizes = {"n_layer": layers, "n_embd": hidden, "n_head": heads, "n_inner": 4 * hidden, "n_positions": max_length}
+        return {**sizes, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "distilbert":
         sizes = {"n_layers": layers, "dim": hidden, "n_heads": heads, "hidden_dim": 4 * hidden}
         return {**sizes, "attention_dropout": 0.0, "max_position_embeddings": max_length, "pad_token_id": _PAD}

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from netweight.errors import OptionError, StoreError
+from netweight.errors import OptionError, StoreError, within
 from netweight.loss import Batch, Loss
 from netweight.network import Network, tensors
 from netweight.seams import Lost, Seams, Source, State
@@ -102,21 +102,19 @@ class Plan:
                 "which has the range of fp32."
             )
         checks = {
-            "epochs": self.epochs > 0,
-            "batch_size": self.batch_size >= 1,
-            "learning_rate": 0 < self.learning_rate < 10,
-            "accumulate": self.accumulate >= 1,
-            "warmup": 0 <= self.warmup < 1,
-            "clip": self.clip >= 0,
-            "token_dropout": 0 <= self.token_dropout < 1,
-            "splice": self.splice >= 0,
-            "spliced_tokens": self.spliced_tokens >= 0,
-            "precision": self.precision in ("auto", "fp32", "bf16"),
-            "part": 0 <= self.part[0] < self.part[1] <= 1,
+            "epochs": (self.epochs > 0, "more than 0"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "learning_rate": (0 < self.learning_rate < 10, "more than 0, and less than 10"),
+            "accumulate": (self.accumulate >= 1, "1 or more"),
+            "warmup": (0 <= self.warmup < 1, "0 or more, and less than 1"),
+            "clip": (self.clip >= 0, "0 or more"),
+            "token_dropout": (0 <= self.token_dropout < 1, "0 or more, and less than 1"),
+            "splice": (self.splice >= 0, "0 or more"),
+            "spliced_tokens": (self.spliced_tokens >= 0, "0 or more"),
+            "precision": (self.precision in get_args(Precision), ", ".join(get_args(Precision))),
+            "part": (0 <= self.part[0] < self.part[1] <= 1, "two shares, the first smaller, from 0 to 1"),
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise OptionError(f"{name} of a plan is {getattr(self, name)}, which is out of range.")
+        within(self, "a plan", checks)
 
     def describe(self) -> dict[str, Any]:
         """Everything that changes the result, as plain values."""

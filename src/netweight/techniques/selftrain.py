@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from netweight.errors import ModelError, OptionError
+from netweight.errors import ModelError, OptionError, within
 from netweight.loss import Batch, PseudoLabels
 from netweight.model import Model
 from netweight.network import Network
@@ -73,16 +73,14 @@ class SelfTrain:
         transformer(model, "SelfTrain")
         if not isinstance(model.task, Classify):
             raise OptionError(f"self-training needs labels; a task of kind {model.task.kind} has no confidence.")
-        fine = {
-            "floor": 0 < self.floor < 1,
-            "rounds": self.rounds >= 1,
-            "temperature": self.temperature > 0,
-            "balance": self.balance >= 1,
-            "drift": 0 < self.drift <= 1,
+        checks = {
+            "floor": (0 < self.floor < 1, "more than 0, and less than 1"),
+            "rounds": (self.rounds >= 1, "1 or more"),
+            "temperature": (self.temperature > 0, "more than 0"),
+            "balance": (self.balance >= 1, "1 or more"),
+            "drift": (0 < self.drift <= 1, "more than 0, and at most 1"),
         }
-        for name, holds in fine.items():
-            if not holds:
-                raise OptionError(f"{name} of SelfTrain is {getattr(self, name)}, which is out of range.")
+        within(self, "SelfTrain", checks)
         if self.student is not None and self.student.task != model.task:
             raise ModelError("the student has another task than the model: other labels, or another metric.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from netweight.errors import OptionError
+from netweight.errors import OptionError, within
 from netweight.run.aggregate import Adam, Aggregator, Mean, Moments, Tensors
 from netweight.run.federated.codecs import Codec, Full
 
@@ -30,17 +30,15 @@ class Rounds:
 
     def __post_init__(self) -> None:
         checks = {
-            "number": self.number >= 1,
-            "share": 0 < self.share <= 1,
-            "minimum": self.minimum >= 1,
-            "seconds": self.seconds is None or self.seconds > 0,
-            "wait": self.wait >= 0,
-            "outlier": self.outlier > 1,
-            "heaviest": self.heaviest >= 1,
+            "number": (self.number >= 1, "1 or more (--rounds)"),
+            "share": (0 < self.share <= 1, "more than 0, and at most 1"),
+            "minimum": (self.minimum >= 1, "1 client or more (--minimum)"),
+            "seconds": (self.seconds is None or self.seconds > 0, "more than 0 (--deadline), or none to wait"),
+            "wait": (self.wait >= 0, "0 seconds or more (--wait)"),
+            "outlier": (self.outlier > 1, "more than 1"),
+            "heaviest": (self.heaviest >= 1, "1 or more"),
         }
-        for name, fine in checks.items():
-            if not fine:
-                raise OptionError(f"{name} of federated rounds is {getattr(self, name)}, which is out of range.")
+        within(self, "federated rounds", checks)
 
 
 @dataclass(frozen=True)
