@@ -126,9 +126,9 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
     assert asked.name == rungs[1].name
 
 
-def climbed(wrong: dict[str, float], cut: float = 0.0) -> tuple[Search, list[str]]:
+def climbed(wrong: dict[str, float], cut: float = 0.0, reads: int | None = None) -> tuple[Search, list[str]]:
     """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way; a share of the
-    texts was `cut`."""
+    texts is `cut` by encoders, and some tiers read `reads` tokens."""
     teacher = tiny_model(layers=6)
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, N)
@@ -139,7 +139,9 @@ def climbed(wrong: dict[str, float], cut: float = 0.0) -> tuple[Search, list[str
     builder = SimpleNamespace(
         store=SimpleNamespace(get=kept.get, put=kept.__setitem__),
         teacher=teacher,
-        dev_tokens=SimpleNamespace(lengths=np.where(np.arange(N) < cut * N, teacher.encoder.max_length, 4)),
+        cut=cut,
+        reads=reads,
+        beaten=lambda points: False,
         job=Job(Tables(Rows((), ()))),
         data=SimpleNamespace(certify=range(3000)),
         run=SimpleNamespace(data=None),
@@ -166,10 +168,12 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
 
 @pytest.mark.parametrize(("cut", "said"), [(0.01, False), (0.25, True)])
 def test_texts_that_were_cut_are_told_of(cut: float, said: bool) -> None:
-    _, notes = climbed({"linear": 0.3}, cut)
     most = tiny_model().encoder.max_length
-    assert (f"25 % of dev is longer than {most} tokens and was cut: see --max-length" in notes) == said
-    assert any("was cut" in note for note in notes) == said
+    for reads, also in ((None, ""), (99, ", tiers without attention 99")):
+        _, notes = climbed({"linear": 0.3}, cut, reads)
+        wanted = f"25 % of dev is longer than {most} tokens; encoders read no more (see --max-length){also}"
+        assert (wanted in notes) == said
+        assert any("is longer" in note for note in notes) == said
 
 
 def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import MEAN, Shop, again, journal, looks, many_rows, tiny_base
+from conftest import MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
 from netweight import artifact, build, summary
+from netweight.convert import SPEC
 from netweight.data import Rows
 from netweight.data.rows import Sealed
+from netweight.deliver import export
 from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CertificateError, OptionError, StoreError
+from netweight.explain import explain
 from netweight.job import Budget, Options
 from netweight.model import Model
 from netweight.pipeline import optimize, store_of
@@ -158,6 +162,9 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
     assert result.certificate.final.drop.value == 0
     assert any("Nothing beats TF-IDF" in note for note in result.notes)
     assert any("cut from train for certify" in note for note in result.notes)
+    assert [point.name for point in result.measurements.candidates] == ["linear"], "no time went into anything else"
+    held = journal(tmp_path / "made.nw")
+    assert held["left out static"] == "linear, which costs least, is as good as the teacher"
     assert result.measurements.reference.name == "linear"
 
 
@@ -213,6 +220,45 @@ def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
     assert 0.5 <= threshold <= 1.0, "fitted on dev: some rows leave early"
     assert len(load(out, 1).predict(shop.certify.text)) == len(shop.certify)
     assert len(summary.verify(out, None)) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_tiers_without_attention_read_texts_to_their_end(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    tails = [" ".join(rng.choice(THINGS, int(rng.integers(0, 30)))) for _ in range(1200)]
+    rows = many_rows(1200, noise=0.02)
+    rows = Rows(tuple(f"{text} {tail}" for text, tail in zip(rows.text, tails)), rows.label)
+    train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 700), (700, 1200)))
+    usual = optimize_module.plan
+    cascades = lambda found: usual([c for c in found if c.choice.name.startswith("static > full")])  # noqa: E731
+    monkeypatch.setattr(optimize_module, "plan", cascades)
+    options: dict[str, Any] = shop.options | {"max_length": 16, "max_drop": 20.0}
+    out = tmp_path / "made.nw"
+    result = optimize(train, dev=dev, certify=certify, out=out, **options)
+    first, last = result.manifest.tiers
+    assert (first.engine, last.name) == ("static", "full-int8")
+    assert result.manifest.max_length == 64
+    assert "reads" not in first.options
+    assert last.options["reads"] == [16, 1]
+    engine = load(out, threads=1)
+    tokens = engine.encoder.encode(certify.text)
+    assert int(tokens.lengths.max()) > 30
+    short = engine.encoder.reading(16)
+    np.testing.assert_array_equal(engine.logits(1, tokens), engine.logits(1, short.encode(certify.text)))
+    assert not np.array_equal(engine.logits(0, tokens), engine.logits(0, short.encode(certify.text)))
+    # Alone, the encoder reads no text farther than it was trained to.
+    alone = tmp_path / "alone.nw"
+    only = lambda found: usual([c for c in found if c.choice.name == "full-int8"])  # noqa: E731
+    monkeypatch.setattr(optimize_module, "plan", only)
+    shutil.copytree(store_of(out), store_of(alone))
+    assert optimize(train, dev=dev, certify=certify, out=alone, **options).manifest.max_length == 16
+    # Others may run it: the spec says how far each tier reads.
+    spec = json.loads((export(out, "onnx", tmp_path / "onnx").folder / SPEC).read_text(encoding="utf-8"))
+    assert [(t.get("tokens"), t.get("closing")) for t in spec["tiers"]] == [(None, None), (16, 1)]
+    assert spec["max_length"] == 64
+    assert len(explain(out, 1).steps) > 2
 
 
 def scored(rows: Rows) -> Rows:

@@ -20,7 +20,7 @@ from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.run import Local, local
 from netweight.run.local import spliced
-from netweight.techniques import Finetune, Static
+from netweight.techniques import Finetune, LinearFloor, Static
 from netweight.techniques.finetune import Moments, set_probe
 from netweight.train import Plan
 
@@ -96,6 +96,31 @@ def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dat
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), replace(plan, splice=splice, reporter=reporter))
         counted.append(reporter.steps)
     assert counted[0] == counted[1] == 10
+
+
+def test_students_may_read_farther_than_their_teachers(
+    model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = replace(model, encoder=model.encoder.reading(6))
+    rows = Local(dataset)._encoded(model.encoder, False)
+    assert int(rows.lengths.max()) > 6
+    labelled, usual = [], local.logits_of
+
+    def seen(model: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
+        labelled.append(tokens)
+        return usual(model, tokens, half)
+
+    monkeypatch.setattr(local, "logits_of", seen)
+    made = Static(width=8, buckets=16, epochs=1, splice=2.0, reads=24)(teacher, Local(dataset), Plan(precision="fp32"))
+    assert made.encoder.max_length == 24
+    assert made.encoder.definition == teacher.encoder.definition
+    assert [int(tokens.lengths.max()) for tokens in labelled] == [6, 6], "rows, and what was spliced of them"
+    assert teacher.encoder.max_length == 6
+    floor = LinearFloor(reads=24)(teacher, Local(dataset), Plan())
+    same = LinearFloor()(model.with_network(teacher.network), Local(dataset), Plan())
+    assert int(rows.lengths.max()) <= 24
+    for name, value in floor.network.state_dict().items():
+        assert torch.equal(value, same.network.state_dict()[name]), name
 
 
 def test_what_teachers_take_counts_in_the_time_box(

@@ -72,6 +72,24 @@ def usual(encoder: TextEncoder) -> TextEncoder:
     return encoder
 
 
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="abe sthing.[SEP]好价é", max_size=60), max_size=6), st.integers(4, 20))
+def test_what_was_read_farther_is_cut_as_if_it_had_not_been(texts: list[str], most: int) -> None:
+    for around, closing in ((True, 1), (False, 0)):
+        stored = json.loads(definition())
+        if not around:
+            stored["post_processor"] = None
+        short = TextEncoder(json.dumps(stored), most)
+        assert short.closing == closing
+        far = short.reading(64)
+        assert far.fingerprint != short.fingerprint
+        assert far.reading(most).fingerprint == short.fingerprint
+        found, wanted = short.cut(far.encode(texts)), short.encode(texts)
+        assert found.ids.tolist() == wanted.ids.tolist()
+        assert found.offsets.tolist() == wanted.offsets.tolist()
+        assert found.types.tolist() == wanted.types.tolist()
+
+
 @pytest.mark.parametrize("lowercase", [True, False])
 @pytest.mark.parametrize("chinese", [True, False])
 @pytest.mark.parametrize("max_length", [5, 12])

@@ -39,6 +39,7 @@ REPORT = "report.html"
 _SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
 _HEX = b"0" * 64
+READS = "reads"
 _STAGED = "-saving-"
 _MANIFEST_MOST = 16 * 2**20
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
@@ -48,8 +49,10 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
 class Tier:
     """One model of an artifact.
 
-    `engine` is static, onnx, exits or openvino. A row whose confidence, after dividing the logits by `temperature`, is
-    below `threshold` goes to the next tier; the last tier answers whatever is left.
+    `engine` is static, onnx, exits or openvino. The option READS says how many tokens of a text it reads, where that is
+    fewer than `max_length`, and how many of them, special ones, come from the text's end. A row whose confidence, after
+    dividing the logits by `temperature`, is below `threshold` goes to the next tier; the last tier answers whatever is
+    left.
     """
 
     name: str
@@ -232,11 +235,21 @@ def _typed(manifest: Manifest) -> None:
     numbers: list[tuple[str, Any]] = []
     for tier in manifest.tiers:
         texts += [("a tier", text) for text in (tier.name, tier.engine, tier.file)]
+        _reads(manifest, tier)
         numbers += [("temperature", tier.temperature), ("threshold", tier.threshold)]
     for wanted, values in ((int, whole), (str, texts), ((int, float), numbers)):
         for name, value in values:
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise TypeError(f"{name} is {value!r}")
+
+
+def _reads(manifest: Manifest, tier: Tier) -> None:
+    """Raises TypeError or ValueError where a tier reads what no row can have."""
+    if not isinstance(tier.options, Mapping):
+        raise TypeError(f"options are {tier.options!r}")
+    most, closing = tier.options.get(READS, (manifest.max_length, 0))
+    if type(most) is not int or type(closing) is not int or not 0 <= closing < most <= manifest.max_length:
+        raise ValueError(f"tier {tier.name!r} reads {most!r} tokens, {closing!r} of them at the end")
 
 
 def read_file(folder: Path, manifest: Manifest, name: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import measure
-from netweight.artifact import Tier
+from netweight.artifact import READS, Tier
 from netweight.certify import fit_temperature
 from netweight.data import Dataset
-from netweight.encode import Tokens
+from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
 from netweight.engine.exits import ExitsEngine, thresholds
@@ -30,7 +30,7 @@ from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
 from netweight.task import Task
-from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Technique, describe
+from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, describe
 from netweight.train import Plan, Reporter, fit_digest
 from netweight.trials import BYTES, INSIDE, Trial, Trials, undominated
 
@@ -41,6 +41,8 @@ _PRETRAINED_SHARE = 0.4  # of the teacher's, where there is nothing to start fro
 # Rows of dev that are looked at for tokens that a model does not know, and the share from which on it is said.
 _LOOK = 1000
 _UNKNOWN = 0.05
+# Where more of dev than this is longer than what encoders read, tiers without attention read so many times as much.
+CUT, _FARTHER = 0.05, 4
 # Random weights stand steps ten times as long as pretrained ones, and token vectors that have seen only these texts are
 # to be trained too; the time box cuts the epochs to what fits.
 _FROM_SCRATCH = (
@@ -152,14 +154,42 @@ class Builder:
             self.store.put("teacher dev", True)
         return self.store.read_arrays("teacher-dev")["logits"]
 
+    def beaten(self, points: Mapping[str, Point]) -> bool:
+        """Whether the trivial floor is as good as the teacher on dev: then nothing else is worth its time."""
+        floor = points.get("linear")
+        return floor is not None and self.quality(floor.logits) >= self.quality(self.teacher_dev)
+
+    def reads_of(self, point: Point) -> int:
+        """Tokens of a text that a point reads."""
+        return int(point.options.get(READS, (self.reading.max_length, 0))[0])
+
     def teacher_logits(self, tokens: Tokens) -> NDArray[np.float32]:
         """What the teacher says of encoded rows (n, outputs)."""
-        return logits_of(self.teacher, tokens).numpy()
+        return logits_of(self.teacher, self.teacher.encoder.cut(tokens)).numpy()
 
     @cached_property
     def dev_tokens(self) -> Tokens:
-        """Dev, encoded once."""
-        return self.teacher.encoder.encode(self.data.dev.text, self.data.dev.pair)
+        """Dev, encoded once, as far as any tier reads."""
+        return self.reading.encode(self.data.dev.text, self.data.dev.pair)
+
+    @cached_property
+    def cut(self) -> float:
+        """Share of dev that is longer than what the teacher reads."""
+        own, dev = self.teacher.encoder, self.data.dev
+        return float((own.encode(dev.text, dev.pair).lengths >= own.max_length).mean())
+
+    @property
+    def reads(self) -> int | None:
+        """Tokens of a text that tiers without attention read, where the teacher stops before the end of many. Pairs
+        are cut in the longer text, so what is read of them is no beginning of anything."""
+        many = self.cut > CUT and self.data.dev.pair is None
+        return min(_FARTHER * self.teacher.encoder.max_length, MOST_TOKENS) if many else None
+
+    @cached_property
+    def reading(self) -> TextEncoder:
+        """Reads as far as any tier does."""
+        own = self.teacher.encoder
+        return own.reading(self.reads or own.max_length)
 
     def model(
         self, name: str, base: Callable[[], Model], recipe: Recipe, seconds: float, run: Run, plan: Plan | None = None
@@ -186,6 +216,7 @@ class Builder:
     def point(self, rung: Rung) -> Point:
         """The rung's point: from the store, or made now."""
         name = rung.name
+        rung = replace(rung, recipe=tuple(self._reading(step) for step in rung.recipe))
         self.rungs[name] = rung
         known = self.store.get(f"point {name}")
         if known is None:
@@ -201,6 +232,8 @@ class Builder:
             options = exported.options
             if exported.kind == "exits":
                 options = {"thresholds": self.exit_thresholds(name, options)}
+            if model.encoder.max_length < self.reading.max_length:
+                options = {**options, READS: [model.encoder.max_length, model.encoder.closing]}
             engine = self.run_tier(name, exported.kind, options)
             logits = engine.logits(self.dev_tokens, 32)
             temperature = 1.0
@@ -223,6 +256,10 @@ class Builder:
             f"{name}: {self.task.metric} {self.quality(point.logits):.4f} on dev, {point.bytes / 1e6:.1f} MB"
         )
         return point
+
+    def _reading(self, step: Technique) -> Technique:
+        """The step, reading as far as is worth while."""
+        return replace(step, reads=self.reads) if isinstance(step, LinearFloor | Static) else step
 
     def told(self, rungs: tuple[Rung, ...]) -> list[Point]:
         """The points that an earlier process finished."""
@@ -283,7 +320,7 @@ class Builder:
         engine = ExitsEngine(
             self.store.read(f"points/{name}.bin"), options, self.teacher.encoder.pad, self.job.options.threads
         )
-        stages = engine.stages(self.dev_tokens, 32)
+        stages = engine.stages(self.teacher.encoder.cut(self.dev_tokens), 32)
         return thresholds([stage[self.calibrate] for stage in stages], _EXIT_TOLERANCE)
 
     def with_engine(self, point: Point, engine: str) -> Point:

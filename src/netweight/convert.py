@@ -108,8 +108,11 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
         for i, tier in enumerate(manifest.tiers):
             data = artifact.read_file(folder, manifest, tier.file)
             engine, said = _written(new / f"{i}-{tier.name}", manifest, tier, data, writer)
-            own = tier_engine(tier, data, manifest.pad, threads).logits(tokens, 32)
-            distance = _distance(manifest.task, tier, own, engine.logits(tokens, 32), said["file"])
+            most, closing = tier.options.get(artifact.READS, (manifest.max_length, encoder.closing))
+            part = tokens.cut(most, closing)
+            own = tier_engine(tier, data, manifest.pad, threads).logits(part, 32)
+            distance = _distance(manifest.task, tier, own, engine.logits(part, 32), said["file"])
+            said |= {"tokens": most, "closing": closing} if most < manifest.max_length else {}
             compared.append(Compared(tier.name, said["file"], len(tokens), distance))
             tiers.append({"name": tier.name, "temperature": tier.temperature, "threshold": tier.threshold} | said)
         spec = _spec(manifest, tiers, compared)
@@ -147,7 +150,8 @@ def _spec(manifest: Manifest, tiers: list[dict[str, Any]], compared: list[Compar
         "max_length": manifest.max_length,
         "pad": manifest.pad,
         "text": f"Cut a text to its first {16 * manifest.max_length} characters, tokenize it, and keep the first "
-        "max_length tokens, special ones included; of a pair, the longer text is cut first.",
+        "max_length tokens, special ones included; of a pair, the longer text is cut first. A tier with `tokens` takes "
+        "so many of them: the first ones, and the `closing` last.",
         "cascade": _CASCADE,
         "tiers": tiers,
         "compared": [asdict(c) for c in compared],

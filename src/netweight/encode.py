@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from netweight.errors import ModelError, OptionError
-from netweight.words import Words
+from netweight.words import Words, around
 
 # Characters read per token of `max_length`: bounds the work that one huge text can cause. No word piece of the
 # texts we measured needs half as many on average.
 _CHARACTERS_PER_TOKEN = 16
+MOST_TOKENS = 8192
 
 Int32 = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -50,6 +51,20 @@ class Tokens:
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         where = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Tokens(self.ids[where], self.types[where], offsets)
+
+    def cut(self, most: int, closing: int) -> Tokens:
+        """At most `most` tokens of each row: its first ones and its `closing` last, as if no more had been read."""
+        if self.lengths.max(initial=0) <= most:
+            return self
+        lengths = np.minimum(self.lengths, most)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        left = np.repeat(offsets[1:], lengths) - np.arange(offsets[-1])  # tokens from here to the row's end
+        where = np.where(
+            left > closing,
+            np.repeat(self.offsets[:-1] - offsets[:-1], lengths) + np.arange(offsets[-1]),
+            np.repeat(self.offsets[1:], lengths) - left,
+        )
         return Tokens(self.ids[where], self.types[where], offsets)
 
     def joined(self, other: Tokens) -> Tokens:
@@ -101,8 +116,8 @@ class TextEncoder:
     """
 
     def __init__(self, definition: str, max_length: int = 128, pad: int | None = None) -> None:
-        if not 4 <= max_length <= 8192:
-            raise OptionError(f"max_length is {max_length}; use 4 to 8192 tokens.")
+        if not 4 <= max_length <= MOST_TOKENS:
+            raise OptionError(f"max_length is {max_length}; use 4 to {MOST_TOKENS} tokens.")
         try:
             self._tokenizer = Tokenizer.from_str(definition)
         except Exception as problem:
@@ -127,6 +142,19 @@ class TextEncoder:
     def specials(self) -> tuple[int, ...]:
         """Ids that the tokenizer adds around every text ([CLS], [SEP])."""
         return tuple(self._tokenizer.encode("").ids)
+
+    @cached_property
+    def closing(self) -> int:
+        """Tokens that the tokenizer puts behind every text."""
+        return len(around(self._tokenizer)[1])
+
+    def reading(self, max_length: int) -> TextEncoder:
+        """The same tokenizer, which reads another number of tokens of a text."""
+        return self if max_length == self.max_length else TextEncoder(self.definition, max_length, self.pad)
+
+    def cut(self, tokens: Tokens) -> Tokens:
+        """What this encoder keeps of texts, not pairs, that one with the same tokenizer has read as far or farther."""
+        return tokens.cut(self.max_length, self.closing)
 
     @cached_property
     def unknown(self) -> int | None:

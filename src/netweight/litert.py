@@ -41,12 +41,12 @@ class Litert:
         with Store(self.store, None) as store:
             model = Model.load(store.model_folder(tier.name))
         file = stem.with_name(f"{stem.name}.tflite")
-        given = example(manifest.max_length)
+        given = example(model.encoder.max_length)
         with torch.no_grad():
             converter.convert(program(model, given).module(), sample_kwargs=given).export(str(file))
         engine = LitertEngine(file, manifest.pad, self.threads)
         said = {"format": "litert", "file": file.name}
-        return engine, said | inputs_and_outputs(engine.takes, manifest.task, str(manifest.max_length))
+        return engine, said | inputs_and_outputs(engine.takes, manifest.task, str(model.encoder.max_length))
 
 
 class LitertEngine:

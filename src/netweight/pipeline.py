@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from netweight import artifact, measure
 from netweight.artifact import Manifest, Tier
 from netweight.baselines import teacher_engine
-from netweight.build import Builder, Clock
+from netweight.build import CUT, Builder, Clock
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
 from netweight.choose import Minimise, Planned, alone, choices, engine_of, judged, own, plan, provable
@@ -45,8 +45,6 @@ from netweight.trials import Effort, undominated
 _MAY_PASS = 0.2
 # Where the rung that makes another one needless has so large a chance to pass alone, that other one is not made.
 _PASSES = 0.95
-# Of more cut texts than this share the user is told.
-_CUT = 0.05
 # Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
 _TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
 # A student that gets less than this part of the time box is not worth training.
@@ -160,11 +158,14 @@ def _lines(rows: Rows) -> bytes:
 
 
 def climb(builder: Builder) -> Search:
-    """Walk the ladder, as far as the time box allows; the first three rungs are always made."""
+    """Walk the ladder, as far as the time box allows. The first three rungs are always made, but where the
+    first one is as good as the teacher."""
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
     most = builder.teacher.encoder.max_length
-    if (cut := float((builder.dev_tokens.lengths >= most).mean())) > _CUT:
-        builder.reporter.note(f"{100 * cut:.0f} % of dev is longer than {most} tokens and was cut: see --max-length")
+    if builder.cut > CUT:
+        also = f", tiers without attention {builder.reads}" if builder.reads else ""
+        said = f"{100 * builder.cut:.0f} % of dev is longer than {most} tokens; encoders read no more"
+        builder.reporter.note(f"{said} (see --max-length){also}")
     rungs = _rungs(builder)
     for name in {rung.name for rung in ladder(builder.teacher)} - {rung.name for rung in rungs}:
         _left_out(builder, name, "it needs labelled rows in one place")
@@ -174,6 +175,10 @@ def climb(builder: Builder) -> Search:
         if trials is not None:
             builder.drop(search.points.values())
         if (rung := search.ask()) is None:
+            break
+        if builder.beaten(search.points):
+            for name in [rung.name for rung in rungs if rung.name not in search.points]:
+                _left_out(builder, name, "linear, which costs least, is as good as the teacher")
             break
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
@@ -238,8 +243,7 @@ class Ranked:
         costs = self._costs(points)
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
-        floor = self.points.get("linear")
-        self.floor_wins = floor is not None and builder.quality(floor.logits) >= builder.quality(builder.teacher_dev)
+        self.floor_wins = builder.beaten(self.points)
         self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
         found = self._judged()
         self.max_drop = self._points(found)
@@ -255,7 +259,7 @@ class Ranked:
             for name, point in points.items():
                 for engine in _able(point):
                     tiers[f"{name} {engine}"] = builder.run_tier(name, engine, point.options)
-            found = measure.tier_costs(tiers, builder.teacher.encoder, builder.data.dev)
+            found = measure.tier_costs(tiers, builder.reading, builder.data.dev)
             store.put(key, {name: [c.row, c.single] for name, c in found.items()})
         return {name: Cost(*pair) for name, pair in store.get(key).items()}
 
@@ -338,7 +342,8 @@ class Pack:
 
     def __init__(self, builder: Builder, planned: Planned) -> None:
         choice = planned.choice
-        encoder = builder.teacher.encoder
+        reads = max(builder.reads_of(point) for point in choice.points)
+        encoder = builder.reading.reading(reads)
         self.planned = planned
         self.contents: dict[str, bytes] = {artifact.TOKENIZER: encoder.definition.encode()}
         tiers = []
@@ -359,7 +364,7 @@ def _certified(
 ) -> tuple[Certificate, Outcomes, dict[str, Floats]]:
     """Also the logits of every model on the certify rows."""
     sealed = builder.data.certify
-    tokens = builder.teacher.encoder.encode(sealed.rows.text, sealed.rows.pair)
+    tokens = builder.reading.encode(sealed.rows.text, sealed.rows.pair)
     # Each model runs once over all rows; cascades of it only pick rows.
     used = {point.name: point for pack in packs for point in pack.planned.choice.points}
     logits = {n: builder.run_tier(n, p.engine, p.options).logits(tokens, 32) for n, p in used.items()}
@@ -406,7 +411,7 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     for name, p in ranked.points.items():
         tier = Tier(name, p.engine, "", p.options, p.temperature)
         runs = builder.run_tier(name, p.engine, p.options)
-        engines[name] = Engine(builder.task, builder.teacher.encoder, [(tier, runs)], name)
+        engines[name] = Engine(builder.task, builder.reading.reading(builder.reads_of(p)), [(tier, runs)], name)
     if ranked.floor_wins:
         engines["reference"] = engines["linear"]
     timings = measure.speed(engines, rows, rounds=3)

@@ -32,7 +32,7 @@ class Words:
         self._plain = re.compile(f"[{plain}{chinese}]*")
         self._lowercase = bool(normalizer["lowercase"])
         self._table = _Table(tokenizer)
-        before, after = _around(tokenizer)
+        before, after = around(tokenizer)
         self._before, self._after = before, after
         self._room = max_length - len(before) - len(after)
 
@@ -68,7 +68,7 @@ class _Table(dict[str, list[int]]):
         return ids
 
 
-def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that are put before and behind every text."""
     whole = tokenizer.encode("a").ids
     inner = tokenizer.encode("a", add_special_tokens=False).ids

@@ -20,6 +20,20 @@ class TierEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class Short:
+    """A tier that reads less of a text than others of its artifact do: `most` tokens, the `closing` last ones among
+    them."""
+
+    engine: TierEngine
+    most: int
+    closing: int
+
+    def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
+        """Those of the tier."""
+        return self.engine.logits(tokens.cut(self.most, self.closing), batch)
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What a cascade says of n rows: logits (n, outputs), confidence (n,), and the number of the tier that answered."""
 

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import artifact
-from netweight.artifact import Manifest, Tier
+from netweight.artifact import READS, Manifest, Tier
 from netweight.encode import TextEncoder, Tokens
-from netweight.engine.base import Outputs, TierEngine
+from netweight.engine.base import Outputs, Short, TierEngine
 from netweight.engine.exits import ExitsEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
@@ -53,7 +53,8 @@ class Engine:
         return self.task.predictions(out.logits, out.confidence, [names[i] for i in out.tier.tolist()])
 
     def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
-        """Logits, confidence and tier of encoded rows."""
+        """Logits, confidence and tier of rows, encoded here or by an encoder that reads farther."""
+        tokens = self.encoder.cut(tokens)
 
         def answer(i: int, rows: NDArray[np.int64]) -> Floats:
             return self.logits(i, tokens if len(rows) == len(tokens) else tokens.take(rows), batch)
@@ -118,7 +119,12 @@ def _tier(path: Path, manifest: Manifest, tier: Tier, threads: int) -> TierEngin
 
 
 def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
-    """The engine that runs a tier's file."""
+    """The engine that runs a tier's file, on as many tokens of a row as the tier reads."""
+    engine = _whole(tier, data, pad, threads)
+    return Short(engine, *tier.options[READS]) if READS in tier.options else engine
+
+
+def _whole(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
     if tier.options.get("packed"):
         data = unpacked_file(data)
     if tier.engine == "static":

@@ -59,10 +59,13 @@ class Local:
         if plan.splice:
             if not teachers:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
-            if any(t.encoder.fingerprint != model.encoder.fingerprint for t in loss.teachers):
+            if any(t.encoder.definition != model.encoder.definition for t in loss.teachers):
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
-            most = self._affordable(model, loss, tokens, plan)
-            added = spliced(tokens, round(plan.splice * len(tokens)), most, plan.seed)
+            # No longer than all of them read: of the rest, a teacher says nothing.
+            shortest = min((model.encoder, *(t.encoder for t in loss.teachers)), key=lambda e: e.max_length)
+            bits = shortest.cut(tokens)
+            most = self._affordable(model, loss, bits, plan)
+            added = spliced(bits, round(plan.splice * len(bits)), most, plan.seed)
             said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan)) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
             plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Protocol, cast
 
 from netweight.errors import ModelError
@@ -36,6 +36,11 @@ def _plain(option: Any) -> Any:
     if isinstance(option, Model):
         return option.digest
     return describe((cast(Technique, option),))[0] if is_dataclass(option) else option
+
+
+def read(model: Model, reads: int | None) -> Model:
+    """The model as if it read so many tokens of a text; None: as it is."""
+    return model if reads is None else replace(model, encoder=model.encoder.reading(reads))
 
 
 def transformer(model: Model, who: str) -> Transformer:

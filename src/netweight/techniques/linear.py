@@ -13,6 +13,7 @@ from netweight.model import Model
 from netweight.network import Linear
 from netweight.run import InOnePlace, Run
 from netweight.task import Classify
+from netweight.techniques.base import read
 from netweight.train import Plan
 
 
@@ -20,11 +21,13 @@ from netweight.train import Plan
 class LinearFloor:
     """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows.
 
-    Needs rows in one place: `Local` and `Parallel` have them, a federated run has not.
+    `reads`: tokens of a text, where they are not as many as the model reads. Needs rows in one place: `Local` and
+    `Parallel` have them, a federated run has not.
     """
 
     buckets: int = 2**15
     strength: float = 10.0
+    reads: int | None = None
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         from scipy.sparse import csr_matrix
@@ -33,6 +36,7 @@ class LinearFloor:
         if not isinstance(run, InOnePlace):
             raise ModelError("LinearFloor needs all rows in one place; run it under Local or Parallel.")
         rows = run.data.train
+        model = read(model, self.reads)
         tokens = model.encoder.encode(rows.text, rows.pair)
         vocabulary, n = model.encoder.vocabulary, len(tokens)
         columns, starts = features(tokens, vocabulary, self.buckets)

@@ -18,7 +18,7 @@ from netweight.model import Model
 from netweight.network import Network, Transformer
 from netweight.network import Static as StaticNetwork
 from netweight.run import Run
-from netweight.techniques.base import transformer
+from netweight.techniques.base import read, transformer
 from netweight.train import Plan
 
 _CHUNK = 512
@@ -33,7 +33,8 @@ class Static:
     convolution of `reach` neighbouring tokens, which sees negations and idioms, and of each filter the largest value
     (Kim, EMNLP 2014); exported, it is a table of what each token adds, for those that occur `least` times. `splice`
     synthetic rows for each real one are labelled by the teacher: a student of this kind has many parameters and few
-    rows to fit them to (augmentation as in Tang et al., 2019, with halves of rows instead of masked words).
+    rows to fit them to (augmentation as in Tang et al., 2019, with halves of rows instead of masked words). `reads`:
+    tokens of a text, where they are not as many as the model reads; tokens more cost this student microseconds.
     """
 
     width: int = 256
@@ -49,10 +50,12 @@ class Static:
     token_dropout: float = 0.2
     splice: float = 4.0
     sif: float = 1e-3
+    reads: int | None = None
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         teacher = transformer(model, "Static")
-        counts = run.reduce(model, TokenCounts(model.encoder.vocabulary))["tokens"]
+        reading = read(model, self.reads)
+        counts = run.reduce(reading, TokenCounts(model.encoder.vocabulary))["tokens"]
         share = (counts + 1) / (counts + 1).sum()
         vectors = principal(token_vectors(model, teacher), share, self.width)
         with torch.random.fork_rng(devices=[]):
@@ -86,7 +89,7 @@ class Static:
             # A mean of rows gains nothing from bf16; products with filters do. The tables stay in fp32 in both.
             precision="auto" if self.filters else "fp32",
         )
-        return run.fit(model.with_network(network), loss, plan, "static student")
+        return run.fit(reading.with_network(network), loss, plan, "static student")
 
 
 @dataclass(frozen=True)
