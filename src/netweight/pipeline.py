@@ -95,7 +95,8 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
             What is not given is cut from train.
         text, label, pair, group, slices: names of columns; `group` rows never span splits.
-        max_length: tokens that are read of a text, or of a pair; an encoder's time grows with it.
+        max_length: tokens of a text, or of a pair, that encoders read: their time grows with it. What has no attention
+            reads farther where many texts are longer.
         max_drop: points of quality that may be lost, held at `confidence`; "auto": one point, or as many as it takes
             to prove something with these certify rows.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
