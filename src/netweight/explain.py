@@ -139,7 +139,8 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
         some = rows.take(range(min(_TIMED, len(rows))))
         timings = measure.speed({f"{i}": e for i, (_, _, e, _) in enumerate(engines)}, some, rounds=3)
-        tokens, targets = teacher.encoder.encode(rows.text, rows.pair), engine.task.targets(rows.label or ())
+        # Every step reads as far as the artifact, or less far.
+        tokens, targets = engine.encoder.encode(rows.text, rows.pair), engine.task.targets(rows.label or ())
         steps = []
         for i, (tier_name, done, e, size) in enumerate(engines):
             logits = e.run(tokens).logits
