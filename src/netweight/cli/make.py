@@ -58,9 +58,7 @@ def optimize(
     group: Annotated[str | None, typer.Option(help="Column of what belongs together (customer, product).")] = None,
     slices: Annotated[list[str] | None, typer.Option("--slice", help="Column to break quality down by.")] = None,
     model: Annotated[str, typer.Option(help="starter, scratch, a folder, or a Hub id.")] = "starter",
-    max_length: Annotated[
-        int, typer.Option(help="Tokens of a text that encoders read; tables read on.")
-    ] = 128,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text that encoders read; tables read on.")] = 128,
     max_drop: Drop = "1.0",
     confidence: Confidence = 0.95,
     metric: Metric = None,
