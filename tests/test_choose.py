@@ -139,6 +139,7 @@ def climbed(wrong: dict[str, float], cut: float = 0.0, reads: int | None = None)
     builder = SimpleNamespace(
         store=SimpleNamespace(get=kept.get, put=kept.__setitem__),
         teacher=teacher,
+        source=teacher,
         cut=cut,
         reads=reads,
         beaten=lambda points: False,

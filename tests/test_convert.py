@@ -26,7 +26,7 @@ from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import TierEngine
-from netweight.engine.static import StaticEngine
+from netweight.engine.static import FACTORS, StaticEngine
 from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
 from netweight.export import export as exported
 from netweight.export import lowered
@@ -283,12 +283,14 @@ def test_windows_say_their_maths(tmp_path: Path) -> None:
     run = Local(Dataset(rows, rows.take(range(9)), rows.take(range(9)), Sealed(rows)))
     model = tiny_model()
     made = exported(Static(width=8, buckets=64, filters=6, reach=3, epochs=1, batch_size=16)(model, run, PLAN))
-    _, said = convert._table(tmp_path / "0-x", Tier("x", "static", "", made.options), made.data)
+    whole, said = convert._table(tmp_path / "0-x", Tier("x", "static", "", made.options), made.data)
     assert "k = 0 to 2 of windows.table[k, p[i + k - 1]]" in said["maths"][-2]
-    arrays = load_arrays(made.data)
+    arrays = load_arrays((tmp_path / "0-x.safetensors").read_bytes())
+    assert not set(arrays) & set(FACTORS)
     place = {int(token): i for i, token in enumerate(arrays["windows.known"])}
     tokens = model.encoder.encode(rows.text[:20])
     logits = StaticEngine(made.data, made.options).logits(tokens, 7)
+    np.testing.assert_array_equal(whole.logits(tokens, 7), logits)
     for row, start in enumerate(tokens.offsets[:-1]):
         ids = tokens.ids[start : tokens.offsets[row + 1]].tolist()
         z = [

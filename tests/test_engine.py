@@ -21,6 +21,7 @@ from netweight.data.rows import Sealed
 from netweight.engine import Engine, Outputs
 from netweight.engine.cascade import cascade, tier_engine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
+from netweight.engine.static import window_table
 from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
 from netweight.export import export
 from netweight.model import Model
@@ -205,7 +206,7 @@ def test_errors_say_what_came() -> None:
     _, tier, data = tier_of("static, windows")
     for name, value in {
         "windows.known": np.array([1_000_000], np.int32),
-        "windows.table": np.zeros(3, np.int8),
+        "windows.taps": np.zeros(3, np.int8),
     }.items():
         with pytest.raises(CorruptArtifact, match="lacks what its engine needs"):
             tier_engine(tier, save(load_arrays(data) | {name: value}), 0, 1)
@@ -280,3 +281,22 @@ def test_temperature_moves_confidence_and_no_label() -> None:
     )
     assert [p.label for p in cool] == [p.label for p in warm]
     assert all(a.confidence >= b.confidence for a, b in zip(cool, warm))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("width", [8, 2_000])
+def test_the_table_of_windows_is_the_product_of_its_factors(width: int) -> None:
+    """Whole numbers in fp32 or, where they are too many for it, in fp64: exactly what int64 gives."""
+    rng = np.random.default_rng(width)
+    held = {
+        "windows.words": rng.integers(-127, 128, (5, width), np.int8),
+        "windows.taps": rng.integers(-127, 128, (3, width, 4), np.int8),
+        "windows.word_scale": rng.uniform(0.1, 1, (5, 1)).astype(np.float32),
+        "windows.tap_scale": rng.uniform(0.1, 1, 4).astype(np.float32),
+        "windows.scale": np.full(4, 127 * width**0.5, np.float32),
+    }
+    whole = held["windows.words"].astype(np.int64) @ held["windows.taps"].astype(np.int64)
+    expected = whole * held["windows.word_scale"] * (held["windows.tap_scale"] / held["windows.scale"])
+    table = window_table(held)
+    assert table.dtype == np.int8
+    assert np.abs(table - expected).max() <= 0.5 + 1e-4
+    assert len(np.unique(table)) > 5

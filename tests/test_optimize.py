@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
+from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
 from netweight import artifact, build, summary
 from netweight.convert import SPEC
 from netweight.data import Rows
@@ -263,6 +263,48 @@ def test_tiers_without_attention_read_texts_to_their_end(
     assert {name: last_steps[name] for name in ("static", "full-int8")} == {
         n: measured[n] for n in ("static", "full-int8")
     }
+
+
+@pytest.mark.usefixtures("quick")
+def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words beyond the part that encoders read count too; words that training has not seen are spelled."""
+    monkeypatch.setattr(build, "_COMMON", 0)
+    monkeypatch.setattr(build, "_FEW", 1.0)
+    rows = many_rows(1200, noise=0.02)
+    far = " ".join([THINGS[0]] * 5 + [GOOD[0]])
+    rows = Rows(tuple(f"{text} {far}" if i % 2 else text for i, text in enumerate(rows.text)), rows.label)
+    train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 700), (700, 1200)))
+    seldom = [i for i, text in enumerate(train.text) if MEAN[0] not in text]
+    out = tmp_path / "made.nw"
+    result = optimize(train.take(seldom), dev=dev, certify=certify, out=out, **shop.options | {"max_length": 16})
+    assert result.certificate.verdict == "certified"
+    engine, teacher = load(out, 1), Model.load(store_of(out) / "models" / "teacher")
+    all_of_them, known = teacher.encoder.vocabulary, engine.encoder.vocabulary
+    assert known < all_of_them
+    assert result.manifest.provenance["tokens"] == {"known": known, "teacher": all_of_them}
+    assert set(engine.encoder.tokens()) < set(teacher.encoder.tokens())
+    assert MEAN[0] in teacher.encoder.tokens()
+    assert MEAN[0] not in engine.encoder.tokens()
+    assert GOOD[0] in engine.encoder.tokens(), "encoders do not read so far, but others do"
+    assert GOOD[1] not in engine.encoder.tokens()
+    # The reference is the teacher with all of its tokens.
+    assert result.certificate.registration.reference.digest == teacher.digest
+    said = teacher.encoder.encode(dev.text)
+    right = teacher.task.outcomes(logits_of(teacher, said).numpy(), teacher.task.targets(dev.label or ()))
+    assert result.measurements.reference.quality == float(teacher.task.quality(right))
+    measured = {point.name: point.quality for point in result.measurements.candidates}
+    explained = {step.tier: step.quality for step in explain(out, 1).steps if step.tier}
+    assert explained == {name: measured[name] for name in explained}
+    assert export(out, "onnx", tmp_path / "onnx").compared
+    # Nothing is left out where that is asked for, and it is another job.
+    whole = optimize(
+        train, dev=dev, certify=certify, out=tmp_path / "whole.nw", vocabulary="whole", **shop.options
+    ).manifest
+    assert whole.provenance["tokens"] == {"known": all_of_them, "teacher": all_of_them}
+    with pytest.raises(StoreError, match="vocabulary: 'trimmed' there, 'whole' now"):
+        optimize(train.take(seldom), dev=dev, certify=certify, out=out, vocabulary="whole", **shop.options)
 
 
 def scored(rows: Rows) -> Rows:

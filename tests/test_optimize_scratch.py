@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from netweight import build
 from netweight.build import PRETRAINED, TEACHER, Builder, Clock
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
+from netweight.encode import TextEncoder
+from netweight.errors import OptionError
 from netweight.job import Job, Options, Tables
 from netweight.model import Model
 from netweight.run import Local
@@ -70,6 +73,38 @@ def test_a_model_of_another_language_is_told_of(
     assert all("--model scratch" in note for note in notes)
 
 
+@pytest.mark.parametrize(("few", "trimmed"), [(0.5, False), (0.99, True)])
+def test_a_vocabulary_of_which_most_would_stay_is_not_trimmed(
+    few: float, trimmed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
+) -> None:
+    for name, value in (("_COMMON", 0), ("_FEW", few)):
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(Builder, "teacher", model)
+    train = replace(dataset.train, text=tuple(text.replace("dress", "zip") for text in dataset.train.text))
+    with Store(tmp_path, {"a": 1}) as store:
+        run = Local(replace(dataset, train=train))
+        source = Builder(Job(Tables(train)), dataset, model.task, store, Silent(), Clock(8), run).source
+    assert ("dress" not in source.encoder.tokens()) == trimmed
+    assert (source is model) == (not trimmed)
+
+
+def test_a_tokenizer_that_cannot_be_trimmed_stays_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
+) -> None:
+    stored = json.loads(model.encoder.definition)
+    stored["model"]["unk_token"] = "[nowhere]"
+    model = replace(model, encoder=TextEncoder(json.dumps(stored), 32))
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda _, message: notes.append(message))
+    monkeypatch.setattr(Builder, "teacher", model)
+    with Store(tmp_path, {"a": 1}) as store:
+        builder = Builder(Job(Tables(dataset.train)), dataset, model.task, store, Silent(), Clock(8), Local(dataset))
+        assert builder.source is model
+    assert [note.split(":")[0] for note in notes] == ["tiers have the teacher's whole vocabulary"]
+    with pytest.raises(OptionError, match="vocabulary is 'small'; use trimmed or whole"):
+        Options(vocabulary="small")  # type: ignore[arg-type]
+
+
 class Seen(Exception):
     """With the time box of a model."""
 
@@ -91,6 +126,7 @@ def test_what_the_teacher_says_is_not_taken_from_the_first_students_share(
     monkeypatch.setattr(build.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Builder, "model", made)
     monkeypatch.setattr(Builder, "teacher", model)
+    monkeypatch.setattr(Builder, "source", model)
     with Store(tmp_path, {"a": 1}) as store:
         builder = Builder(Job(Tables(dataset.train)), dataset, model.task, store, Silent(), Clock(100), Slow(dataset))
         for rung, left in ((Rung("whole", (Quantize(),), 0.5), 100), (Rung("student", (Static(),), 0.5), 60)):

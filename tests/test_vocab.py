@@ -244,6 +244,18 @@ def test_a_least_count(pooled: Dataset) -> None:
     assert set(small.encoder.tokens()) == wanted
 
 
+def test_common_tokens_stay(model: Model, pooled: Dataset) -> None:
+    """The first ones, and behind them what is used."""
+    run = Local(pooled)
+    names, used = model.encoder.tokens(), Vocab()(model, run, PLAN).encoder.tokens()
+    for common in range(0, len(names), 5):
+        kept = {*names[:common], *used}
+        if len(kept) < len(names):
+            assert Vocab(common=common)(model, run, PLAN).encoder.tokens() == [n for n in names if n in kept]
+    with pytest.raises(OptionError, match="every token occurs 1 times, is among the first 99 or is needed"):
+        Vocab(common=99)(model, run, PLAN)
+
+
 def test_contract_of_vocab(model: Model, pooled: Dataset, tmp_path: Path) -> None:
     TechniqueContract(Vocab(), model, lambda: Local(pooled), PLAN, pooled.train.text[:16]).check(tmp_path)
 
@@ -285,6 +297,8 @@ def test_refusals(model: Model, pooled: Dataset) -> None:
     run = Local(pooled)
     with pytest.raises(OptionError, match="least is 0"):
         Vocab(least=0)(model, run, PLAN)
+    with pytest.raises(OptionError, match="common is -1; use 0"):
+        Vocab(common=-1)(model, run, PLAN)
     small = Vocab()(model, run, PLAN)
     with pytest.raises(OptionError, match="every token occurs 1 times or is needed"):
         Vocab()(small, run, PLAN)

@@ -16,25 +16,31 @@ from numpy.typing import NDArray
 from netweight import measure
 from netweight.artifact import READS, Tier
 from netweight.certify import fit_temperature
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
 from netweight.engine.exits import ExitsEngine, thresholds
+from netweight.errors import ModelError, OptionError
 from netweight.export import export
 from netweight.job import Job
 from netweight.model import Model, pretrained
-from netweight.run import Parallel, Run, Speaking
+from netweight.run import InOnePlace, Parallel, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
 from netweight.task import Task
-from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, describe
+from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, Vocab, describe
+from netweight.techniques.base import read
 from netweight.train import Plan, Reporter, fit_digest
 from netweight.trials import BYTES, INSIDE, Trial, Trials, undominated
 
 TEACHER = "teacher"
+TRIMMED = "trimmed"
+# Tokens of the teacher's that its students know whether or not these texts use them: of BERT's, its most common words.
+# Where more than half of all would stay, it saves little, and texts to come will use what went.
+_COMMON, _FEW = 8000, 0.5
 PRETRAINED = "pretrained"
 _TEACHER_SHARE = 0.45  # of the time box
 _PRETRAINED_SHARE = 0.4  # of the teacher's, where there is nothing to start from
@@ -147,10 +153,26 @@ class Builder:
         return scratch(texts, self.task, max_length=self.job.options.max_length, seed=self.job.options.seed)
 
     @cached_property
+    def source(self) -> Model:
+        """What students are made of, and whose tokenizer all tiers have: the teacher, or, where these texts use few of
+        its tokens, the teacher with those alone. On train and pool both say the same."""
+        if self.job.options.vocabulary == "whole" or not isinstance(self.run, InOnePlace):
+            return self.teacher
+        try:
+            found = self.model(TRIMMED, lambda: read(self.teacher, self.reads), (Vocab(common=_COMMON),), 0.0, self.run)
+        except OptionError:  # nothing would go
+            return self.teacher
+        except ModelError as problem:
+            self.reporter.note(f"tiers have the teacher's whole vocabulary: {problem}")
+            return self.teacher
+        few = found.encoder.vocabulary <= _FEW * self.teacher.encoder.vocabulary
+        return read(found, self.teacher.encoder.max_length) if few else self.teacher
+
+    @cached_property
     def teacher_dev(self) -> NDArray[np.float32]:
         """The teacher's logits on dev, in fp32."""
         if self.store.get("teacher dev") is None:
-            self.store.write_arrays("teacher-dev", {"logits": self.teacher_logits(self.dev_tokens)})
+            self.store.write_arrays("teacher-dev", {"logits": self.teacher_logits(self.data.dev)})
             self.store.put("teacher dev", True)
         return self.store.read_arrays("teacher-dev")["logits"]
 
@@ -163,9 +185,9 @@ class Builder:
         """Tokens of a text that a point reads."""
         return int(point.options.get(READS, (self.reading.max_length, 0))[0])
 
-    def teacher_logits(self, tokens: Tokens) -> NDArray[np.float32]:
-        """What the teacher says of encoded rows (n, outputs)."""
-        return logits_of(self.teacher, self.teacher.encoder.cut(tokens)).numpy()
+    def teacher_logits(self, rows: Rows) -> NDArray[np.float32]:
+        """What the teacher says of rows (n, outputs)."""
+        return logits_of(self.teacher, self.teacher.encoder.encode(rows.text, rows.pair)).numpy()
 
     @cached_property
     def dev_tokens(self) -> Tokens:
@@ -188,7 +210,7 @@ class Builder:
     @cached_property
     def reading(self) -> TextEncoder:
         """Reads as far as any tier does."""
-        own = self.teacher.encoder
+        own = self.source.encoder
         return own.reading(self.reads or own.max_length)
 
     def model(
@@ -224,9 +246,9 @@ class Builder:
             if isinstance(run, Speaking) and not all(isinstance(t, LinearFloor | Quantize) for t in rung.recipe):
                 # All students learn from it. It takes minutes where rows are many and long, and would eat the first
                 # one's share.
-                run.outputs(self.teacher, unlabelled=True, half=True)
+                run.outputs(self.source, unlabelled=True, half=True)
             seconds = self.clock.left * rung.share
-            model = self.model(name, lambda: self.teacher, rung.recipe, seconds, run, rung.plan)
+            model = self.model(name, lambda: self.source, rung.recipe, seconds, run, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)
             options = exported.options
@@ -270,14 +292,14 @@ class Builder:
         if self.job.options.effort == "quick":
             return None
         kept = [Trial(**value) for value in self.store.values("trial ")]
-        begun = [(t, self.point(t.rung(self.teacher)) if self.made(t.name) else None) for t in kept]
+        begun = [(t, self.point(t.rung(self.source)) if self.made(t.name) else None) for t in kept]
         path, options = self.store.folder / TRIALS, self.job.options
         left = lambda: self.clock.left  # noqa: E731
         without = [] if self.job.budget.minimise == "size" else [BYTES]
         run = self.students or self.run
         if isinstance(run, Parallel) and run.strategy in ("tensor", "pipeline"):
             without.append(INSIDE)  # no process has all of a network
-        return Trials(path, self.teacher, options.effort, options.seed, self.disagreement, left, without, begun)
+        return Trials(path, self.source, options.effort, options.seed, self.disagreement, left, without, begun)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""
@@ -312,15 +334,15 @@ class Builder:
         """The engine of an exported point."""
         tier = Tier(name, engine, "", options)
         return tier_engine(
-            tier, self.store.read(f"points/{name}.bin"), self.teacher.encoder.pad, self.job.options.threads
+            tier, self.store.read(f"points/{name}.bin"), self.source.encoder.pad, self.job.options.threads
         )
 
     def exit_thresholds(self, name: str, options: Any) -> list[float]:
         """Thresholds of an encoder's exits, from the calibrate rows."""
         engine = ExitsEngine(
-            self.store.read(f"points/{name}.bin"), options, self.teacher.encoder.pad, self.job.options.threads
+            self.store.read(f"points/{name}.bin"), options, self.source.encoder.pad, self.job.options.threads
         )
-        stages = engine.stages(self.teacher.encoder.cut(self.dev_tokens), 32)
+        stages = engine.stages(self.source.encoder.cut(self.dev_tokens), 32)
         return thresholds([stage[self.calibrate] for stage in stages], _EXIT_TOLERANCE)
 
     def with_engine(self, point: Point, engine: str) -> Point:

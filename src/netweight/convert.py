@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from safetensors.numpy import load, save
 
 from netweight import artifact
 from netweight.artifact import Manifest, Tier
@@ -24,7 +25,7 @@ from netweight.encode import TextEncoder
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import encoder_engine, tier_engine
 from netweight.engine.onnx import OpenvinoEngine
-from netweight.engine.static import StaticEngine
+from netweight.engine.static import FACTORS, StaticEngine, window_table
 from netweight.errors import ArtifactError, MissingExtra
 from netweight.features import BIGRAM_A, BIGRAM_B
 from netweight.packing import unpacked_file
@@ -162,7 +163,7 @@ def _spec(manifest: Manifest, tiers: list[dict[str, Any]], compared: list[Compar
 def _table(stem: Path, tier: Tier, data: bytes) -> tuple[TierEngine, dict[str, Any]]:
     """A static tier leaves as its table and the maths: a lookup and a sum need no runtime."""
     file = stem.with_name(stem.name + ".safetensors")
-    file.write_bytes(data)
+    file.write_bytes(_multiplied(data) if "reach" in tier.options else data)
     buckets, squared = int(tier.options["buckets"]), tier.options["norm"] == "l2"
     pairs = f" and v + (t[i] * {BIGRAM_A} + t[i + 1] * {BIGRAM_B}) mod buckets for every two neighbours"
     maths = [
@@ -189,6 +190,14 @@ def _table(stem: Path, tier: Tier, data: bytes) -> tuple[TierEngine, dict[str, A
         )
     said = {"format": "table", "file": file.name, "buckets": buckets, "maths": maths}
     return StaticEngine(file.read_bytes(), tier.options), said
+
+
+def _multiplied(data: bytes) -> bytes:
+    """A static tier's file with the table of its windows in place of its factors: readers only add and compare."""
+    held = load(data)
+    if "windows.table" not in held:
+        held["windows.table"] = window_table(held)
+    return save({name: array for name, array in held.items() if name not in FACTORS})
 
 
 def inputs_and_outputs(takes: set[str], task: Task, tokens: str) -> dict[str, Any]:

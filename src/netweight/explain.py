@@ -139,11 +139,10 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
         some = rows.take(range(min(_TIMED, len(rows))))
         timings = measure.speed({f"{i}": e for i, (_, _, e, _) in enumerate(engines)}, some, rounds=3)
-        # Every step reads as far as the artifact, or less far.
-        tokens, targets = engine.encoder.encode(rows.text, rows.pair), engine.task.targets(rows.label or ())
+        targets = engine.task.targets(rows.label or ())
         steps = []
         for i, (tier_name, done, e, size) in enumerate(engines):
-            logits = e.run(tokens).logits
+            logits = e.run(e.encoder.encode(rows.text, rows.pair)).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
             steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store)

@@ -106,14 +106,23 @@ def _static(network: Static) -> Exported:
 
 
 def _windows(network: Static) -> dict[str, NDArray[Any]]:
-    """What each known token adds to each filter, as int8 with one scale for each filter, so that sums are exact."""
+    """The two factors of the table of what each known token adds to each filter, in int8, and that table's scales.
+
+    The table has `reach` values for each one of a token's vector; the engine makes it once, when it loads.
+    """
     windows = network.windows
     with torch.no_grad():
-        table = windows.table().float()
-        scale = table.abs().amax(dim=(0, 1)).clamp(min=1e-12) / 127
+        words, taps = windows.words[windows.known > 0].float(), windows.taps.float()
+        of_word = words.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+        of_tap = taps.abs().amax(dim=(0, 1)).clamp(min=1e-12) / 127
+        words, taps = (words / of_word).round(), (taps / of_tap).round()
+        largest = torch.stack([(words @ tap * of_word * of_tap).abs().amax(dim=0) for tap in taps]).amax(dim=0)
         return {
-            "windows.table": (table / scale).round().to(torch.int8).contiguous().numpy(),
-            "windows.scale": scale.numpy(),
+            "windows.words": words.to(torch.int8).numpy(),
+            "windows.word_scale": of_word.numpy(),
+            "windows.taps": taps.to(torch.int8).contiguous().numpy(),
+            "windows.tap_scale": of_tap.numpy(),
+            "windows.scale": (largest.clamp(min=1e-12) / 127).numpy(),
             "windows.bias": windows.bias.numpy().copy(),
             "windows.known": np.flatnonzero(windows.known.numpy()).astype(np.int32),
             "windows.matrix": np.ascontiguousarray(network.answers.weight.numpy().T),

@@ -19,6 +19,7 @@ from netweight.trials import Effort
 
 Source = str | Path | Rows
 TaskKind = Literal["classify", "score"]
+Vocabulary = Literal["trimmed", "whole"]
 LEAST = 1.0  # points that "auto" allows at least
 MOST = 10.0  # and at most: what needs more is no certificate worth having
 
@@ -87,7 +88,9 @@ class Options:
     model: `starter`, a folder, a Hub id, or `scratch`: random weights, pretrained on the texts of train and pool.
     metric: None picks one by the balance of the labels. seconds: the time box of the whole job; training is shortened
     to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
-    with other options, "thorough" many. finetune: makes the teacher, but for `scratch`, which has options of its own.
+    with other options, "thorough" many. vocabulary: tiers know all of the model's tokens ("whole"), or those that train
+    or pool use and the most common others, and spell the rest ("trimmed"). finetune: makes the teacher, but for
+    `scratch`, which has options of its own.
     """
 
     task: TaskKind = "classify"
@@ -98,11 +101,14 @@ class Options:
     threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     seed: int = 0
     effort: Effort = "quick"
+    vocabulary: Vocabulary = "trimmed"
     finetune: Finetune = field(default_factory=Finetune)
 
     def __post_init__(self) -> None:
         if self.effort not in get_args(Effort):
             raise OptionError(f"effort is {self.effort!r}; use quick, standard or thorough.")
+        if self.vocabulary not in get_args(Vocabulary):
+            raise OptionError(f"vocabulary is {self.vocabulary!r}; use trimmed or whole.")
         if self.threads < 1:
             raise OptionError(f"threads is {self.threads}; use 1 or more.")
         if self.seconds < 10:
@@ -133,9 +139,23 @@ class Job:
             "model": self.options.model,
             "max length": self.options.max_length,
             "seed": self.options.seed,
+            "vocabulary": self.options.vocabulary,
             **({} if usual else {"teacher": describe((self.options.finetune,))}),
             **({"run": self.run} if self.run else {}),
         }
+
+    @property
+    def command(self) -> str:
+        """What asks for this, without names of files: those are the shop's own."""
+        budget, options = self.budget, self.options
+        asked = budget.max_drop if budget.max_drop == "auto" else f"{budget.max_drop:g}"
+        given = [f"--max-drop {asked}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
+        given += [f"--model {options.model}"] if options.model in ("starter", SCRATCH) else []
+        given += [f"--max-length {options.max_length}"] if options.max_length != Options.max_length else []
+        given += [f"--effort {options.effort}"] if options.effort != "quick" else []
+        given += [f"--vocabulary {options.vocabulary}"] if options.vocabulary != "trimmed" else []
+        command = "optimize TRAIN" if self.tables.train is not None else "federate optimize"
+        return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
 def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:

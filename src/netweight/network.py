@@ -297,10 +297,6 @@ class Windows(nn.Module):
         # The bias and the rectifier change no order, so they may follow the maximum.
         return cast(Tensor, self.dropout(F.relu(values.amax(dim=1) + self.bias)))
 
-    def table(self) -> Tensor:
-        """What each known token adds at each place of a window (reach, known tokens, filters)."""
-        return self.words[self.known > 0] @ self.taps
-
 
 class Linear(Network):
     """The floor: TF-IDF over tokens and hashed bigrams, L2-normalised, times one matrix.

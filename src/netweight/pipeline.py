@@ -27,7 +27,7 @@ from netweight.data import Columns, Dataset, Rows
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
-from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, prepare
+from netweight.job import MOST, Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
 from netweight.measure import Cost, Measurement, Measurements
 from netweight.report import render
 from netweight.run import Accounting, InOnePlace, Local, Run, Runs
@@ -85,6 +85,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     threads: int | None = None,
     seed: int = 0,
     effort: Effort = "quick",
+    vocabulary: Vocabulary = "trimmed",
     reporter: Reporter | None = None,
     track: Sequence[Tracker] = (),
     runs: Runs = Local,
@@ -100,6 +101,8 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
         max_drop: points of quality that may be lost, held at `confidence`; "auto": one point, or as many as it takes
             to prove something with these certify rows.
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
+        vocabulary: "trimmed": tiers know the tokens that train or pool use and the most common others, and spell the
+            rest; "whole": all that the model knows.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
         runs: makes the run that trains, of the rows and a folder; `netweight.run.named` knows names of some.
         track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
@@ -107,7 +110,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
     """
     columns = Columns(text, label, pair, group, slices=tuple(slices))
-    options = Options(task, metric, model, max_length, seconds=seconds, seed=seed, effort=effort)
+    options = Options(task, metric, model, max_length, seconds=seconds, seed=seed, effort=effort, vocabulary=vocabulary)
     job = Job(
         Tables(train, columns, dev, certify, pool),
         Budget(max_drop, confidence, minimise),
@@ -168,7 +171,7 @@ def climb(builder: Builder) -> Search:
         said = f"{100 * builder.cut:.0f} % of dev is longer than {most} tokens; encoders read no more"
         builder.reporter.note(f"{said} (see --max-length){also}")
     rungs = _rungs(builder)
-    for name in {rung.name for rung in ladder(builder.teacher)} - {rung.name for rung in rungs}:
+    for name in {rung.name for rung in ladder(builder.source)} - {rung.name for rung in rungs}:
         _left_out(builder, name, "it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
@@ -207,7 +210,7 @@ def _left_out(builder: Builder, name: str, why: str) -> None:
 
 def _rungs(builder: Builder) -> tuple[Rung, ...]:
     """The ladder; without its floor where the run's rows are in no single place, since nobody could fit that there."""
-    rungs = ladder(builder.teacher)
+    rungs = ladder(builder.source)
     if isinstance(builder.run, InOnePlace):
         return rungs
     return tuple(rung for rung in rungs if not isinstance(rung.recipe[0], LinearFloor))
@@ -332,7 +335,7 @@ def _finish(builder: Builder, ranked: Ranked, out: Path, notes: tuple[str, ...])
     contents[artifact.CERTIFICATE] = certificate.to_json().encode()
     contents[artifact.OUTCOMES] = outcomes.to_json().encode()
     contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
-    page = render(manifest, certificate, measurements, outcomes, command=_command(builder.job))
+    page = render(manifest, certificate, measurements, outcomes, command=builder.job.command)
     contents[artifact.REPORT] = page.encode()
     manifest = artifact.save(out, manifest, contents)
     return Result(out, manifest, certificate, measurements, notes)
@@ -377,7 +380,7 @@ def _certified(
     if ranked.floor_wins:
         reference = answers[packs[0].candidate.name]
     else:
-        said_by_teacher = builder.teacher_logits(tokens)
+        said_by_teacher = builder.teacher_logits(sealed.rows)
         reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
     return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), logits
 
@@ -416,10 +419,10 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     if ranked.floor_wins:
         engines["reference"] = engines["linear"]
     timings = measure.speed(engines, rows, rounds=3)
-    tokens, fresh = builder.dev_tokens, measure.fresh(out, rows, threads)
+    fresh = measure.fresh(out, rows, threads)
 
     def row(key: str, name: str, size: int) -> Measurement:
-        said = engines[key].run(tokens)
+        said = engines[key].run(engines[key].encoder.encode(rows.text, rows.pair))
         quality, agreement, distance = measure.quality(builder.task, said.logits, ranked.reference, builder.dev_targets)
         tiers = engines[key].tiers
         answered = tuple(float((said.tier == i).mean()) for i in range(len(tiers)))
@@ -456,18 +459,6 @@ def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tupl
     return tuple(said)
 
 
-def _command(job: Job) -> str:
-    """What made the artifact, without names of files: those are the shop's own."""
-    budget, options = job.budget, job.options
-    asked = budget.max_drop if budget.max_drop == "auto" else f"{budget.max_drop:g}"
-    given = [f"--max-drop {asked}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
-    given += [f"--model {options.model}"] if options.model in ("starter", "scratch") else []
-    given += [f"--max-length {options.max_length}"] if options.max_length != Options.max_length else []
-    given += [f"--effort {options.effort}"] if options.effort != "quick" else []
-    command = "optimize TRAIN" if job.tables.train is not None else "federate optimize"
-    return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
-
-
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
     options, data = builder.job.options, builder.data
     return {
@@ -488,6 +479,7 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
             "sha256": builder.teacher.base.digest,
         },
         "teacher": builder.teacher.digest,
+        "tokens": {"known": builder.source.encoder.vocabulary, "teacher": builder.teacher.encoder.vocabulary},
         "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
         "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
         "seed": options.seed,

@@ -65,6 +65,10 @@ def optimize(
     minimise: Minimised = "cost",
     time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
     effort: Tried = "quick",
+    vocabulary: Annotated[
+        Literal["trimmed", "whole"],
+        typer.Option(help="Tokens that tiers know: those of these rows and common ones, or all."),
+    ] = "trimmed",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
@@ -105,6 +109,7 @@ def optimize(
             threads=threads,
             seed=seed,
             effort=effort,
+            vocabulary=vocabulary,
             reporter=bar,
             track=[t.value for t in track or ()],
             runs=runs,

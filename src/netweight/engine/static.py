@@ -16,6 +16,10 @@ from netweight.features import features
 
 Floats = NDArray[np.float32]
 
+# What the table of windows is made from.
+FACTORS = ("windows.words", "windows.word_scale", "windows.taps", "windows.tap_scale")
+# Terms of a sum of products of int8 that fp32 holds exactly.
+_EXACT = 2**24 // 128**2
 _CHUNK = 2048  # tokens whose windows are added up at a time, in the processor's cache
 
 
@@ -72,11 +76,27 @@ class StaticEngine:
         return x
 
 
+def window_table(held: Mapping[str, NDArray[Any]]) -> NDArray[np.int8]:
+    """What each known token adds to each filter at each place of a window (reach, known, filters), in units of the
+    filter's `windows.scale`, from the factors that `export` wrote.
+
+    A sum of products of whole numbers has no rounding, so every machine makes the same table.
+    """
+    words, taps = held["windows.words"], held["windows.taps"]
+    exact = np.float32 if words.shape[1] <= _EXACT else np.float64
+    words, scale = words.astype(exact), held["windows.tap_scale"] / held["windows.scale"]
+    table = np.zeros((len(taps), len(words), taps.shape[2]), np.int8)
+    for place, tap in zip(table, taps, strict=True):
+        place[:] = np.rint((words @ tap.astype(exact)) * held["windows.word_scale"] * scale)
+    return table
+
+
 class _Windows:
     """A convolution by its tables: whole numbers are added and compared, so that every order gives the same bits."""
 
     def __init__(self, held: Mapping[str, NDArray[Any]], vocabulary: int) -> None:
-        table, known = held["windows.table"], held["windows.known"]
+        known = held["windows.known"]
+        table = held["windows.table"] if "windows.table" in held else window_table(held)
         # One row more, of zeros: tokens that are not known, and what lies beside a text.
         self._table = np.concatenate([table, np.zeros_like(table[:, :1])], axis=1)
         self._nothing = len(known)

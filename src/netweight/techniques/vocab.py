@@ -32,7 +32,9 @@ _KINDS = ("WordPiece", "WordLevel", "BPE", "Unigram")
 
 @dataclass(frozen=True)
 class Vocab:
-    """Drop the tokens that training rows and pool use fewer than `least` times.
+    """Drop the tokens that training rows and pool use fewer than `least` times, but for the first `common`: learned
+    vocabularies number their tokens by how common they are in the texts that they were learned from, and texts to come
+    may use those.
 
     Special and added tokens stay, and so does what any text falls back to: single characters, bytes and their
     continuations. A text whose tokens all stay keeps its tokens, and so its outputs, exactly; any other falls apart
@@ -45,17 +47,23 @@ class Vocab:
     """
 
     least: int = 1
+    common: int = 0
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Vocab")
         if self.least < 1:
             raise OptionError(f"least is {self.least}; use 1 (drop what never occurs) or more.")
+        if self.common < 0:
+            raise OptionError(f"common is {self.common}; use 0 (keep nothing but what occurs) or more.")
         old = model.encoder
         counts = run.reduce(model, TokenCounts(old.vocabulary), unlabelled=True)["tokens"]
-        used = set((counts >= self.least).nonzero().flatten().tolist())
+        used = set((counts >= self.least).nonzero().flatten().tolist()) | set(range(self.common))
         definition, ids = smaller(old.definition, used | {old.pad, network.config.pad_token_id, *old.specials})
         if len(ids) == token_table(network)[1].num_embeddings:
-            raise OptionError(f"every token occurs {self.least} times or is needed for unknown text; nothing would go.")
+            first = f", is among the first {self.common}" if self.common else ""
+            raise OptionError(
+                f"every token occurs {self.least} times{first} or is needed for unknown text; nothing would go."
+            )
         place = {i: new for new, i in enumerate(ids)}
         encoder = TextEncoder(definition, old.max_length, place.get(old.pad, 0))
         return replace(model, network=_with_rows(network, ids, place, encoder.pad), encoder=encoder)
