@@ -498,6 +498,17 @@ def test_steps_that_save_next_to_nothing_are_left_out() -> None:
     assert plan([]) == ()
 
 
+def test_what_would_hardly_pass_stands_behind_the_rest() -> None:
+    """Where nothing is counted on, it changes nothing before it, and what never passes is not tested at all."""
+    chances = (1.0, 0.6, 0.3, 0.02, 0.01, 0.0)
+    steps = [planned(10.0**-i, p) for i, p in enumerate(nested(*chances))]
+    assert [c.chance for c in plan(steps[:3])] == [1.0, 0.6, 0.3]
+    assert [c.chance for c in plan(steps)] == [1.0, 0.6, 0.3, 0.02, 0.01]
+    # However much it would save.
+    much = planned(1e-300, nested(0.04)[0])
+    assert [c.chance for c in plan([*steps[:3], much])] == [1.0, 0.6, 0.3, 0.04]
+
+
 def test_a_candidate_that_fails_for_reasons_of_its_own_stands_in_nobodys_way() -> None:
     safe, alike = nested(1.0, 0.6)
     stranger = np.roll(alike, 400)  # as likely to pass, but in other simulations

@@ -33,7 +33,7 @@ FIRST, SECOND = (0.55, 0.37, 0.25, 0.17, 0.11, 0.07), (0.5, 0.3, 0.15)
 _FITTED = 50
 _SIMULATIONS = 500
 _STEP = 0.95  # a candidate must be at least 5 % cheaper than the one before
-_HOPELESS = 0.05  # predicted chance of passing below which testing is a waste
+_HOPELESS = 0.05  # predicted chance of passing below which nothing is counted on
 # What a share of disagreement costs is taken to be known within a third of itself: the students of one teacher on
 # BANKING77 lost .32 to .46 of theirs.
 _KNOWN = 3
@@ -260,24 +260,32 @@ def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
     The safest comes first. What follows maximises the logarithm of what the last one that passes is expected to save,
     since testing stops at the first failure. The chance to pass after the candidate before has passed comes from the
     imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
-    dynamic programming).
+    dynamic programming). Behind them, by the same rule, stand those that would hardly pass: they are tested only where
+    all others have passed, so dev was too careful, and a failure there takes nothing away.
     """
     ordered = sorted(candidates, key=lambda c: (c.choice.cost, -c.chance, c.choice.name))
     if not ordered:
         return ()
     costs = np.array([c.choice.cost for c in ordered])
     passes = np.array([c.passes for c in ordered], np.float64)
+    kept = [int(passes.mean(axis=1).argmax())]
+    for least in (_HOPELESS, np.finfo(np.float64).tiny):
+        following = _following(costs, passes, least)
+        while (after := int(following[kept[-1]])) >= 0:
+            kept.append(after)
+    return tuple(ordered[i] for i in kept)
+
+
+def _following(costs: NDArray[np.float64], passes: NDArray[np.float64], least: float) -> NDArray[np.int64]:
+    """Of each candidate (n,), ordered by cost, the one to test after it among those whose chance is `least` or more;
+    -1 where none follows. `passes` (n, simulations)."""
     together = passes @ passes.T / passes.shape[1]
     chances = together.diagonal()
-    values, following = np.zeros(len(ordered)), np.full(len(ordered), -1)
-    for i in range(1, len(ordered)):
-        allowed = (costs <= _STEP * costs[i]) & (chances <= chances[i]) & (chances >= _HOPELESS)
+    values, following = np.zeros(len(costs)), np.full(len(costs), -1)
+    for i in range(1, len(costs)):
+        allowed = (costs <= _STEP * costs[i]) & (chances <= chances[i]) & (chances >= least)
         if allowed.any():
             likely = _SURPRISE * together[i, allowed] / chances[i]
             gains = likely * (np.log(costs[i] / costs[allowed]) + values[allowed])
             values[i], following[i] = gains.max(), np.flatnonzero(allowed)[gains.argmax()]
-    at = int(chances.argmax())
-    kept = [ordered[at]]
-    while (at := int(following[at])) >= 0:
-        kept.append(ordered[at])
-    return tuple(kept)
+    return following
