@@ -51,7 +51,7 @@ class EarlyExit:
                 "hidden states and a mask."
             )
         if isinstance(network, Exits):
-            raise ModelError("the model has exits already.")
+            raise ModelError("the model has exits already; use one without, such as the model that they were added to.")
         student = model.with_network(_with_exits(network, self.after))
         loss = Staged(model.task, (model,), self.temperature, self.hard)
         return heal(student, loss, run, planned(plan, self), f"exits after {', '.join(map(str, self.after))}")
