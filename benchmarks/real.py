@@ -44,8 +44,11 @@ def main() -> None:
     resumed = out.with_name(f"{out.name}.run").exists()
     began = time.monotonic()
     subprocess.run([*NETWEIGHT, *words], check=True)
-    # A resumed job's seconds would say nothing.
-    seconds = None if resumed else round(time.monotonic() - began)
+    # A resumed job's seconds would say nothing; `bench.py`, which makes the same job, may have counted them.
+    counted = out.with_suffix(".peers") / "seconds.json"
+    seconds = round(time.monotonic() - began)
+    if resumed:
+        seconds = json.loads(counted.read_text(encoding="utf-8")) if counted.exists() else None
     against = [word for name in ("teacher", "onnx-int8", "openvino-int8") for word in ("--against", name)]
     found = {"name": given.name, "seed": int(given.seed), "seconds": seconds}
     for key, command in (
