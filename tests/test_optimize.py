@@ -15,6 +15,7 @@ import pytest
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
 from netweight import artifact, build, summary
+from netweight.bench import bench
 from netweight.convert import SPEC
 from netweight.data import Rows
 from netweight.data.rows import Sealed
@@ -298,6 +299,8 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     explained = {step.tier: step.quality for step in explain(out, 1).steps if step.tier}
     assert explained == {name: measured[name] for name in explained}
     assert export(out, "onnx", tmp_path / "onnx").compared
+    ours, teachers = bench(out, None, against=["teacher"], threads=1).measured
+    assert (ours.quality, teachers.quality) == (result.measurements.shipped.quality, float(teacher.task.quality(right)))
     # Nothing is left out where that is asked for, and it is another job.
     whole = optimize(
         train, dev=dev, certify=certify, out=tmp_path / "whole.nw", vocabulary="whole", **shop.options

@@ -20,7 +20,7 @@ from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.run import Local, local
 from netweight.run.local import spliced
-from netweight.techniques import Finetune, LinearFloor, Static
+from netweight.techniques import Distill, Finetune, LinearFloor, Static
 from netweight.techniques.finetune import Moments, set_probe
 from netweight.train import Plan
 
@@ -96,6 +96,18 @@ def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dat
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), replace(plan, splice=splice, reporter=reporter))
         counted.append(reporter.steps)
     assert counted[0] == counted[1] == 10
+
+
+def test_students_of_every_kind_share_what_the_teacher_says(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    """One file for the rows and one for those that were spliced: labelling them takes longer than a small student."""
+    kinds = (
+        Static(width=8, buckets=16, epochs=1, splice=2.0, reads=24),
+        Static(width=8, buckets=16, filters=4, epochs=1, splice=2.0),
+        Distill(layers=1, epochs=1, splice=1.0),
+    )
+    for technique in kinds:
+        technique(model, Local(dataset, tmp_path), Plan(batch_size=16))
+        assert len(list(tmp_path.glob("outputs-*"))) == 2, technique
 
 
 def test_students_may_read_farther_than_their_teachers(

@@ -74,7 +74,7 @@ def select_with(
 ) -> Indices:
     """`select` without torch: an artifact's calibrated probabilities, and hashed tokens as features."""
     at, known, part = _candidates(rows, labelled)
-    said = engine.run(engine.encoder.encode(part.text, part.pair))
+    said = engine.outputs(part.text, part.pair)
     temperature = np.array([tier.temperature for tier in engine.tiers])[said.tier]
     probabilities = _probabilities(engine.task, said.logits / temperature[:, None])
     return at[choose(probabilities, hashed(engine.encoder, part), count, seed, method, known)]
@@ -261,7 +261,7 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     """
     if not isinstance(engine.task, Classify):
         raise OptionError("rounds are compared by their labels, and scores have none; leave the file of rounds out.")
-    chosen = engine.run(engine.encoder.encode(rows.text, rows.pair)).logits.argmax(axis=1)
+    chosen = engine.outputs(rows.text, rows.pair).logits.argmax(axis=1)
     said = {_hash(key): engine.task.labels[i] for key, i in zip(rows.keys(), chosen, strict=True)}
     new = {"artifact": engine.version, "labels": said}
     try:

@@ -120,8 +120,7 @@ def bench(
     timings = measure.speed({name: e for name, (e, _) in engines.items()}, rows)
     fresh = measure.fresh(folder, rows, count)
     task = engine.task
-    tokens = engine.encoder.encode(rows.text, rows.pair)
-    said = {name: e.run(tokens) for name, (e, _) in engines.items()}
+    said = {name: e.outputs(rows.text, rows.pair) for name, (e, _) in engines.items()}
     base = said[against[0] if against else folder.name].logits
     targets = task.targets(rows.label) if rows.label else None
     measured = []

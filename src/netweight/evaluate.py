@@ -129,5 +129,5 @@ def _parts(scenario: Scenario) -> list[tuple[str, Rows]]:
 
 
 def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, label: Sequence[str]) -> float:
-    out = engine.run(engine.encoder.encode(text, pair))
+    out = engine.outputs(text, pair)
     return float(engine.task.quality(engine.task.outcomes(out.logits, engine.task.targets(tuple(label)))))

@@ -142,7 +142,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         targets = engine.task.targets(rows.label or ())
         steps = []
         for i, (tier_name, done, e, size) in enumerate(engines):
-            logits = e.run(e.encoder.encode(rows.text, rows.pair)).logits
+            logits = e.outputs(rows.text, rows.pair).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
             steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store)

@@ -422,7 +422,7 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     fresh = measure.fresh(out, rows, threads)
 
     def row(key: str, name: str, size: int) -> Measurement:
-        said = engines[key].run(engines[key].encoder.encode(rows.text, rows.pair))
+        said = engines[key].outputs(rows.text, rows.pair)
         quality, agreement, distance = measure.quality(builder.task, said.logits, ranked.reference, builder.dev_targets)
         tiers = engines[key].tiers
         answered = tuple(float((said.tier == i).mean()) for i in range(len(tiers)))

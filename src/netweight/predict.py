@@ -68,7 +68,7 @@ def answered(engine: Engine, rows: Stream, out: str | Path) -> Predicted:
 
 
 def _columns(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None) -> Mapping[str, Sequence[Any]]:
-    said = engine.run(engine.encoder.encode(texts, pairs))
+    said = engine.outputs(texts, pairs)
     names = [tier.name for tier in engine.tiers]
     tiers = [names[i] for i in said.tier.tolist()]
     task = engine.task

@@ -178,7 +178,7 @@ def verify(
 def _answers(folder: Path, data: str, columns: Columns) -> tuple[Rows, Answers]:
     rows = read(data, columns).rows
     engine = load(folder)
-    out = engine.run(engine.encoder.encode(rows.text, rows.pair))
+    out = engine.outputs(rows.text, rows.pair)
     return rows, Answers(out.logits, out.confidence)
 
 

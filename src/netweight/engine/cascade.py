@@ -48,13 +48,16 @@ class Engine:
         """One prediction a text, in order. `batch` bounds how many rows a transformer takes at a time."""
         if batch is not None and batch < 1:
             raise OptionError(f"batch is {batch}; use 1 or more.")
-        out = self.run(self.encoder.encode(texts, pairs), batch)
+        out = self.outputs(texts, pairs, batch)
         names = [tier.name for tier in self.tiers]
         return self.task.predictions(out.logits, out.confidence, [names[i] for i in out.tier.tolist()])
 
+    def outputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch: int | None = None) -> Outputs:
+        """Logits, confidence and tier of texts."""
+        return self.run(self.encoder.encode(texts, pairs), batch)
+
     def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
-        """Logits, confidence and tier of rows, encoded here or by an encoder that reads farther."""
-        tokens = self.encoder.cut(tokens)
+        """Logits, confidence and tier of rows that this engine's encoder encoded."""
 
         def answer(i: int, rows: NDArray[np.int64]) -> Floats:
             return self.logits(i, tokens if len(rows) == len(tokens) else tokens.take(rows), batch)

@@ -86,8 +86,6 @@ class Static:
             learning_rate=self.learning_rate,
             token_dropout=self.token_dropout,
             splice=self.splice,
-            # A mean of rows gains nothing from bf16; products with filters do. The tables stay in fp32 in both.
-            precision="auto" if self.filters else "fp32",
         )
         return run.fit(reading.with_network(network), loss, plan, "static student")
 
