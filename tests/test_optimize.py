@@ -292,15 +292,19 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     assert GOOD[1] not in engine.encoder.tokens()
     # The reference is the teacher with all of its tokens.
     assert result.certificate.registration.reference.digest == teacher.digest
-    said = teacher.encoder.encode(dev.text)
-    right = teacher.task.outcomes(logits_of(teacher, said).numpy(), teacher.task.targets(dev.label or ()))
-    assert result.measurements.reference.quality == float(teacher.task.quality(right))
+
+    def quality(rows: Rows) -> float:
+        said = logits_of(teacher, teacher.encoder.encode(rows.text)).numpy()
+        return float(teacher.task.quality(teacher.task.outcomes(said, teacher.task.targets(rows.label or ()))))
+
+    assert result.certificate.reference.value == quality(certify)
+    assert result.measurements.reference.quality == quality(dev)
     measured = {point.name: point.quality for point in result.measurements.candidates}
     explained = {step.tier: step.quality for step in explain(out, 1).steps if step.tier}
     assert explained == {name: measured[name] for name in explained}
     assert export(out, "onnx", tmp_path / "onnx").compared
     ours, teachers = bench(out, None, against=["teacher"], threads=1).measured
-    assert (ours.quality, teachers.quality) == (result.measurements.shipped.quality, float(teacher.task.quality(right)))
+    assert (ours.quality, teachers.quality) == (result.measurements.shipped.quality, quality(dev))
     # Nothing is left out where that is asked for, and it is another job.
     whole = optimize(
         train, dev=dev, certify=certify, out=tmp_path / "whole.nw", vocabulary="whole", **shop.options
