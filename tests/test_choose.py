@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
@@ -20,6 +21,7 @@ from conftest import FAMILIES, tiny_model
 from netweight import choose, search
 from netweight.anatomy import blocks
 from netweight.artifact import Tier
+from netweight.build import Builder
 from netweight.certify import fit_temperature
 from netweight.certify.power import binary_power
 from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, own, plan, provable
@@ -156,6 +158,7 @@ def climbed(wrong: dict[str, float], cut: float = 0.0, reads: int | None = None)
         told=lambda rungs: [],
         point=lambda rung: point(rung.name, worse.get(rung.name, right)),
     )
+    builder.asked = partial(Builder.asked, builder)
     return climb(builder), notes  # type: ignore[arg-type]
 
 

@@ -49,6 +49,7 @@ GROUPS = (
         "job",
         "baselines",
         "build",
+        "ship",
         "pipeline",
         "bench",
         "explain",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
-from netweight import artifact, build, summary
+from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.convert import SPEC
 from netweight.data import Rows
@@ -31,9 +31,6 @@ from netweight.search import Rung, ladder
 from netweight.store import JOURNAL
 from netweight.techniques import Distill, EarlyExit, Quantize
 from netweight.train import Silent
-
-optimize_module = sys.modules["netweight.pipeline"]
-
 
 # --- what comes out ---
 
@@ -139,7 +136,7 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, str]] = []
-    register, unseal = optimize_module.register, Sealed.unseal
+    register, unseal = ship.register, Sealed.unseal
 
     def registered(*args: Any, **options: Any) -> Any:
         made = register(*args, **options)
@@ -150,7 +147,7 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
         events.append(("opened", registration))
         return unseal(self, registration)
 
-    monkeypatch.setattr(optimize_module, "register", registered)
+    monkeypatch.setattr(ship, "register", registered)
     monkeypatch.setattr(Sealed, "unseal", opened)
     base = tiny_base(tmp_path / "base", known=0.0)
     result = optimize(many_rows(900, seed=4), out=tmp_path / "made.nw", model=str(base), max_drop=5.0, threads=1)
@@ -186,7 +183,7 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     assert len(kept) <= len(lines) - 2
     path.write_text("".join(kept), encoding="utf-8")
     fourth = Rung("half-int8", (Distill(layers=1), Quantize()), 0.5)
-    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher)[:3], fourth))
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher: (*ladder(teacher)[:3], fourth))
     monkeypatch.setattr(build.Clock, "left", property(lambda self: -1.0))
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}
@@ -201,12 +198,10 @@ def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
 ) -> None:
     exits = EarlyExit((1,), epochs=1, splice=0.0)
     more = (Rung("exits", (exits, Quantize()), 0.5), Rung("shared", (exits, Quantize(method="minmax")), 0.5))
-    monkeypatch.setattr(optimize_module, "ladder", lambda teacher: (*ladder(teacher)[:3], *more))
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher: (*ladder(teacher)[:3], *more))
     # Whatever its dev quality: only a cascade that ends in the exits is left to choose.
-    usual = optimize_module.plan
-    monkeypatch.setattr(
-        optimize_module, "plan", lambda found: usual([c for c in found if c.choice.points[-1].name == "exits"])
-    )
+    usual = ship.plan
+    monkeypatch.setattr(ship, "plan", lambda found: usual([c for c in found if c.choice.points[-1].name == "exits"]))
     base = tiny_base(tmp_path / "base", layers=2)
     out = tmp_path / "made.nw"
     result = again(shop, out, model=str(base), max_drop=40.0)
@@ -232,9 +227,9 @@ def test_tiers_without_attention_read_texts_to_their_end(
     rows = many_rows(1200, noise=0.02)
     rows = Rows(tuple(f"{text} {tail}" for text, tail in zip(rows.text, tails)), rows.label)
     train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 700), (700, 1200)))
-    usual = optimize_module.plan
+    usual = ship.plan
     cascades = lambda found: usual([c for c in found if c.choice.name.startswith("static > full")])  # noqa: E731
-    monkeypatch.setattr(optimize_module, "plan", cascades)
+    monkeypatch.setattr(ship, "plan", cascades)
     options: dict[str, Any] = shop.options | {"max_length": 16, "max_drop": 20.0}
     out = tmp_path / "made.nw"
     result = optimize(train, dev=dev, certify=certify, out=out, **options)
@@ -252,7 +247,7 @@ def test_tiers_without_attention_read_texts_to_their_end(
     # Alone, the encoder reads no text farther than it was trained to.
     alone = tmp_path / "alone.nw"
     only = lambda found: usual([c for c in found if c.choice.name == "full-int8"])  # noqa: E731
-    monkeypatch.setattr(optimize_module, "plan", only)
+    monkeypatch.setattr(ship, "plan", only)
     shutil.copytree(store_of(out), store_of(alone))
     assert optimize(train, dev=dev, certify=certify, out=alone, **options).manifest.max_length == 16
     # Others may run it: the spec says how far each tier reads.
@@ -376,7 +371,7 @@ def test_what_is_no_artifact_is_never_overwritten(shop: Shop, tmp_path: Path) ->
 def test_an_artifact_that_answers_otherwise_is_not_certified(
     shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = optimize_module.cascade
+    usual = ship.cascade
 
     def turned(*args: Any) -> Outputs:
         said = usual(*args)
@@ -384,7 +379,7 @@ def test_an_artifact_that_answers_otherwise_is_not_certified(
         logits[:7] = -logits[:7]
         return Outputs(logits, said.confidence, said.tier)
 
-    monkeypatch.setattr(optimize_module, "cascade", turned)
+    monkeypatch.setattr(ship, "cascade", turned)
     before = artifact.check(copied)
     with pytest.raises(CertificateError, match="answers 7 of 500 certify rows otherwise than the candidate"):
         again(shop, copied)

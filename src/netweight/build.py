@@ -330,6 +330,13 @@ class Builder:
         """The metric on dev."""
         return float(self.task.quality(self.task.outcomes(logits, self.dev_targets)))
 
+    def asked(self, reference: NDArray[np.float32]) -> tuple[NDArray[Any], Task, float, int, float]:
+        """What a certificate would ask of a candidate beside these logits on dev (n, outputs): targets, task, margin
+        (units of quality), certify rows, level of the first look."""
+        budget, task = self.job.budget, self.task
+        margin = task.margin(budget.points, self.quality(reference))
+        return self.dev_targets, task, margin, len(self.data.certify), (1 - budget.confidence) / 2
+
     def run_tier(self, name: str, engine: str, options: Any) -> TierEngine:
         """The engine of an exported point."""
         tier = Tier(name, engine, "", options)

@@ -1,0 +1,304 @@
+"""From a search's points to the artifact: rank them, register a sequence, certify, save, measure, report."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from netweight import artifact, measure
+from netweight.artifact import Manifest, Tier
+from netweight.baselines import teacher_engine
+from netweight.build import Builder
+from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
+from netweight.certify import certify as test
+from netweight.choose import Planned, choices, engine_of, judged, plan, provable
+from netweight.engine import Engine, Outputs, load
+from netweight.engine.cascade import cascade
+from netweight.errors import CertificateError
+from netweight.job import MOST
+from netweight.measure import Cost, Measurement, Measurements
+from netweight.report import render
+from netweight.run import Accounting
+from netweight.search import Point
+from netweight.signals import Fingerprint
+from netweight.store import LOOKS
+from netweight.task import Floats
+from netweight.techniques import describe
+from netweight.trials import Effort
+
+# Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
+_TIERS: dict[Effort, int] = {"quick": 2, "standard": 3, "thorough": 3}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job gave: the artifact's folder, its certificate and measurements, and sentences about the way there."""
+
+    folder: Path
+    manifest: Manifest
+    certificate: Certificate
+    measurements: Measurements
+    notes: tuple[str, ...]
+
+
+class Ranked:
+    """Points with their costs, the reference, and the plan that follows from them."""
+
+    def __init__(self, builder: Builder, points: Mapping[str, Point]) -> None:
+        self.builder = builder
+        costs = self._costs(points)
+        self.points = self._engines(points, costs)
+        self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
+        self.floor_wins = builder.beaten(self.points)
+        self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
+        found = self._judged()
+        self.max_drop = self._points(found)
+        margin = builder.task.margin(self.max_drop, builder.quality(self.reference))
+        self.considered = [replace(p, margin=margin) for p in found]
+
+    @property
+    def reference_digest(self) -> str:
+        """Of the model that candidates are held against."""
+        return self.points["linear"].file if self.floor_wins else self.builder.teacher.digest
+
+    def _costs(self, points: Mapping[str, Point]) -> dict[str, Cost]:
+        """Seconds of each point under each engine that could run it, interleaved in one run, measured once."""
+        store, builder = self.builder.store, self.builder
+        key = f"costs of {', '.join(points)}"
+        if store.get(key) is None:
+            tiers = {}
+            for name, point in points.items():
+                for engine in _able(point):
+                    tiers[f"{name} {engine}"] = builder.run_tier(name, engine, point.options)
+            found = measure.tier_costs(tiers, builder.reading, builder.data.dev)
+            store.put(key, {name: [c.row, c.single] for name, c in found.items()})
+        return {name: Cost(*pair) for name, pair in store.get(key).items()}
+
+    def _engines(self, points: Mapping[str, Point], costs: Mapping[str, Cost]) -> dict[str, Point]:
+        chosen = {}
+        for name, point in points.items():
+            best = engine_of(name, point.engine, costs)
+            chosen[name] = point if best == point.engine else self.builder.with_engine(point, best)
+        return chosen
+
+    def _judged(self) -> list[Planned]:
+        builder, budget = self.builder, self.builder.job.budget
+        points = [self.points["linear"]] if self.floor_wins else list(self.points.values())
+        known = (self.costs, builder.task, builder.calibrate, builder.dev_targets)
+        found = choices(points, *known, budget.minimise, _TIERS[builder.job.options.effort])
+        return judged(found, self.reference, *builder.asked(self.reference))
+
+    def _points(self, found: Sequence[Planned]) -> float:
+        """The drop that is allowed: as asked, or, in tenths of a point, what dev says can be proven."""
+        builder, budget = self.builder, self.builder.job.budget
+        if budget.max_drop != "auto":
+            return budget.max_drop
+        point = builder.task.margin(1.0, builder.quality(self.reference))
+        points = min(MOST, math.ceil(round(10 * provable(found) / point, 6)) / 10)
+        builder.reporter.note(f"max drop: {points:g} points, from dev and {len(builder.data.certify):,} certify rows")
+        return points
+
+
+def _able(point: Point) -> tuple[str, ...]:
+    """Engines that run a point's file on this machine."""
+    if point.engine == "onnx" and importlib.util.find_spec("openvino") is not None:
+        return ("onnx", "openvino")
+    return (point.engine,)
+
+
+def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tuple[str, ...]) -> Result:
+    """Rank, register, open the labels, ship the cheapest that passed, measure it, write it."""
+    ranked = Ranked(builder, points)
+    planned = plan(ranked.considered)
+    packs = [Pack(builder, p) for p in planned]
+    reference = Candidate("linear" if ranked.floor_wins else "teacher", ranked.reference_digest)
+    registration = register(
+        reference,
+        [pack.candidate for pack in packs],
+        builder.task,
+        builder.data.certify,
+        max_drop=ranked.max_drop,
+        confidence=builder.job.budget.confidence,
+        seed=builder.job.options.seed,
+        ledger=builder.store.folder / LOOKS,
+    )
+    builder.reporter.note(
+        f"registered {len(packs)} candidates, safest to cheapest: {'; '.join(p.candidate.name for p in packs)}"
+    )
+    certificate, outcomes, logits = _certified(builder, ranked, registration, packs)
+    shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
+    notes = (*notes, *_remarks(builder, ranked, certificate))
+    manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
+    # Measured where it will stand when it is complete: a folder that nobody is told of yet.
+    trial = builder.store.folder / "trial"
+    artifact.save(trial, manifest, shipped.contents)
+    engine, rows = load(trial, builder.job.options.threads), builder.data.certify.rows
+    tokens = engine.encoder.encode(rows.text, rows.pair)
+    said = engine.run(tokens)
+    _held(builder, said, outcomes, certificate.shipped.name)
+    measurements = _measured(builder, ranked, shipped, trial)
+    contents = dict(shipped.contents)
+    strongest = logits[engine.tiers[-1].name].argmax(axis=1) if len(engine.tiers) > 1 else None
+    contents[artifact.FINGERPRINT] = Fingerprint.of(engine.encoder, tokens, said, strongest).to_json()
+    contents[artifact.CERTIFICATE] = certificate.to_json().encode()
+    contents[artifact.OUTCOMES] = outcomes.to_json().encode()
+    contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
+    page = render(manifest, certificate, measurements, outcomes, command=builder.job.command)
+    contents[artifact.REPORT] = page.encode()
+    manifest = artifact.save(out, manifest, contents)
+    return Result(out, manifest, certificate, measurements, notes)
+
+
+class Pack:
+    """A planned choice as it would ship: manifest and files."""
+
+    def __init__(self, builder: Builder, planned: Planned) -> None:
+        choice = planned.choice
+        reads = max(builder.reads_of(point) for point in choice.points)
+        encoder = builder.reading.reading(reads)
+        self.planned = planned
+        self.contents: dict[str, bytes] = {artifact.TOKENIZER: encoder.definition.encode()}
+        tiers = []
+        for i, point in enumerate(choice.points):
+            file = artifact.tier_file(i, point.name, point.engine)
+            self.contents[file] = builder.store.read(f"points/{point.name}.bin")
+            tiers.append(
+                Tier(point.name, point.engine, file, point.options, choice.temperatures[i], choice.thresholds[i])
+            )
+        self.manifest = artifact.hashed(
+            Manifest(builder.task, encoder.max_length, encoder.pad, tuple(tiers)), self.contents
+        )
+        self.candidate = Candidate(choice.name, self.manifest.digest)
+
+
+def _certified(
+    builder: Builder, ranked: Ranked, registration: Registration, packs: Sequence[Pack]
+) -> tuple[Certificate, Outcomes, dict[str, Floats]]:
+    """Also the logits of every model on the certify rows."""
+    sealed = builder.data.certify
+    tokens = builder.reading.encode(sealed.rows.text, sealed.rows.pair)
+    # Each model runs once over all rows; cascades of it only pick rows.
+    used = {point.name: point for pack in packs for point in pack.planned.choice.points}
+    logits = {n: builder.run_tier(n, p.engine, p.options).logits(tokens, 32) for n, p in used.items()}
+    answers = {}
+    for pack in packs:
+        parts = [logits[tier.name] for tier in pack.manifest.tiers]
+        said = cascade(builder.task, pack.manifest.tiers, len(tokens), partial(_rows_of, parts))
+        answers[pack.candidate.name] = Answers(said.logits, said.confidence)
+    if ranked.floor_wins:
+        reference = answers[packs[0].candidate.name]
+    else:
+        said_by_teacher = builder.teacher_logits(sealed.rows)
+        reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
+    return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), logits
+
+
+def _rows_of(parts: Sequence[Floats], i: int, rows: NDArray[np.int64]) -> Floats:
+    return np.asarray(parts[i][rows])
+
+
+def _held(builder: Builder, said: Outputs, outcomes: Outcomes, shipped: str) -> None:
+    """What was written answers the certify rows as the certificate says. Raises CertificateError."""
+    rows = builder.data.certify.rows
+    expected = outcomes.candidates[shipped][:, 0]
+    now = builder.task.outcomes(said.logits, np.zeros(len(rows)))[:, 0]
+    differ = int((np.abs(now - expected) > 1e-4 * max(1.0, float(np.abs(expected).max()))).sum())
+    if differ:
+        raise CertificateError(
+            f"the saved artifact answers {differ:,} of {len(rows):,} certify rows otherwise than the candidate that "
+            "was tested; this is a fault of Netweight or of an engine. Nothing was certified."
+        )
+
+
+def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Measurements:
+    """The reference, what ships, and every single model, timed in one run on dev."""
+    threads = builder.job.options.threads
+    engine = load(out, threads)
+    rows = builder.data.dev
+    engines: dict[str, Engine] = {"reference": teacher_engine(builder.teacher), "shipped": engine}
+    for name, p in ranked.points.items():
+        tier = Tier(name, p.engine, "", p.options, p.temperature)
+        runs = builder.run_tier(name, p.engine, p.options)
+        engines[name] = Engine(builder.task, builder.reading.reading(builder.reads_of(p)), [(tier, runs)], name)
+    if ranked.floor_wins:
+        engines["reference"] = engines["linear"]
+    timings = measure.speed(engines, rows, rounds=3)
+    fresh = measure.fresh(out, rows, threads)
+
+    def row(key: str, name: str, size: int) -> Measurement:
+        said = engines[key].outputs(rows.text, rows.pair)
+        quality, agreement, distance = measure.quality(builder.task, said.logits, ranked.reference, builder.dev_targets)
+        tiers = engines[key].tiers
+        answered = tuple(float((said.tier == i).mean()) for i in range(len(tiers)))
+        return Measurement(
+            name, tuple(t.name for t in tiers), len(rows), quality, agreement, distance, answered, size, timings[key]
+        )
+
+    reference = (
+        row("reference", "linear", ranked.points["linear"].bytes)
+        if ranked.floor_wins
+        else row("reference", "teacher", builder.teacher.bytes)
+    )
+    ships = replace(
+        row("shipped", shipped.candidate.name, artifact.size(out, shipped.manifest)),
+        memory=fresh.memory,
+        cold_start=fresh.cold_start,
+    )
+    points = tuple(row(name, name, p.bytes) for name, p in ranked.points.items())
+    return Measurements(measure.machine(threads), reference, ships, points, measure.VCPU_HOUR)
+
+
+def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
+    """Sentences that the reader of the result must know."""
+    said = list(builder.run.remarks()) if isinstance(builder.run, Accounting) else []
+    if ranked.floor_wins:
+        said.append(
+            "Nothing beats TF-IDF with a linear model on dev, the fine-tuned encoder included: the linear model is the "
+            "reference and what ships."
+        )
+    else:
+        said.append("Whether the reference is as good as an ordinary full fine-tune was not checked in this job.")
+    if certificate.verdict != "certified":
+        said.append("No candidate passed; what ships is the safest of them, not certified.")
+    return tuple(said)
+
+
+def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
+    options, data = builder.job.options, builder.data
+    return {
+        "data": {
+            "fingerprint": data.fingerprint,
+            "rows": {
+                "train": len(data.train),
+                "select": len(data.select),
+                "calibrate": len(data.calibrate),
+                "certify": len(data.certify),
+                "pool": len(data.pool) if data.pool is not None else 0,
+            },
+            "certify": data.certify.fingerprint,
+        },
+        "base": {
+            "name": builder.teacher.base.name,
+            "licence": builder.teacher.base.licence,
+            "sha256": builder.teacher.base.digest,
+        },
+        "teacher": builder.teacher.digest,
+        "tokens": {"known": builder.source.encoder.vocabulary, "teacher": builder.teacher.encoder.vocabulary},
+        "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
+        "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
+        "seed": options.seed,
+        "max_drop": ranked.max_drop,
+        "minimise": builder.job.budget.minimise,
+        "versions": dict(measure.machine(options.threads).versions),
+        "notes": list(notes),
+        **({"federation": dict(builder.run.account())} if isinstance(builder.run, Accounting) else {}),
+    }
