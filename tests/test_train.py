@@ -406,6 +406,11 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     assert seen.notes == [f"fit: 8.67 {said}", f"fit: 18.67 {said}"]
     assert seen.rates[8:24] == pytest.approx([0.1 * (26 - i) / 26 for i in range(8, 24)])
     assert seen.rates[24:] == pytest.approx([0.1 * (56 - i) / 56 for i in range(24, 56)])
+    # 144 steps more by the reading after 24; then 72 took one second and eight are left, enough for all.
+    later = Watcher()
+    fitted(plan_of(epochs=100, seconds=12.0, reporter=later))
+    assert later.starts[2:] == [("fit", 168, 24), ("fit", 300, 96)]
+    assert len(later.rates) == 300
     short = Watcher()
     fitted(plan_of(epochs=100, seconds=1e-9, reporter=short))
     assert len(short.rates) == 9, "one step after the eight that were timed"

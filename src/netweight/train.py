@@ -34,8 +34,9 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 # Steps after which a fit with a time box looks at the clock: what the first few cost is no guide (memory is taken,
-# kernels are chosen), and a machine that was busy for a moment must not decide the whole fit.
-_LOOKS = (2, 8, 24)
+# kernels are chosen), steps on long and short rows differ by their lengths, and a machine that was busy for a moment
+# must not decide the whole fit.
+_LOOKS = (2, 8, 24, 96, 384)
 _WORTH_SAYING = 0.05  # smaller changes of the number of epochs are let go
 
 
@@ -69,8 +70,8 @@ class Plan:
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
     beginning of one row and the end of another, `spliced_tokens` of tokens at most; they have no label, so only a loss
     with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
-    `seconds` bounds the fit: after a few steps, and again after some more, the number of epochs becomes what fits, the
-    plan's at most, and the schedule with it. `patience` counts epochs without a better select quality; None keeps the
+    `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
+    of epochs becomes what fits, the plan's at most, and the schedule with it. `patience` counts epochs without a better select quality; None keeps the
     last weights and evaluates nothing. `part` says which stretch of the learning rate's schedule this fit runs, as
     shares of the whole: a federated run cuts one schedule into rounds.
     """
