@@ -71,9 +71,9 @@ class Plan:
     beginning of one row and the end of another, `spliced_tokens` of tokens at most; they have no label, so only a loss
     with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
     `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
-    of epochs becomes what fits, the plan's at most, and the schedule with it. `patience` counts epochs without a better select quality; None keeps the
-    last weights and evaluates nothing. `part` says which stretch of the learning rate's schedule this fit runs, as
-    shares of the whole: a federated run cuts one schedule into rounds.
+    of epochs becomes what fits, the plan's at most, and the schedule with it. `patience` counts epochs without a better
+    select quality; None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's
+    schedule this fit runs, as shares of the whole: a federated run cuts one schedule into rounds.
     """
 
     epochs: float = 4.0
