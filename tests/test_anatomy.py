@@ -123,5 +123,5 @@ def test_refusals() -> None:
     layer = network.layers()[0]
     layer.attention.self.query_of_another = layer.attention.self.query  # type: ignore[union-attr]
     del layer.attention.self.query  # type: ignore[union-attr]
-    with pytest.raises(ModelError, match="layers of bert are built in a way that Netweight cannot cut"):
+    with pytest.raises(ModelError, match="does not know the parts of the layers of bert; it knows"):
         blocks(network)

@@ -84,8 +84,8 @@ def _block(network: Transformer, at: str) -> Block:
     names = next((n for n in _FAMILIES if all(_has(layer, part) for part in (*n.qkv, n.out, *n.up, n.down))), None)
     if names is None:
         raise ModelError(
-            f"the layers of {network.config.model_type} are built in a way that Netweight cannot cut; "
-            "BERT, RoBERTa, DistilBERT, ModernBERT, GPT-2 and Qwen3 are known."
+            f"Netweight does not know the parts of the layers of {network.config.model_type}; it knows those of BERT, "
+            "RoBERTa, DistilBERT, ModernBERT, GPT-2 and Qwen3. Use one of these, or what takes layers whole."
         )
     attention = layer.get_submodule(names.qkv[0].rpartition(".")[0])
     width = int(getattr(attention, "attention_head_size", 0) or getattr(attention, "head_dim", 0))
