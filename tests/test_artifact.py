@@ -314,10 +314,12 @@ def test_the_digest_covers_what_answers_and_nothing_else() -> None:
         replace(base, task=Classify(("gut ✓", "bad"))),
         replace(base, tiers=(replace(base.tiers[0], threshold=0.76), base.tiers[1])),
         replace(base, tiers=(replace(base.tiers[0], temperature=1.6), base.tiers[1])),
+        replace(base, tiers=(base.tiers[0], replace(base.tiers[1], before=0.5))),
         replace(base, tiers=base.tiers[::-1]),
     ]
     assert {m.digest for m in same} == {base.digest}
     assert len({m.digest for m in (base, *other)}) == 1 + len(other)
+    assert all("before" not in tier for tier in base.to_dict()["tiers"]), "artifacts from before it keep their digest"
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(made: Path) -> None:

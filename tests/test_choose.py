@@ -34,7 +34,7 @@ from netweight.measure import Cost
 from netweight.pipeline import climb
 from netweight.run import Local
 from netweight.search import Point, Search, ladder, quantized, student
-from netweight.task import Classify, Score
+from netweight.task import Classify, Score, softmax
 from netweight.techniques import Distill, Quantize, Shrink
 from netweight.train import Plan
 
@@ -206,9 +206,27 @@ def test_thresholds_are_quantiles_of_confidence_on_calibrate() -> None:
         assert abs(float((sure[CALIBRATE] < threshold).mean()) - wanted) <= 1 / (N - SELECT)
         handed = sure < threshold
         assert cascade.answered == pytest.approx((1 - handed.mean(), handed.mean()))
-        assert (cascade.logits[handed] == strong.logits[handed]).all()
+        assert (cascade.logits[handed] == both_of(cheap, strong)[handed]).all()
         assert (cascade.logits[~handed] == cheap.logits[~handed]).all()
         assert cascade.name == f"cheap > strong ({100 * handed.mean():.0f} %)"
+
+
+def both_of(cheap: Point, strong: Point) -> np.ndarray:
+    """Half a vote of the cheap one, in units of the strong one's logits."""
+    return strong.logits + np.float32(0.5 * strong.temperature / cheap.temperature) * cheap.logits
+
+
+def test_tiers_answer_together() -> None:
+    """log p is log p(strong) + log p(cheap) / 2, but for what makes it sum to one; each by its own temperature."""
+    cheap, strong, targets = two()
+    cascade = choices([cheap, strong], COSTS, TASK, CALIBRATE, targets, "cost")[2]
+    handed = TASK.confidence(cheap.logits, cheap.temperature) < cascade.thresholds[0]
+    one, other = (np.log(softmax(p.logits / p.temperature)) for p in (cheap, strong))
+    both = softmax(other + one / 2)[handed]
+    np.testing.assert_allclose(softmax(cascade.logits[handed] / strong.temperature), both, rtol=1e-4)
+    assert cascade.before == (0.0, pytest.approx(0.5 * strong.temperature / cheap.temperature))
+    likely = lambda said: float(np.log(said[np.arange(N), targets])[handed].mean())  # noqa: E731
+    assert likely(softmax(other + one / 2)) > max(likely(np.exp(one)), likely(np.exp(other))), "two know more than one"
 
 
 def test_thresholds_do_not_look_at_labels_nor_at_select() -> None:
@@ -230,7 +248,8 @@ def test_the_strong_temperature_is_fitted_on_the_rows_that_reach_it() -> None:
         reached = np.flatnonzero(sure < cascade.thresholds[0])
         reached = reached[reached >= SELECT]
         few, many = few + (len(reached) < 50), many + (len(reached) >= 50)
-        wanted = 0.8 if len(reached) < 50 else fit_temperature(strong.logits[reached], targets[reached], TASK)
+        both = both_of(cheap, strong)[reached]
+        wanted = 1.5 * 0.8 if len(reached) < 50 else fit_temperature(both, targets[reached], TASK)
         assert cascade.temperatures == (1.3, pytest.approx(wanted))
     assert few
     assert many
@@ -287,8 +306,8 @@ def test_a_choice_answers_as_the_engine_will() -> None:
     assert {len(c.points) for c in found} == {1, 2, 3}
     for choice in found:
         tiers = [
-            Tier(p.name, "static", "", {}, temperature, threshold)
-            for p, temperature, threshold in zip(choice.points, choice.temperatures, choice.thresholds)
+            Tier(p.name, "static", "", {}, *numbers)
+            for p, *numbers in zip(choice.points, choice.temperatures, choice.thresholds, choice.before)
         ]
         said = engine.cascade(TASK, tiers, N, lambda i, rows, choice=choice: choice.points[i].logits[rows])  # type: ignore[misc]
         assert (said.logits == choice.logits).all()
@@ -320,7 +339,7 @@ def test_three_tiers_only_where_each_is_better_than_the_last() -> None:
 
 
 def alone(logits: np.ndarray, cost: float = 1.0) -> Choice:
-    return Choice((point("p", logits),), (1.0,), (0.0,), (1.0,), cost, logits)
+    return Choice((point("p", logits),), (1.0,), (0.0,), (0.0,), (1.0,), cost, logits)
 
 
 def test_the_reference_itself_passes_where_the_rows_suffice() -> None:

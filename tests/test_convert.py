@@ -51,7 +51,8 @@ def shipped(folder: Path, models: dict[str, Model], static_threshold: float = 0.
             made = exported(model)
             file = artifact.tier_file(i, name, made.kind)
             contents[file] = made.data
-            tiers.append(Tier(name, made.kind, file, made.options, 1.0, 0.0 if i else static_threshold))
+            numbers = (1.0, 0.0, 0.4) if i else (1.0, static_threshold, 0.0)
+            tiers.append(Tier(name, made.kind, file, made.options, *numbers))
             model.save(store.model_folder(name))
     contents[artifact.TOKENIZER] = first.encoder.definition.encode()
     artifact.save(folder, Manifest(first.task, first.encoder.max_length, first.encoder.pad, tuple(tiers)), contents)
@@ -103,7 +104,7 @@ def test_onnx_is_the_tiers_own_file_and_runs_by_the_spec_alone(made: Path, table
         if softmax(logits / static["temperature"]).max() < static["threshold"]:
             given = {"ids": ids, "mask": [1] * len(ids), "types": [0] * len(ids)}
             fed = {i["name"]: np.array([given[i["name"]]], np.int32) for i in encoder["inputs"]}
-            logits, name = session.run(["logits"], fed)[0][0], "full-int8"
+            logits, name = session.run(["logits"], fed)[0][0] + encoder["before"] * logits, "full-int8"
         assert (spec["task"]["labels"][int(np.argmax(logits))], name) == (said.label, said.tier)  # type: ignore[union-attr]
         seen.add(name)
     assert seen == {"static", "full-int8"}

@@ -144,10 +144,11 @@ def slow_cascade(task: Classify, tiers: list[Tier], logits: list[np.ndarray]) ->
     out = Outputs(np.zeros((n, task.outputs), np.float32), np.zeros(n), np.zeros(n, np.int64))
     for row in range(n):
         for i, tier in enumerate(tiers):
-            z = logits[i][row].astype(np.float64) / tier.temperature
+            out.logits[row] = logits[i][row] + np.float32(tier.before) * out.logits[row]
+            z = out.logits[row].astype(np.float64) / tier.temperature
             p = float((np.exp(z - z.max()) / np.exp(z - z.max()).sum()).max())
             if p >= tier.threshold or i == len(tiers) - 1:
-                out.logits[row], out.confidence[row], out.tier[row] = logits[i][row], p, i
+                out.confidence[row], out.tier[row] = p, i
                 break
     return out
 
@@ -158,10 +159,10 @@ def test_the_cascade_equals_a_loop(n: int, depth: int, seed: int, data: st.DataO
     rng = np.random.default_rng(seed)
     task = Classify(("a", "b", "c"))
     logits = [rng.normal(size=(n, 3)).astype(np.float32) for _ in range(depth)]
-    levels = st.floats(0, 1)
+    numbers = st.lists(st.tuples(st.floats(0.2, 5), st.floats(0, 1), st.floats(0, 2)), min_size=depth, max_size=depth)
     tiers = [
-        Tier(f"{i}", "static", "f", {}, data.draw(st.floats(0.2, 5)), data.draw(levels) if i < depth - 1 else 0.0)
-        for i in range(depth)
+        Tier(f"{i}", "static", "f", {}, heat, level if i < depth - 1 else 0.0, weight)
+        for i, (heat, level, weight) in enumerate(data.draw(numbers))
     ]
     asked: list[int] = []
 

@@ -337,6 +337,16 @@ def cascade_of_two(folder: Path) -> Engine:
     return Engine(engine.task, engine.encoder, tiers, "two")
 
 
+def test_a_tier_answers_with_those_before_it_here_as_in_the_engine(made: Path) -> None:
+    engine = cascade_of_two(made)
+    alone = engine.logits(1, engine.encoder.encode(TEXTS))
+    engine.tiers = engine.tiers[0], replace(engine.tiers[1], before=0.5)
+    said, wanted = answer(engine, TEXTS).outputs, engine.outputs(TEXTS)
+    assert (said.logits == wanted.logits).all()
+    assert (said.confidence == wanted.confidence).all()
+    np.testing.assert_array_equal(said.logits, alone + np.float32(0.5) * alone)
+
+
 @pytest.mark.parametrize(("broken", "answers"), [(0, "two"), (1, "one")])
 def test_other_tiers_answer_for_one_that_fails(made: Path, broken: int, answers: str) -> None:
     engine = cascade_of_two(made)

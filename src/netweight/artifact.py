@@ -52,7 +52,7 @@ class Tier:
     `engine` is static, onnx, exits or openvino. The option READS says how many tokens of a text it reads, where that is
     fewer than `max_length`, and how many of them, special ones, come from the text's end. A row whose confidence, after
     dividing the logits by `temperature`, is below `threshold` goes to the next tier; the last tier answers whatever is
-    left.
+    left. To its own logits a tier adds those that the row was handed over with, times `before`.
     """
 
     name: str
@@ -61,6 +61,11 @@ class Tier:
     options: Mapping[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
     threshold: float = 0.0
+    before: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `before` only where it says something, so that artifacts from before it keep their digest."""
+        return {name: value for name, value in asdict(self).items() if name != "before" or value}
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ class Manifest:
             "task": self.task.to_dict(),
             "max_length": self.max_length,
             "pad": self.pad,
-            "tiers": [asdict(tier) for tier in self.tiers],
+            "tiers": [tier.to_dict() for tier in self.tiers],
             "provenance": dict(self.provenance),
             "files": dict(self.files),
         }
@@ -236,7 +241,7 @@ def _typed(manifest: Manifest) -> None:
     for tier in manifest.tiers:
         texts += [("a tier", text) for text in (tier.name, tier.engine, tier.file)]
         _reads(manifest, tier)
-        numbers += [("temperature", tier.temperature), ("threshold", tier.threshold)]
+        numbers += [("temperature", tier.temperature), ("threshold", tier.threshold), ("before", tier.before)]
     for wanted, values in ((int, whole), (str, texts), ((int, float), numbers)):
         for name, value in values:
             if not isinstance(value, wanted) or isinstance(value, bool):

@@ -41,7 +41,9 @@ _CLOSE = 0.02
 
 _CASCADE = (
     "Confidence is the largest entry of softmax(logits / temperature). A row whose confidence is below a tier's "
-    "threshold goes to the next tier; the last tier answers the rest. The label is that of the largest logit."
+    "threshold goes to the next tier; the last tier answers the rest. A tier with `before` adds, to its own logits, "
+    "those that the row was handed over with, times `before`; its confidence is that of the sums. The label is that of "
+    "the largest logit."
 )
 
 
@@ -115,7 +117,8 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
             distance = _distance(manifest.task, tier, own, engine.logits(part, 32), said["file"])
             said |= {"tokens": most, "closing": closing} if most < manifest.max_length else {}
             compared.append(Compared(tier.name, said["file"], len(tokens), distance))
-            tiers.append({"name": tier.name, "temperature": tier.temperature, "threshold": tier.threshold} | said)
+            held = {"name": tier.name, "temperature": tier.temperature, "threshold": tier.threshold}
+            tiers.append(held | ({"before": tier.before} if tier.before else {}) | said)
         spec = _spec(manifest, tiers, compared)
         (new / SPEC).write_text(json.dumps(spec, indent=1, ensure_ascii=False), encoding="utf-8")
         if out.exists():

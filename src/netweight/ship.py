@@ -171,9 +171,8 @@ class Pack:
         for i, point in enumerate(choice.points):
             file = artifact.tier_file(i, point.name, point.engine)
             self.contents[file] = builder.store.read(f"points/{point.name}.bin")
-            tiers.append(
-                Tier(point.name, point.engine, file, point.options, choice.temperatures[i], choice.thresholds[i])
-            )
+            numbers = choice.temperatures[i], choice.thresholds[i], choice.before[i]
+            tiers.append(Tier(point.name, point.engine, file, point.options, *numbers))
         self.manifest = artifact.hashed(
             Manifest(builder.task, encoder.max_length, encoder.pad, tuple(tiers)), self.contents
         )

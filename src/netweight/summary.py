@@ -73,6 +73,7 @@ def summary(folder: Path) -> dict[str, Any]:
                 "answered": answered,
                 "threshold": tier.threshold,
                 "temperature": tier.temperature,
+                "before": tier.before,
             }
             for tier, answered in zip(manifest.tiers, measured.shipped.answered, strict=True)
         ],

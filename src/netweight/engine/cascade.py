@@ -84,7 +84,7 @@ class Engine:
 def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, NDArray[np.int64]], Floats]) -> Outputs:
     """Ask each tier about the rows that the tiers before it were not sure of.
 
-    `answer(i, rows)` gives tier i's logits (len(rows), outputs) of the rows at these positions of n.
+    `answer(i, rows)` gives tier i's own logits (len(rows), outputs) of the rows at these positions of n.
     """
     logits = np.zeros((n, task.outputs), np.float32)
     confidence, answered = np.zeros(n), np.zeros(n, np.int64)
@@ -92,11 +92,17 @@ def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, ND
     for i, tier in enumerate(tiers):
         if not len(rows):
             break
-        found = answer(i, rows)
+        found = together(answer(i, rows), tier.before, logits[rows])
         sure = task.confidence(found, tier.temperature)
         logits[rows], confidence[rows], answered[rows] = found, sure, i
         rows = rows[sure < tier.threshold]
     return Outputs(logits, confidence, answered)
+
+
+def together(own: Floats, weight: float, before: Floats) -> Floats:
+    """Logits of a tier (n, outputs) with those that its rows were handed over with: a logarithmic opinion pool (Genest
+    and Zidek, 1986), a product of experts (Hinton, 2002). The cheaper tier was asked already, so its vote is free."""
+    return own + np.float32(weight) * before if weight else own
 
 
 def load(folder: str | Path, threads: int | None = None) -> Engine:

@@ -110,6 +110,7 @@ def tiers_section(manifest: Manifest, measured: Measurements, scale: Scale, comm
             MISSING if share is None else percent(share),
             "answers the rest" if i == last else f"below {plain(tier.threshold)}",
             plain(tier.temperature),
+            plain(tier.before) if tier.before else MISSING,
             scale.quality(alone[tier.name].quality) if tier.name in alone else MISSING,
         )
         for i, (tier, share) in enumerate(zip(manifest.tiers, answered, strict=True))
@@ -125,22 +126,24 @@ def tiers_section(manifest: Manifest, measured: Measurements, scale: Scale, comm
         "Who answers",
         plot,
         table(
-            "A tier answers where its confidence is high enough and hands the row over where it is not.",
+            "A tier answers where its confidence is high enough and hands the row over where it is not. To its own "
+            "logits it adds those that a row was handed over with, times their weight.",
             (
                 "tier",
                 "engine",
                 "answers",
                 "hands over at a confidence",
                 "temperature",
+                "weight of tiers before",
                 f"{scale.name} alone, all dev rows",
             ),
             rows,
-            numeric={2, 4, 5},
+            numeric={2, 4, 5, 6},
         ),
         source(
             f"Shares from {count(shipped.rows)} dev rows, by ",
             code(command),
-            "; thresholds and temperatures from ",
+            "; thresholds, temperatures and weights from ",
             code("manifest.json"),
             ".",
         ),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs
+from netweight.engine.cascade import together
 from netweight.task import Floats
 
 log = logging.getLogger("netweight.serve")
@@ -78,6 +79,7 @@ def step(engine: Engine, work: Work) -> Work:
     failed = work.said.failed
     try:
         found: Floats = engine.logits(i, work.tokens if len(rows) == len(still) else work.tokens.take(rows))
+        found = together(found, tier.before, logits[rows])
         logits[rows], answered[rows] = found, i
         sure[rows] = engine.task.confidence(found, tier.temperature)
         still[rows] = (sure[rows] < tier.threshold) & (not last)
