@@ -136,7 +136,7 @@ def job(task: Task | None = None, verdict: str = "certified", tiers: int = 2, fu
         measured = Measurements(MACHINE, bare, replace(bare, name=shipped.name, answered=()), (), 0.04)
     stages = (
         Tier("static-256", "static", "tiers/0-static-256.safetensors", {}, 1.31, 0.83),
-        Tier("L3 int8", "onnx", "tiers/1-L3.onnx", {}, 1.12),
+        Tier("L3 int8", "onnx", "tiers/1-L3.onnx", {}, 1.12, before=0.43),
     )
     provenance = {
         "data": "7c" * 32,
@@ -308,6 +308,12 @@ def test_each_verdict_says_what_was_shown() -> None:
         "Accuracy drops by more than the allowed 1.0 point: 3,075 rows that no search saw show it with 97.5 %" in worse
     )
     assert "certified:" not in worse.lower()
+
+
+def test_tiers_show_their_numbers() -> None:
+    said = text(PAGES["certified"])
+    assert re.search(r"1: static-256 static \S+ % below 0\.83 1\.31 0 ", said)
+    assert re.search(r"2: L3 int8 onnx \S+ % answers the rest 1\.12 0\.43 ", said)
 
 
 def test_metrics_speak_their_own_units() -> None:

@@ -110,7 +110,7 @@ def tiers_section(manifest: Manifest, measured: Measurements, scale: Scale, comm
             MISSING if share is None else percent(share),
             "answers the rest" if i == last else f"below {plain(tier.threshold)}",
             plain(tier.temperature),
-            plain(tier.before) if tier.before else MISSING,
+            plain(tier.before),
             scale.quality(alone[tier.name].quality) if tier.name in alone else MISSING,
         )
         for i, (tier, share) in enumerate(zip(manifest.tiers, answered, strict=True))
