@@ -69,7 +69,7 @@ def test_predict_from_parquet(say: Say, shop: Shop, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
     parquet.write_table(pyarrow.table({"text": list(ROWS.text), "price": [1.5] * 9}), tmp_path / "rows.parquet")
-    said = say("predict", shop.folder, tmp_path / "rows.parquet", "--out", tmp_path / "out.parquet")
+    said = say("predict", shop.folder, tmp_path / "rows.parquet", "--out", tmp_path / "out.parquet", "--threads", 1)
     assert (said.status, said.out) == (0, "")
     found = parquet.read_table(tmp_path / "out.parquet")
     assert found.column_names == ["text", "price", "prediction", "confidence", "tier"]
@@ -77,7 +77,7 @@ def test_predict_from_parquet(say: Say, shop: Shop, tmp_path: Path) -> None:
 
 
 def test_predict_from_standard_input(say: Say, shop: Shop) -> None:
-    said = say("predict", shop.folder, "-", stdin="\n".join(ROWS.text).encode())
+    said = say("predict", shop.folder, "-", "--threads", 1, stdin="\n".join(ROWS.text).encode())
     assert said.status == 0
     found = list(csv.DictReader(io.StringIO(said.out), delimiter="\t"))
     assert [row["text"] for row in found] == list(ROWS.text)
