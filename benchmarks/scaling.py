@@ -83,7 +83,7 @@ def predict_steps(given: argparse.Namespace) -> Iterator[tuple[int, Callable[[],
 
 
 def optimize_steps(given: argparse.Namespace) -> Iterator[tuple[int, Callable[[], tuple[float, int]]]]:
-    """Rows and what runs them. Every part holds the one before, two rows of each label, and as much of each as it can."""
+    """Rows and what runs them. Every part holds the one before, and of each label two rows and as much as it can."""
     columns, rows = rows_of(given.folder / "train.csv.gz")
     order = np.random.default_rng(given.seed).permutation(len(rows))
     seen: dict[str, int] = {}
