@@ -28,7 +28,8 @@ from netweight.encode import TextEncoder
 from netweight.measure import Cost
 from netweight.model import Base, Model
 from netweight.network import Pooling, Transformer
-from netweight.pipeline import Result, optimize, store_of
+from netweight.pipeline import optimize, store_of
+from netweight.ship import Result
 from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
 

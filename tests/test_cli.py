@@ -22,7 +22,8 @@ from netweight import summary as summary_module
 from netweight.cli.make import seconds_of
 from netweight.data import Rows
 from netweight.errors import ArtifactError, OptionError
-from netweight.pipeline import Result, store_of
+from netweight.pipeline import store_of
+from netweight.ship import Result
 from netweight.summary import certificate_of, summary
 from netweight.task import Score
 

@@ -15,7 +15,7 @@ import pytest
 
 from conftest import Shop, again, journal, looks, store_of
 from netweight import artifact, summary
-from netweight.pipeline import Result
+from netweight.ship import Result
 from netweight.train import Silent
 from netweight.trials import _SHORT
 

@@ -15,7 +15,8 @@ from netweight.task import Classify, Prediction, Score, ScorePrediction
 if TYPE_CHECKING:
     from netweight.job import Budget
     from netweight.model import Model, pretrained
-    from netweight.pipeline import Result, optimize
+    from netweight.pipeline import optimize
+    from netweight.ship import Result
 
 __all__ = [
     "Budget",
@@ -35,7 +36,7 @@ __all__ = [
 _LAZY = {
     "Budget": "netweight.job",
     "Model": "netweight.model",
-    "Result": "netweight.pipeline",
+    "Result": "netweight.ship",
     "optimize": "netweight.pipeline",
     "pretrained": "netweight.model",
 }

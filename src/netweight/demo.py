@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from netweight.pipeline import Result, optimize
+from netweight.pipeline import optimize
 from netweight.samples import sample
+from netweight.ship import Result
 from netweight.train import Reporter
 
 # What two cores train on in minutes; the other labelled rows are left to the certificate, up to 5,000.
