@@ -235,6 +235,8 @@ def test_tiers_without_attention_read_texts_to_their_end(
     result = optimize(train, dev=dev, certify=certify, out=out, **options)
     first, last = result.manifest.tiers
     assert (first.engine, last.name) == ("static", "full-int8")
+    assert first.before == 0.0
+    assert last.before > 0.0, "what hands over has its vote in what ships"
     assert result.manifest.max_length == 64
     assert "reads" not in first.options
     assert last.options["reads"] == [16, 1]
