@@ -305,7 +305,7 @@ def test_steps_of_an_encoder(
 
 def test_a_static_student_with_filters_or_without() -> None:
     plain, conv = usual("static", TEACHER)
-    assert Trial("static", 1, False, plain | {"reach": 7}).rung(TEACHER).recipe == (Static(),)
+    assert Trial("static", 1, False, plain | {"reach": 7}).rung(TEACHER).recipe == (Static(splice=12.0),)
     (found,) = Trial("static", 1, False, conv | {"reach": 7, "optimizer": "adam"}).rung(TEACHER).recipe
     assert isinstance(found, Static)
     assert (found.filters, found.reach) == (256, 7)

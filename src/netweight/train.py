@@ -68,8 +68,8 @@ class Plan:
     `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
     100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the
-    beginning of one row and the end of another, `spliced_tokens` of tokens at most; they have no label, so only a loss
-    with teachers can use them. An epoch then takes as many steps as without them, and draws from all.
+    beginning of one text and the end of another, of 32 tokens each and `spliced_tokens` together at most; they have no
+    label, so only a loss with teachers can use them. A fit then sees as many tokens as without them, drawn from all.
     `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
     of epochs becomes what fits, the plan's at most, and the schedule with it. `patience` counts epochs without a better
     select quality; None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's

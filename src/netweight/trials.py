@@ -28,7 +28,7 @@ from optuna.trial import TrialState, create_trial
 from netweight.anatomy import blocks
 from netweight.errors import ModelError, OptionError
 from netweight.model import Model
-from netweight.search import Point, Rung, ladder, quantized, student
+from netweight.search import DISTILLED, TRAINED, Point, Rung, ladder, quantized, student
 from netweight.techniques import Distill, EarlyExit, Factor, MixedBits, Prune, QuantizeAware, Recipe, Static, Technique
 from netweight.techniques.base import transformer
 from netweight.techniques.exits import fits as exits_fit
@@ -47,8 +47,6 @@ _SHORTENED = 3
 BYTES, INSIDE = "sparsity", "match"
 # What comes after distillation starts from its student: a part of its epochs at a part of its learning rate.
 _AFTER_EPOCHS, _AFTER_RATE = 1 / 3, 1 / 2
-# More than the ladder allows itself: what is labelled once serves every trial of its kind.
-_SPLICED_TOKENS = 1_500_000
 # The first proposals of a kind, before Optuna's model takes over, and short trials in a row that move no front before
 # its search is called flat: at most so many, and so much of all its short trials.
 _STARTUP, _STARTUP_SHARE = 4, 1 / 3
@@ -79,7 +77,7 @@ class Trial:
         given = dict(self.params)
         part = 1 / _SHORTENED if self.short else 1.0
         given["epochs"], share = given["epochs"] * part, _SHARE * part
-        plan = Plan(schedule=given.pop("schedule"), optimizer=given.pop("optimizer"), spliced_tokens=_SPLICED_TOKENS)
+        plan = replace(TRAINED, schedule=given.pop("schedule"), optimizer=given.pop("optimizer"))
         if self.kind == "static":
             if not given["filters"]:
                 del given["reach"]
@@ -147,7 +145,7 @@ def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
         found = [plan | vars(rung) | {"buckets": rung.buckets.bit_length() - 1} for rung in rungs]
     elif kind == "encoder":
         shape = {"layers": max(1, teacher.depth // 2), "neurons": 0.5, "heads": 1.0, "activation": "relu"}
-        found = [plan | vars(Distill()) | shape]
+        found = [plan | vars(DISTILLED) | shape | {"batch_size": TRAINED.batch_size}]
     elif kind == "exits":
         found = [plan | vars(EarlyExit()) | {"first": min(2, max(1, teacher.depth - 2)), "exits": 1}]
     else:
@@ -326,8 +324,8 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
         }
     shared |= {
         "bits": CategoricalDistribution([8, 6, 4]),
-        "learning_rate": FloatDistribution(1e-4, 6e-4, log=True),
-        "batch_size": CategoricalDistribution([32, 64]),
+        "learning_rate": FloatDistribution(1e-4, 8e-4, log=True),
+        "batch_size": CategoricalDistribution([32, 64, 128]),
         "optimizer": CategoricalDistribution(["adamw", "adam"]),
     }
     if kind == "factored":
@@ -337,7 +335,7 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
             "epochs": IntDistribution(2, 6),
         }
     shared |= {
-        "splice": CategoricalDistribution([2.0, 4.0, 8.0]),
+        "splice": CategoricalDistribution([4.0, 8.0, 12.0]),
         "token_dropout": FloatDistribution(0.0, 0.2, step=0.1),
     }
     if kind == "exits":
@@ -357,7 +355,7 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
         "neurons": FloatDistribution(0.25, 1.0, step=0.25),
         "heads": CategoricalDistribution([1.0, 0.5]),
         "activation": CategoricalDistribution(["relu", "hardswish", None]),
-        "epochs": IntDistribution(4, 9),
+        "epochs": IntDistribution(6, 18),
     }
 
 

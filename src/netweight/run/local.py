@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
-from netweight.encode import TextEncoder, Tokens
+from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
 from netweight.matching import placed
@@ -30,6 +30,9 @@ from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
+# Tokens of a spliced row, at most. What a teacher says of few tokens tells more of each, and costs less: students of
+# long reviews learnt more from stretches of 32 tokens than from halves of whole rows.
+_STRETCH = 32
 
 
 class Local:
@@ -61,15 +64,13 @@ class Local:
                 raise OptionError("spliced rows have no labels; only a loss with teachers can use them.")
             if any(t.encoder.definition != model.encoder.definition for t in loss.teachers):
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
-            # No longer than all of them read: of the rest, a teacher says nothing.
-            shortest = min((model.encoder, *(t.encoder for t in loss.teachers)), key=lambda e: e.max_length)
-            bits = shortest.cut(tokens)
-            most = self._affordable(model, loss, bits, plan)
-            added = spliced(bits, round(plan.splice * len(bits)), most, plan.seed)
-            said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan)) for t in loss.teachers]
+            longest = min(_STRETCH, model.encoder.max_length, *(t.encoder.max_length for t in loss.teachers))
+            added = self._spliced(model, loss, tokens, plan, longest)
+            said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan, longest)) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
-            plan = replace(plan, epochs=plan.epochs * len(tokens) / (len(tokens) + len(added)))
-            tokens = tokens.joined(added)
+            every = tokens.joined(added)
+            plan = replace(plan, epochs=plan.epochs * len(tokens.ids) / len(every.ids))
+            tokens = every
         source = _Source(tokens, self.data.train, model, teachers)
         digest = fit_digest(
             {
@@ -122,31 +123,38 @@ class Local:
         `half` in bf16 where that pays, which is good enough for what students learn from."""
         return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, half, {})
 
-    def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan) -> int:
-        """Tokens of spliced rows: the plan's, or fewer where a few rows tell that labelling would eat the time box.
-        What is labelled already, for another fit, costs nothing. Decided once for each fit, so that one that goes on
-        draws the same rows."""
-        if not plan.seconds or not len(tokens):
-            return plan.spliced_tokens
+    def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
+        """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
+        as the plan asks for, or fewer where a few of them tell that labelling would eat the time box. What is labelled
+        already, for another fit, costs nothing. Decided once for each fit, so that one that goes on draws the same."""
+        if not len(tokens) or tokens.types.any():
+            return spliced(tokens, 0, longest, plan.seed)
+        # The whole texts, whatever this model reads of them, so that students of every kind share what is said.
+        whole = int(tokens.lengths.max(initial=0)) < model.encoder.max_length
+        texts = tokens if whole else self._encoded(model.encoder.reading(MOST_TOKENS), loss.unlabelled)
+        mean = float(np.minimum(texts.lengths, longest).mean())
+        count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean))
+        if not plan.seconds or not count:
+            return spliced(texts, count, longest, plan.seed)
         named = {"model": model.digest, "teachers": [t.digest for t in loss.teachers], "plan": plan.describe()}
         kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'data': self.data.fingerprint})[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1
         if (known := int(self.seams.agree(known))) >= 0:
-            return known
-        few = tokens.take(np.linspace(0, len(tokens) - 1, min(_CHUNK, len(tokens))).astype(np.int64))
+            return spliced(texts, known, longest, plan.seed)
+        few = spliced(texts, _CHUNK, longest, plan.seed)
         teachers = [teacher.on(self.seams.device) for teacher in loss.teachers]
+        half = plan.precision != "fp32"
         for _ in range(2):  # the first time, memory is taken and kernels are chosen
             began = time.monotonic()
             for teacher in teachers:
-                logits_of(teacher, few, plan.precision != "fp32" and half_pays(self.seams.device))
-            each = (time.monotonic() - began) / len(few.ids)
-        half, mean = plan.precision != "fp32", float(tokens.lengths.mean())
-        free = min(_rows_of(self._file(t, loss.unlabelled, half, _drawn(plan))) for t in loss.teachers) * mean
-        most = int(self.seams.agree(min(plan.spliced_tokens, int(free + _LABELLING * plan.seconds / max(each, 1e-9)))))
+                logits_of(teacher, few, half and half_pays(self.seams.device))
+            each = (time.monotonic() - began) / len(few)
+        free = min(_rows_of(self._file(t, loss.unlabelled, half, _drawn(plan, longest))) for t in loss.teachers)
+        count = int(self.seams.agree(min(count, free + int(_LABELLING * plan.seconds / max(each, 1e-9)))))
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(most), encoding="utf-8")
-        return most
+            kept.write_text(json.dumps(count), encoding="utf-8")
+        return spliced(texts, count, longest, plan.seed)
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:
         """The model's logits of these rows; `key` names a sequence of rows that are not those of the data, of which
@@ -207,9 +215,9 @@ def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     return out
 
 
-def _drawn(plan: Plan) -> dict[str, Any]:
+def _drawn(plan: Plan, longest: int) -> dict[str, Any]:
     """Names the sequence of spliced rows that a plan draws from."""
-    return {"spliced": plan.seed}
+    return {"spliced": plan.seed, "longest": longest}
 
 
 def _rows_of(kept: Path | None) -> int:
@@ -220,29 +228,32 @@ def _rows_of(kept: Path | None) -> int:
         return int(file.get_slice("logits").get_shape()[0])
 
 
-def spliced(tokens: Tokens, count: int, most: int, seed: int) -> Tokens:
-    """Rows made of the beginning of one row and the end of another, cut at random; none where rows are pairs.
-
-    Fewer than `count` where they would hold more than `most` tokens: labelling them must not outlast training. They are
-    the first of one sequence, whatever their number.
+def spliced(texts: Tokens, count: int, longest: int, seed: int) -> Tokens:
+    """`count` rows of at most `longest` tokens, each made of the beginning of one text and the end of another, cut at
+    random; of a text that is longer, a stretch from anywhere in it stands for it. They are the first of one sequence,
+    whatever their number.
     """
-    if not len(tokens) or tokens.types.any():
-        return tokens.take(np.zeros(0, np.int64))
-    count = min(count, int(most / max(1.0, float(tokens.lengths.mean()))))
-    # Row by row, and cuts from a generator of their own: more rows begin with the same ones.
-    first, second = np.random.default_rng([seed, 2]).integers(0, len(tokens), (count, 2)).T
+    within = np.minimum(texts.lengths, longest)
+    # Row by row, and cuts and places from generators of their own: more rows begin with the same ones.
+    first, second = np.random.default_rng([seed, 2]).integers(0, max(1, len(texts)), (count, 2)).T
     begins, ends = np.random.default_rng([seed, 3]).random((count, 2)).T
+    before, behind = np.random.default_rng([seed, 4]).random((count, 2)).T
     # At least the first token of one and the last of the other stay: [CLS] and [SEP].
-    head = 1 + (begins * (tokens.lengths[first] - 1)).astype(np.int64)
-    tail = 1 + (ends * (tokens.lengths[second] - 1)).astype(np.int64)
-    longest = int(tokens.lengths.max())
-    head = np.minimum(head, longest - np.minimum(tail, longest - 1))
-    lengths = head + np.minimum(tail, longest - 1)
+    head = 1 + (begins * (within[first] - 1)).astype(np.int64)
+    tail = 1 + (ends * (within[second] - 1)).astype(np.int64)
+    most = int(within.max(initial=0))
+    tail = np.minimum(tail, most - 1)
+    head = np.minimum(head, most - tail)
+    # Tokens left out behind the first one, and before the last.
+    before = (before * (texts.lengths[first] - within[first] + 1)).astype(np.int64)
+    behind = (behind * (texts.lengths[second] - within[second] + 1)).astype(np.int64)
+    lengths = head + tail
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     at = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    begin = np.repeat(tokens.offsets[:-1][first], lengths) + at
-    end = np.repeat(tokens.offsets[1:][second] - lengths, lengths) + at
-    ids = tokens.ids[np.where(at < np.repeat(head, lengths), begin, end)]
+    left = np.repeat(lengths, lengths) - at
+    begin = np.repeat(texts.offsets[:-1][first], lengths) + at + np.where(at > 0, np.repeat(before, lengths), 0)
+    end = np.repeat(texts.offsets[1:][second], lengths) - left - np.where(left > 1, np.repeat(behind, lengths), 0)
+    ids = texts.ids[np.where(at < np.repeat(head, lengths), begin, end)]
     return Tokens(ids, np.zeros(len(ids), np.uint8), offsets)
 
 
