@@ -401,6 +401,28 @@ def test_no_student_is_taken_for_better_than_its_reference() -> None:
     assert worse.chance == 0
 
 
+def test_a_cascade_may_be_better_than_its_reference() -> None:
+    right, reference, targets = wrong_on(30)
+    cheap = point("cheap", right)
+    cascade = Choice((cheap, cheap), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.5, 0.5), 1.0, right)
+    alike = replace(cascade, logits=reference)
+    bad = alone(np.roll(right, 1, axis=1))
+    found = judged([cascade, alike, alone(right), bad], reference, targets, TASK, 0.005, 600, 0.05)
+    better, _, same, worse = found
+    assert better.drop == same.drop == pytest.approx(-30 / N)
+    apart = np.array([1 - TASK.agreement(c.choice.logits, reference) for c in found])
+    rate = worse.drop / apart.sum()
+    spread, luck = rate * apart[0] / choose._KNOWN, math.sqrt(0.05 * 0.95 / N)
+    trust = spread**2 / (spread**2 + luck**2)
+    certify = math.sqrt((luck**2 + 1 / N**2) * N / 600)
+    likely = -trust * 30 / N  # shrunk towards nothing, not towards what the other cascade or the student loses
+    chance = NormalDist().cdf(
+        (0.005 - likely - NormalDist().inv_cdf(0.95) * certify) / math.hypot(math.sqrt(trust) * luck, certify)
+    )
+    assert better.chance == pytest.approx(chance, abs=0.05)
+    assert better.chance > same.chance + 0.1
+
+
 def test_a_lucky_drop_is_shrunk_towards_what_disagreement_usually_costs() -> None:
     reference, _, targets = wrong_on(0)
     reference = np.where(np.arange(N)[:, None] < 60, np.roll(reference, 1, axis=1), reference)  # wrong on a tenth

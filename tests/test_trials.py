@@ -178,9 +178,10 @@ def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> Non
         assert driven.asked is not None
         found[driven.asked.name] = driven.asked
         driven.tell(made(rung))
-    rungs = {rung.name: rung.recipe for rung in ladder(TEACHER)}
+    rungs = {rung.name: (rung.recipe, rung.plan) for rung in ladder(TEACHER)}
     for own, name in (("static-1", "static"), ("static-2", "conv"), ("encoder-1", "half-int8")):
-        assert replace(found[f"{own}-short"], short=False).rung(TEACHER).recipe == rungs[name]
+        proposed = replace(found[f"{own}-short"], short=False).rung(TEACHER)
+        assert (proposed.recipe, proposed.plan) == rungs[name]
     assert [found[f"{kind}-1-short"].params for kind in get_args(Kind)] == [
         usual(kind, TEACHER)[0] for kind in get_args(Kind)
     ]

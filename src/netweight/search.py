@@ -55,8 +55,8 @@ def ladder(teacher: Model) -> tuple[Rung, ...]:
     return (
         Rung("linear", (LinearFloor(),), 0.2),
         Rung("full-int8", (Quantize(),), 0.2),
-        Rung("static", (static,), 0.3, TRAINED),
-        Rung("conv", (replace(static, filters=256, epochs=20.0, learning_rate=2e-3),), 0.3, TRAINED, unless="static"),
+        Rung("static", (static,), 0.15, TRAINED),
+        Rung("conv", (replace(static, filters=256, epochs=20.0, learning_rate=2e-3),), 0.25, TRAINED, unless="static"),
         *mixed,
         *students,
     )
