@@ -114,7 +114,21 @@ def table() -> str:
         *_growth(),
     ]
     said = f"\nNot certified, and so in none of the first five rows: {', '.join(lost)}.\n" if lost else ""
-    return "\n".join(lines) + "\n" + said
+    return "\n".join(lines) + "\n" + said + _wide(found, heavy)
+
+
+def _wide(found: list[Shop], heavy: dict[str, float]) -> str:
+    """Where more than a point was allowed, since the rows could not show less, and the first row without those."""
+    held = {name: own["certificate"] for name, own, _ in found if name in heavy and own["certificate"]["margin"] > 1}
+    if not held:
+        return ""
+    each = "; ".join(
+        f"{name}: {c['margin']:g} points (lost {100 * c['drop']['value']:.2f}, at most {100 * c['drop']['high']:.2f})"
+        for name, c in held.items()
+    )
+    rest = {name: value for name, value in heavy.items() if name not in held}
+    others = f"Where one point was allowed, the first row is {_geometric(rest):.2f}x." if rest else ""
+    return f"\nAllowed in the first row, where the certify rows could not show one point: {each}. {others}\n"
 
 
 def _small(found: list[Shop]) -> str:

@@ -192,11 +192,12 @@ def test_figures_take_the_best_certified_peer(
     assert figures.table().count(peers.NOT_RUN) == 10
     own = {"rows_per_second": 1000.0, "ratio": 1.0, "p50": 1.0, "p99": 8.0}
 
-    def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int) -> None:
+    def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int, margin: float = 1.0) -> None:
         timing = (
             {"netweight": own, peer: {"ratio": ratio, "p50": p50, "p99": 10.0}} if peer != "netweight" else {peer: own}
         )
-        certificate = {"verdict": verdict, "dev": {"reference": 0.93}}
+        certificate = {"verdict": verdict, "dev": {"reference": 0.93}, "margin": margin}
+        certificate["drop"] = {"value": 0.004, "high": 0.0262}
         made = {"bytes": size, "points": {"static": 0.9}}
         found = {"set": name, "peer": peer, "seed": 0, "quick": False, "made": made}
         found |= {"certificate": certificate, "timing": timing}
@@ -220,6 +221,11 @@ def test_figures_take_the_best_certified_peer(
     assert "| 6 MB or less | 0.0 MB | reached |" in lines[8]
     assert f"| 3x | {peers.NOT_RUN} | |" in lines[9]
     assert "in none of the first five rows: womens_clothing 0" in lines[-1]
+    cell("amazon_multidomain", "netweight", "certified", 1.0, 1.0, 10, margin=3.3)
+    cell("amazon_multidomain", "onnx_int8", "certified", 44.0, 10.0, 40)
+    assert "| 10x | 22.00x in the geometric mean" in figures.table()
+    assert "amazon_multidomain 0: 3.3 points (lost 0.40, at most 2.62). Where one point was" in figures.table()
+    assert "the first row is 11.00x" in figures.table()
     for seed, seconds in ((0, 750), (1, None)):
         run = {"seed": seed, "seconds": seconds}
         (tmp_path / f"banking77-standard-seed{seed}.json").write_text(json.dumps(run))
