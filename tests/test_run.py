@@ -79,6 +79,8 @@ def test_spliced_rows_begin_like_one_stretch_and_end_like_another(
 def test_stretches_come_from_anywhere_in_a_text() -> None:
     made = spliced(tokens_of([[2, *range(10, 110), 3]]), 2000, 12, 0)
     assert set(made.ids.tolist()) == {2, 3, *range(10, 110)}
+    last = made.ids[made.offsets[1:] - 2]
+    assert (last == 109).mean() < 0.1, "what stands before the last token is not always the text's end"
     assert len(spliced(tokens_of([]), 0, 12, 0)) == 0
 
 
@@ -144,6 +146,8 @@ def test_students_of_every_kind_share_what_the_teacher_says(model: Model, datase
     for technique in kinds:
         technique(model, Local(dataset, tmp_path), Plan(batch_size=16))
         assert len(list(tmp_path.glob("outputs-*"))) == 2, technique
+    replace(kinds[0], reads=8)(model, Local(dataset, tmp_path), Plan(batch_size=16))
+    assert len(list(tmp_path.glob("outputs-*"))) == 3, "shorter spliced rows are others"
 
 
 def test_students_may_read_farther_than_their_teachers(
