@@ -136,8 +136,9 @@ class Local:
         count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean))
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
-        named = {"model": model.digest, "teachers": [t.digest for t in loss.teachers], "plan": plan.describe()}
-        kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'data': self.data.fingerprint})[:16]}.json"
+        digests = [t.digest for t in loss.teachers]
+        named = {"model": model.digest, "teachers": digests, "plan": plan.describe(), "data": self.data.fingerprint}
+        kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'longest': longest})[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1
         if (known := int(self.seams.agree(known))) >= 0:
             return spliced(texts, known, longest, plan.seed)
