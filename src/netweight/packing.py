@@ -1,5 +1,5 @@
-"""Arrays in as few bytes as their values need, without loss: zeros as a bitmask, small integers in 1 to 7 bits, and
-in two bytes floats that fp16 holds.
+"""Arrays in as few bytes as their values need, without loss: zeros as a bitmask, small integers in 1 to 7 bits, in two
+bytes floats that fp16 holds, and where some values are more common than others, deflated (RFC 1951).
 
 Nothing computes on packed arrays. They make files small; an engine unpacks them once, when it loads. So a pruned or
 4-bit model is smaller on disk and exactly as fast as before.
@@ -8,8 +8,9 @@ Nothing computes on packed arrays. They make files small; an engine unpacks them
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,15 @@ from netweight.errors import CorruptArtifact
 _BITMASK = "/present"
 _GAPS = "/"  # of a packed file: the bytes between its arrays
 _HEADER = "netweight"
+# Deflating is tried in full where a stretch of so many bytes from the middle shrinks to this share.
+_SAMPLE = 1 << 16
+_WORTH_CODING = 0.9
 
 
 @dataclass(frozen=True)
 class Form:
     """How one array is stored. `bits` of each value above `low` (0: as it is); `sparse`: of the values that are not
-    zero, beside a bitmask that says where they stand; `half`: in fp16."""
+    zero, beside a bitmask that says where they stand; `half`: in fp16; `coded`: deflated."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,6 +39,7 @@ class Form:
     low: int = 0
     sparse: bool = False
     half: bool = False
+    coded: bool = False
 
 
 def packed(arrays: Mapping[str, NDArray[Any]], **more: Any) -> bytes:
@@ -42,15 +47,16 @@ def packed(arrays: Mapping[str, NDArray[Any]], **more: Any) -> bytes:
     held: dict[str, NDArray[Any]] = {}
     forms = {}
     for name, array in arrays.items():
-        forms[name] = form_of(array)
-        held |= _stored(name, np.ascontiguousarray(array), forms[name])
+        forms[name], stored = _smallest(np.ascontiguousarray(array))
+        held |= {name + part: values for part, values in stored.items()}
     header = {"forms": {name: _described(form) for name, form in forms.items()}, "more": more}
     return save(held, {_HEADER: json.dumps(header)})
 
 
 def _described(form: Form) -> dict[str, Any]:
-    """What a header says of a form; `half` where it holds, so that files without are those of older versions."""
-    return {name: value for name, value in asdict(form).items() if name != "half" or value}
+    """What a header says of a form; `half` and `coded` where they hold, so that files without are those of older
+    versions."""
+    return {name: value for name, value in asdict(form).items() if name not in ("half", "coded") or value}
 
 
 def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -61,7 +67,7 @@ def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         held = {name: _array(given) for name, given in deserialize(data)}  # type: ignore[no-untyped-call]
         forms = {name: Form(**given) for name, given in header["forms"].items()}
         return {name: _restored(name, held, form) for name, form in forms.items()}, header["more"]
-    except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as problem:
+    except (SafetensorError, zlib.error, ValueError, KeyError, TypeError, IndexError) as problem:
         raise CorruptArtifact(f"a packed file cannot be unpacked: {problem!r}") from problem
 
 
@@ -95,18 +101,34 @@ def unpacked_file(data: bytes) -> bytes:
 
 
 def form_of(array: NDArray[Any]) -> Form:
-    """The smallest form: of all values or of those that are not zero, in as few bits as their spread needs."""
-    dtype, shape = array.dtype.str, array.shape
-    half = _fits_half(array)
-    present = array[array != 0] if _without_minus_zero(array) else array.reshape(-1)
-    best, least = Form(dtype, shape), array.nbytes
-    for sparse, values in ((False, array.reshape(-1)), (True, present)):
-        bits, low = _bits(values)
-        each = bits or (16 if half else 8 * array.itemsize)
-        size = (len(values) * each + 7) // 8 + sparse * ((array.size + 7) // 8)
-        if size < least and (not sparse or present.size < array.size):
-            best, least = Form(dtype, shape, bits, low, sparse, half), size
-    return best
+    """The smallest form."""
+    return _smallest(np.ascontiguousarray(array))[0]
+
+
+def _smallest(array: NDArray[Any]) -> tuple[Form, dict[str, NDArray[Any]]]:
+    """The form in which an array takes the fewest bytes, and what is stored of it by the end of its name."""
+    whole = Form(array.dtype.str, array.shape, half=_fits_half(array))
+    forms = [whole, _in_bits(whole, array.reshape(-1))]
+    if _without_minus_zero(array) and not array.all():
+        forms.append(_in_bits(replace(whole, sparse=True), array[array != 0]))
+    best, least = min(((form, _stored(array, form)) for form in forms), key=_size)
+    for form in dict.fromkeys((whole, replace(best, bits=0, low=0))):
+        values = _stored(array, form)[""]
+        middle = max(0, values.nbytes - _SAMPLE) // 2
+        sample = values.tobytes()[middle : middle + _SAMPLE]
+        if len(_deflated(sample)) < _WORTH_CODING * len(sample):
+            coded = replace(form, coded=True)
+            best, least = min((best, least), (coded, _stored(array, coded)), key=_size)
+    return best, least
+
+
+def _size(given: tuple[Form, dict[str, NDArray[Any]]]) -> int:
+    return sum(values.nbytes for values in given[1].values())
+
+
+def _in_bits(form: Form, values: NDArray[Any]) -> Form:
+    bits, low = _bits(values)
+    return replace(form, bits=bits, low=low)
 
 
 def _fits_half(array: NDArray[Any]) -> bool:
@@ -130,18 +152,37 @@ def _bits(values: NDArray[Any]) -> tuple[int, int]:
     return (bits, low) if bits < 8 else (0, 0)
 
 
-def _stored(name: str, array: NDArray[Any], form: Form) -> dict[str, NDArray[Any]]:
+def _stored(array: NDArray[Any], form: Form) -> dict[str, NDArray[Any]]:
     values, held = array.reshape(-1), {}
     if form.sparse:
-        held[name + _BITMASK] = np.packbits(values != 0)
+        held[_BITMASK] = np.packbits(values != 0)
         values = values[values != 0]
+    if form.half:
+        values = values.astype(np.float16)
     if form.bits:
         small = (values.astype(np.int16) - form.low).astype(np.uint8)
         values = np.packbits(np.unpackbits(small[:, None], axis=1, bitorder="little", count=form.bits))
-    if form.half:
-        values = values.astype(np.float16)
-    held[name] = values if form.bits or form.sparse or form.half else array
-    return held
+    if form.coded:
+        values = np.frombuffer(_deflated(values.tobytes()), np.uint8)
+    return held | {"": values if form.bits or form.sparse or form.half or form.coded else array}
+
+
+def _deflated(data: bytes) -> bytes:
+    """Weights have no repetitions worth looking for, tables and graphs have: the shorter of both."""
+    found = []
+    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
+        coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+        found.append(coder.compress(data) + coder.flush())
+    return min(found, key=len)
+
+
+def _inflated(data: bytes, size: int) -> bytes:
+    """Inverse of `_deflated`. Raises ValueError where it is not `size` bytes; never makes many more."""
+    coder = zlib.decompressobj(-zlib.MAX_WBITS)
+    whole = coder.decompress(data, size + 1)
+    if len(whole) != size or not coder.eof or coder.unused_data:
+        raise ValueError(f"{len(data)} deflated bytes are not the {size} that they should be")
+    return whole
 
 
 def _restored(name: str, held: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
@@ -149,8 +190,11 @@ def _restored(name: str, held: Mapping[str, NDArray[Any]], form: Form) -> NDArra
     values, there = held[name], None
     if form.sparse:
         there = np.unpackbits(held[name + _BITMASK], count=size).astype(bool)
+    count = size if there is None else int(there.sum())
+    if form.coded:
+        as_held = np.dtype(np.float16) if form.half else dtype
+        values = np.frombuffer(_inflated(values.tobytes(), count * as_held.itemsize), as_held)
     if form.bits:
-        count = size if there is None else int(there.sum())
         bits = np.unpackbits(values, count=count * form.bits).reshape(count, form.bits)
         small = np.packbits(bits, axis=1, bitorder="little")[:, 0]
         values = (small.astype(np.int16) + form.low).astype(dtype)

@@ -24,6 +24,10 @@ from netweight.train import Plan
 TRAINED = Plan(spliced_tokens=1_500_000, batch_size=128)
 DISTILLED = Distill(epochs=18.0, learning_rate=4e-4, splice=12.0)
 
+# Encoders compute in int8; 6 bits of each weight are stored. On BANKING77 .996 of dev's labels stay the teacher's, with 8
+# bits .998, in a file of 9.9 MB instead of 13.4.
+INT8 = Quantize(weight_bits=6, table_bits=6, weight_clip="mse")
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -52,10 +56,10 @@ def ladder(teacher: Model) -> tuple[Rung, ...]:
     ]
     static = Static(splice=12.0)
     # Nearer to the teacher than the one above and a little slower, for certificates that need it.
-    mixed = [Rung("full-mixed", (Quantize(activations="mixed"),), 0.2, unless="static")] if known(teacher) else []
+    mixed = [Rung("full-mixed", (replace(INT8, activations="mixed"),), 0.2, unless="static")] if known(teacher) else []
     return (
         Rung("linear", (LinearFloor(),), 0.2),
-        Rung("full-int8", (Quantize(),), 0.2),
+        Rung("full-int8", (INT8,), 0.2),
         Rung("static", (static,), 0.15, TRAINED),
         Rung("conv", (replace(static, filters=256, epochs=20.0, learning_rate=2e-3),), 0.25, TRAINED, unless="static"),
         *mixed,
@@ -81,9 +85,9 @@ def student(
     then: Recipe | None = None,
 ) -> Recipe:
     """Some of the teacher's layers with a share of their neurons and heads and a cheaper activation function, trained
-    on the teacher; `then` quantizes it (None: to int8). In families whose layers cannot be cut, only whole layers go.
+    on the teacher; `then` quantizes it (None: as `INT8` does). In families whose layers cannot be cut, only whole layers go.
     """
-    distil, then = distil or DISTILLED, then or (Quantize(),)
+    distil, then = distil or DISTILLED, then or (INT8,)
     found = known(teacher)
     if not found:
         return replace(distil, layers=layers), *then
@@ -100,7 +104,7 @@ def student(
 
 def quantized(bits: int) -> Quantize:
     """int8 with weights of `bits` bits."""
-    return Quantize() if bits == 8 else Quantize(weight_bits=bits, weight_clip="mse")
+    return Quantize() if bits == 8 else replace(INT8, weight_bits=bits)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ def kinds(teacher: Model) -> tuple[Kind, ...]:
 
 def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
     """Options of the ladder's rungs of a kind, and of the technique where the ladder has none; what is tried first."""
-    plan = vars(Plan()) | {"bits": 8, "quantize": "post", BYTES: 0.0}
+    plan = vars(Plan()) | {"bits": 6, "quantize": "post", BYTES: 0.0}
     if kind == "static":
         rungs = [rung.recipe[0] for rung in ladder(teacher) if isinstance(rung.recipe[0], Static)]
         found = [plan | vars(rung) | {"buckets": rung.buckets.bit_length() - 1} for rung in rungs]
