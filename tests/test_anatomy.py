@@ -76,7 +76,7 @@ def test_a_cut_network_exports(family: str) -> None:
     model = tiny_model(family=family)
     keep_heads(net(model), blocks(net(model))[0], torch.tensor([0]))
     keep_neurons(net(model), blocks(net(model))[1], torch.arange(16))
-    engine = OnnxEngine(export(model).data, model.encoder.pad, 1)
+    engine = OnnxEngine(export(model).plain, model.encoder.pad, 1)
     np.testing.assert_allclose(engine.logits(model.encoder.encode(TEXTS), 3), said(model), atol=1e-4)
 
 

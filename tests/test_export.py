@@ -91,7 +91,7 @@ def test_lowering_without_ranges_changes_nothing_but_the_graph(family: str) -> N
 
 
 def test_the_graph_is_plain() -> None:
-    proto = onnx.load_from_string(given("bert", True)[1].data)
+    proto = onnx.load_from_string(given("bert", True)[1].plain)
     kinds = {node.op_type for node in proto.graph.node}
     # Masks built by index and guards against NaN hide attention from both engines.
     assert not kinds & {"GatherND", "IsNaN", "Range", "Expand"}
@@ -114,7 +114,7 @@ def test_layers_run_on_integers_in_onnx_runtime(tmp_path: Path) -> None:
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3
-    ort.InferenceSession(given("bert", True)[1].data, options, providers=["CPUExecutionProvider"])
+    ort.InferenceSession(given("bert", True)[1].plain, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul") for kind in kinds) == 16
     assert "MatMul" not in kinds

@@ -243,7 +243,7 @@ def test_a_factored_network_is_quantized_and_exported(family: str, dataset: Data
     tokens = made.encoder.encode(dataset.train.text)
     with torch.no_grad():
         wanted = network(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), made.encoder.pad))).numpy()
-    logits = OnnxEngine(export(made).data, made.encoder.pad, 1).logits(tokens, 16)
+    logits = OnnxEngine(export(made).plain, made.encoder.pad, 1).logits(tokens, 16)
     # A value that lies between two steps may round either way.
     assert np.abs(logits - wanted).max() < 0.02 * np.abs(wanted).max()
     assert np.abs(wanted - logits_of(made, tokens).numpy()).max() < 0.2 * np.abs(wanted).max()

@@ -251,7 +251,7 @@ sys.path.append(sys.argv[2])
 from conftest import tiny_model
 if sys.argv[1] == "loud":
     import onnxruntime
-session(export(tiny_model()).data, 1)
+session(export(tiny_model()).plain, 1)
 """
     for how in ("quiet", "loud"):
         home = tmp_path / how

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from safetensors.numpy import load, save
 
 from netweight.errors import CorruptArtifact
 from netweight.packing import form_of, packed, packed_file, unpacked, unpacked_file
@@ -18,7 +23,15 @@ NUMBERS = st.one_of(
     arrays(np.int8, array_shapes(min_side=5), elements=st.sampled_from([0, 0, 0, 0, -3, 3])),
     arrays(np.float32, array_shapes(), elements=st.sampled_from([0.0, 0.0, -0.0, 1.5, np.nan, np.inf])),
     arrays(np.int64, array_shapes()),
+    # Values of which some are far more common than others: these are deflated.
+    st.builds(lambda seed, size: peaked(seed, size), st.integers(0, 99), st.integers(0, 3000)),
+    st.builds(lambda seed, size: peaked(seed, size).astype(np.float16).astype(np.float32), st.integers(0, 99), st.integers(0, 3000)),
 )
+
+
+def peaked(seed: int, size: int, spread: float = 3.0) -> np.ndarray:
+    """Integers as weights have them: normal."""
+    return np.rint(np.random.default_rng(seed).normal(0, spread, size)).clip(-31, 31).astype(np.int8)
 
 
 @given(st.lists(NUMBERS, max_size=4))
@@ -53,6 +66,26 @@ def test_zeros_take_a_bit() -> None:
     assert form_of(np.where(rng.random(8000) < 0.6, 0, rng.integers(-8, 8, 8000)).astype(np.int8)).sparse
 
 
+def test_normal_weights_take_their_entropy() -> None:
+    values = peaked(0, 100_000, 8.0)
+    share = np.unique(values, return_counts=True)[1] / len(values)
+    entropy = float(-(share * np.log2(share)).sum())
+    found = form_of(values)
+    assert found.coded
+    # A Huffman code takes a few hundredths of a bit more than Shannon's bound; six bits are what they would take.
+    assert entropy < 8 * (len(packed({"w": values})) - 300) / len(values) < entropy + 0.1 < 6
+    masked = np.where(np.random.default_rng(1).random(len(values)) < 0.7, 0, values).astype(np.int8)
+    assert form_of(masked).coded
+    assert len(packed({"w": masked})) < len(packed({"w": values})) / 2
+
+
+def test_what_does_not_shrink_is_not_deflated() -> None:
+    rng = np.random.default_rng(0)
+    for values in (rng.integers(-128, 128, 100_000).astype(np.int8), rng.normal(size=50_000).astype(np.float32)):
+        assert not form_of(values).coded
+        assert "coded" not in packed({"w": values})[:300].decode("latin-1")
+
+
 @given(st.binary(max_size=50), st.binary(max_size=50), NUMBERS, NUMBERS)
 def test_a_file_comes_back_byte_for_byte(before: bytes, between: bytes, one: np.ndarray, two: np.ndarray) -> None:
     data = before + one.tobytes() + between + two.tobytes() + b"end"
@@ -69,3 +102,31 @@ def test_refusals() -> None:
             unpacked(broken)
     with pytest.raises(CorruptArtifact, match="does not say how its parts belong together"):
         unpacked_file(data)
+
+
+def deflated(data: bytes) -> bytes:
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return coder.compress(data) + coder.flush()
+
+
+def test_a_deflated_stream_is_exactly_what_its_form_says() -> None:
+    values = peaked(0, 9000)
+    data = packed({"w": values})
+    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+    def forged(stream: bytes) -> bytes:
+        return save({"w": np.frombuffer(stream, np.uint8)}, said)
+
+    held = load(data)["w"].tobytes()
+    assert (unpacked(forged(held))[0]["w"] == values).all()
+    whole = deflated(values.tobytes())
+    assert (unpacked(forged(whole))[0]["w"] == values).all()
+    for stream in (whole[:-20], whole + b"x", b"", b"no stream", deflated(values[:-1].tobytes())):
+        with pytest.raises(CorruptArtifact, match="cannot be unpacked"):
+            unpacked(forged(stream))
+    bomb = forged(deflated(bytes(100_000_000)))
+    tracemalloc.start()
+    with pytest.raises(CorruptArtifact, match="deflated bytes are not the 9000 that they should be"):
+        unpacked(bomb)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

@@ -215,7 +215,7 @@ def test_a_constant_input_keeps_its_extremes(method: Any, constant: float, datas
     made = Quantize(method=method, rows=40)(model, run, PLAN)
     assert made.ranges["backbone.encoder.layer.0.output.dense"] == Range(0.0, constant)
     tokens = model.encoder.encode(dataset.dev.text)
-    found = tier_engine(Tier("small", "onnx", "", {}), export(made).data, model.encoder.pad, 1).logits(tokens, 16)
+    found = tier_engine(Tier("small", "onnx", "", {}), export(made).plain, model.encoder.pad, 1).logits(tokens, 16)
     wanted = logits_of(model, tokens)
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=0.05 * float(wanted.abs().max()), rtol=0)
 
