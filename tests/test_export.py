@@ -19,7 +19,7 @@ from netweight.data.rows import Sealed
 from netweight.encode import Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
-from netweight.export import Exported, export, lowered
+from netweight.export import Exported, _int8, export, lowered
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
@@ -133,3 +133,25 @@ def test_a_pruned_network_is_a_smaller_file_and_says_the_same() -> None:
     engine = tier_engine(Tier("tier", exported.kind, "file", exported.options), exported.data, model.encoder.pad, 1)
     tokens = model.encoder.encode(["the zip was broken", "lovely"])
     np.testing.assert_allclose(engine.logits(tokens, 2), logits_of(model, tokens), atol=1e-5)
+
+
+def test_a_graph_does_not_say_where_it_comes_from() -> None:
+    """`torch.onnx.export` writes stack traces into it: paths of the machine that made it."""
+    data = given("bert", True)[1].plain
+    for word in (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "netweight", "stack_trace", ".py"):
+        assert word.encode() not in data
+
+
+@pytest.mark.parametrize("largest", [1e-30, 3e-6, 0.4, 31.0, 1e5, 3e7])
+def test_scales_of_tables_are_fp16_and_hold_the_largest_value(largest: float) -> None:
+    values = largest * torch.linspace(-1, 1, 64).outer(torch.linspace(0.1, 1, 8)).T
+    held = _int8(values)
+    table, scale = held["table"].astype(np.float32), held["scale"]
+    assert np.abs(table).max() <= 31
+    if 1e-6 < largest < 1e6:
+        assert (scale == scale.astype(np.float16)).all()
+    error = np.abs(table * scale[:, None] - values.numpy()).max(axis=1)
+    assert (error <= scale / 2 * 1.001).all()
+    # No coarser than needed, but for what fp16 cannot say.
+    exact = np.maximum(values.abs().amax(dim=1).numpy(), 1e-12) / 31
+    assert (scale < exact * 1.001 + 6e-8).all()
