@@ -161,7 +161,7 @@ def fixed_costs(tiers: Iterable[str], *_: object) -> dict[str, Cost]:
 
     def cost(name: str) -> float:
         kind, _, number = name.split(" ")[0].partition("-")
-        if kind in ("static", "encoder") and number:  # trials
+        if kind in ("static", "encoder", "factored") and number:  # trials
             return (2e-6 if kind == "static" else 5e-5) * (1 + int(number[0]) / 100)
         return COSTS[name.split(" ")[0]]
 

@@ -25,6 +25,7 @@ from netweight.engine.static import window_table
 from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
 from netweight.export import export
 from netweight.model import Model
+from netweight.packing import unpacked_file
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Prediction, Score, ScorePrediction
@@ -231,7 +232,8 @@ def test_windows_do_not_look_beyond_a_row_and_whole_numbers_do_not_depend_on_the
 
 def test_threads_that_share_rows_say_what_one_says() -> None:
     """Whatever the number of rows, and whoever else asks at the same time, also for the first time."""
-    model, _, data = tier_of("onnx int8")
+    model, tier, data = tier_of("onnx int8")
+    data = unpacked_file(data) if tier.options else data
     tokens = model.encoder.encode(mixed_rows(90).text)
     alone, shared = (OnnxEngine(data, model.encoder.pad, threads) for threads in (1, 3))
     wanted = alone.logits(tokens, 1)

@@ -297,7 +297,7 @@ def test_steps_of_an_encoder(
     model = teacher
     for step in recipe:
         model = step(model, Local(dataset), Plan(batch_size=16, precision="fp32"))
-    bits = {spec.bits for spec in model.weights.values()}
+    bits = {spec.bits for name, spec in model.weights.items() if "embed" not in name}
     assert bits == {4} if changed.get("quantize") != "mixed" else len(bits) > 1
     for step in recipe[2:]:
         if isinstance(step, Prune | QuantizeAware):
