@@ -139,7 +139,7 @@ def kinds(teacher: Model) -> tuple[Kind, ...]:
 
 def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:
     """Options of the ladder's rungs of a kind, and of the technique where the ladder has none; what is tried first."""
-    plan = vars(Plan()) | {"bits": 6, "quantize": "post", BYTES: 0.0}
+    plan = vars(Plan()) | {"bits": 7, "quantize": "post", BYTES: 0.0}
     if kind == "static":
         rungs = [rung.recipe[0] for rung in ladder(teacher) if isinstance(rung.recipe[0], Static)]
         found = [plan | vars(rung) | {"buckets": rung.buckets.bit_length() - 1} for rung in rungs]
@@ -323,7 +323,7 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
             "batch_size": CategoricalDistribution([64, 128, 256]),
         }
     shared |= {
-        "bits": CategoricalDistribution([8, 6, 4]),
+        "bits": CategoricalDistribution([8, 7, 6, 4]),
         "learning_rate": FloatDistribution(1e-4, 8e-4, log=True),
         "batch_size": CategoricalDistribution([32, 64, 128]),
         "optimizer": CategoricalDistribution(["adamw", "adam"]),
