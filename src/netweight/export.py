@@ -287,7 +287,7 @@ def _onnx(network: nn.Module, max_length: int, width: int = 0, hidden: bool = Fa
 
 
 def _forget(proto: onnx.ModelProto) -> None:
-    """Take out where each node comes from: a tenth of a small encoder's file, with paths of the machine that made it."""
+    """Take out where each node comes from: a tenth of a small file, and paths of the machine that made it."""
     graph = proto.graph
     held = (graph.node, graph.value_info, graph.input, graph.output, graph.initializer, proto.functions)
     inside = (node for function in proto.functions for node in function.node)
