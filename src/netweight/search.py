@@ -24,8 +24,8 @@ from netweight.train import Plan
 TRAINED = Plan(spliced_tokens=1_500_000, batch_size=128)
 DISTILLED = Distill(epochs=18.0, learning_rate=4e-4, splice=12.0)
 
-# Encoders compute in int8, and 7 bits of each weight are stored. On Womens Clothing .8 % of dev's labels differ from the
-# teacher's then, .9 % with 8 bits and 1.4 % with 6; on BANKING77 6 cost hardly anything.
+# Encoders compute in int8, and 7 bits of each weight are stored. On Womens Clothing .8 % of dev's labels differ from
+# the teacher's then, .9 % with 8 bits and 1.4 % with 6; on BANKING77 6 cost hardly anything.
 INT8 = Quantize(weight_bits=7, table_bits=7, weight_clip="mse")
 
 
