@@ -23,7 +23,7 @@ from netweight.export import Exported, _int8, export, lowered
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
-from netweight.techniques import Quantize
+from netweight.techniques import Quantize, Static
 from netweight.train import Plan
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -133,6 +133,24 @@ def test_a_pruned_network_is_a_smaller_file_and_says_the_same() -> None:
     engine = tier_engine(Tier("tier", exported.kind, "file", exported.options), exported.data, model.encoder.pad, 1)
     tokens = model.encoder.encode(["the zip was broken", "lovely"])
     np.testing.assert_allclose(engine.logits(tokens, 2), logits_of(model, tokens), atol=1e-5)
+
+
+def test_tables_are_packed_and_say_the_same() -> None:
+    rows = tiny_rows(60)
+    data = Dataset(rows.take(range(40)), rows.take(range(40, 50)), rows.take(range(50, 60)), Sealed(rows))
+    technique = Static(width=8, buckets=4096, filters=8, epochs=1, learning_rate=2e-3)
+    model = technique(tiny_model(), Local(data), Plan(precision="fp32"))
+    exported = export(model)
+    assert exported.options["packed"] is True
+    # 6 bits of each value of a table in int8; the filters' taps keep 8.
+    assert len(exported.data) < 0.8 * len(exported.plain)
+    tokens = model.encoder.encode(rows.text)
+    rest = {name: value for name, value in exported.options.items() if name != "packed"}
+    found = [
+        tier_engine(Tier("t", "static", "f", options), file, model.encoder.pad, 1).logits(tokens, 16)
+        for options, file in ((exported.options, exported.data), (rest, exported.plain))
+    ]
+    np.testing.assert_array_equal(*found)
 
 
 def test_a_graph_does_not_say_where_it_comes_from() -> None:
