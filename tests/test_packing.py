@@ -105,6 +105,26 @@ def test_refusals() -> None:
         unpacked_file(data)
 
 
+def header(data: bytes) -> dict[str, str]:
+    said: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return said
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_bits_are_exactly_as_many_as_a_form_says(sparse: bool) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(-8, 8, 9000).astype(np.int8)
+    if sparse:
+        values = np.where(rng.random(9000) < 0.9, 0, rng.normal(size=9000)).astype(np.float32)
+    data = packed({"w": values})
+    assert (form_of(values).bits, form_of(values).sparse) == ((0, True) if sparse else (4, False))
+    said = header(data)
+    for count in (8000, 9001, 10**13):
+        forged = {name: value.replace("[9000]", f"[{count}]") for name, value in said.items()}
+        with pytest.raises(CorruptArtifact, match=f"bytes do not hold {count * (1 if sparse else 4)} bits"):
+            unpacked(save(load(data), forged))
+
+
 def deflated(data: bytes) -> bytes:
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     return coder.compress(data) + coder.flush()
@@ -113,7 +133,7 @@ def deflated(data: bytes) -> bytes:
 def test_a_deflated_stream_is_exactly_what_its_form_says() -> None:
     values = peaked(0, 9000)
     data = packed({"w": values})
-    said = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    said = header(data)
 
     def forged(stream: bytes) -> bytes:
         return save({"w": np.frombuffer(stream, np.uint8)}, said)

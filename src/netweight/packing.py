@@ -185,17 +185,24 @@ def _inflated(data: bytes, size: int) -> bytes:
     return whole
 
 
+def _unpackbits(held: NDArray[Any], count: int) -> NDArray[np.uint8]:
+    """The first `count` bits. Raises ValueError where there are others, or too few, which numpy would fill up."""
+    if held.nbytes != (count + 7) // 8:
+        raise ValueError(f"{held.nbytes} bytes do not hold {count} bits")
+    return np.unpackbits(held, count=count)
+
+
 def _restored(name: str, held: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
     dtype, size = np.dtype(form.dtype), int(np.prod(form.shape, dtype=np.int64))
     values, there = held[name], None
     if form.sparse:
-        there = np.unpackbits(held[name + _BITMASK], count=size).astype(bool)
+        there = _unpackbits(held[name + _BITMASK], size).astype(bool)
     count = size if there is None else int(there.sum())
     if form.coded:
         as_held = np.dtype(np.float16) if form.half else dtype
         values = np.frombuffer(_inflated(values.tobytes(), count * as_held.itemsize), as_held)
     if form.bits:
-        bits = np.unpackbits(values, count=count * form.bits).reshape(count, form.bits)
+        bits = _unpackbits(values, count * form.bits).reshape(count, form.bits)
         small = np.packbits(bits, axis=1, bitorder="little")[:, 0]
         values = (small.astype(np.int16) + form.low).astype(dtype)
     if there is not None:
