@@ -142,8 +142,8 @@ def test_tables_are_packed_and_say_the_same() -> None:
     model = technique(tiny_model(), Local(data), Plan(precision="fp32"))
     exported = export(model)
     assert exported.options["packed"] is True
-    # 6 bits of each value of a table in int8; the filters' taps keep 8.
-    assert len(exported.data) < 0.8 * len(exported.plain)
+    # 7 bits of each value of the table, 6 of what windows read; the filters' taps keep 8.
+    assert len(exported.data) < 0.9 * len(exported.plain)
     tokens = model.encoder.encode(rows.text)
     rest = {name: value for name, value in exported.options.items() if name != "packed"}
     found = [
@@ -165,11 +165,11 @@ def test_scales_of_tables_are_fp16_and_hold_the_largest_value(largest: float) ->
     values = largest * torch.linspace(-1, 1, 64).outer(torch.linspace(0.1, 1, 8)).T
     held = _int8(values)
     table, scale = held["table"].astype(np.float32), held["scale"]
-    assert np.abs(table).max() <= 31
+    assert np.abs(table).max() <= 63
     if 1e-6 < largest < 1e6:
         assert (scale == scale.astype(np.float16)).all()
     error = np.abs(table * scale[:, None] - values.numpy()).max(axis=1)
     assert (error <= scale / 2 * 1.001).all()
     # No coarser than needed, but for what fp16 cannot say.
-    exact = np.maximum(values.abs().amax(dim=1).numpy(), 1e-12) / 31
+    exact = np.maximum(values.abs().amax(dim=1).numpy(), 1e-12) / 63
     assert (scale < exact * 1.001 + 6e-8).all()
