@@ -14,12 +14,22 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.numpy import load, save
 
 from netweight.errors import CorruptArtifact
-from netweight.packing import form_of, packed, packed_file, unpacked, unpacked_file
+from netweight.packing import Form, packed, packed_file, unpacked, unpacked_file
 
 
 def peaked(seed: int, size: int, spread: float = 3.0) -> np.ndarray:
     """Integers as weights have them: normal."""
     return np.rint(np.random.default_rng(seed).normal(0, spread, size)).clip(-31, 31).astype(np.int8)
+
+
+def header(data: bytes) -> dict[str, str]:
+    said: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    return said
+
+
+def form_of(values: np.ndarray) -> Form:
+    """The form in which an array is stored."""
+    return Form(**json.loads(header(packed({"w": values}))["netweight"])["forms"]["w"])
 
 
 NUMBERS = st.one_of(
@@ -103,11 +113,6 @@ def test_refusals() -> None:
             unpacked(broken)
     with pytest.raises(CorruptArtifact, match="does not say how its parts belong together"):
         unpacked_file(data)
-
-
-def header(data: bytes) -> dict[str, str]:
-    said: dict[str, str] = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    return said
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -100,11 +100,6 @@ def unpacked_file(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def form_of(array: NDArray[Any]) -> Form:
-    """The smallest form."""
-    return _smallest(np.ascontiguousarray(array))[0]
-
-
 def _smallest(array: NDArray[Any]) -> tuple[Form, dict[str, NDArray[Any]]]:
     """The form in which an array takes the fewest bytes, and what is stored of it by the end of its name."""
     whole = Form(array.dtype.str, array.shape, half=_fits_half(array))
