@@ -1,12 +1,12 @@
 """Run a whole job on a real table and keep what it printed, for `scripts/results.py`:
 
     .venv/bin/python benchmarks/real.py banking77 FOLDER --seed 0 [--work DIR] [--limit 30m] [--metric NAME]
-                                                        [--effort quick]
+                                                        [--effort quick] [--minimise cost]
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz with the columns text and label; train and dev optimize, test
-certifies. Writes benchmarks/results/NAME-seedS.json (NAME-EFFORT-seedS.json with another effort than quick): wall
-seconds, `netweight inspect --json`, and `netweight bench --json` on the test rows beside the teacher, ONNX Runtime's
-dynamic int8 and OpenVINO with NNCF's int8.
+certifies. Writes benchmarks/results/NAME-seedS.json (NAME-EFFORT-seedS.json with another effort than quick,
+NAME-size-seedS.json where bytes are minimised): wall seconds, `netweight inspect --json`, and `netweight bench --json`
+on the test rows beside the teacher, ONNX Runtime's dynamic int8 and OpenVINO with NNCF's int8.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ def main() -> None:
     parser.add_argument("--limit", default="30m")
     parser.add_argument("--metric")
     parser.add_argument("--effort", default="quick")
+    parser.add_argument("--minimise", default="cost")
     given = parser.parse_args()
-    called = given.name if given.effort == "quick" else f"{given.name}-{given.effort}"
+    unusual = [word for word in (given.effort, given.minimise) if word not in ("quick", "cost")]
+    called = "-".join((given.name, *unusual))
     table = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
     out = given.work / f"{called}-seed{given.seed}.nw"
     out.parent.mkdir(parents=True, exist_ok=True)
     columns = ["--text", "text", "--label", "label"]
     words = ["optimize", table["train"], "--dev", table["dev"], "--certify", table["test"], *columns]
     words += ["--out", str(out), "--seed", given.seed, "--time-limit", given.limit, "--effort", given.effort]
+    words += ["--minimise", given.minimise]
     words += ["--metric", given.metric] if given.metric else []
     resumed = out.with_name(f"{out.name}.run").exists()
     began = time.monotonic()

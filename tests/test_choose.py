@@ -35,7 +35,7 @@ from netweight.pipeline import climb
 from netweight.run import Local
 from netweight.search import Point, Search, ladder, quantized, student
 from netweight.task import Classify, Score, softmax
-from netweight.techniques import Distill, Quantize, Shrink
+from netweight.techniques import Distill, Quantize, QuantizeAware, Shrink
 from netweight.train import Plan
 
 TASK = Classify(("a", "b", "c"))
@@ -75,6 +75,26 @@ def test_the_ladder_of_any_depth(depth: int) -> None:
     assert after == ["", *(rung.name for rung in rungs if isinstance(rung.recipe[0], Shrink))][: len(after)]
     assert all(isinstance(recipe[-1], Quantize) for recipe in students), "nothing but int8 encoders ships"
     assert all(recipe[-2].teachers == (teacher,) for recipe in students)  # type: ignore[attr-defined]
+
+
+def test_where_bytes_count_encoders_of_few_bits_stand_behind_those_in_int8() -> None:
+    teacher = tiny_model(layers=6)
+    usual, rungs = ladder(teacher), ladder(teacher, bytes_count=True)
+    assert [rung.name for rung in rungs] == [
+        *("linear", "full-int8", "static", "conv", "full-int4", "full-int3"),
+        *("half-int8", "half-int4", "third-int8", "third-int4"),
+    ]
+    assert {rung.name: rung.recipe for rung in usual if rung.name != "full-mixed"}.items() <= {
+        rung.name: rung.recipe for rung in rungs
+    }.items()
+    named = {rung.name: rung for rung in rungs}
+    for name, bits in (("full-int4", 4), ("full-int3", 3), ("half-int4", 4), ("third-int4", 4)):
+        last = named[name].recipe[-1]
+        assert isinstance(last, QuantizeAware)
+        assert isinstance(last.start, Quantize)
+        assert (last.start.weight_bits, last.start.table_bits) == (bits, bits)
+    assert named["half-int4"].recipe[:-1] == named["half-int8"].recipe[:-1], "what comes before is made once"
+    assert [named[f"{name}-int4"].after for name in ("half", "third")] == ["half-int8", "third-int8"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

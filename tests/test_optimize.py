@@ -183,7 +183,7 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     assert len(kept) <= len(lines) - 2
     path.write_text("".join(kept), encoding="utf-8")
     fourth = Rung("half-int8", (Distill(layers=1), Quantize()), 0.5)
-    monkeypatch.setattr(pipeline, "ladder", lambda teacher: (*ladder(teacher)[:3], fourth))
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: (*ladder(teacher)[:3], fourth))
     monkeypatch.setattr(build.Clock, "left", property(lambda self: -1.0))
     result = again(shop, copied, reporter=Notes())
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}
@@ -198,7 +198,7 @@ def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
 ) -> None:
     exits = EarlyExit((1,), epochs=1, splice=0.0)
     more = (Rung("exits", (exits, Quantize()), 0.5), Rung("shared", (exits, Quantize(method="minmax")), 0.5))
-    monkeypatch.setattr(pipeline, "ladder", lambda teacher: (*ladder(teacher)[:3], *more))
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: (*ladder(teacher)[:3], *more))
     # Whatever its dev quality: only a cascade that ends in the exits is left to choose.
     usual = ship.plan
     monkeypatch.setattr(ship, "plan", lambda found: usual([c for c in found if c.choice.points[-1].name == "exits"]))

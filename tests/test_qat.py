@@ -22,7 +22,7 @@ from netweight.export import lowered
 from netweight.layers import Activate, Activation
 from netweight.loss import matching
 from netweight.model import Model, Range, Weights
-from netweight.quantizer import affine, held_bytes, learned
+from netweight.quantizer import affine, fake, held_bytes, learned
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import (
@@ -39,12 +39,12 @@ from netweight.techniques import (
 from netweight.techniques.activation import activating
 from netweight.techniques.mixed import Sensitivity, least_harm
 from netweight.techniques.qat import FakeLinear, Rounding, Step, faked, unfaked
-from netweight.techniques.quantize import OUT, linears
+from netweight.techniques.quantize import OUT, linears, tables
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
-START = Quantize(rows=40, weight_bits=3, activation_bits=6)
+START = Quantize(rows=40, weight_bits=3, activation_bits=6, table_bits=3)
 
 
 def rows_of() -> Dataset:
@@ -135,6 +135,9 @@ def test_what_was_trained_is_what_is_lowered(dataset: Dataset) -> None:
         start = START(model, Local(dataset), PLAN)
         assert (made.ranges == start.ranges) == (ranges == "fixed")
         assert made.ranges.keys() == start.ranges.keys()
+        for name, table in tables(made.network).items():
+            assert torch.equal(table.weight, tables(model.network)[name].weight), "the export alone rounds tables"
+            assert torch.equal(tables(faked(made, False))[name].weight, fake(table.weight, start.weights[name]))
         assert all(len(made.weights[name].steps) == m.out_features for name, m in linears(made.network).items())
         tokens = model.encoder.encode(dataset.train.text)
         padded = tuple(map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))

@@ -142,7 +142,7 @@ def climb(builder: Builder) -> Search:
         said = f"{100 * builder.cut:.0f} % of dev is longer than {most} tokens; encoders read no more"
         builder.reporter.note(f"{said} (see --max-length){also}")
     rungs = _rungs(builder)
-    for name in {rung.name for rung in ladder(builder.source)} - {rung.name for rung in rungs}:
+    for name in {rung.name for rung in _ladder(builder)} - {rung.name for rung in rungs}:
         _left_out(builder, name, "it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
@@ -179,9 +179,13 @@ def _left_out(builder: Builder, name: str, why: str) -> None:
         builder.store.put(f"left out {name}", why)
 
 
+def _ladder(builder: Builder) -> tuple[Rung, ...]:
+    return ladder(builder.source, builder.job.budget.minimise == "size")
+
+
 def _rungs(builder: Builder) -> tuple[Rung, ...]:
     """The ladder; without its floor where the run's rows are in no single place, since nobody could fit that there."""
-    rungs = ladder(builder.source)
+    rungs = _ladder(builder)
     if isinstance(builder.run, InOnePlace):
         return rungs
     return tuple(rung for rung in rungs if not isinstance(rung.recipe[0], LinearFloor))

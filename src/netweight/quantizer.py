@@ -19,6 +19,7 @@ from netweight.model import Range, Weights
 TINY = 1e-12
 _RATIOS = 64  # clips that a search tries between a tenth of the extreme and all of it
 _LEAST = 0.1
+_DAMP = 0.01  # of the mean of the moments' diagonal
 _HALF_TINY = 2.0**-24  # the smallest number that fp16 holds
 
 
@@ -110,6 +111,27 @@ def fake(weight: Tensor, spec: Weights) -> Tensor:
     """What the weights (outputs, inputs) become when they are rounded and brought back."""
     scale, zero = grid(weight, spec)
     return ungrouped(rounded(grouped(weight, spec), scale, zero, *limits(spec.bits)), weight.shape)
+
+
+def settled(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) -> Tensor:
+    """Weights (outputs, inputs) on the grid of `scale` (outputs or 1, 1), chosen so that the layer's outputs change
+    little: GPTQ (Frantar et al., ICLR 2023). `moments` (inputs, inputs) is the sum of x x^T over inputs x.
+
+    Inputs are rounded one after another, those with the largest squares first. What rounding one of them changes is
+    made up for by the weights of those to come, as least squares has it: by the rows of the Cholesky factor of the
+    inverse of the moments (a hundredth of their mean diagonal is added, as there).
+    """
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    moments = moments[order][:, order].double()
+    ridge = _DAMP * float(moments.diagonal().mean()) or 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments + ridge * torch.eye(len(moments))))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left, held = weight.detach()[:, order].double(), torch.empty_like(weight, dtype=torch.float64)
+    for i in range(len(order)):
+        held[:, i : i + 1] = rounded(left[:, i : i + 1], scale.double(), 0.0, *limits(bits))
+        error = (left[:, i] - held[:, i]) / factor[i, i]
+        left[:, i:] -= error[:, None] * factor[i, i:]
+    return held[:, order.argsort()].to(weight.dtype)
 
 
 def held_bytes(shape: torch.Size, spec: Weights) -> int:

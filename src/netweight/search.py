@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from netweight.anatomy import Block, blocks
 from netweight.errors import ModelError
 from netweight.layers import Activation
 from netweight.model import Model
-from netweight.techniques import Distill, LinearFloor, Quantize, Recipe, Shrink, Static, SwapActivation
+from netweight.techniques import Distill, LinearFloor, Quantize, QuantizeAware, Recipe, Shrink, Static, SwapActivation
 from netweight.techniques.base import transformer
 from netweight.train import Plan
 
@@ -43,9 +43,9 @@ class Rung:
     unless: str = ""
 
 
-def ladder(teacher: Model) -> tuple[Rung, ...]:
+def ladder(teacher: Model, bytes_count: bool = False) -> tuple[Rung, ...]:
     """From the trivial floor to the full encoder in int8, in the order in which they are tried: what is cheap to make,
-    or decides most, comes first."""
+    or decides most, comes first. Where bytes count, encoders of few bits stand behind those that have them in int8."""
     depth = teacher.depth
     layers = sorted({max(1, depth // 3), max(1, depth // 2)} - {depth}, reverse=True)
     names = {depth // 2: "half", depth // 3: "third"}
@@ -62,9 +62,20 @@ def ladder(teacher: Model) -> tuple[Rung, ...]:
         Rung("full-int8", (INT8,), 0.2),
         Rung("static", (static,), 0.15, TRAINED),
         Rung("conv", (replace(static, filters=256, epochs=20.0, learning_rate=2e-3),), 0.25, TRAINED, unless="static"),
-        *mixed,
-        *students,
+        *([] if bytes_count else mixed),
+        *(few_bits(students) if bytes_count else students),
     )
+
+
+def few_bits(students: Sequence[Rung]) -> Iterator[Rung]:
+    """The full encoder with weights of 4 and of 3 bits, and each student before the same with 4; trained with their
+    rounding in place, on what the teacher says. No engine is faster for it."""
+    yield Rung("full-int4", (aware(4),), 0.3, TRAINED, unless="static")
+    yield Rung("full-int3", (aware(3),), 0.4, TRAINED, "full-int4", unless="static")
+    for rung in students:
+        yield rung
+        name = rung.name.replace("int8", "int4")
+        yield replace(rung, name=name, recipe=(*rung.recipe[:-1], aware(4)), share=0.3, after=rung.name)
 
 
 def known(teacher: Model) -> list[Block]:
@@ -100,6 +111,12 @@ def student(
         steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
     return *steps, replace(distil, layers=None, teachers=(teacher,)), *then
+
+
+def aware(bits: int) -> QuantizeAware:
+    """int8 with weights and tables of `bits` bits, trained with that rounding."""
+    start = replace(INT8, weight_bits=bits, table_bits=bits)
+    return QuantizeAware(start, epochs=9.0, learning_rate=2e-4, splice=12.0)
 
 
 def quantized(bits: int) -> Quantize:

@@ -130,20 +130,23 @@ class Factor:
 
 @dataclass(frozen=True)
 class SecondMoments:
-    """Sum over real tokens of x x^T of each of these layers' inputs x, weighted by rows: (inputs, inputs) by name."""
+    """Sum over real tokens of x x^T of each of these layers' inputs x, weighted by rows: (inputs, inputs) by name; over
+    rows, where a layer reads one vector of each."""
 
     names: tuple[str, ...]
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         real = batch.mask > 0
-        weight = batch.weight[:, None].expand(real.shape)[real].double()[:, None]
+        rows = batch.weight.double()[:, None]
+        tokens = rows.expand(real.shape)[real][:, None]
         sums: dict[str, Tensor] = {}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                x = args[0][real].double()
-                sums[name] = x.T @ (weight * x)
+                whole = args[0].ndim == 3
+                x = (args[0][real] if whole else args[0]).double()
+                sums[name] = x.T @ ((tokens if whole else rows) * x)
 
             return add
 

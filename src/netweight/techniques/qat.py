@@ -19,11 +19,11 @@ from netweight.layers import put
 from netweight.loss import SoftTargets
 from netweight.model import Model, Range, Weights
 from netweight.network import Transformer
-from netweight.quantizer import affine, by_token, grid, grouped, learned, limits, rounded, symmetric, ungrouped
+from netweight.quantizer import affine, by_token, fake, grid, grouped, learned, limits, rounded, symmetric, ungrouped
 from netweight.run import Run
 from netweight.techniques.base import Technique, transformer
 from netweight.techniques.distill import heal, planned
-from netweight.techniques.quantize import OUT, Quantize, linears
+from netweight.techniques.quantize import OUT, Quantize, linears, tables
 from netweight.train import Plan
 
 _LEAST = 0.05  # of its first value: what a learned scale may shrink to
@@ -34,7 +34,8 @@ class QuantizeAware:
     """Start from what `start` makes of the model, and train the rounded network to say what the unrounded one says.
 
     `ranges` "learned" trains the scales of inputs and weights with the weights; "fixed" holds those of `start` (scales
-    of groups, and those with zero points, follow the weights). Token tables stay frozen; the export alone rounds them.
+    of groups, and those with zero points, follow the weights). Token tables stay frozen; where `start` gives them bits,
+    the layers behind them are trained on what rounding leaves of them.
     """
 
     start: Technique = Quantize(weight_bits=4, weight_clip="mse")  # noqa: RUF009 (it is frozen)
@@ -76,6 +77,9 @@ def faked(model: Model, learn: bool) -> Transformer:
                     "points; use ranges 'fixed'."
                 )
             put(network, name, FakeLinear(linear, model.ranges.get(name), model.ranges.get(name + OUT), spec, learn))
+    for name, table in tables(network).items():
+        if name in model.weights:
+            table.weight.data = fake(table.weight, model.weights[name])
     return network
 
 
@@ -83,16 +87,19 @@ def unfaked(model: Model, start: Model) -> Model:
     """Plain layers again; what was learned of ranges and scales is noted on the model."""
     network = copy.deepcopy(transformer(model, "QuantizeAware"))
     ranges, weights = dict(start.ranges), dict(start.weights)
-    for name, fake in list(network.named_modules()):
-        if not isinstance(fake, FakeLinear):
+    for name, module in list(network.named_modules()):
+        if not isinstance(module, FakeLinear):
             continue
-        if fake.steps is not None:
-            weights[name] = replace(fake.spec, steps=tuple(fake.steps.scale().flatten().tolist()))
-        for point, rounding in ((name, fake.given), (name + OUT, fake.out)):
+        if module.steps is not None:
+            weights[name] = replace(module.spec, steps=tuple(module.steps.scale().flatten().tolist()))
+        for point, rounding in ((name, module.given), (name + OUT, module.out)):
             if isinstance(rounding, Rounding) and rounding.learn:
                 learned_range = rounding.range()
                 ranges[point] = replace(ranges[point], low=learned_range.low, high=learned_range.high)
-        put(network, name, fake.plain())
+        put(network, name, module.plain())
+    whole = tables(transformer(start, "QuantizeAware"))
+    for name, table in tables(network).items():
+        table.weight.data = whole[name].weight.detach().clone()
     return replace(model, network=network, ranges=ranges, weights=weights)
 
 

@@ -7,6 +7,7 @@ result does not depend on the batch a row happens to be in.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -19,13 +20,18 @@ from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch
 from netweight.model import Model, Range, Weights
 from netweight.network import Network, Transformer
-from netweight.quantizer import entropy_range, mse_range, percentile_range
+from netweight.quantizer import entropy_range, grid, mse_range, percentile_range, settled
 from netweight.run import Run
 from netweight.techniques.base import transformer
+from netweight.techniques.factor import SecondMoments
 from netweight.train import Plan
 
 _BINS = 2048
-_CHOICES = {"granularity": ("channel", "tensor", "group"), "weight_clip": ("minmax", "mse")}
+_CHOICES = {
+    "granularity": ("channel", "tensor", "group"),
+    "weight_clip": ("minmax", "mse"),
+    "rounding": ("nearest", "gptq"),
+}
 
 # Group sizes of which ONNX Runtime has a kernel.
 GROUPS = (16, 32, 64, 128, 256)
@@ -59,7 +65,8 @@ class Quantize:
 
     `weight_bits` of each weight, 2 to 8; what shares a scale is an output channel, the tensor, or a `group` of inputs
     (with activations "none", since no integer kernel has groups). `weight_clip` "mse" looks for the scale with the
-    least squared error.
+    least squared error. `rounding` "gptq" rounds weights so that each layer's outputs on those rows change least, instead
+    of each weight to what is nearest (`netweight.quantizer.settled`); for symmetric weights without groups.
     """
 
     method: Method = "percentile"
@@ -70,6 +77,7 @@ class Quantize:
     group: int | None = None
     symmetric: bool = True
     weight_clip: Literal["minmax", "mse"] = "minmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     activations: Literal["static", "mixed", "dynamic", "none"] = "static"
     activation_bits: int = 8
     table_bits: int = 8
@@ -94,6 +102,8 @@ class Quantize:
             )
         if self.group is not None and self.group not in GROUPS:
             raise OptionError(f"a group of {self.group} inputs has no kernel; use {', '.join(map(str, GROUPS))}.")
+        if self.rounding == "gptq" and (self.granularity == "group" or not self.symmetric):
+            raise OptionError("rounding 'gptq' is for symmetric weights, per channel or tensor; use 'nearest'.")
         self._check_activations()
 
     def _check_activations(self) -> None:
@@ -107,14 +117,32 @@ class Quantize:
             if self.method != "percentile" and self.percentile != Quantize.percentile:
                 raise OptionError(f"percentile does not apply to calibration {self.method!r}; leave it out.")
             return
-        for name in ("method", "percentile", "rows", "activation_bits", "smooth"):
+        rows = () if self.rounding == "gptq" else ("rows",)
+        for name in ("method", "percentile", "activation_bits", "smooth", *rows):
             if getattr(self, name) != getattr(Quantize, name):
                 raise OptionError(f"{name} does not apply to activations {self.activations!r}; leave it out.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "Quantize")
         weights = self.specs(network)
-        return replace(model, ranges=self._ranges(model, run, weights) if self.calibrated else {}, weights=weights)
+        ranges = self._ranges(model, run, weights) if self.calibrated else {}
+        made = replace(model, ranges=ranges, weights=weights)
+        return made if self.rounding == "nearest" else self._settled(made, run)
+
+    def _settled(self, model: Model, run: Run) -> Model:
+        """The model with every layer's weights on their grid, which their specs hold from now on."""
+        network = copy.deepcopy(model.network)
+        layers, weights = linears(network), dict(model.weights)
+        moments = run.reduce(replace(model, ranges={}, weights={}), SecondMoments(tuple(layers)), self.rows)
+        for name, layer in layers.items():
+            spec, given = weights.get(name, Weights()), model.ranges.get(name)
+            divided = torch.tensor(given.scale) if given is not None and given.scale else torch.ones(layer.in_features)
+            weight = layer.weight.detach() * divided
+            scale, _ = grid(weight, spec)
+            seen = moments[name].cpu() / torch.outer(divided, divided)
+            layer.weight.data = settled(weight, scale, spec.bits, seen) / divided
+            weights[name] = replace(spec, steps=tuple(scale.flatten().tolist()))
+        return replace(model, network=network, weights=weights)
 
     @property
     def calibrated(self) -> bool:
@@ -129,7 +157,7 @@ class Quantize:
         found |= dict.fromkeys((name for name in layers if name in by_token), replace(spec, dynamic=True))
         if self.table_bits < 8:
             table = Weights(self.table_bits, clip=self.weight_clip)
-            found |= {n: table for n, m in network.named_modules() if isinstance(m, nn.Embedding)}
+            found |= dict.fromkeys(tables(network), table)
         return found
 
     def _by_token(self, network: Transformer) -> set[str]:
@@ -202,6 +230,11 @@ class Quantize:
 def linears(network: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer of the backbone by name; the head stays in fp32 (it decides, and costs next to nothing)."""
     return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and n.startswith("backbone.")}
+
+
+def tables(network: nn.Module) -> dict[str, nn.Embedding]:
+    """Every table of vectors by name: of tokens, positions and types."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, nn.Embedding)}
 
 
 @dataclass(frozen=True)
