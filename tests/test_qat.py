@@ -305,6 +305,7 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         (lambda: MixedBits(mean_bits=4, budget=9), "needs mean_bits or budget, and not both"),
         (lambda: MixedBits(mean_bits=4, choices=(1, 4)), "choices of MixedBits are"),
         (lambda: MixedBits(mean_bits=4, quantize=Quantize(weight_bits=4)), "weight_bits are what MixedBits chooses"),
+        (lambda: MixedBits(mean_bits=4, quantize=Quantize(rounding="gptq")), "rounding 'gptq' needs the bits"),
         (lambda: MixedBits(budget=9, rows=5)(model, run, PLAN), "9 bytes are less than the"),
         (lambda: SwapActivation("sin"), "unknown activation 'sin'"),  # type: ignore[arg-type]
     ]

@@ -42,8 +42,10 @@ from netweight.quantizer import (
     grid,
     grouped,
     held_bytes,
+    limits,
     mse_range,
     percentile_range,
+    settled,
     ungrouped,
 )
 from netweight.run import Local
@@ -89,6 +91,42 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(spec: Weights, seed: 
     # What is rounded stays where it is.
     held = set(torch.unique(grouped(fake(weight, spec), spec)[0]).tolist())
     assert len(held) <= 2**spec.bits
+
+
+def moments_of(seed: int, inputs: int) -> torch.Tensor:
+    """Of inputs that hang together."""
+    x = some(4 * inputs, inputs, seed) @ some(inputs, inputs, seed + 1)
+    return (x.T @ x).double()
+
+
+@settings(max_examples=20)
+@given(st.integers(2, 8), st.integers(1, 12), st.integers(0, 99))
+def test_gptq_leaves_to_later_inputs_what_least_squares_has_them_do(bits: int, inputs: int, seed: int) -> None:
+    """Frantar et al. 2023: with some inputs' weights on the grid, the others are the best for the outputs."""
+    weight, moments = some(3, inputs, seed), moments_of(seed, inputs)
+    scale, _ = grid(weight, Weights(bits))
+    ridged = moments + 0.01 * moments.diagonal().mean() * torch.eye(inputs)
+    left = weight.double().clone()
+    order = moments.diagonal().argsort(descending=True).tolist()
+    for at, i in enumerate(order):
+        near = (left[:, i] / scale[:, 0].double()).round().clamp(*limits(bits)) * scale[:, 0].double()
+        rest = order[at + 1 :]
+        share = torch.linalg.solve(ridged[rest][:, rest], ridged[rest, i])
+        left[:, rest] += torch.outer(left[:, i] - near, share)
+        left[:, i] = near
+    torch.testing.assert_close(settled(weight, scale, bits, moments), left.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_gptq_changes_outputs_less_than_rounding_to_the_nearest() -> None:
+    for seed in range(5):
+        weight, moments = some(8, 32, seed), moments_of(seed, 32)
+        scale, _ = grid(weight, Weights(3, clip="mse"))
+        change = [made.double() - weight.double() for made in (fake(weight, Weights(3, clip="mse")), settled(weight, scale, 3, moments))]
+        near, gptq = (float((each @ moments * each).sum()) for each in change)
+        assert gptq < 0.5 * near
+        # Nothing to make up for where inputs are independent, nor where they are all zero.
+        for apart in (torch.diag(torch.arange(1.0, 33.0)), torch.zeros(32, 32)):
+            torch.testing.assert_close(settled(weight, scale, 3, apart), fake(weight, Weights(3, clip="mse")))
 
 
 def test_groups_fill_up_and_come_back() -> None:
@@ -426,17 +464,52 @@ FORMS = [
     Quantize(activations="mixed", rows=40),
     Half(),
     SwapActivation("relu6", epochs=1),
+    Quantize(rows=40, weight_bits=3, rounding="gptq"),
 ]
 MORE = [
     Quantize(rows=40, symmetric=False, granularity="tensor", weight_bits=6),
     Quantize(rows=40, weight_bits=2, activation_bits=6, method="entropy"),
     Quantize(activations="none", weight_bits=3),
     Quantize(activations="none", symmetric=False, granularity="group", group=64),
+    Quantize(activations="dynamic", rows=40, weight_bits=4, granularity="tensor", rounding="gptq"),
 ]
 
 
 def contract(technique: Technique, model: Model, dataset: Dataset, folder: Path) -> None:
     TechniqueContract(technique, model, lambda: Local(dataset), PLAN, dataset.train.text).check(folder)
+
+
+@pytest.mark.parametrize("activations", ["static", "mixed", "dynamic", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_of_any_family(family: str, activations: Any, dataset: Dataset) -> None:
+    """What it chose is what is lowered, and it is nearer to the model than rounding to the nearest."""
+    model, run = tiny_model(family=family), Local(dataset)
+    if activations == "mixed" and family not in BLOCKS:
+        pytest.skip("this family's layers are unknown")
+    near = Quantize(rows=200, weight_bits=3, activations=activations) if activations in ("static", "mixed") else None
+    near = near or Quantize(weight_bits=3, activations=activations)
+    made = replace(near, rows=200, rounding="gptq")(model, run, PLAN)
+    assert made.ranges == near(model, run, PLAN).ranges
+    held = dict(lowered(made).named_modules())
+    for name, layer in linears(made.network).items():
+        given = made.ranges.get(name)
+        weight = layer.weight.detach() * torch.tensor(given.scale if given is not None and given.scale else 1.0)
+        spec = made.weights[name]
+        assert len(spec.steps) == layer.out_features
+        steps = weight / torch.tensor(spec.steps)[:, None]
+        torch.testing.assert_close(steps, steps.round().clamp(-4, 3), atol=1e-3, rtol=0)
+        if isinstance(low := held[name], QuantizedLinear | DynamicLinear):
+            assert torch.equal(low.weight.T, steps.round().to(torch.int8))
+    tokens = model.encoder.encode(dataset.train.text)
+    wanted = logits_of(model, tokens)
+
+    def far(one: Model) -> float:
+        network = lowered(one)
+        with torch.no_grad():
+            said = network(*map(torch.from_numpy, tokens.padded(np.arange(len(tokens)), model.encoder.pad)))
+        return float((said - wanted).square().mean())
+
+    assert far(made) < far(near(model, run, PLAN))
 
 
 @pytest.mark.slow
@@ -524,6 +597,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "group", "group": 32}, "no integer kernel has groups"),
     ({"method": "mse", "percentile": 0.9}, "percentile does not apply to calibration 'mse'"),
     ({"activations": "none", "rows": 5}, "rows does not apply to activations 'none'"),
+    ({"rounding": "random"}, "unknown rounding 'random' of Quantize; use nearest or gptq"),
+    ({"rounding": "gptq", "symmetric": False}, "rounding 'gptq' is for symmetric weights, per channel or tensor"),
+    ({"rounding": "gptq", "granularity": "group", "group": 32, "activations": "none"}, "rounding 'gptq' is for symm"),
 ]
 
 

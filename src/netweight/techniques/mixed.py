@@ -49,6 +49,8 @@ class MixedBits:
             raise OptionError(f"choices of MixedBits are {self.choices}; use some of 2 to 8.")
         if self.quantize.weight_bits != Quantize.weight_bits:
             raise OptionError("weight_bits are what MixedBits chooses; leave them out of its quantize.")
+        if self.quantize.rounding != "nearest":
+            raise OptionError("rounding 'gptq' needs the bits that MixedBits chooses after it; use 'nearest'.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         layers = linears(transformer(model, "MixedBits"))
