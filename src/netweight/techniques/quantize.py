@@ -65,8 +65,8 @@ class Quantize:
 
     `weight_bits` of each weight, 2 to 8; what shares a scale is an output channel, the tensor, or a `group` of inputs
     (with activations "none", since no integer kernel has groups). `weight_clip` "mse" looks for the scale with the
-    least squared error. `rounding` "gptq" rounds weights so that each layer's outputs on those rows change least, instead
-    of each weight to what is nearest (`netweight.quantizer.settled`); for symmetric weights without groups.
+    least squared error. `rounding` "gptq" rounds weights so that each layer's outputs on those rows change little,
+    instead of each to what is nearest (`netweight.quantizer.settled`); for symmetric weights without groups.
     """
 
     method: Method = "percentile"
