@@ -105,6 +105,8 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("quantize", "fp16 storage", TEACHER, (Half(),)),
     ("quantize", "4-bit weights, nearest", TEACHER, (Quantize(weight_bits=4),)),
     ("quantize", "4-bit weights, least squares", TEACHER, (Quantize(weight_bits=4, weight_clip="mse"),)),
+    ("quantize", "4-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=4, weight_clip="mse", rounding="gptq"),)),
+    ("quantize", "3-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=3, weight_clip="mse", rounding="gptq"),)),
     ("quantize", "4-bit weights, trained", TEACHER, (QuantizeAware(),)),
     ("quantize", "3-bit weights, trained", TEACHER, (QuantizeAware(Quantize(weight_bits=3, weight_clip="mse")),)),
     ("quantize", "4 bits in the mean, mixed", TEACHER, (MixedBits(mean_bits=4),)),

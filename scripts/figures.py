@@ -110,6 +110,7 @@ def table() -> str:
         if gaps
         else f"| static tier's gap to the teacher | 2.0 points or less | {peers.NOT_RUN} | |",
         _small(found),
+        _smallest(),
         _standard(),
         *_growth(),
     ]
@@ -135,6 +136,14 @@ def _small(found: list[Shop]) -> str:
     """The artifact of BANKING77."""
     sizes = {name: own["made"]["bytes"] / 1e6 for name, own, _ in found if name.startswith("banking77 ")}
     return _line("bytes on BANKING77", "6 MB or less", -6, sizes, "{:.1f} MB")
+
+
+def _smallest() -> str:
+    """The artifact of BANKING77 where bytes are what is minimised; the verdict is part of the name."""
+    stored = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(peers.RESULTS.glob("banking77-size-seed*.json"))]
+    held = {f"seed {r['seed']}": r["inspect"] for r in stored}
+    sizes = {name: r["measurements"]["bytes"] / 1e6 for name, r in held.items() if r["certificate"]["certified"]}
+    return _line("the same with `--minimise size`", "6 MB or less", -6, sizes, "{:.1f} MB")
 
 
 def _growth() -> list[str]:
