@@ -151,7 +151,12 @@ COSTS = {
     "conv": 4e-6,
     "half-int8": 5e-5,
     "third-int8": 4e-5,
+    "half-int4": 5e-5,
+    "third-int4": 4e-5,
     "full-int8": 1e-4,
+    "full-int5": 1e-4,
+    "full-int4": 1e-4,
+    "full-int3": 1e-4,
     "full-mixed": 1.1e-4,
 }
 

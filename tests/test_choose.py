@@ -28,7 +28,7 @@ from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, ju
 from netweight.data import Dataset, Rows
 from netweight.engine import cascade as engine
 from netweight.errors import ModelError
-from netweight.job import Job, Options, Tables, prepare
+from netweight.job import Budget, Job, Options, Tables, prepare
 from netweight.layers import Activate
 from netweight.measure import Cost
 from netweight.pipeline import climb
@@ -81,14 +81,14 @@ def test_where_bytes_count_encoders_of_few_bits_stand_behind_those_in_int8() -> 
     teacher = tiny_model(layers=6)
     usual, rungs = ladder(teacher), ladder(teacher, bytes_count=True)
     assert [rung.name for rung in rungs] == [
-        *("linear", "full-int8", "static", "conv", "full-int4", "full-int3"),
+        *("linear", "full-int8", "static", "conv", "full-int5", "full-int4", "full-int3"),
         *("half-int8", "half-int4", "third-int8", "third-int4"),
     ]
     assert {rung.name: rung.recipe for rung in usual if rung.name != "full-mixed"}.items() <= {
         rung.name: rung.recipe for rung in rungs
     }.items()
     named = {rung.name: rung for rung in rungs}
-    for name, bits in (("full-int4", 4), ("full-int3", 3), ("half-int4", 4), ("third-int4", 4)):
+    for name, bits in (("full-int5", 5), ("full-int4", 4), ("full-int3", 3), ("half-int4", 4), ("third-int4", 4)):
         last = named[name].recipe[-1]
         last = last.start if isinstance(last, QuantizeAware) else last
         assert isinstance(last, Quantize)
@@ -149,7 +149,9 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
     assert asked.name == rungs[1].name
 
 
-def climbed(wrong: dict[str, float], cut: float = 0.0, reads: int | None = None) -> tuple[Search, list[str]]:
+def climbed(
+    wrong: dict[str, float], cut: float = 0.0, reads: int | None = None, minimise: choose.Minimise = "cost"
+) -> tuple[Search, list[str]]:
     """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way; a share of the
     texts is `cut` by encoders, and some tiers read `reads` tokens."""
     teacher = tiny_model(layers=6)
@@ -166,7 +168,7 @@ def climbed(wrong: dict[str, float], cut: float = 0.0, reads: int | None = None)
         cut=cut,
         reads=reads,
         beaten=lambda points: False,
-        job=Job(Tables(Rows((), ()))),
+        job=Job(Tables(Rows((), ())), budget=Budget(minimise=minimise)),
         data=SimpleNamespace(certify=range(3000)),
         run=SimpleNamespace(data=None),
         task=TASK,
@@ -189,6 +191,23 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
     assert ("third-int8" in found.points) == made
     said = "third-int8 is not made: half-int8, which is larger, would hardly pass"
     assert (said in notes) != made
+
+
+def test_what_would_come_after_a_rung_that_was_not_made_is_not_made() -> None:
+    found, notes = climbed(
+        {"linear": 0.3, "static": 0.3, "conv": 0.3, "full-int5": 0.3, "half-int8": 0.3}, minimise="size"
+    )
+    assert {"full-int5", "half-int8"} <= set(found.points)
+    assert notes[1:] == [
+        f"{name} is not made: {larger}, which is larger, would hardly pass"
+        for name, larger in (
+            ("full-int4", "full-int5"),
+            ("full-int3", "full-int4"),
+            ("half-int4", "half-int8"),
+            ("third-int8", "half-int8"),
+            ("third-int4", "third-int8"),
+        )
+    ]
 
 
 @pytest.mark.parametrize(("cut", "said"), [(0.01, False), (0.25, True)])

@@ -193,6 +193,23 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
 
 
 @pytest.mark.usefixtures("quick")
+def test_where_bytes_count_few_bits_are_tried_and_the_smallest_that_passes_ships(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "_PASSES", 2.0)  # made, however well the static student does
+    monkeypatch.setattr(pipeline, "_MAY_PASS", -1.0)
+    out = tmp_path / "made.nw"
+    result = again(shop, out, minimise="size", max_drop=40.0)
+    kept = journal(out)
+    sizes = {name: kept[f"point {name}"]["bytes"] for name in ("full-int8", "full-int5", "full-int4", "full-int3")}
+    assert sorted(sizes, key=sizes.__getitem__) == ["full-int3", "full-int4", "full-int5", "full-int8"]
+    assert "point full-mixed" not in kept
+    (tier,) = result.manifest.tiers
+    points = [value for key, value in kept.items() if key.startswith("point ")]
+    assert kept[f"point {tier.name}"]["bytes"] == min(point["bytes"] for point in points)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_tier_with_exits_ships_and_what_recipes_share_is_made_once(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

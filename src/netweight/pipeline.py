@@ -158,7 +158,7 @@ def climb(builder: Builder) -> Search:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
             break
-        if rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS:
+        if search.skipped(rung.after) or (rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS):
             _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
             search.skip(rung)
             continue
