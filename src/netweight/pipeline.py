@@ -158,12 +158,12 @@ def climb(builder: Builder) -> Search:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
             break
-        if search.skipped(rung.after) or (rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS):
-            _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
-            search.skip(rung)
-            continue
         if rung.unless in search.points and _chance(builder, search.points, rung.unless) > _PASSES:
             _left_out(builder, rung.name, f"{rung.unless}, which costs less, will hardly fail alone")
+            search.skip(rung)
+            continue
+        if search.skipped(rung.after) or (rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS):
+            _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
             search.skip(rung)
             continue
         if trials is not None and trials.asked is not None:
