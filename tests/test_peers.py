@@ -189,7 +189,7 @@ def test_figures_take_the_best_certified_peer(
 
     (tmp_path / "cells").mkdir()
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
-    assert figures.table().count(peers.NOT_RUN) == 10
+    assert figures.table().count(peers.NOT_RUN) == 11
     own = {"rows_per_second": 1000.0, "ratio": 1.0, "p50": 1.0, "p99": 8.0}
 
     def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int, margin: float = 1.0) -> None:
@@ -231,6 +231,10 @@ def test_figures_take_the_best_certified_peer(
         (tmp_path / f"banking77-standard-seed{seed}.json").write_text(json.dumps(run))
     (tmp_path / "finetune.json").write_text(json.dumps({"seconds": 100, "epochs": 2.0}))
     assert "6 epochs, of which 2 timed | 3x | 2.50x | reached |" in figures.table()
+    for seed, verdict, size in ((0, "certified", 5_800_000), (1, "not certified", 10)):
+        run = {"seed": seed, "inspect": {"bytes": size, "certificate": {"verdict": verdict}}}
+        (tmp_path / f"banking77-size-seed{seed}.json").write_text(json.dumps(run))
+    assert "`--minimise size` | 6 MB or less | 5.8 MB | reached |" in figures.table()
     steps = [{"rows": 400, "seconds": 20.0}, {"rows": 40, "seconds": 1.0}]
     (tmp_path / "scaling-predict.json").write_text(json.dumps({"steps": steps}))
     assert "ten times the rows / few | 1.0, below is better | 2.00x | **missed** |" in figures.table()
