@@ -219,7 +219,7 @@ def test_figures_take_the_best_certified_peer(
     assert "0.50 in the geometric mean" in lines[6]
     assert "3.00 (banking77 0 3.00, bitext_support 0 3.00, womens_clothing 0 3.00) | **missed**" in lines[7]
     assert "| 6 MB or less | 0.0 MB | reached |" in lines[8]
-    assert f"| 3x | {peers.NOT_RUN} | |" in lines[9]
+    assert f"| 3x | {peers.NOT_RUN} | |" in lines[10]
     assert "in none of the first five rows: womens_clothing 0" in lines[-1]
     cell("amazon_multidomain", "netweight", "certified", 1.0, 1.0, 10, margin=3.3)
     cell("amazon_multidomain", "onnx_int8", "certified", 44.0, 10.0, 40)
