@@ -154,7 +154,6 @@ COSTS = {
     "half-int4": 5e-5,
     "third-int4": 4e-5,
     "full-int8": 1e-4,
-    "full-int5": 1e-4,
     "full-int4": 1e-4,
     "full-int3": 1e-4,
     "full-mixed": 1.1e-4,

@@ -33,7 +33,7 @@ from netweight.layers import Activate
 from netweight.measure import Cost
 from netweight.pipeline import climb
 from netweight.run import Local
-from netweight.search import INT8, Point, Search, ladder, quantized, student
+from netweight.search import Point, Search, ladder, quantized, student
 from netweight.task import Classify, Score, softmax
 from netweight.techniques import Distill, Quantize, QuantizeAware, Shrink
 from netweight.train import Plan
@@ -77,25 +77,21 @@ def test_the_ladder_of_any_depth(depth: int) -> None:
     assert all(recipe[-2].teachers == (teacher,) for recipe in students)  # type: ignore[attr-defined]
 
 
-def test_where_bytes_count_encoders_of_few_bits_stand_behind_those_in_int8() -> None:
+def test_where_bytes_count_encoders_have_few_bits() -> None:
     teacher = tiny_model(layers=6)
-    usual, rungs = ladder(teacher), ladder(teacher, bytes_count=True)
-    assert [rung.name for rung in rungs] == [
-        *("linear", "full-int8", "static", "conv", "full-int5", "full-int4", "full-int3"),
-        *("half-int8", "half-int4", "third-int8", "third-int4"),
-    ]
-    assert {rung.name: rung.recipe for rung in usual if rung.name != "full-mixed"}.items() <= {
-        rung.name: rung.recipe for rung in rungs
-    }.items()
-    named = {rung.name: rung for rung in rungs}
-    for name, bits in (("full-int5", 5), ("full-int4", 4), ("full-int3", 3), ("half-int4", 4), ("third-int4", 4)):
-        last = named[name].recipe[-1]
+    usual = {rung.name: rung for rung in ladder(teacher)}
+    rungs = {rung.name: rung for rung in ladder(teacher, bytes_count=True)}
+    floor = ["linear", "full-int8", "static", "conv"]
+    assert list(rungs) == [*floor, "full-int4", "full-int3", "half-int4", "third-int4"]
+    assert all(rungs[name].recipe == usual[name].recipe for name in floor)
+    for name, bits in (("full-int4", 4), ("full-int3", 3), ("half-int4", 4), ("third-int4", 4)):
+        last = rungs[name].recipe[-1]
         last = last.start if isinstance(last, QuantizeAware) else last
         assert isinstance(last, Quantize)
         assert (last.weight_bits, last.rounding) == (bits, "gptq")
-        assert last.table_bits < INT8.table_bits
-    assert named["half-int4"].recipe[:-1] == named["half-int8"].recipe[:-1], "what comes before is made once"
-    assert [named[f"{name}-int4"].after for name in ("half", "third")] == ["half-int8", "third-int8"]
+    for name in ("half", "third"):
+        assert rungs[f"{name}-int4"].recipe[:-1] == usual[f"{name}-int8"].recipe[:-1]
+    assert [rungs[name].after for name in ("full-int3", "half-int4", "third-int4")] == ["full-int4", "", "half-int4"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -195,18 +191,12 @@ def test_a_smaller_student_is_made_where_the_larger_one_has_a_chance(wrong: floa
 
 def test_what_would_come_after_a_rung_that_was_not_made_is_not_made() -> None:
     found, notes = climbed(
-        {"linear": 0.3, "static": 0.3, "conv": 0.3, "full-int5": 0.3, "half-int8": 0.3}, minimise="size"
+        {"linear": 0.3, "static": 0.3, "conv": 0.3, "full-int4": 0.3, "half-int4": 0.3}, minimise="size"
     )
-    assert {"full-int5", "half-int8"} <= set(found.points)
+    assert {"full-int4", "half-int4"} <= set(found.points)
     assert notes[1:] == [
         f"{name} is not made: {larger}, which is larger, would hardly pass"
-        for name, larger in (
-            ("full-int4", "full-int5"),
-            ("full-int3", "full-int4"),
-            ("half-int4", "half-int8"),
-            ("third-int8", "half-int8"),
-            ("third-int4", "third-int8"),
-        )
+        for name, larger in (("full-int3", "full-int4"), ("third-int4", "half-int4"))
     ]
 
 

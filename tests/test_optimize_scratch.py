@@ -13,11 +13,12 @@ from torch import Tensor
 from conftest import GOOD, Shop, again, journal, many_rows
 from netweight import build
 from netweight.build import PRETRAINED, TEACHER, Builder, Clock
+from netweight.choose import Minimise
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
 from netweight.errors import OptionError
-from netweight.job import Job, Options, Tables
+from netweight.job import Budget, Job, Options, Tables
 from netweight.model import Model
 from netweight.run import Local
 from netweight.scratch import scratch
@@ -86,6 +87,22 @@ def test_a_vocabulary_of_which_most_would_stay_is_not_trimmed(
         source = Builder(Job(Tables(train)), dataset, model.task, store, Silent(), Clock(8), run).source
     assert ("dress" not in source.encoder.tokens()) == trimmed
     assert (source is model) == (not trimmed)
+
+
+@pytest.mark.parametrize("minimise", ["cost", "size"])
+def test_where_bytes_count_fewer_common_words_stay(
+    minimise: Minimise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
+) -> None:
+    names = model.encoder.tokens()
+    for name, value in (("_COMMON", len(names)), ("_COMMONEST", names.index("dress")), ("_FEW", 1.0)):
+        monkeypatch.setattr(build, name, value)
+    monkeypatch.setattr(Builder, "teacher", model)
+    train = replace(dataset.train, text=tuple(text.replace("dress", "zip") for text in dataset.train.text))
+    with Store(tmp_path, {"a": 1}) as store:
+        job = Job(Tables(train), budget=Budget(minimise=minimise))
+        run = Local(replace(dataset, train=train))
+        source = Builder(job, dataset, model.task, store, Silent(), Clock(8), run).source
+    assert ("dress" in source.encoder.tokens()) == (minimise == "cost")
 
 
 def test_a_tokenizer_that_cannot_be_trimmed_stays_whole(

@@ -256,6 +256,18 @@ def test_common_tokens_stay(model: Model, pooled: Dataset) -> None:
         Vocab(common=99)(model, run, PLAN)
 
 
+def test_places_held_for_words_to_come_are_not_common(pooled: Dataset) -> None:
+    """What the tokenizer itself cuts apart is given by no text."""
+    held = ["[unused0]", "zip-lock"]
+    model = tiny_model(more=[*held, "unseen"])
+    names = model.encoder.tokens()
+    small = Vocab(common=len(names))(model, Local(pooled), PLAN)
+    assert small.encoder.tokens() == [name for name in names if name not in held]
+    given = model.encoder.encode(names).ids.tolist()
+    assert names.index("unseen") in given
+    assert not {names.index(name) for name in held} & set(given)
+
+
 def test_contract_of_vocab(model: Model, pooled: Dataset, tmp_path: Path) -> None:
     TechniqueContract(Vocab(), model, lambda: Local(pooled), PLAN, pooled.train.text[:16]).check(tmp_path)
 

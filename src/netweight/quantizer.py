@@ -146,7 +146,7 @@ def held_bytes(shape: torch.Size, spec: Weights) -> int:
 
 def rounded(x: Tensor, scale: Tensor, zero: Tensor | float, low: int, high: int) -> Tensor:
     """scale (clamp(round(x / scale) + zero, low, high) - zero)."""
-    return ((x / scale).round() + zero).clamp(low, high).sub(zero).mul(scale)
+    return (x / scale).round_().add_(zero).clamp_(low, high).sub_(zero).mul_(scale)
 
 
 class _Rounded(torch.autograd.Function):
@@ -161,12 +161,13 @@ class _Rounded(torch.autograd.Function):
         x, scale, zero = ctx.saved_tensors
         low, high = ctx.ends
         v = x / scale
-        inside = (v + zero > low) & (v + zero < high)
+        at = v + zero
+        inside = (at > low).logical_and_(at < high).to(v.dtype)
         for_scale = None
         if ctx.needs_input_grad[1]:
-            q = (v.round() + zero).clamp(low, high) - zero
-            slope = torch.where(inside, q - v, q)
-            for_scale = (grads[0] * slope).sum_to_size(scale.shape) * ctx.factor
+            # q - v where x is not clipped, q elsewhere.
+            slope = v.round().add_(zero).clamp_(low, high).sub_(zero).addcmul_(v, inside, value=-1.0)
+            for_scale = slope.mul_(grads[0]).sum_to_size(scale.shape) * ctx.factor
         return grads[0] * inside, for_scale, None, None, None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from torch import nn
 
 from netweight.encode import TextEncoder
@@ -34,7 +34,7 @@ _KINDS = ("WordPiece", "WordLevel", "BPE", "Unigram")
 class Vocab:
     """Drop the tokens that training rows and pool use fewer than `least` times, but for the first `common`: learned
     vocabularies number their tokens by how common they are in the texts that they were learned from, and texts to come
-    may use those.
+    may use those. Places held for words to come, as BERT's [unused0], go: no text gives them.
 
     Special and added tokens stay, and so does what any text falls back to: single characters, bytes and their
     continuations. A text whose tokens all stay keeps its tokens, and so its outputs, exactly; any other falls apart
@@ -57,7 +57,7 @@ class Vocab:
             raise OptionError(f"common is {self.common}; use 0 (keep nothing but what occurs) or more.")
         old = model.encoder
         counts = run.reduce(model, TokenCounts(old.vocabulary), unlabelled=True)["tokens"]
-        used = set((counts >= self.least).nonzero().flatten().tolist()) | set(range(self.common))
+        used = set((counts >= self.least).nonzero().flatten().tolist()) | set(first_words(old.definition, self.common))
         definition, ids = smaller(old.definition, used | {old.pad, network.config.pad_token_id, *old.specials})
         if len(ids) == token_table(network)[1].num_embeddings:
             first = f", is among the first {self.common}" if self.common else ""
@@ -143,6 +143,16 @@ def _with_rows(network: Transformer, ids: list[int], place: dict[int, int], pad:
 
 
 # --- tokenizers ---
+
+
+def first_words(definition: str, common: int) -> list[int]:
+    """The first `common` tokens but for those that no text gives: words that the tokenizer itself cuts apart."""
+    tokenizer = Tokenizer.from_str(definition)
+    cut, prefix = tokenizer.pre_tokenizer, getattr(tokenizer.model, "continuing_subword_prefix", "")
+    if cut is None or not isinstance(tokenizer.model, (models.WordPiece, models.WordLevel)):
+        return list(range(common))
+    names = [(i, (tokenizer.id_to_token(i) or "").removeprefix(prefix)) for i in range(common)]
+    return [i for i, name in names if len(cut.pre_tokenize_str(name)) == 1]
 
 
 def smaller(definition: str, keep: set[int]) -> tuple[str, list[int]]:
