@@ -97,6 +97,7 @@ EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("factor", "half of the parameters, aware, not healed", TEACHER, (Factor(budget=0.5, epochs=0),)),
     ("factor", "half of the parameters, aware", TEACHER, (Factor(budget=0.5),)),
     ("vocab", "tokens that occur", TEACHER, (Vocab(),)),
+    ("vocab", "tokens that occur and common ones", TEACHER, (Vocab(common=8000),)),
     ("vocab", "tokens that occur, factored, int8", TEACHER, (Vocab(), FactorEmbedding(rank=128), Quantize())),
     ("quantize", "int8", TEACHER, (Quantize(),)),
     ("quantize", "int8, mixed", TEACHER, (Quantize(activations="mixed"),)),
