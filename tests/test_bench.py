@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,3 +115,22 @@ def test_a_sparse_teachers_file_is_unpacked_for_baselines() -> None:
     assert size == len(export(model).plain) > len(export(model).data)
     tokens = model.encoder.encode(ROWS.text)
     np.testing.assert_allclose(engine.run(tokens).logits, logits_of(model, tokens), atol=1e-5)
+
+
+def test_a_measurement_names_the_commit_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results written beside it do not count as changes of the code; outside a checkout there is no name."""
+    package = tmp_path / "src" / "netweight"
+    package.mkdir(parents=True)
+    code, result = package / "measure.py", tmp_path / "result.json"
+    monkeypatch.setattr(measure, "__file__", str(code))
+    code.write_text("1", encoding="utf-8")
+    result.write_text("1", encoding="utf-8")
+    assert measure.machine(1).commit == ""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    name = subprocess.run([*git, "describe", "--always"], check=True, capture_output=True, text=True).stdout.strip()
+    result.write_text("2", encoding="utf-8")
+    assert measure.machine(1).commit == name
+    code.write_text("2", encoding="utf-8")
+    assert measure.machine(1).commit == f"{name}-dirty"

@@ -153,17 +153,20 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit of a source checkout; empty for an installed package."""
+    """The commit of a source checkout, with "-dirty" where this package differs from it; empty for an installed one."""
     folder = Path(__file__).resolve().parent
     if not (folder.parents[1] / ".git").exists():
         return ""
+
+    def said(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+
     try:
-        found = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
+        # Not `describe --dirty`: a benchmark that has just written its results would count.
+        changed = said("status", "--porcelain", "--", ".").strip()
+        return said("describe", "--always").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found.stdout.strip()
 
 
 def cores() -> int:
