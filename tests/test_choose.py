@@ -89,6 +89,8 @@ def test_where_bytes_count_encoders_have_few_bits() -> None:
         last = last.start if isinstance(last, QuantizeAware) else last
         assert isinstance(last, Quantize)
         assert (last.weight_bits, last.rounding) == (bits, "gptq")
+        assert last.table_bits == (7 if name == "full-int4" else 5)
+    assert isinstance(rungs["full-int3"].recipe[-1], QuantizeAware), "3 bits are trained"
     for name in ("half", "third"):
         assert rungs[f"{name}-int4"].recipe[:-1] == usual[f"{name}-int8"].recipe[:-1]
     assert [rungs[name].after for name in ("full-int3", "half-int4", "third-int4")] == ["full-int4", "", "half-int4"]
