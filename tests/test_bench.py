@@ -13,7 +13,7 @@ import torch
 
 from conftest import Say, Shop, tiny_encoder, tiny_model, tiny_rows, write_table
 from netweight import artifact, bench, load, measure
-from netweight.baselines import baseline, nncf_int8
+from netweight.baselines import baseline, nncf_int8, teacher_engine
 from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
 from netweight.export import export
 from netweight.run.local import logits_of
@@ -38,6 +38,15 @@ def test_bench(say: Say, shop: Shop, tmp_path: Path) -> None:
     people = say("bench", shop.folder, "--input", table, "--threads", 1)
     assert "rows/s, median" in people.out
     assert "accuracy" not in people.out, "without labels there is no quality"
+
+
+def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
+    model, seen, before = tiny_model(), [], torch.get_num_threads()
+    model.network.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    for threads in (1, 2):
+        teacher_engine(model, threads).predict(["soft zip"])
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.usefixtures("quick")

@@ -24,10 +24,23 @@ from netweight.artifact import Tier
 from netweight.build import Builder
 from netweight.certify import fit_temperature
 from netweight.certify.power import binary_power
-from netweight.choose import FIRST, SECOND, SHARES, Choice, Planned, choices, judged, own, plan, provable
+from netweight.choose import (
+    FIRST,
+    SECOND,
+    SHARES,
+    Choice,
+    Planned,
+    alone,
+    choices,
+    judged,
+    names,
+    own,
+    plan,
+    provable,
+)
 from netweight.data import Dataset, Rows
 from netweight.engine import cascade as engine
-from netweight.errors import ModelError
+from netweight.errors import CertificateError, ModelError, OptionError
 from netweight.job import Budget, Job, Options, Tables, prepare
 from netweight.layers import Activate
 from netweight.measure import Cost
@@ -600,9 +613,31 @@ def test_macro_f1_gives_way_where_its_test_would_be_refused() -> None:
     job = Job(Tables(rare))
     with TemporaryDirectory() as folder:
         _, task, notes = prepare(job, Path(folder))
-        _, asked, _ = prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
+        with pytest.raises(OptionError, match="the rarest can expect 2; merge such labels, give more labelled rows"):
+            prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
+        # There may just be enough.
+        more = replace(rare, label=tuple("b" if i < 80 else "a" for i in range(200)))
+        _, asked, _ = prepare(Job(Tables(more), options=Options(metric="macro-f1")), Path(folder))
     assert (task.metric, asked.metric) == ("accuracy", "macro-f1")
     assert any("needs 25 certify rows of each label, and the rarest can expect 2" in note for note in notes)
+
+
+def test_groups_that_are_too_few_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    rows = Rows(tuple(f"text {i}" for i in range(400)), ("a", "b") * 200, group=tuple(f"{i % 50}" for i in range(400)))
+    with pytest.raises(CertificateError, match="the certify rows form 10 groups; at least 30 are needed"):
+        prepare(Job(Tables(rows)), tmp_path)
+
+
+def test_choices_that_hand_over_nearly_the_same_have_names_of_their_own() -> None:
+    cheap, strong, _ = two()
+
+    def handing(share: float) -> Choice:
+        return Choice((cheap, strong), (1.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1 - share, share), 1.0, strong.logits)
+
+    several = [alone(strong), handing(0.032), handing(0.028), handing(0.01)]
+    assert names(several) == ["strong", "cheap > strong (3.2 %)", "cheap > strong (2.8 %)", "cheap > strong (1.0 %)"]
+    assert names(several[:2]) == ["strong", "cheap > strong (3 %)"]
+    assert names([handing(0.03), handing(0.03)]) == ["cheap > strong (3.000 %), 1", "cheap > strong (3.000 %), 2"]
 
 
 def test_weights_that_no_certificate_counts_are_spoken_of(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from conftest import Say, Shop, tiny_rows, write_table
 from netweight import artifact, load
 from netweight import summary as summary_module
+from netweight.certify import Estimate
 from netweight.cli.make import seconds_of
 from netweight.data import Rows
 from netweight.errors import ArtifactError, OptionError
@@ -113,6 +114,25 @@ def test_inspect_for_people(say: Say, shop: Shop) -> None:
     assert "CERTIFIED: accuracy drops by less than 5 points (95 % confidence, 500 rows that no search saw)" in words
     assert shop.result.certificate.shipped.name in words
     assert "$" in words
+
+
+def test_an_error_is_written_in_its_own_units(monkeypatch: pytest.MonkeyPatch, shop: Shop) -> None:
+    certificate, outcomes = certificate_of(shop.folder)
+    final = certificate.final
+    eight = Estimate(-8.0, -8.4, -7.7)
+    tested = replace(final, quality=eight, drop=Estimate(0.04, 0.01, 0.07), margin=0.08)
+    registration = replace(certificate.registration, task=Score(50.0, 10.0, "mae"), max_drop=1.0)
+    of_errors = replace(
+        certificate, registration=registration, reference=eight, tested=(tested,), shipped=tested.candidate
+    )
+    manifest = replace(shop.result.manifest, task=registration.task)
+    monkeypatch.setattr(summary_module, "certificate_of", lambda folder: (of_errors, outcomes))
+    monkeypatch.setattr(summary_module.artifact, "check", lambda folder: manifest)
+    found = dict(summary_module.lines(shop.folder))
+    assert found["verdict"].startswith("CERTIFIED: mae rises by less than 1 points")
+    assert (
+        found["mae"] == "8.000 [7.700, 8.400], reference teacher 8.000 [7.700, 8.400]; drop 0.50 points, at most 0.88"
+    )
 
 
 def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:

@@ -175,6 +175,31 @@ def test_groups_and_texts_join_into_one() -> None:
     assert abs(len(data.certify) - 120) <= 6
 
 
+def test_what_was_cut_together_is_one_group_of_certify() -> None:
+    """All copies of a text are cut or none: a certificate that took them for independent would promise too much."""
+    cells = [(f"text {i // 3 if i < 300 else i}", "ab"[i % 2 if i >= 300 else (i // 3) % 2]) for i in range(600)]
+    data = split(rows(*cells))
+    certify = data.certify.rows
+    copies = Counter(certify.text)
+    assert set(copies.values()) == {1, 3}
+    assert certify.group is not None
+    by_text = dict(zip(certify.text, certify.group, strict=True))
+    assert all(by_text[text] == group for text, group in zip(certify.text, certify.group, strict=True))
+    assert all((by_text[text] != "") == (n > 1) for text, n in copies.items())
+    together = sum(n == 3 for n in copies.values())
+    assert len(set(certify.group) - {""}) == together
+    assert f"{3 * together} rows of certify share a text or group with another one" in " ".join(data.notes)
+    # Copies in a table that was given are copies that were drawn.
+    given = split(many(100), certify=rows(*cells))
+    assert given.certify.rows.group is None
+    # Groups that are joined by a text are one.
+    joined = split(rows(*cells, group=tuple(f"{i}" for i in range(600))), seed=3).certify.rows
+    assert joined.group is not None
+    assert all(
+        len({g for t, g in zip(joined.text, joined.group, strict=True) if t == text}) == 1 for text in joined.text
+    )
+
+
 def test_one_large_group_goes_to_train() -> None:
     group = ("big",) * 500 + tuple(str(i) for i in range(100))
     data = split(Rows(many(600).text, many(600).label, group=group))

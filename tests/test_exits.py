@@ -23,8 +23,8 @@ from netweight.network import Exits
 from netweight.packing import packed
 from netweight.run import Local
 from netweight.task import Score
-from netweight.techniques import Distill, EarlyExit, Quantize, Shrink
-from netweight.techniques.exits import FAMILIES, Staged
+from netweight.techniques import Distill, EarlyExit, Finetune, Prune, Quantize, QuantizeAware, Shrink, Technique
+from netweight.techniques.exits import FAMILIES
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
 
@@ -118,12 +118,32 @@ def test_the_loss_weighs_later_exits_more(dataset: Dataset) -> None:
                 return SoftTargets(model.task, (), 2.0, 0.1)(lambda *_: logits, batch)  # type: ignore[arg-type]
 
             wanted = sum(i * alone(logits) for i, logits in enumerate(stages, 1)) / 6
-            torch.testing.assert_close(Staged(model.task, (), 2.0, 0.1)(network, batch), wanted)  # type: ignore[arg-type]
+            torch.testing.assert_close(SoftTargets(model.task, (), 2.0, 0.1)(network, batch), wanted)  # type: ignore[arg-type]
             seen["yes"] = True
             return {}
 
     batch_of.reduce(model, Sum(), limit=16)  # type: ignore[arg-type]
     assert seen
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        Finetune(epochs=1, probe=False),
+        Finetune(epochs=1, probe=False, train="head"),
+        Finetune(epochs=1, probe=False, train="lora", rank=2),
+        Prune(0.5, epochs=1),
+        QuantizeAware(epochs=1),
+        Distill(layers=None, epochs=1, splice=0.0, match="hidden", teachers=(tiny_model(seed=1),)),
+    ],
+    ids=lambda technique: f"{type(technique).__name__} {getattr(technique, 'train', '')}",
+)
+def test_what_trains_a_model_with_exits_trains_all_of_them(technique: Technique, dataset: Dataset) -> None:
+    model = with_exits(dataset)
+    made = technique(model, Local(dataset), PLAN)
+    for name in ("heads.0.weight", "head.weight"):
+        assert not torch.equal(made.network.get_parameter(name), model.network.get_parameter(name)), name
+    assert all(parameter.requires_grad for parameter in made.network.parameters())
 
 
 def test_refusals(dataset: Dataset) -> None:
@@ -137,6 +157,8 @@ def test_refusals(dataset: Dataset) -> None:
     with pytest.raises(OptionError, match=r"exits after layers \(\): name some"):
         EarlyExit(())(tiny_model(), run, PLAN)
     model = with_exits(dataset)
+    with pytest.raises(OptionError, match="r-drop compares one answer of two passes, and exits give several"):
+        Finetune(regularizer="r-drop")(model, run, PLAN)
     with pytest.raises(ModelError, match="has exits already"):
         EarlyExit()(model, run, PLAN)
     with pytest.raises(ModelError, match="a model with exits cannot lose layers"):

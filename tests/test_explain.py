@@ -111,7 +111,7 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     contents = {artifact.TOKENIZER: teacher.encoder.definition.encode(), tier.file: made.data}
     contents[artifact.CERTIFICATE] = certified().to_json().encode()
     contents[artifact.OUTCOMES] = Outcomes((), np.zeros((0, 2)), {}, np.zeros(0)).to_json().encode()
-    encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}}
+    encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}, "measured": "costs of these"}
     artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
     return folder
 
@@ -167,12 +167,15 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
             ("small-but-slow", 8, 40, 6.0),
             ("large-but-fast", 7, 95, 2.0),
             ("trial", 6, 80, None),
+            ("for-bytes", 9, 20, None),
         ):
             said = np.where(np.arange(9) < right, targets, ~targets)
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
             store.put(f"point {name}", {"engine": "onnx", "bytes": size})
             costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
-        store.put("costs of all", costs | {"small openvino": [4.9, 9.0]})
+        store.put("trial trial", {})
+        store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
+        store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
         store.put("left out third", "half, which is larger, would hardly pass")
         store.put("left out conv", "the time limit was near; a later run made it")
     found = explain(folder, 1)
@@ -183,6 +186,7 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "small-but-slow": "small is at least as good and costs no more",
         "large-but-fast": "the candidates that were registered promised more: they cost less, or are likelier to pass",
         "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
+        "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
     }
     assert [s for s in found.sentences if s.startswith(("Candidate", "Not made"))] == [
         "Candidate full passed, and so did small, which costs less.",
@@ -197,7 +201,7 @@ def test_where_the_linear_model_is_the_reference_that_is_why() -> None:
     certificate = certified()
     alone = replace(certificate.registration, reference=Candidate("linear", ""), candidates=(Candidate("linear", ""),))
     point = Tried("static", 0.9, 10, "")
-    said = _why(point, [point], {}, "cost", replace(certificate, registration=alone))
+    said = _why(point, [point], {}, (), "cost", replace(certificate, registration=alone))
     assert said == "the linear model is the reference, and nothing else was considered"
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netweight.errors import OptionError
 from netweight.loss import Batch, SoftTargets, Supervised, matching, supervised
 from netweight.task import Classify, Score
 
@@ -87,6 +88,16 @@ def test_soft_targets_mix_and_average_teachers() -> None:
         assert loss(Says(logits), batch).item() == pytest.approx(wanted.item(), rel=1e-6)
     assert SoftTargets(TASK, ()).unlabelled
     assert not Supervised(TASK).unlabelled
+
+
+def test_numbers_that_would_turn_a_loss_over_are_refused() -> None:
+    with pytest.raises(OptionError, match="temperature of a distillation is 0; use more than 0"):
+        SoftTargets(TASK, (), 0)
+    for hard in (-0.5, 1.5):
+        with pytest.raises(OptionError, match=f"hard of a distillation is {hard}; use a share, 0 to 1"):
+            SoftTargets(TASK, (), hard=hard)
+    with pytest.raises(OptionError, match="smoothing of a loss is 1.5; use 0 or more, and less than 1"):
+        Supervised(TASK, smoothing=1.5)
 
 
 def test_the_gradient_of_unlabelled_rows_is_zero() -> None:

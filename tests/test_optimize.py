@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -24,11 +26,11 @@ from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CertificateError, OptionError, StoreError
 from netweight.explain import explain
 from netweight.job import Budget, Options
-from netweight.model import Model
+from netweight.model import Model, weights_digest
 from netweight.pipeline import optimize, store_of
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
-from netweight.store import JOURNAL
+from netweight.store import JOURNAL, Store
 from netweight.techniques import Distill, EarlyExit, Quantize
 from netweight.train import Silent
 
@@ -314,8 +316,13 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     assert result.certificate.reference.value == quality(certify)
     assert result.measurements.reference.quality == quality(dev)
     measured = {point.name: point.quality for point in result.measurements.candidates}
-    explained = {step.tier: step.quality for step in explain(out, 1).steps if step.tier}
+    steps = explain(out, 1).steps
+    explained = {step.tier: step.quality for step in steps if step.tier}
     assert explained == {name: measured[name] for name in explained}
+    firsts = [step for before, step in itertools.pairwise(steps) if step.tier and step.tier != before.tier]
+    assert [(step.done, step.bytes < steps[0].bytes) for step in firsts] == [
+        ("Vocab, the tokens that occur", True) for _ in result.manifest.tiers
+    ]
     assert export(out, "onnx", tmp_path / "onnx").compared
     ours, teachers = bench(out, None, against=["teacher"], threads=1).measured
     assert (ours.quality, teachers.quality) == (result.measurements.shipped.quality, quality(dev))
@@ -326,6 +333,34 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     assert whole.provenance["tokens"] == {"known": all_of_them, "teacher": all_of_them}
     with pytest.raises(StoreError, match="vocabulary: 'trimmed' there, 'whole' now"):
         optimize(train.take(seldom), dev=dev, certify=certify, out=out, vocabulary="whole", **shop.options)
+
+
+def test_what_a_run_store_holds_of_another_recipe_is_made_anew(shop: Shop, copied: Path) -> None:
+    """Another version, or a trial that was begun otherwise, may mean something else by the same name."""
+    point = store_of(copied) / "points" / "static.bin"
+    before = point.stat().st_mtime_ns
+    again(shop, copied)
+    assert point.stat().st_mtime_ns == before
+    with Store(store_of(copied), None) as store:
+        recipe = store.get("recipe static")
+        store.put("recipe static", "part-of-another-version")
+    again(shop, copied)
+    assert point.stat().st_mtime_ns > before
+    with Store(store_of(copied), None) as store:
+        assert store.get("recipe static") == recipe
+
+
+def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Path, tmp_path: Path) -> None:
+    weights = shop.base / "model.safetensors"
+    base = tmp_path / "base"
+    shutil.copytree(shop.base, base)
+    first, second = (weights_digest(str(folder)) for folder in (shop.base, base))
+    assert first == second == hashlib.sha256(weights.read_bytes()).hexdigest()
+    (base / "model.safetensors").write_bytes(weights.read_bytes() + b"x")
+    assert weights_digest(str(base)) != first
+    assert weights_digest("starter") == weights_digest("org/name") == ""
+    with Store(store_of(copied), None) as store:
+        assert store.job["weights"] == first
 
 
 def scored(rows: Rows) -> Rows:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -187,6 +187,7 @@ def test_groups_and_zero_points_are_trained_with_scales_that_follow(dataset: Dat
     st.lists(st.lists(st.tuples(st.integers(1, 30), st.floats(0, 9)), min_size=2, max_size=3), min_size=1, max_size=4),
     st.integers(1, 90),
 )
+@example([[(100_001, 1.0), (200_000, 0.0)], [(7, 1.0), (9, 0.0)]], 100_008)
 def test_the_choice_is_the_best_of_all(layers: list[list[tuple[int, float]]], budget: int) -> None:
     sizes, harms = [[s for s, _ in each] for each in layers], [[h for _, h in each] for each in layers]
     every = [
@@ -223,6 +224,21 @@ def test_bits_go_where_they_matter(taught: Model, dataset: Dataset) -> None:
     assert float(harm[f"{name}/2"]) / 40 == pytest.approx(
         distance_over(alone, model, [dataset.train.text[i] for i in np.linspace(0, 79, 40).astype(int)]), rel=0.02
     )
+    # Layers round what smoothing leaves of their weights.
+    scale = torch.linspace(0.2, 5.0, layers[name].in_features)
+    scales = ((name, tuple(scale.tolist())),)
+    smoothed = run.reduce(model, Sensitivity(model.task, ((name, (Weights(2),)),), scales), 40)
+    divided = model.copy()
+    with torch.no_grad():
+        held = divided.network.get_parameter(f"{name}.weight")
+        held.copy_(fake(held * scale, Weights(2)) / scale)
+    assert float(smoothed[f"{name}/2"]) / 40 == pytest.approx(
+        distance_over(divided, model, [dataset.train.text[i] for i in np.linspace(0, 79, 40).astype(int)]), rel=0.02
+    )
+    assert float(smoothed[f"{name}/2"]) != pytest.approx(float(harm[f"{name}/2"]), rel=0.05)
+    least = sum(held_bytes(layer.weight.shape, Weights(2)) for layer in layers.values())
+    tight = MixedBits(budget=least, rows=20, quantize=Quantize(activations="none"))(model, run, PLAN)
+    assert {spec.bits for spec in tight.weights.values()} == {2}
     small = MixedBits(budget=4000, rows=20, quantize=Quantize(activations="none"))(model, run, PLAN)
     assert sum(held_bytes(layers[name].weight.shape, spec) for name, spec in small.weights.items()) <= 4000
 
@@ -306,6 +322,7 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         (lambda: MixedBits(mean_bits=4, choices=(1, 4)), "choices of MixedBits are"),
         (lambda: MixedBits(mean_bits=4, quantize=Quantize(weight_bits=4)), "weight_bits are what MixedBits chooses"),
         (lambda: MixedBits(mean_bits=4, quantize=Quantize(rounding="gptq")), "rounding 'gptq' needs the bits"),
+        (lambda: MixedBits(mean_bits=4, rows=0), "rows of MixedBits is 0; use 1 or more"),
         (lambda: MixedBits(budget=9, rows=5)(model, run, PLAN), "9 bytes are less than the"),
         (lambda: SwapActivation("sin"), "unknown activation 'sin'"),  # type: ignore[arg-type]
     ]

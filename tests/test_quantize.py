@@ -130,6 +130,18 @@ def test_gptq_changes_outputs_less_than_rounding_to_the_nearest() -> None:
             torch.testing.assert_close(settled(weight, scale, 3, apart), fake(weight, Weights(3, clip="mse")))
 
 
+def test_gptq_leaves_pruned_weights_pruned() -> None:
+    weight, moments = some(8, 32), moments_of(3, 32)
+    weight[some(8, 32, 5) < 0] = 0
+    scale, _ = grid(weight, Weights(4))
+    made = settled(weight, scale, 4, moments)
+    assert not made[weight == 0].any()
+    # What they would have made up for is left to the others: worse than free weights, better than the nearest.
+    change = [each.double() - weight.double() for each in (made, fake(weight, Weights(4)))]
+    lost, near = (float((each @ moments * each).sum()) for each in change)
+    assert lost < near
+
+
 def test_groups_fill_up_and_come_back() -> None:
     weight = some(3, 40)
     rows = grouped(weight, Weights(4, "group", 32))
@@ -589,6 +601,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"activations": "dynamic", "granularity": "group", "group": 32}, "no integer kernel has groups"),
     ({"activations": "dynamic", "method": "mse"}, "method does not apply to activations 'dynamic'"),
     ({"smooth": 1.0}, "smooth of Quantize is 1.0; use 0 to less than 1"),
+    ({"percentile": 99.99}, "percentile of Quantize is 99.99; use a share of values, more than 0.5 and at most 1"),
+    ({"percentile": 0.2}, "percentile of Quantize is 0.2"),
+    ({"rows": 0}, "rows of Quantize is 0; use 1 or more"),
     ({"activations": "none", "smooth": 0.0}, "smooth does not apply to activations 'none'"),
     ({"weight_bits": 1}, "weight_bits of Quantize is 1; use 2 to 8"),
     ({"activation_bits": 16}, "activation_bits of Quantize is 16"),

@@ -349,7 +349,7 @@ ATTEMPTS: tuple[Attempt, ...] = (
     ),
     ("fsdp", lambda m, run: Static(epochs=1, splice=0.0)(m, run, PLAN), "this network is a Static, which has none"),
     ("pipeline", lambda m, run: run.fit(m, Contrastive(), PLAN), "Contrastive needs more than one forward pass"),
-    ("pipeline", lambda m, run: EarlyExit((1,), epochs=1)(m, run, PLAN), "Staged needs more than one forward pass"),
+    ("pipeline", lambda m, run: EarlyExit((1,), epochs=1)(m, run, PLAN), "exits answer from layers of several stages"),
     ("pipeline", lambda m, run: Distill(layers=1)(m, run, PLAN), "1 layers cannot be divided into 2 stages"),
     ("tensor", lambda m, run: Distill(layers=2, match=("attention",))(m, run, PLAN), "reads all heads of a layer"),
     ("tensor", lambda m, run: Factor(rank=4, rows=16)(m, run, PLAN), "is a LowRank, which tensor cannot divide"),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from conftest import FAMILIES, tiny_model
 from netweight import bench, measure
+from netweight.active import select
 from netweight.anatomy import blocks, keep_hidden, stream
 from netweight.data import Dataset
 from netweight.encode import Tokens
@@ -27,10 +28,10 @@ from netweight.layers import LowRank
 from netweight.loss import Batch, matching
 from netweight.model import Model
 from netweight.network import Transformer
-from netweight.run import Local
+from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
 from netweight.task import Score
-from netweight.techniques import Finetune, LatencyTable, Quantize, Shrink, Static
+from netweight.techniques import Distill, EarlyExit, Finetune, LatencyTable, Quantize, Shrink, Static
 from netweight.techniques.distill import with_layers
 from netweight.techniques.quantize import points
 from netweight.techniques.shrink import GateGradients, Worth, cheapest, magnitude, ranked, top
@@ -183,7 +184,8 @@ def test_what_matters_least_goes_first(dataset: Dataset) -> None:
             network.get_submodule(part.up[0]).weight[gone] *= 1e-3  # type: ignore[index]
     wanted = logits_of(model.with_network(with_layers(network, [0, 2])), model.encoder.encode(dataset.train.text))
     for importance in ("fisher", "taylor", "magnitude"):
-        cut = Shrink(0.75, 0.5, layers=2, importance=importance, rows=30, epochs=0)(model, Local(dataset), PLAN)  # type: ignore[arg-type]
+        rows = {} if importance == "magnitude" else {"rows": 30}
+        cut = Shrink(0.75, 0.5, layers=2, importance=importance, epochs=0, **rows)(model, Local(dataset), PLAN)  # type: ignore[arg-type]
         assert [(b.heads, b.neurons) for b in blocks(net(cut))] == [(3, 32)] * 2
         torch.testing.assert_close(logits_of(cut, cut.encoder.encode(dataset.train.text)), wanted, atol=1e-5, rtol=1e-4)
 
@@ -192,6 +194,8 @@ def test_even_layers(dataset: Dataset) -> None:
     model = tiny_model(layers=4)
     cut = Shrink(layers=2, spacing="even", importance="magnitude", epochs=0)(model, Local(dataset), PLAN)
     assert cut.digest == model.with_network(with_layers(net(model), [0, 2])).digest
+    # Nothing is ranked, so that nothing is read.
+    assert Shrink(layers=2, spacing="even", epochs=0)(model, cast(Run, None), PLAN).digest == cut.digest
 
 
 def test_healing_brings_it_closer(model: Model, dataset: Dataset) -> None:
@@ -324,6 +328,13 @@ def test_a_latency_table(model: Model, dataset: Dataset, monkeypatch: pytest.Mon
     assert all(not timed.model.ranges for timed in seen)
     bench.block_latency(Quantize(rows=8)(model, Local(dataset), PLAN), (2,), (16,), length=16, batch=8)
     assert all(timed.model.ranges.keys() == set(points(timed.model.network)) for timed in seen[-4:])
+    # Learned scales belong to channels that may be gone, and some layers round their inputs token by token.
+    few = Quantize(rows=8, weight_bits=4, rounding="gptq", activations="mixed")(model, Local(dataset), PLAN)
+    bench.block_latency(few, (2,), (16,), length=16, batch=8)
+    for timed in seen[-4:]:
+        down = {block.down for block in blocks(net(timed.model))}
+        assert timed.model.ranges.keys() == set(points(timed.model.network)) - down
+        assert not any(spec.steps for spec in timed.model.weights.values())
     with pytest.raises(OptionError, match="a block has 1 to 4 heads and 1 to 64 neurons, not"):
         bench.block_latency(model, (5,), (16,))
     with pytest.raises(OptionError, match="a latency table needs at least two layers of one size"):
@@ -349,6 +360,9 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
     refused("cannot keep 3 layers of 2; choose 1 to 2", layers=3)
     refused("unknown importance 'luck'; use fisher, taylor, magnitude", importance="luck", heads=0.5)
     refused("unknown spacing 'random'", spacing="random", layers=1)
+    refused("rows=50 does not apply to importance 'magnitude'", importance="magnitude", rows=50, heads=0.5)
+    refused("spacing says which layers stay; give layers", spacing="even", heads=0.5)
+    refused("uniform=False ranks heads and neurons of all layers together", uniform=False, layers=1)
     refused("multiple is 0, rows 1000 and epochs 6.0", multiple=0, heads=0.5)
     refused("nothing to remove")
     refused("nothing to remove", layers=2)
@@ -394,6 +408,38 @@ def test_a_stream_that_is_not_known_is_refused(model: Model) -> None:
     net(qwen).backbone.norm = OneMoreRMSNorm()
     with pytest.raises(ModelError, match="OneMoreRMSNorm, which is no plain RMSNorm"):
         keep_hidden(net(qwen), torch.arange(8))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layers_alone_are_built_again(family: str, tmp_path: Path) -> None:
+    """ModernBERT's first layer lacks a norm that the others have."""
+    model = tiny_model(family=family, layers=4)
+    made = model.with_network(with_layers(net(model), [1, 3]))
+    made.save(tmp_path)
+    tokens = model.encoder.encode(["my dress was late", "soft"])
+    again = Model.load(tmp_path)
+    assert again.digest == made.digest
+    torch.testing.assert_close(logits_of(again, tokens), logits_of(made, tokens))
+
+
+def test_layers_that_know_their_number_stay_in_place() -> None:
+    model = tiny_model(family="gpt2", layers=4)
+    net(model).config.scale_attn_by_inverse_layer_idx = True
+    with_layers(net(model), [0, 1])
+    with pytest.raises(ModelError, match="attention in this model is scaled by the number of its layer"):
+        with_layers(net(model), [0, 2])
+
+
+def test_a_cut_width_is_the_width(dataset: Dataset, tmp_path: Path) -> None:
+    """What adds modules, or looks at hidden states, goes by what there is and not by the config."""
+    model, run = tiny_model(), Local(dataset)
+    narrow = Shrink(hidden=0.5, multiple=8, rows=16, epochs=0)(model, run, PLAN)
+    assert net(narrow).width == 16
+    options = {"teachers": (model,), "match": ("logits", "hidden"), "splice": 0.0}
+    taught = Distill(layers=None, epochs=1, **options)(narrow, run, PLAN)  # type: ignore[arg-type]
+    technique = EarlyExit((1,), epochs=1, splice=0.0)
+    TechniqueContract(technique, taught, lambda: Local(dataset), PLAN, dataset.train.text).check(tmp_path)
+    assert len(select(technique(taught, run, PLAN), dataset.train, 3)) == 3
 
 
 def test_equal_units_keep_their_order() -> None:

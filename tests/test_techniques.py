@@ -106,6 +106,9 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
     for reach in (-1, 4, 257):
         with pytest.raises(OptionError, match=f"a window of {reach} tokens; use an odd number, .* up to 255"):
             Static(width=4, buckets=8, filters=4, reach=reach, epochs=1)(model, run, PLAN)
+    for name in ("reach", "least"):
+        with pytest.raises(OptionError, match=f"{name} is for filters; with none of them leave it out"):
+            Static(**{name: 3})  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no engine runs a Network"):
         export(model.with_network(Network()))
     with pytest.raises(ModelError, match="unknown network 'abacus'"):

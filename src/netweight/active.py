@@ -57,7 +57,7 @@ def select(
         )
     at, known, part = _candidates(rows, labelled)
     tokens = model.encoder.encode(part.text, part.pair)
-    pooled = torch.zeros(len(part), network.config.hidden_size)
+    pooled = torch.zeros(len(part), network.width)
     network.eval()
     with torch.no_grad():
         for batch in tokens.buckets(64):

@@ -161,7 +161,7 @@ class Stream:
 
 def stream(network: Transformer) -> Stream:
     """Where the residual stream is. Raises ModelError where a module holds it that is none of the known ones."""
-    parts, width = blocks(network), network.head.in_features
+    parts, width = blocks(network), network.width
     pooler = [f"backbone.{_POOLER}"] if _has(network.backbone, _POOLER) else []
     found = Stream(
         width,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,32 @@ NAMES = ("teacher", "onnx", "onnx-int8", "openvino-int8")
 class TorchEngine:
     """The model in PyTorch, fp32."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(self, model: Model, threads: int) -> None:
+        self._model, self._threads = model, threads
 
     def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
         model = self._model
         out = np.zeros((len(tokens), model.task.outputs), np.float32)
-        with torch.inference_mode():
+        with _torch_threads(self._threads), torch.inference_mode():
             for rows in tokens.buckets(batch):
                 out[rows] = model.network(*map(torch.from_numpy, tokens.padded(rows, model.encoder.pad))).numpy()
         return out
 
 
-def teacher_engine(model: Model) -> Engine:
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """torch has one number of threads for the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def teacher_engine(model: Model, threads: int) -> Engine:
     """The model as it was trained, in PyTorch."""
-    return _engine(model, "teacher", TorchEngine(model))
+    return _engine(model, "teacher", TorchEngine(model, threads))
 
 
 def baseline(name: str, model: Model, rows: Rows, threads: int) -> tuple[Engine, int]:
@@ -56,7 +68,7 @@ def baseline(name: str, model: Model, rows: Rows, threads: int) -> tuple[Engine,
     NNCF's post-training int8, calibrated on 300 of `rows`. Raises MissingExtra for OpenVINO where it is not installed.
     """
     if name == "teacher":
-        return teacher_engine(model), model.bytes
+        return teacher_engine(model, threads), model.bytes
     plain = export(Model(model.network, model.encoder, model.task, model.base)).plain
     pad = model.encoder.pad
     if name == "onnx":

@@ -24,7 +24,7 @@ from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError
 from netweight.export import export
 from netweight.measure import Machine, Measurement
-from netweight.model import Model, Range
+from netweight.model import Model, Range, Weights
 from netweight.store import Store, rows_of, store_of
 from netweight.techniques import LatencyTable
 from netweight.techniques.base import transformer
@@ -106,9 +106,9 @@ def bench(
 
     Baselines are made from the teacher in DIR.run. Raises StoreError where that is needed and absent.
     """
-    engine = load(folder, threads)
     manifest = artifact.read_manifest(folder)
     count = threads or measure.cores()
+    engine = load(folder, count)
     rows = rows_of(folder, source, Columns(text, label, pair))
     engines: dict[str, tuple[Engine, int]] = {folder.name: (engine, artifact.size(folder, manifest))}
     if against:
@@ -156,7 +156,7 @@ def block_latency(
 ) -> LatencyTable:
     """Time one block with each number of `heads` and `neurons` in ONNX Runtime, on a batch of rows of `length` tokens.
 
-    In fp32; in int8 where the model has ranges. What is outside of the blocks comes from one layer against two. The
+    In the model's numbers: in int8 where it was quantized, else in fp32. What is outside of the blocks comes from one layer against two. The
     model's own numbers are measured too. Raises OptionError for more heads or neurons than there are, for layers of
     several sizes, and for a single layer.
     """
@@ -192,8 +192,11 @@ def _timed(model: Model, layers: Sequence[int], heads: int, neurons: int, thread
             keep_heads(network, block, torch.arange(heads))
         if neurons < block.neurons:
             keep_neurons(network, block, torch.arange(neurons))
-    # How long integers take does not depend on what they stand for.
-    ranges = dict.fromkeys(points(network), Range(-1.0, 1.0)) if model.ranges else {}
-    exported = export(replace(model, network=network, ranges=ranges))
+    # How long integers take does not depend on what they stand for: learned scales, one for each channel of the whole
+    # layer, need not be cut. Where a layer has no range, its inputs are rounded token by token, or not at all.
+    weights = {name: replace(spec, steps=()) for name, spec in model.weights.items()}
+    taken = [point for point in points(network) if model.ranges and not weights.get(point, Weights()).dynamic]
+    ranges = dict.fromkeys(taken, Range(-1.0, 1.0))
+    exported = export(replace(model, network=network, ranges=ranges, weights=weights))
     tier = Tier("timed", exported.kind, "timed", exported.options)
     return tier_engine(tier, exported.data, model.encoder.pad, threads)

@@ -159,7 +159,16 @@ class Builder:
         its tokens, the teacher with those alone. On train and pool both say the same."""
         if self.job.options.vocabulary == "whole" or not isinstance(self.run, InOnePlace):
             return self.teacher
-        trim = Vocab(common=_COMMONEST if self.job.budget.minimise == "size" else _COMMON)
+        common = _COMMONEST if self.job.budget.minimise == "size" else _COMMON
+        if (first := self.store.get("common tokens")) is None:
+            self.store.put("common tokens", common)
+        elif first != common:
+            # All points that are there were made for these tokens.
+            self.reporter.note(
+                f"tiers know the {first:,} most common tokens, as this job was begun; to begin anew with {common:,}, "
+                "write to another folder"
+            )
+        trim = Vocab(common=common)
         try:
             found = self.model(TRIMMED, lambda: read(self.teacher, self.reads), (trim,), 0.0, self.run)
         except OptionError:  # nothing would go
@@ -242,8 +251,14 @@ class Builder:
         name = rung.name
         rung = replace(rung, recipe=tuple(self._reading(step) for step in rung.recipe))
         self.rungs[name] = rung
-        known = self.store.get(f"point {name}")
+        known, recipe = self.store.get(f"point {name}"), part(rung.recipe, rung.plan)
+        if self.store.get(f"recipe {name}") not in (None, recipe):
+            # It was made, or begun, by a version of Netweight or a trial that had another one.
+            self.reporter.note(f"{name} is made anew: its recipe is not the one in the run store")
+            self.store.put(f"model {name}", None)
+            known = None
         if known is None:
+            self.store.put(f"recipe {name}", recipe)
             run = self.students or self.run
             if isinstance(run, Speaking) and not all(isinstance(t, LinearFloor | Quantize) for t in rung.recipe):
                 # All students learn from it. It takes minutes where rows are many and long, and would eat the first
@@ -274,6 +289,7 @@ class Builder:
             }
             steps = [part(rung.recipe[:i], rung.plan) for i in range(1, len(rung.recipe))]
             self.store.put(f"steps {name}", [*steps, name])
+            self.store.put(f"weights {name}", model.bytes)
             self.store.put(f"point {name}", known)
         point = Point(name, **known, logits=self.store.read_arrays(f"points/{name}")["logits"])
         self.reporter.note(
@@ -301,7 +317,9 @@ class Builder:
         run = self.students or self.run
         if isinstance(run, Parallel) and run.strategy in ("tensor", "pipeline"):
             without.append(INSIDE)  # no process has all of a network
-        return Trials(path, self.source, options.effort, options.seed, self.disagreement, left, without, begun)
+        return Trials(
+            path, self.source, options.effort, options.seed, self.disagreement, self.size, left, without, begun
+        )
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""
@@ -310,7 +328,7 @@ class Builder:
 
     def drop(self, points: Collection[Point]) -> None:
         """Remove the models of trials that other points beat: they cannot ship, and nothing else asks for them."""
-        good = {point.name for point in undominated(points, self.disagreement)}
+        good = {point.name for point in undominated(points, self.disagreement, self.size)}
         steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
         beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
         needed = {model for name in steps if name not in beaten for model in steps[name]}
@@ -327,6 +345,12 @@ class Builder:
     def disagreement(self, point: Point) -> float:
         """Share of dev rows on which a point says something else than the teacher (scores: 1 - agreement)."""
         return 1 - measure.quality(self.task, point.logits, self.teacher_dev, self.dev_targets)[1]
+
+    def size(self, point: Point) -> int:
+        """What grows with a point's cost, as far as is known before it is timed: bytes of its file, or, where these are
+        not minimised, of its weights in fp32, since no engine is faster for fewer bits."""
+        held = None if self.job.budget.minimise == "size" else self.store.get(f"weights {point.name}")
+        return point.bytes if held is None else int(held)
 
     def quality(self, logits: NDArray[np.float32]) -> float:
         """The metric on dev."""

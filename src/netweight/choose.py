@@ -76,11 +76,24 @@ class Choice:
     @property
     def name(self) -> str:
         """For people: `static`, or `static > half-int8 (12 %)`."""
+        return self.named(0)
+
+    def named(self, digits: int) -> str:
+        """The name with shares of so many decimals."""
         if len(self.points) == 1:
             return self.points[0].name
         handed = [sum(self.answered[i:]) for i in range(1, len(self.points))]
-        shares = ", ".join(f"{100 * share:.0f} %" for share in handed)
+        shares = ", ".join(f"{100 * share:.{digits}f} %" for share in handed)
         return f"{' > '.join(p.name for p in self.points)} ({shares})"
+
+
+def names(chosen: Sequence[Choice]) -> list[str]:
+    """A name for each, with as many decimals as tell them apart; where none do, with their numbers."""
+    for digits in range(4):
+        found = [choice.named(digits) for choice in chosen]
+        if len(set(found)) == len(found):
+            return found
+    return [f"{name}, {i}" for i, name in enumerate(found, 1)]
 
 
 def alone(point: Point) -> Choice:

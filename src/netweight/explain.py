@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from netweight import artifact, measure
 from netweight.artifact import Manifest, Tier
 from netweight.baselines import teacher_engine
-from netweight.build import TEACHER
+from netweight.build import TEACHER, TRIMMED
 from netweight.certify import Certificate
 from netweight.choose import Minimise, engine_of
 from netweight.data import Columns
@@ -26,6 +26,7 @@ from netweight.report.format import Scale
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints, Task
+from netweight.techniques.base import read
 
 _TIMED = 400  # rows; steps are far apart, and the teacher among them is slow
 _NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no longer", "size": "is no larger"}
@@ -132,8 +133,12 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
     rows = rows_of(folder, None, Columns())
     with Store(store_of(folder), None) as store:
         teacher = Model.load(store.model_folder(TEACHER))
-        engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher), teacher.bytes)]
+        engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher, count), teacher.bytes)]
         for tier in manifest.tiers:
+            if manifest.provenance.get("trimmed"):
+                # All tiers are made of it, and have its tokenizer.
+                fewer = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
+                engines.append((tier.name, "Vocab, the tokens that occur", teacher_engine(fewer, count), fewer.bytes))
             engines += _steps(store, manifest, tier, count)
         if len(manifest.tiers) > 1:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
@@ -190,14 +195,17 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
         for name in names
     ]
     minimise = manifest.provenance.get("minimise", "cost")
-    costs = _costs(store, points, minimise)
-    return tuple(replace(p, why=_why(p, points, costs, minimise, certificate)) for p in points if p.name not in shipped)
+    costs = _costs(store, manifest.provenance.get("measured", ""), points, minimise)
+    trials = {name for name in names if store.get(f"trial {name}") is not None}
+    return tuple(
+        replace(p, why=_why(p, points, costs, trials, minimise, certificate)) for p in points if p.name not in shipped
+    )
 
 
-def _costs(store: Store, points: Sequence[Tried], minimise: Minimise) -> dict[str, float]:
-    """What was minimised, of each point that was timed: seconds of a row or of a single request, or bytes."""
-    *_, stored = ({}, *store.values("costs of "))
-    costs, found = {name: Cost(*pair) for name, pair in stored.items()}, {}
+def _costs(store: Store, measured: str, points: Sequence[Tried], minimise: Minimise) -> dict[str, float]:
+    """What was minimised, of each point that was timed for this artifact: seconds of a row or of a single request, or
+    bytes."""
+    costs, found = {name: Cost(*pair) for name, pair in (store.get(measured) or {}).items()}, {}
     for point in points:
         engine = store.get(f"point {point.name}")["engine"]
         if f"{point.name} {engine}" in costs:
@@ -207,7 +215,12 @@ def _costs(store: Store, points: Sequence[Tried], minimise: Minimise) -> dict[st
 
 
 def _why(
-    point: Tried, points: Sequence[Tried], costs: Mapping[str, float], minimise: Minimise, certificate: Certificate
+    point: Tried,
+    points: Sequence[Tried],
+    costs: Mapping[str, float],
+    trials: Collection[str],
+    minimise: Minimise,
+    certificate: Certificate,
 ) -> str:
     """Why a point did not ship: what became of the candidates with it, or why there was none."""
     tested = {t.candidate.name: t.passed for t in certificate.tested}
@@ -221,8 +234,10 @@ def _why(
             return said if name == point.name else f"{name} {said}"
     if certificate.registration.reference.name == "linear":
         return "the linear model is the reference, and nothing else was considered"
-    if point.name not in costs:
+    if point.name in trials and point.name not in costs:
         return "a trial that another one beats in agreement with the teacher and in size is not timed"
+    if point.name not in costs:
+        return "it was made for another run of this job, which asked for something else, and not considered here"
     beaten = next(
         (
             o.name

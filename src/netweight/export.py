@@ -330,7 +330,7 @@ def _exits(model: Model) -> Exported:
     """One file with a graph for each stretch of layers between exits."""
     network = cast(Exits, lowered(model))
     stack, ends = list(network.layers()), (*network.after, len(network.layers()))
-    most, width = model.encoder.max_length, network.config.hidden_size
+    most, width = model.encoder.max_length, network.width
     graphs = []
     for i, (start, end) in enumerate(pairwise(ends)):
         last = end == ends[-1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from netweight.certify.compare import CLASS_ROWS
+from netweight.certify.compare import CLASS_ROWS, require_groups
+from netweight.certify.decide import groups_of
 from netweight.choose import Minimise
 from netweight.data import Columns, Dataset, Rows, read, split, without_train
 from netweight.errors import OptionError
+from netweight.model import weights_digest
 from netweight.scratch import SCRATCH
 from netweight.task import Classify, Task, task_for
 from netweight.techniques import Finetune, describe
@@ -86,8 +89,8 @@ class Options:
     """How a job is done.
 
     model: `starter`, a folder, a Hub id, or `scratch`: random weights, pretrained on the texts of train and pool.
-    metric: None picks one by the balance of the labels. seconds: the time box of the whole job; training is shortened
-    to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
+    metric: None picks one by the balance of the labels. seconds: the time box of the job, or of what is left of it where
+    it was stopped; training is shortened to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
     with other options, "thorough" many. vocabulary: tiers know all of the model's tokens ("whole"), or those that train
     or pool use and the most common others, and spell the rest ("trimmed"). finetune: makes the teacher, but for
     `scratch`, which has options of its own.
@@ -133,10 +136,12 @@ class Job:
     def identity(self, data: Dataset, task: Task) -> dict[str, Any]:
         """What a run store belongs to. The budget may change: the ladder stays, the certificate looks again."""
         usual = self.options.finetune == Finetune()
+        weights = weights_digest(self.options.model)
         return {
             "data": data.fingerprint,
             "task": task.to_dict(),
             "model": self.options.model,
+            **({"weights": weights} if weights else {}),
             "max length": self.options.max_length,
             "seed": self.options.seed,
             "vocabulary": self.options.vocabulary,
@@ -158,16 +163,19 @@ class Job:
         return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
-def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:
-    """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training."""
+def _testable(task: Task, known: Rows, certify: int, asked: bool) -> tuple[Task, str]:
+    """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training.
+    Raises OptionError where it was asked for and has no chance of enough rows."""
     if task.metric == "macro-f1":
-        counts = Counter(known.label)
-        expected = min(counts.values()) / len(known) * certify
-        if expected < CLASS_ROWS:
-            return replace(task, metric="accuracy"), (
-                f"though labels are not balanced: the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, "
-                f"and the rarest can expect {expected:.0f}"
-            )
+        expected = min(Counter(known.label).values()) / len(known) * certify
+        why = (
+            f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and the rarest can expect "
+            f"{expected:.0f}"
+        )
+        if asked and expected + 4 * math.sqrt(expected) < CLASS_ROWS:
+            raise OptionError(f"{why}; merge such labels, give more labelled rows, or use --metric accuracy.")
+        if not asked and expected < CLASS_ROWS:
+            return replace(task, metric="accuracy"), f"though labels are not balanced: {why}"
     return task, "by the balance of the labels"
 
 
@@ -203,9 +211,10 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         )
     known = data.dev if train is None else data.train
     task = task_for(known.label or (), options.task, options.metric)
+    task, why = _testable(task, known, len(data.certify), asked=options.metric is not None)
     if options.metric is None:
-        task, why = _testable(task, known, len(data.certify))
         notes.append(f"The metric is {task.metric}, {why}.")
+    require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)
     if data.train.weight is not None or data.certify.rows.weight is not None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netweight.errors import ModelError
+from netweight.errors import ModelError, within
 from netweight.model import Model
+from netweight.network import Exits
 from netweight.task import Classify, Score
 
 Everywhere = Callable[[Tensor], Tensor]
@@ -75,6 +76,15 @@ class Loss(Protocol):
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor: ...
 
 
+def over_exits(network: nn.Module, batch: Batch, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of the losses of all exits' logits (n, outputs), the i-th weighing i (Kaya, Hong and Dumitras, ICML
+    2019). Most networks have one."""
+    given = (batch.ids, batch.mask, batch.types)
+    stages = network.stages(*given) if isinstance(network, Exits) else [network(*given)]
+    total = torch.stack([i * loss(logits) for i, logits in enumerate(stages, 1)]).sum()
+    return total / sum(range(len(stages) + 1))
+
+
 @dataclass(frozen=True)
 class Supervised:
     """Cross entropy for classification (with label smoothing), squared error for scores; weighted mean over rows.
@@ -88,8 +98,11 @@ class Supervised:
     unlabelled: bool = False
     class_weights: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        within(self, "a loss", {"smoothing": (0 <= self.smoothing < 1, "0 or more, and less than 1")})
+
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        return self.of(network(batch.ids, batch.mask, batch.types), batch)
+        return over_exits(network, batch, lambda logits: self.of(logits, batch))
 
     def of(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of logits (n, outputs) that are known already."""
@@ -115,14 +128,25 @@ class SoftTargets:
     unlabelled: bool = True
     combine: Literal["mean", "confidence"] = "mean"
 
+    def __post_init__(self) -> None:
+        checks = {
+            "temperature": (self.temperature > 0, "more than 0"),
+            "hard": (0 <= self.hard <= 1, "a share, 0 to 1"),
+        }
+        within(self, "a distillation", checks)
+
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        logits = network(batch.ids, batch.mask, batch.types).float()
         said = torch.stack([t.float() for t in batch.teachers])
         target = said.mean(dim=0) if self.combine == "mean" else confident(said)
-        loss = matching(self.task, logits, target, batch.weight, self.temperature, batch.everywhere)
-        if self.hard:
-            loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
-        return loss
+
+        def of(logits: Tensor) -> Tensor:
+            logits = logits.float()
+            loss = matching(self.task, logits, target, batch.weight, self.temperature, batch.everywhere)
+            if self.hard:
+                loss = (1 - self.hard) * loss + self.hard * supervised(self.task, logits, batch, 0.0)
+            return loss
+
+        return over_exits(network, batch, of)
 
 
 Penalty = Literal["l1", "l2", "group"]
@@ -189,18 +213,22 @@ class PseudoLabels:
     unlabelled: bool = True
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        logits = network(batch.ids, batch.mask, batch.types).float()
         said = (batch.teachers[0].float() / self.temperature).softmax(dim=1)
         sure, label = said.max(dim=1)
         known = batch.targets >= 0
         kept = ~known & (sure >= self.floor)
         target = torch.where(known, batch.targets, label)
-        per_row = F.cross_entropy(logits, target, reduction="none")
-        if self.soft:
-            per_row = torch.where(known, per_row, F.cross_entropy(logits, said, reduction="none"))
-        counts = torch.tensor(self.weights, device=logits.device)[label]
+        counts = torch.tensor(self.weights, device=label.device)[label]
         weight = batch.weight * torch.where(known, 1.0, kept * counts)
-        return mean(per_row, weight, batch.everywhere)
+
+        def of(logits: Tensor) -> Tensor:
+            logits = logits.float()
+            per_row = F.cross_entropy(logits, target, reduction="none")
+            if self.soft:
+                per_row = torch.where(known, per_row, F.cross_entropy(logits, said, reduction="none"))
+            return mean(per_row, weight, batch.everywhere)
+
+        return over_exits(network, batch, of)
 
 
 def mean(values: Tensor, weight: Tensor, everywhere: Everywhere = here) -> Tensor:

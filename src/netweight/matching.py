@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from netweight.anatomy import blocks
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, Loss, Penalized, SoftTargets, mean, supervised
+from netweight.loss import Batch, Loss, Penalized, SoftTargets, mean, over_exits, supervised
 from netweight.model import Model
 from netweight.network import Transformer
 
@@ -73,8 +73,8 @@ class Matching:
             if "logits" in self.match:
                 loss = self.targets(network, batch)
             else:
-                task, logits = self.targets.task, network(batch.ids, batch.mask, batch.types)
-                loss = self.targets.hard * supervised(task, logits, batch, 0.0)
+                labels = over_exits(network, batch, lambda logits: supervised(self.targets.task, logits, batch, 0.0))
+                loss = self.targets.hard * labels
         per_row = self._inside(student, seen, shown, batch.mask)
         return loss + self.scale * mean(per_row, batch.weight, batch.everywhere)
 
@@ -241,7 +241,7 @@ def project(student: Transformer, teacher: Transformer, seed: int) -> None:
 
     They are noted in its spec like any module that a technique puts in, so that they train, save and travel with it.
     """
-    inputs, outputs = student.config.hidden_size, teacher.config.hidden_size
+    inputs, outputs = student.width, teacher.width
     if inputs == outputs:
         return
     with torch.random.fork_rng(devices=[]):

@@ -222,6 +222,13 @@ def skeleton(name: str) -> Transformer:
         raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
 
 
+def weights_digest(name: str) -> str:
+    """SHA-256 of the weights in a local folder, where another file may stand under the same name tomorrow; "" for the
+    starter and for Hub ids."""
+    weights = Path(name) / "model.safetensors"
+    return _sha256(weights) if name and name != STARTER and weights.is_file() else ""
+
+
 def positions(backbone: Any) -> int | None:
     """The longest row in tokens that a backbone takes; None where nothing limits it."""
     stated = getattr(backbone.config, "max_position_embeddings", None)

@@ -90,6 +90,11 @@ class Transformer(Network):
         return cast(Tensor, self.head(self.features(ids, mask, types)))
 
     @property
+    def width(self) -> int:
+        """Hidden units of a token. The config keeps the number from before any were cut: heads' width hangs on it."""
+        return self.head.in_features
+
+    @property
     def causal(self) -> bool:
         """Whether tokens see only what stands before them."""
         return causal(self.config)
@@ -313,9 +318,11 @@ class Linear(Network):
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
         ids, mask = ids.long(), mask.to(self.table.dtype)
-        pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
-        features = torch.cat([ids, pairs], dim=1)
-        present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        features, present = ids, mask
+        if self.buckets:
+            pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
+            features = torch.cat([ids, pairs], dim=1)
+            present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
         idf = self.weight[features] * present
         total = torch.einsum("nl,nld->nd", idf, self.table[features])
         return total / idf.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-6) + self.bias

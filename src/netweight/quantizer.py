@@ -119,7 +119,8 @@ def settled(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) -> Tensor
 
     Inputs are rounded one after another, those with the largest squares first. What rounding one of them changes is
     made up for by the weights of those to come, as least squares has it: by the rows of the Cholesky factor of the
-    inverse of the moments (a hundredth of their mean diagonal is added, as there).
+    inverse of the moments (a hundredth of their mean diagonal is added, as there). What is zero stays zero, so that a
+    pruned layer stays pruned (Frantar and Alistarh, SparseGPT, ICML 2023).
     """
     order = moments.diagonal().argsort(descending=True, stable=True)
     moments = moments[order][:, order].double()
@@ -127,8 +128,9 @@ def settled(weight: Tensor, scale: Tensor, bits: int, moments: Tensor) -> Tensor
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments + ridge * torch.eye(len(moments))))
     factor = torch.linalg.cholesky(inverse, upper=True)
     left, held = weight.detach()[:, order].double(), torch.empty_like(weight, dtype=torch.float64)
+    there = left != 0
     for i in range(len(order)):
-        held[:, i : i + 1] = rounded(left[:, i : i + 1], scale.double(), 0.0, *limits(bits))
+        held[:, i : i + 1] = rounded(left[:, i : i + 1], scale.double(), 0.0, *limits(bits)) * there[:, i : i + 1]
         error = (left[:, i] - held[:, i]) / factor[i, i]
         left[:, i:] -= error[:, None] * factor[i, i:]
     return held[:, order.argsort()].to(weight.dtype)

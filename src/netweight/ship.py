@@ -20,7 +20,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
-from netweight.choose import Planned, choices, engine_of, judged, plan, provable
+from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
@@ -55,6 +55,8 @@ class Ranked:
 
     def __init__(self, builder: Builder, points: Mapping[str, Point]) -> None:
         self.builder = builder
+        able = [f"{name} {engine}" for name, point in points.items() for engine in _able(point)]
+        self.measured = f"costs with {builder.job.options.threads} threads of {', '.join(able)}"
         costs = self._costs(points)
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
@@ -71,9 +73,8 @@ class Ranked:
         return self.points["linear"].file if self.floor_wins else self.builder.teacher.digest
 
     def _costs(self, points: Mapping[str, Point]) -> dict[str, Cost]:
-        """Seconds of each point under each engine that could run it, interleaved in one run, measured once."""
-        store, builder = self.builder.store, self.builder
-        key = f"costs of {', '.join(points)}"
+        """Seconds of each point under each engine that can run it here, interleaved in one run, measured once."""
+        store, builder, key = self.builder.store, self.builder, self.measured
         if store.get(key) is None:
             tiers = {}
             for name, point in points.items():
@@ -119,7 +120,7 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     """Rank, register, open the labels, ship the cheapest that passed, measure it, write it."""
     ranked = Ranked(builder, points)
     planned = plan(ranked.considered)
-    packs = [Pack(builder, p) for p in planned]
+    packs = [Pack(builder, p, name) for p, name in zip(planned, names([p.choice for p in planned]), strict=True)]
     reference = Candidate("linear" if ranked.floor_wins else "teacher", ranked.reference_digest)
     registration = register(
         reference,
@@ -161,7 +162,7 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
 class Pack:
     """A planned choice as it would ship: manifest and files."""
 
-    def __init__(self, builder: Builder, planned: Planned) -> None:
+    def __init__(self, builder: Builder, planned: Planned, name: str) -> None:
         choice = planned.choice
         reads = max(builder.reads_of(point) for point in choice.points)
         encoder = builder.reading.reading(reads)
@@ -176,7 +177,7 @@ class Pack:
         self.manifest = artifact.hashed(
             Manifest(builder.task, encoder.max_length, encoder.pad, tuple(tiers)), self.contents
         )
-        self.candidate = Candidate(choice.name, self.manifest.digest)
+        self.candidate = Candidate(name, self.manifest.digest)
 
 
 def _certified(
@@ -223,7 +224,7 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     threads = builder.job.options.threads
     engine = load(out, threads)
     rows = builder.data.dev
-    engines: dict[str, Engine] = {"reference": teacher_engine(builder.teacher), "shipped": engine}
+    engines: dict[str, Engine] = {"reference": teacher_engine(builder.teacher, threads), "shipped": engine}
     for name, p in ranked.points.items():
         tier = Tier(name, p.engine, "", p.options, p.temperature)
         runs = builder.run_tier(name, p.engine, p.options)
@@ -297,6 +298,8 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         "seed": options.seed,
         "max_drop": ranked.max_drop,
         "minimise": builder.job.budget.minimise,
+        "measured": ranked.measured,
+        **({"trimmed": True} if builder.source is not builder.teacher else {}),
         "versions": dict(measure.machine(options.threads).versions),
         "notes": list(notes),
         **({"federation": dict(builder.run.account())} if isinstance(builder.run, Accounting) else {}),

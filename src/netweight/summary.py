@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from netweight import artifact, measure
-from netweight.certify import Answers, Certificate, Outcomes, matches
+from netweight.certify import Answers, Certificate, Estimate, Outcomes, matches
 from netweight.certify import verify as recompute
 from netweight.data import Columns, Rows, read
 from netweight.data.files import atomic
@@ -18,6 +18,7 @@ from netweight.engine import load
 from netweight.errors import ArtifactError
 from netweight.measure import Measurement, Measurements
 from netweight.report import Example, render
+from netweight.report.format import Scale
 from netweight.task import Classify
 
 _EXAMPLES = 20  # of each kind of flip
@@ -92,20 +93,21 @@ def lines(folder: Path) -> list[tuple[str, str]]:
     manifest = artifact.check(folder)
     certificate, _ = certificate_of(folder)
     measured, registration, final = measurements_of(folder), certificate.registration, certificate.final
-    point, metric = manifest.task.point, manifest.task.metric
-    drop = final.drop
+    scale, metric = Scale(manifest.task, certificate.reference.value), manifest.task.metric
+    drop, point = final.drop, scale.point
     sure = 100 * registration.confidence
     said = {
-        "certified": f"CERTIFIED: {metric} drops by less than {registration.max_drop:g} points",
+        "certified": f"CERTIFIED: {metric} {scale.falls} by less than {registration.max_drop:g} points",
         "not certified": f"NOT CERTIFIED: a drop of {registration.max_drop:g} points in {metric} is not excluded",
-        "worse": f"WORSE: {metric} drops by more than {registration.max_drop:g} points",
+        "worse": f"WORSE: {metric} {scale.falls} by more than {registration.max_drop:g} points",
     }[certificate.verdict]
     found = [
         ("verdict", f"{said} ({sure:g} % confidence, {registration.rows:,} rows that no search saw)"),
         ("ships", certificate.shipped.name),
         (
             metric,
-            f"{_percent(final.quality)}, reference {registration.reference.name} {_percent(certificate.reference)}; "
+            f"{_written(scale, final.quality)}, reference {registration.reference.name} "
+            f"{_written(scale, certificate.reference)}; "
             f"drop {drop.value / point:.2f} points, at most {drop.high / point:.2f}",
         ),
     ]
@@ -128,7 +130,10 @@ def _tiers(measured: Measurement) -> tuple[Sequence[str], Sequence[float]]:
     return measured.tiers, measured.answered
 
 
-def _percent(found: Any) -> str:
+def _written(scale: Scale, found: Estimate) -> str:
+    """Of 100, but for an error."""
+    if scale.task.metric == "mae":
+        return f"{scale.quality(found.value)} [{scale.quality(found.high)}, {scale.quality(found.low)}]"
     return f"{100 * found.value:.2f} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
 
 

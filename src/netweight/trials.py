@@ -1,7 +1,8 @@
 """The search beyond the ladder: Optuna proposes recipes, short trials first, and the best are made in full.
 
-Two objectives: disagreement with the reference on dev, and bytes of the exported file, which for an encoder grow as its
-work does. (Times are measured later, interleaved, for the points that are there.) Successive halving (Jamieson and
+Two objectives: disagreement with the reference on dev, and size: of the exported file where bytes are minimised, else
+of all weights in fp32, which for an encoder grows as its work does, whatever fewer bits make of the file. (Times are
+measured later, interleaved, for the points that are there.) Successive halving (Jamieson and
 Talwalkar, 2016) with two rungs: a proposal trains for a third of its epochs, and the best of their kind then in full,
 at the latest when the time that is kept for them begins. The first of a kind have the ladder's own options, so that
 Optuna learns from them.
@@ -163,7 +164,7 @@ class Told:
 
     trial: Trial
     disagreement: float
-    bytes: int
+    size: int
 
 
 class Trials:
@@ -174,6 +175,7 @@ class Trials:
         teacher: what students are made of and trained on.
         effort: how many trials.
         disagreement: of a point with the reference on dev, in [0, 1].
+        size: of a point, the second objective.
         left: seconds of the time box.
         without: options that are left at their defaults: BYTES, INSIDE.
         kept: trials that earlier processes began, in their order, with their points; None where one was not finished.
@@ -186,21 +188,24 @@ class Trials:
         effort: Effort,
         seed: int,
         disagreement: Callable[[Point], float],
+        size: Callable[[Point], int],
         left: Callable[[], float],
         without: Collection[str] = (),
         kept: Sequence[tuple[Trial, Point | None]] = (),
     ) -> None:
         self.teacher, self.effort, self.seed = teacher, effort, seed
-        self._disagreement, self._left, self._without = disagreement, left, without
+        self._disagreement, self._size, self._left, self._without = disagreement, size, left, without
         self._for_full: float | None = None
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
         self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
+        # A short one too, unless another effort or budget has it propose something else: parts of it may be made.
+        self._begun = {trial.name: trial for trial, point in kept if point is None and trial.short}
         self._made = {trial.name for trial, point in kept if point is not None}
         self.points = [point for _, point in kept if point is not None]
         self.told: dict[Kind, list[Told]] = {kind: [] for kind in kinds(teacher)}
         for trial, point in kept:
             if trial.short and point is not None:
-                self.told[trial.kind].append(Told(trial, disagreement(point), point.bytes))
+                self.told[trial.kind].append(Told(trial, disagreement(point), size(point)))
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
             self._studies = {kind: self._study(path, kind) for kind in self.told}
@@ -214,7 +219,7 @@ class Trials:
         known = len(study.get_trials(states=[TrialState.COMPLETE]))
         where = space(kind, self.teacher)
         for one in self.told[kind][known:]:
-            values, params = [one.disagreement, float(one.bytes)], dict(one.trial.params)
+            values, params = [one.disagreement, float(one.size)], dict(one.trial.params)
             held = {name: where[name] for name in params}
             study.add_trial(create_trial(values=values, params=params, distributions=held))
         return study
@@ -235,7 +240,8 @@ class Trials:
             told, most = self.told[kind], _most(_SHORT, self.effort, kind)
             if len(told) < most and not _flat(told, most):
                 with _quiet():
-                    return Trial(kind, len(told) + 1, True, self._proposed(kind, len(told), most))
+                    found = Trial(kind, len(told) + 1, True, self._proposed(kind, len(told), most))
+                return self._begun.get(found.name, found)
         return None
 
     def _proposed(self, kind: Kind, told: int, most: int) -> dict[str, Any]:
@@ -272,12 +278,12 @@ class Trials:
         self._asked = None
         self._made.add(trial.name)
         if trial.short:
-            one = Told(trial, self._disagreement(point), point.bytes)
+            one = Told(trial, self._disagreement(point), self._size(point))
             self.told[trial.kind].append(one)
             with _quiet():
                 study = self._studies[trial.kind]
                 running = study.get_trials(states=[TrialState.RUNNING])
-                study.tell(running[-1].number, [one.disagreement, float(one.bytes)])
+                study.tell(running[-1].number, [one.disagreement, float(one.size)])
 
     def best(self, kind: Kind) -> list[int]:
         """Which short trials of a kind deserve to be made in full: by front, then by disagreement."""
@@ -291,7 +297,7 @@ class Trials:
 
 
 def _dominates(one: Told, other: Told) -> bool:
-    a, b = (one.disagreement, one.bytes), (other.disagreement, other.bytes)
+    a, b = (one.disagreement, one.size), (other.disagreement, other.size)
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
@@ -359,15 +365,15 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
     }
 
 
-def undominated(points: Iterable[Point], disagreement: Callable[[Point], float]) -> list[Point]:
-    """Points that no other one of their engine beats in both disagreement and bytes: the rest is not worth timing."""
-    held = [(point, disagreement(point)) for point in points]
+def undominated(
+    points: Iterable[Point], disagreement: Callable[[Point], float], size: Callable[[Point], int]
+) -> list[Point]:
+    """Points that no other one of their engine beats in both disagreement and size: the rest is not worth timing."""
+    held = [(point, (disagreement(point), size(point))) for point in points]
     return [
         p
-        for p, d in held
-        if not any(
-            o.engine == p.engine and (e, o.bytes) != (d, p.bytes) and e <= d and o.bytes <= p.bytes for o, e in held
-        )
+        for p, (d, n) in held
+        if not any(o.engine == p.engine and other != (d, n) and other[0] <= d and other[1] <= n for o, other in held)
     ]
 
 

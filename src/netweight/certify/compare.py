@@ -82,11 +82,7 @@ def absolute(task: Task, outcomes: Floats, groups: Ints | None, level: float, se
 
 def require(task: Task, reference: Floats, groups: Ints | None) -> None:
     """Raise CertificateError where rows are too few: 25 in each class for macro-F1, 30 groups where rows have them."""
-    if groups is not None and (count := len(np.unique(groups))) < GROUPS:
-        raise CertificateError(
-            f"the certify rows form {count} groups; at least {GROUPS} are needed to see how much groups differ. "
-            "Give rows of more groups, or no group column if rows are independent."
-        )
+    require_groups(groups)
     if not isinstance(task, Classify) or task.metric != "macro-f1":
         return
     counts = np.bincount(reference[:, 1].astype(int), minlength=task.outputs)
@@ -96,6 +92,15 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         raise CertificateError(
             f"macro-F1 needs at least {CLASS_ROWS} certify rows in each class; {named}. Merge such classes, give more "
             "labelled rows, or use --metric accuracy."
+        )
+
+
+def require_groups(groups: Ints | None) -> None:
+    """Raise CertificateError where rows come in fewer than 30 groups."""
+    if groups is not None and (count := len(np.unique(groups))) < GROUPS:
+        raise CertificateError(
+            f"the certify rows form {count} groups; at least {GROUPS} are needed to see how much groups differ. "
+            "Give rows of more groups, or no group column if rows are independent."
         )
 
 

@@ -52,7 +52,7 @@ def certify(
         registration.task.outcomes(reference.logits, targets),
         outcomes,
         np.zeros(len(labelled)),
-        _groups(labelled),
+        groups_of(labelled),
         columns(labelled, slices or {}),
     )
     require(registration.task, rows.reference, rows.clusters)
@@ -140,7 +140,7 @@ def _notes(registration: Registration, outcomes: Outcomes) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _groups(rows: Rows) -> tuple[int, ...] | None:
+def groups_of(rows: Rows) -> tuple[int, ...] | None:
     """Numbers of the groups; a row without a group stands alone. None where all rows do."""
     if rows.group is None:
         return None

@@ -100,6 +100,8 @@ def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None,
         right, still = task.correct(reference), task.correct(candidate)
         b, c, n = int((right & ~still).sum()), int((still & ~right).sum()), len(right)
         return Estimate((b - c) / n, *tango(b, c, n, normal_quantile(level)))
+    if isinstance(task, Classify) and not (task.correct(reference) ^ task.correct(candidate)).any():
+        return None  # resampling what does not differ would say that nothing can
     sample = Sample.of(np.concatenate([reference, candidate[:, :1]], axis=1), groups, seed=0)
 
     def drop(weights: Floats) -> Floats:

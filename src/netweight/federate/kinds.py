@@ -1,4 +1,4 @@
-"""What may travel between a server and its clients: the losses and statistics of all techniques."""
+"""What may travel between a server and its clients: the statistics of all techniques."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from netweight.layers import put
 from netweight.model import Range, Weights
 from netweight.network import Network, Transformer
 from netweight.run.federated.wire import Patch, Wire
-from netweight.techniques.exits import Staged
 from netweight.techniques.factor import SecondMoments
 from netweight.techniques.finetune import LabelCounts, Moments
 from netweight.techniques.lora import adapt
@@ -21,7 +20,6 @@ from netweight.techniques.selftrain import Sure
 from netweight.techniques.shrink import GateGradients
 from netweight.techniques.static import SecondText, TokenCounts
 
-LOSSES = (Staged,)
 STATISTICS = (
     *(Extremes, GateGradients, Gradients, Histogram, LabelCounts, Moments),
     *(SecondMoments, SecondText, Sensitivity, Sure, TokenCounts),
@@ -66,6 +64,4 @@ def put_roundings(network: Network, given: Any) -> None:
         put(network, name, layer)
 
 
-WIRE = Wire(
-    (*LOSSES, *STATISTICS), (Patch("adapters", adapters, put_adapters), Patch("roundings", roundings, put_roundings))
-)
+WIRE = Wire(STATISTICS, (Patch("adapters", adapters, put_adapters), Patch("roundings", roundings, put_roundings)))

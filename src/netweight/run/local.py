@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
+from netweight.data.files import atomic
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
@@ -154,7 +155,8 @@ class Local:
         count = int(self.seams.agree(min(count, free + int(_LABELLING * plan.seconds / max(each, 1e-9)))))
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(count), encoding="utf-8")
+            with atomic(kept) as out:
+                out.write(json.dumps(count).encode())
         return spliced(texts, count, longest, plan.seed)
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:

@@ -120,7 +120,7 @@ class Pipelined(Divided):
         self.down, self.up = (dist.new_group(timeout=self.timeout) for _ in range(2))
         self._ends = dist.new_group(sorted({0, self.stages - 1}), self.timeout)
         layers = network.layers()
-        self._width, self._outputs = network.head.in_features, network.head.out_features
+        self._width, self._outputs = network.width, network.head.out_features
         table = cast(Any, network.backbone).get_input_embeddings()
         at = next(name for name, module in network.named_modules() if module is table)
         # A loss that multiplies with the token table needs it in the last stage as well.

@@ -200,6 +200,11 @@ def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:
     stack, prefix = new.layers(), new.stack
     if isinstance(network, Exits) and len(chosen) < len(stack):
         raise ModelError("a model with exits cannot lose layers; distil first, then add exits.")
+    if getattr(network.config, "scale_attn_by_inverse_layer_idx", False) and list(chosen) != list(range(len(chosen))):
+        raise ModelError(
+            "attention in this model is scaled by the number of its layer, so layers cannot be renumbered; keep the "
+            "first ones, or all."
+        )
     kept = nn.ModuleList([stack[i] for i in chosen])
     for module in new.backbone.modules():
         for name, child in module.named_children():
@@ -215,6 +220,11 @@ def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:
         new.config.layer_types = [network.config.layer_types[i] for i in chosen]
     moved = {f"{prefix}.{old}.": f"{prefix}.{position}." for position, old in enumerate(chosen)}
     new.edits = _moved(network.edits, prefix, moved)
+    for position, layer in enumerate(kept):
+        for name, part in layer.named_modules():
+            # ModernBERT's first layer has no norm before attention, as a network built from the config would not here.
+            if isinstance(part, nn.LayerNorm) and not isinstance(stack[position].get_submodule(name), nn.LayerNorm):
+                new.replace(f"{prefix}.{position}.{name}", part)
     return new
 
 

@@ -7,17 +7,16 @@ model's outputs, the later ones weighing more, as in Kaya, Hong and Dumitras (IC
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from netweight.errors import ModelError
-from netweight.loss import Batch, matching, supervised
+from netweight.loss import SoftTargets
 from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
-from netweight.task import Classify, Score
+from netweight.task import Classify
 from netweight.techniques.base import transformer
 from netweight.techniques.distill import heal, planned
 from netweight.train import Plan
@@ -53,7 +52,7 @@ class EarlyExit:
         if isinstance(network, Exits):
             raise ModelError("the model has exits already; use one without, such as the model that they were added to.")
         student = model.with_network(_with_exits(network, self.after))
-        loss = Staged(model.task, (model,), self.temperature, self.hard)
+        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         return heal(student, loss, run, planned(plan, self), f"exits after {', '.join(map(str, self.after))}")
 
 
@@ -70,28 +69,9 @@ def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:
     old = copy.deepcopy(network)
     new = Exits(old.backbone, old.head.out_features, old.pooling, after)
     new.edits, new.zeros_stay = dict(old.edits), old.zeros_stay
-    new.head.load_state_dict(old.head.state_dict())
-    for head in new.heads:
-        head.load_state_dict(old.head.state_dict())
+    new.head = old.head
+    for i in range(len(new.heads)):
+        if old.width != old.config.hidden_size:
+            new.replace(f"heads.{i}", nn.Linear(old.width, old.head.out_features))
+        new.heads[i].load_state_dict(old.head.state_dict())
     return new.eval()
-
-
-@dataclass(frozen=True)
-class Staged:
-    """Soft targets at every exit: the weighted mean of their losses, the i-th of n weighing i."""
-
-    task: Classify | Score
-    teachers: tuple[Model, ...] = field(repr=False)
-    temperature: float = 2.0
-    hard: float = 0.0
-    unlabelled: bool = True
-
-    def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        stages: list[Tensor] = network.stages(batch.ids, batch.mask, batch.types)  # type: ignore[operator]
-        target = torch.stack([t.float() for t in batch.teachers]).mean(dim=0)
-        total = torch.zeros(())
-        for i, logits in enumerate(stages, 1):
-            soft = matching(self.task, logits.float(), target, batch.weight, self.temperature, batch.everywhere)
-            both = (1 - self.hard) * soft + self.hard * supervised(self.task, logits, batch, 0.0)
-            total = total + i * both
-        return total / sum(range(1, len(stages) + 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, Loss, Supervised
 from netweight.model import Model
-from netweight.network import Network, Transformer
+from netweight.network import Exits, Network, Transformer
 from netweight.objectives import Adversarial, RDrop, drops_out
 from netweight.run import Run
 from netweight.task import Classify
@@ -107,7 +107,9 @@ class Finetune:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(plan.seed)
                 adapt(network, rank, 2.0 * rank if self.alpha is None else self.alpha)
-            network.head.requires_grad_(True)
+            for part in network.children():
+                if part is not network.backbone:
+                    part.requires_grad_(True)
 
     def _loss(self, model: Model, network: Transformer, run: Run) -> Loss:
         weights = None
@@ -121,6 +123,10 @@ class Finetune:
         if self.regularizer == "adversarial":
             return Adversarial(loss, 1.0 if self.epsilon is None else self.epsilon)
         if self.regularizer == "r-drop":
+            if isinstance(network, Exits):
+                raise OptionError(
+                    "r-drop compares one answer of two passes, and exits give several; add exits afterwards."
+                )
             if not drops_out(network):
                 raise OptionError(
                     f"r-drop compares two passes under dropout, and this {network.config.model_type} has none; set a "

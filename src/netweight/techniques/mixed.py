@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from netweight.errors import OptionError
+from netweight.errors import OptionError, within
 from netweight.loss import Batch, matching
 from netweight.model import Model, Weights
 from netweight.network import Network
@@ -47,6 +48,7 @@ class MixedBits:
             raise OptionError("MixedBits needs mean_bits or budget, and not both.")
         if not self.choices or not all(2 <= bits <= 8 for bits in self.choices):
             raise OptionError(f"choices of MixedBits are {self.choices}; use some of 2 to 8.")
+        within(self, "MixedBits", {"rows": (self.rows >= 1, "1 or more")})
         if self.quantize.weight_bits != Quantize.weight_bits:
             raise OptionError("weight_bits are what MixedBits chooses; leave them out of its quantize.")
         if self.quantize.rounding != "nearest":
@@ -59,7 +61,8 @@ class MixedBits:
             (name, tuple(replace(made.weights.get(name, Weights()), bits=bits) for bits in self.choices))
             for name in layers
         ]
-        harm = run.reduce(model, Sensitivity(model.task, tuple(specs)), self.rows)
+        scales = tuple((name, made.ranges[name].scale) for name in layers if name in made.ranges)
+        harm = run.reduce(model, Sensitivity(model.task, tuple(specs), scales), self.rows)
         sizes = [[held_bytes(layers[name].weight.shape, spec) for spec in each] for name, each in specs]
         harms = [[float(harm[f"{name}/{spec.bits}"]) for spec in each] for name, each in specs]
         budget = self.budget
@@ -77,20 +80,26 @@ class MixedBits:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The sum over rows of how far the outputs move when one layer alone is rounded, for each layer and spec."""
+    """The sum over rows of how far the outputs move when one layer alone is rounded, for each layer and spec.
+
+    `scales`: what the weights of a layer are multiplied by, channel by channel of its inputs, before they are rounded.
+    """
 
     task: Task
     specs: tuple[tuple[str, tuple[Weights, ...]], ...]
+    scales: tuple[tuple[str, tuple[float, ...]], ...] = ()
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         given = (batch.ids, batch.mask, batch.types)
         # In double, for harms that fp32 would round away.
-        wanted, found = network(*given).double(), {}
+        wanted, found, scales = network(*given).double(), {}, dict(self.scales)
         for name, each in self.specs:
             weight = network.get_parameter(f"{name}.weight")
+            scale = torch.tensor(scales.get(name) or (1.0,), device=weight.device)
             for spec in each:
-                got: Tensor = functional_call(network, {f"{name}.weight": fake(weight, spec)}, given)
+                moved = {f"{name}.weight": fake(weight * scale, spec) / scale}
+                got: Tensor = functional_call(network, moved, given)
                 mean = matching(self.task, got.double(), wanted, batch.weight, 1.0)
                 found[f"{name}/{spec.bits}"] = (mean * batch.weight.sum()).double()
         return found
@@ -102,22 +111,25 @@ def least_harm(sizes: Sequence[Sequence[int]], harms: Sequence[Sequence[float]],
     A knapsack with one item of each class, solved by dynamic programming over the sums that no other beats in both.
     Raises OptionError where even the smallest choices are too large.
     """
-    unit = max(1, budget // _UNITS)
+    least = sum(min(size) for size in sizes)
+    left = budget - least
+    if left < 0:
+        raise OptionError(
+            f"{budget} bytes are less than the {least} of the fewest bits; raise the budget or add choices."
+        )
+    # Counted is what a choice takes beyond the smallest, so that a budget for just these is enough for them.
+    unit = max(1, left // _UNITS)
     front: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
     for size, harm in zip(sizes, harms, strict=True):
+        more = [-(-(s - min(size)) // unit) for s in size]
         grown = sorted(
-            (at + -(-s // unit), total + h, (*chosen, i))
+            (at + m, total + h, (*chosen, i))
             for at, total, chosen in front
-            for i, (s, h) in enumerate(zip(size, harm, strict=True))
-            if at + -(-s // unit) <= budget // unit
+            for i, (m, h) in enumerate(zip(more, harm, strict=True))
+            if at + m <= left // unit
         )
         front = []
         for one in grown:
             if not front or one[1] < front[-1][1]:
                 front.append(one)
-    if not front:
-        least = sum(min(size) for size in sizes)
-        raise OptionError(
-            f"{budget} bytes are less than the {least} of the fewest bits; raise the budget or add choices."
-        )
     return list(front[-1][2])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from netweight.anatomy import blocks
-from netweight.errors import ModelError, OptionError
+from netweight.errors import ModelError, OptionError, within
 from netweight.loss import Batch
 from netweight.model import Model, Range, Weights
 from netweight.network import Network, Transformer
@@ -94,8 +94,12 @@ class Quantize:
         for name in ("weight_bits", "activation_bits", "table_bits"):
             if not 2 <= getattr(self, name) <= 8:
                 raise OptionError(f"{name} of Quantize is {getattr(self, name)}; use 2 to 8.")
-        if not 0 <= self.smooth < 1:
-            raise OptionError(f"smooth of Quantize is {self.smooth}; use 0 to less than 1.")
+        checks = {
+            "smooth": (0 <= self.smooth < 1, "0 to less than 1"),
+            "percentile": (0.5 < self.percentile <= 1, "a share of values, more than 0.5 and at most 1"),
+            "rows": (self.rows >= 1, "1 or more"),
+        }
+        within(self, "Quantize", checks)
         if (self.granularity == "group") != (self.group is not None):
             raise OptionError(
                 f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size."

@@ -130,12 +130,24 @@ class Shrink:
             )
         if self.speedup is not None and self.speedup <= 1:
             raise OptionError(f"speedup is {self.speedup}; use more than 1.")
+        if self.importance == "magnitude" and self.rows != Shrink.rows:
+            raise OptionError(
+                f"rows={self.rows} does not apply to importance 'magnitude', which reads none; leave it out."
+            )
+        if self.spacing == "even" and self.layers is None:
+            raise OptionError("spacing says which layers stay; give layers, or leave it out.")
+        if not self.uniform and (self.heads, self.neurons) == (1, 1):
+            raise OptionError(
+                "uniform=False ranks heads and neurons of all layers together; give a share of them to keep."
+            )
         kept = depth if self.layers is None else self.layers
         if (self.heads, self.neurons, self.hidden, kept, self.speedup) == (1, 1, 1, depth, None):
             raise OptionError("nothing to remove: heads, neurons, hidden and layers all keep everything.")
 
     def _worth(self, model: Model, network: Transformer, run: Run) -> Worth:
-        if self.importance == "magnitude":
+        chosen = self.layers is not None and self.spacing == "importance"
+        ranks = chosen or self.speedup is not None or (self.heads, self.neurons, self.hidden) != (1, 1, 1)
+        if self.importance == "magnitude" or not ranks:
             return magnitude(network)
         sums = run.reduce(model, GateGradients(model.task, self.importance), self.rows)
         if not any(bool(value.any()) for value in sums.values()):
@@ -220,7 +232,7 @@ class GateGradients:
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
         if not isinstance(network, Transformer):
             raise ModelError(f"gates stand in a transformer; this network is {type(network).__name__}.")
-        rows, width, ones = len(batch), network.head.in_features, batch.weight.new_ones
+        rows, width, ones = len(batch), network.width, batch.weight.new_ones
         gates: dict[str, Tensor] = {"hidden": ones(rows, width, requires_grad=True)}
         handles = [
             norm.register_forward_hook(_behind(gates["hidden"]))

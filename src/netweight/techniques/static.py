@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from netweight.errors import OptionError
 from netweight.loss import Batch, SoftTargets
 from netweight.model import Model
 from netweight.network import Network, Transformer
@@ -51,6 +52,11 @@ class Static:
     splice: float = 4.0
     sif: float = 1e-3
     reads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("reach", "least"):
+            if not self.filters and getattr(self, name) != getattr(Static, name):
+                raise OptionError(f"{name} is for filters; with none of them leave it out.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         teacher = transformer(model, "Static")
@@ -115,9 +121,9 @@ class SecondText:
 def token_vectors(model: Model, teacher: Transformer) -> Tensor:
     """The teacher's pooled features of every token of the vocabulary alone (vocabulary, hidden)."""
     ids = torch.arange(model.encoder.vocabulary)
-    around = torch.tensor(model.encoder.specials)
-    before, after = around[:1].expand(len(ids), -1), around[1:2].expand(len(ids), -1)
-    text = torch.cat([before, ids[:, None], after], dim=1)
+    around = torch.tensor(model.encoder.specials, dtype=ids.dtype).expand(len(ids), -1)
+    first = around.shape[1] - model.encoder.closing
+    text = torch.cat([around[:, :first], ids[:, None], around[:, first:]], dim=1)
     teacher.eval()
     with torch.no_grad():
         parts = [teacher.features(t, torch.ones_like(t), torch.zeros_like(t)).float() for t in text.split(_CHUNK)]
