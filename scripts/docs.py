@@ -37,7 +37,9 @@ def page() -> str:
             check=True,
             env=environment,
         )
-        text = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()).replace("-c [", "netweight [")
+        text = "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()).replace(
+            "Usage: -c ", "Usage: netweight "
+        )
         parts.append(f"## {' '.join(words[:-1])}\n\n```\n$ {' '.join(words)}\n{text}\n```\n")
     return "\n".join(parts)
 

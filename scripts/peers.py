@@ -53,7 +53,7 @@ def row(peer: str, cell: Cell | None) -> str:
     """One line of a set's table."""
     title = TITLES.get(peer, peer)
     if cell is None or "error" in cell:
-        said = NOT_RUN if cell is None else f"failed: {cell['error'][:160]}".replace("|", "/").replace("\n", " ")
+        said = NOT_RUN if cell is None else _failed(cell["error"])
         return f"| {title} | {said} |" + " |" * 9
     c, t, made = cell["certificate"], cell["timing"][peer], cell["made"]
     seconds = "" if made["seconds"] is None else f"{made['seconds']:,.0f} s"
@@ -65,6 +65,12 @@ def row(peer: str, cell: Cell | None) -> str:
     )
 
 
+def _failed(error: str) -> str:
+    why = error[:160].replace("|", "/").replace("\n", " ")
+    # `--hours` is ours, and the peer is not to blame for it.
+    return f"stopped by us: {why}" if "not done after" in error else f"failed: {why}"
+
+
 def tables() -> tuple[list[str], dict[str, str]]:
     """The section, and plots by file name."""
     found, peers = cells(), names_in("PEERS")
@@ -72,7 +78,8 @@ def tables() -> tuple[list[str], dict[str, str]]:
         "## Beside its peers\n\n    make bench SET=banking77 PEER=tfidf SEED=0\n",
         "Every peer has the rows, the teacher and the threads of one Netweight job, and is timed in rounds that take turns with its "
         "artifact, each at its best batch size, tokenization included. `speed` is Netweight's rows per second divided by the "
-        "peer's, the median over rounds of pairs: above 1, Netweight is faster. The verdict is Netweight's own test against the "
+        "peer's, the median over rounds of pairs: above 1, Netweight is faster. Netweight's own rows per second are of rounds by "
+        "itself, so they are no numerator of these. The verdict is Netweight's own test against the "
         "teacher, at the larger of 1.0 point and the margin that dev says has 80 % power; `trained in` is what making it took, "
         "given the teacher where it needs one.\n",
     ]

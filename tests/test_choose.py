@@ -30,7 +30,6 @@ from netweight.choose import (
     SHARES,
     Choice,
     Planned,
-    alone,
     choices,
     judged,
     names,
@@ -634,7 +633,7 @@ def test_choices_that_hand_over_nearly_the_same_have_names_of_their_own() -> Non
     def handing(share: float) -> Choice:
         return Choice((cheap, strong), (1.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1 - share, share), 1.0, strong.logits)
 
-    several = [alone(strong), handing(0.032), handing(0.028), handing(0.01)]
+    several = [choose.alone(strong), handing(0.032), handing(0.028), handing(0.01)]
     assert names(several) == ["strong", "cheap > strong (3.2 %)", "cheap > strong (2.8 %)", "cheap > strong (1.0 %)"]
     assert names(several[:2]) == ["strong", "cheap > strong (3 %)"]
     assert names([handing(0.03), handing(0.03)]) == ["cheap > strong (3.000 %), 1", "cheap > strong (3.000 %), 2"]

@@ -26,7 +26,7 @@ def code(text: str, language: str = "python") -> list[str]:
 def reviews(path: Path, rows: Rows) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerows([("review", "stars"), *zip(rows.text, rows.label or (), strict=True)])
+        table.writerows([("review", "sentiment"), *zip(rows.text, rows.label or (), strict=True)])
 
 
 @pytest.mark.usefixtures("quick")

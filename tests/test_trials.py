@@ -76,8 +76,8 @@ def disagreement(point: Point) -> float:
     return float(point.logits[0, 0])
 
 
-def size(point: Point) -> int:
-    return point.bytes
+def objectives(point: Point) -> tuple[float, int]:
+    return disagreement(point), point.bytes
 
 
 def trials(
@@ -88,7 +88,7 @@ def trials(
     left: Callable[[], float] = lambda: 100.0,
     without: Sequence[str] = (),
 ) -> Trials:
-    return Trials(path, TEACHER, effort, seed, disagreement, size, left, without, kept)
+    return Trials(path, TEACHER, effort, seed, objectives, left, without, kept)
 
 
 def walk(made_trials: Trials, made: Callable[[Rung], Point] = made) -> list[tuple[Trial, Point]]:
@@ -160,7 +160,8 @@ def test_what_was_begun_is_made_whatever_would_be_proposed_now(tmp_path: Path) -
     """Parts of it may be in the store, under its name."""
     begun = Trial("static", 1, True, walk(trials(tmp_path / "other", "thorough", seed=5))[9][0].params)
     driven = trials(tmp_path / TRIALS, "standard", [(begun, None)])
-    assert (rung := driven.ask()) is not None
+    rung = driven.ask()
+    assert rung is not None
     assert driven.asked == begun
     assert rung == begun.rung(TEACHER)
     driven.tell(made(rung))
@@ -260,7 +261,7 @@ def test_what_nothing_beats_is_kept() -> None:
         point("d", 0.3, 20, "static"),
         point("e", 0.1, 10),
     ]
-    assert [p.name for p in undominated(points, disagreement, size)] == ["a", "c", "d", "e"]
+    assert [p.name for p in undominated(points, objectives)] == ["a", "c", "d", "e"]
 
 
 def test_search_walks_the_ladder_then_the_trials(tmp_path: Path) -> None:

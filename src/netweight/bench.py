@@ -156,8 +156,8 @@ def block_latency(
 ) -> LatencyTable:
     """Time one block with each number of `heads` and `neurons` in ONNX Runtime, on a batch of rows of `length` tokens.
 
-    In the model's numbers: in int8 where it was quantized, else in fp32. What is outside of the blocks comes from one layer against two. The
-    model's own numbers are measured too. Raises OptionError for more heads or neurons than there are, for layers of
+    In int8 where the model was quantized, else in fp32. What is outside of the blocks comes from one layer against two.
+    The model's own numbers are measured too. Raises OptionError for more heads or neurons than there are, for layers of
     several sizes, and for a single layer.
     """
     whole = transformer(model, "a latency table")

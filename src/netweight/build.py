@@ -317,9 +317,7 @@ class Builder:
         run = self.students or self.run
         if isinstance(run, Parallel) and run.strategy in ("tensor", "pipeline"):
             without.append(INSIDE)  # no process has all of a network
-        return Trials(
-            path, self.source, options.effort, options.seed, self.disagreement, self.size, left, without, begun
-        )
+        return Trials(path, self.source, options.effort, options.seed, self.objectives, left, without, begun)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""
@@ -328,7 +326,7 @@ class Builder:
 
     def drop(self, points: Collection[Point]) -> None:
         """Remove the models of trials that other points beat: they cannot ship, and nothing else asks for them."""
-        good = {point.name for point in undominated(points, self.disagreement, self.size)}
+        good = {point.name for point in undominated(points, self.objectives)}
         steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
         beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
         needed = {model for name in steps if name not in beaten for model in steps[name]}
@@ -351,6 +349,10 @@ class Builder:
         not minimised, of its weights in fp32, since no engine is faster for fewer bits."""
         held = None if self.job.budget.minimise == "size" else self.store.get(f"weights {point.name}")
         return point.bytes if held is None else int(held)
+
+    def objectives(self, point: Point) -> tuple[float, int]:
+        """What the search beyond the ladder makes small."""
+        return self.disagreement(point), self.size(point)
 
     def quality(self, logits: NDArray[np.float32]) -> float:
         """The metric on dev."""

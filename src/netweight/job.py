@@ -89,8 +89,8 @@ class Options:
     """How a job is done.
 
     model: `starter`, a folder, a Hub id, or `scratch`: random weights, pretrained on the texts of train and pool.
-    metric: None picks one by the balance of the labels. seconds: the time box of the job, or of what is left of it where
-    it was stopped; training is shortened to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
+    metric: None picks one by the balance of the labels. seconds: the time box of this process; training is shortened
+    to fit. threads: for training and for every engine. effort: "quick" walks the ladder, "standard" adds a few trials
     with other options, "thorough" many. vocabulary: tiers know all of the model's tokens ("whole"), or those that train
     or pool use and the most common others, and spell the rest ("trimmed"). finetune: makes the teacher, but for
     `scratch`, which has options of its own.

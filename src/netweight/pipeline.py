@@ -203,5 +203,5 @@ def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
 def _worth(builder: Builder, points: Mapping[str, Point]) -> dict[str, Point]:
     """The ladder's points, and of the others those that nothing beats."""
     always = {rung.name for rung in _rungs(builder)}
-    good = {point.name for point in undominated(points.values(), builder.disagreement, builder.size)}
+    good = {point.name for point in undominated(points.values(), builder.objectives)}
     return {name: point for name, point in points.items() if name in always | good}

@@ -37,6 +37,7 @@ from netweight.train import Plan
 
 Effort = Literal["quick", "standard", "thorough"]
 Kind = Literal["static", "encoder", "exits", "factored"]
+Objectives = Callable[[Point], tuple[float, int]]
 
 # Short trials of each kind at most, and how many of each kind are then made in full.
 _SHORT: dict[Effort, int] = {"quick": 0, "standard": 6, "thorough": 24}
@@ -174,8 +175,7 @@ class Trials:
         path: the SQLite file.
         teacher: what students are made of and trained on.
         effort: how many trials.
-        disagreement: of a point with the reference on dev, in [0, 1].
-        size: of a point, the second objective.
+        objectives: of a point: its disagreement with the reference on dev, in [0, 1], and its size.
         left: seconds of the time box.
         without: options that are left at their defaults: BYTES, INSIDE.
         kept: trials that earlier processes began, in their order, with their points; None where one was not finished.
@@ -187,14 +187,13 @@ class Trials:
         teacher: Model,
         effort: Effort,
         seed: int,
-        disagreement: Callable[[Point], float],
-        size: Callable[[Point], int],
+        objectives: Objectives,
         left: Callable[[], float],
         without: Collection[str] = (),
         kept: Sequence[tuple[Trial, Point | None]] = (),
     ) -> None:
         self.teacher, self.effort, self.seed = teacher, effort, seed
-        self._disagreement, self._size, self._left, self._without = disagreement, size, left, without
+        self._objectives, self._left, self._without = objectives, left, without
         self._for_full: float | None = None
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
         self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
@@ -205,7 +204,7 @@ class Trials:
         self.told: dict[Kind, list[Told]] = {kind: [] for kind in kinds(teacher)}
         for trial, point in kept:
             if trial.short and point is not None:
-                self.told[trial.kind].append(Told(trial, disagreement(point), size(point)))
+                self.told[trial.kind].append(Told(trial, *objectives(point)))
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
             self._studies = {kind: self._study(path, kind) for kind in self.told}
@@ -278,7 +277,7 @@ class Trials:
         self._asked = None
         self._made.add(trial.name)
         if trial.short:
-            one = Told(trial, self._disagreement(point), self._size(point))
+            one = Told(trial, *self._objectives(point))
             self.told[trial.kind].append(one)
             with _quiet():
                 study = self._studies[trial.kind]
@@ -365,15 +364,15 @@ def space(kind: Kind, teacher: Model) -> dict[str, BaseDistribution]:
     }
 
 
-def undominated(
-    points: Iterable[Point], disagreement: Callable[[Point], float], size: Callable[[Point], int]
-) -> list[Point]:
-    """Points that no other one of their engine beats in both disagreement and size: the rest is not worth timing."""
-    held = [(point, (disagreement(point), size(point))) for point in points]
+def undominated(points: Iterable[Point], objectives: Objectives) -> list[Point]:
+    """Points that no other one of their engine beats in both objectives: the rest is not worth timing."""
+    held = [(point, objectives(point)) for point in points]
     return [
         p
-        for p, (d, n) in held
-        if not any(o.engine == p.engine and other != (d, n) and other[0] <= d and other[1] <= n for o, other in held)
+        for p, mine in held
+        if not any(
+            o.engine == p.engine and other != mine and other[0] <= mine[0] and other[1] <= mine[1] for o, other in held
+        )
     ]
 
 

@@ -124,9 +124,7 @@ class Finetune:
             return Adversarial(loss, 1.0 if self.epsilon is None else self.epsilon)
         if self.regularizer == "r-drop":
             if isinstance(network, Exits):
-                raise OptionError(
-                    "r-drop compares one answer of two passes, and exits give several; add exits afterwards."
-                )
+                raise OptionError("r-drop compares one answer of two passes, and exits give several; add them later.")
             if not drops_out(network):
                 raise OptionError(
                     f"r-drop compares two passes under dropout, and this {network.config.model_type} has none; set a "

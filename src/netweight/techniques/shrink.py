@@ -131,15 +131,11 @@ class Shrink:
         if self.speedup is not None and self.speedup <= 1:
             raise OptionError(f"speedup is {self.speedup}; use more than 1.")
         if self.importance == "magnitude" and self.rows != Shrink.rows:
-            raise OptionError(
-                f"rows={self.rows} does not apply to importance 'magnitude', which reads none; leave it out."
-            )
+            raise OptionError(f"rows={self.rows} does not apply to importance 'magnitude'; leave it out.")
         if self.spacing == "even" and self.layers is None:
             raise OptionError("spacing says which layers stay; give layers, or leave it out.")
         if not self.uniform and (self.heads, self.neurons) == (1, 1):
-            raise OptionError(
-                "uniform=False ranks heads and neurons of all layers together; give a share of them to keep."
-            )
+            raise OptionError("uniform=False ranks heads and neurons of all layers together; give a share of them.")
         kept = depth if self.layers is None else self.layers
         if (self.heads, self.neurons, self.hidden, kept, self.speedup) == (1, 1, 1, depth, None):
             raise OptionError("nothing to remove: heads, neurons, hidden and layers all keep everything.")
