@@ -158,7 +158,9 @@ def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
 
 def test_what_was_begun_is_made_whatever_would_be_proposed_now(tmp_path: Path) -> None:
     """Parts of it may be in the store, under its name."""
-    begun = Trial("static", 1, True, walk(trials(tmp_path / "other", "thorough", seed=5))[9][0].params)
+    others = [trial for trial, _ in walk(trials(tmp_path / "other", "thorough", seed=5)) if trial.kind == "static"]
+    begun = replace(others[5], number=1)
+    assert begun.short
     driven = trials(tmp_path / TRIALS, "standard", [(begun, None)])
     rung = driven.ask()
     assert rung is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +96,7 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         )
 
 
-def require_groups(groups: Ints | None) -> None:
+def require_groups(groups: Sequence[int] | Ints | None) -> None:
     """Raise CertificateError where rows come in fewer than 30 groups."""
     if groups is not None and (count := len(np.unique(groups))) < GROUPS:
         raise CertificateError(

@@ -95,7 +95,7 @@ def _slice(
     return Slice(*named, n, was, now, drop)
 
 
-def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None, level: float) -> Estimate:
+def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None, level: float) -> Estimate | None:
     if isinstance(task, Classify) and groups is None:
         right, still = task.correct(reference), task.correct(candidate)
         b, c, n = int((right & ~still).sum()), int((still & ~right).sum()), len(right)

@@ -234,7 +234,7 @@ def _drawn_together(certify: Rows, notes: list[str]) -> Rows:
         f"{_rows(together)} of certify share a text or group with another one and were cut together; the certificate "
         f"counts them as {int((size > 1).sum()):,} groups."
     )
-    return replace(certify, group=tuple(f"{c}" if size[c] > 1 else "" for c in of.tolist()))
+    return replace(certify, group=tuple(f"cut together {c}" if size[c] > 1 else "" for c in of.tolist()))
 
 
 def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Rows | None:
