@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from netweight.certify import calibrated, fit_temperature
 from netweight.certify.bootstrap import Bootstrap, Sample, interval
 from netweight.certify.compare import Pairs, compare, require
-from netweight.certify.slices import columns, script
+from netweight.certify.slices import _drop, columns, script
 from netweight.data.rows import Rows
 from netweight.errors import CertificateError
 from netweight.task import Classify, Score, softmax
@@ -104,6 +104,16 @@ def test_bootstrap_and_exact_intervals_of_accuracy_agree_where_groups_mean_nothi
     assert clustered.drop.value == pytest.approx(exact.drop.value)
     assert clustered.drop.high == pytest.approx(exact.drop.high, abs=0.002)
     assert clustered.drop.low == pytest.approx(exact.drop.low, abs=0.002)
+
+
+def test_groups_in_which_nothing_differs_have_no_interval() -> None:
+    """Resampled, what does not differ never does; that is no proof that it cannot."""
+    same = random_pairs(Classify(("a", "b")), 90, np.repeat(np.arange(45), 2))
+    assert _drop(same.task, same.reference, same.reference, same.groups, 0.025) is None
+    alone = _drop(same.task, same.reference, same.reference, None, 0.025)
+    assert alone is not None
+    assert alone.low < 0 < alone.high
+    assert _drop(same.task, same.reference, same.candidate, same.groups, 0.025) is not None
 
 
 def test_groups_that_matter_widen_the_interval() -> None:

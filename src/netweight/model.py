@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import logging as bars
 
+from netweight.data.files import atomic
 from netweight.encode import TextEncoder
 from netweight.errors import CorruptArtifact, MissingExtra, ModelError
 from netweight.network import Network, Pooling, Transformer, build, causal, tensors
@@ -141,12 +142,14 @@ class Model:
     def save(self, folder: Path) -> None:
         """Write `model.json`, `tokenizer.json` and `model.safetensors` (pruned weights take a bit); the header last."""
         folder.mkdir(parents=True, exist_ok=True)
-        held = packed({name: value.numpy() for name, value in tensors(self.network).items()})
-        (folder / "model.safetensors").write_bytes(held)
-        (folder / "tokenizer.json").write_text(self.encoder.definition, encoding="utf-8")
-        header = folder / "model.json.new"
-        header.write_text(json.dumps(self._header()), encoding="utf-8")
-        header.replace(folder / "model.json")
+        written = {
+            "model.safetensors": packed({name: value.numpy() for name, value in tensors(self.network).items()}),
+            "tokenizer.json": self.encoder.definition.encode(),
+            "model.json": json.dumps(self._header()).encode(),
+        }
+        for name, data in written.items():
+            with atomic(folder / name) as out:
+                out.write(data)
 
     @staticmethod
     def load(folder: Path) -> Model:

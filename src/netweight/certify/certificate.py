@@ -98,7 +98,8 @@ class Tested:
 
 @dataclass(frozen=True)
 class Slice:
-    """Quality on one value of one column. Without `drop` there are too few rows to say."""
+    """Quality on one value of one column. Without `drop` there are too few rows to say, or no row of a group
+    differs."""
 
     column: str
     value: str
