@@ -58,7 +58,7 @@ def onnx_predict(path: Path, options: Options) -> Predict:
         setting.inter_op_num_threads = 1
         # Else idle workers would go on spinning while the other process has its turn.
         setting.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # The fused kernel of an addition and a norm is slower than the two (1.32, AVX-512): peers take a fifth less time
+        # The fused kernel of an addition and a norm is slower than the two (1.32, AVX-512): a fifth less time is taken
         # without it, as Netweight's engine does.
         skip = ["SkipLayerNormFusion"]
         sessions.append(ort.InferenceSession(str(path), setting, ["CPUExecutionProvider"], disabled_optimizers=skip))
