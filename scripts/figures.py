@@ -185,6 +185,7 @@ def _standard() -> str:
     usual = json.loads(path.read_text(encoding="utf-8"))
     if usual["epochs"] < 6:
         name += f", of which {usual['epochs']:g} timed"
+    name += " (in a time limit that decides it: see the notes)"
     stored = [
         json.loads(p.read_text(encoding="utf-8")) for p in sorted(peers.RESULTS.glob("banking77-standard-seed*.json"))
     ]
