@@ -169,11 +169,11 @@ def extra(name: str) -> Run | None:
 def page() -> tuple[str, dict[str, str]]:
     """docs/results.md, and the plots that it shows by file name."""
     found = runs("banking77")
-    machine = found[0]["bench"]["machine"]
+    machine = max((own["machine"] for _, own, _ in figures.shops(peers.cells())), key=lambda m: m["date"])
     parts = [
         "# Results\n\nWritten by `make docs` from `benchmarks/results/`: tables from what commands stored, and beneath them notes, whose "
         "numbers were read off the commands that they name.\n",
-        f"Machine: {machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads; {machine['date']}. Shared and noisy: trust ratios, "
+        f"Machine: {machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads. Shared and noisy: trust ratios, "
         "which come from interleaved rounds of one run.\n",
     ]
     earlier = [

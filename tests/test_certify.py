@@ -314,3 +314,8 @@ def test_equal_texts_with_different_labels_match() -> None:
     given.logits[0] = given.logits[1]
     certificate, outcomes = certify(plan(rows, SAFE), Sealed(rows), given, {"safe": given})
     assert "all 300" in matches(certificate, outcomes, rows, given)
+    # Equal but for capitals, they may be read differently.
+    apart = answers(rows, [])
+    assert apart.logits[0].argmax() != apart.logits[1].argmax()
+    certificate, outcomes = certify(plan(rows, SAFE), Sealed(rows), apart, {"safe": apart})
+    assert "all 300" in matches(certificate, outcomes, rows, apart)

@@ -21,7 +21,7 @@ from conftest import FAMILIES, tiny_model
 from netweight import choose, search
 from netweight.anatomy import blocks
 from netweight.artifact import Tier
-from netweight.build import Builder
+from netweight.build import Builder, _telling
 from netweight.certify import fit_temperature
 from netweight.certify.power import binary_power
 from netweight.choose import (
@@ -179,7 +179,7 @@ def climbed(
         reads=reads,
         beaten=lambda points: False,
         job=Job(Tables(Rows((), ())), budget=Budget(minimise=minimise)),
-        data=SimpleNamespace(certify=range(3000)),
+        data=SimpleNamespace(certify=SimpleNamespace(rows=Rows(("",) * 3000))),
         run=SimpleNamespace(data=None),
         task=TASK,
         clock=SimpleNamespace(left=1e9),
@@ -614,11 +614,21 @@ def test_macro_f1_gives_way_where_its_test_would_be_refused() -> None:
         _, task, notes = prepare(job, Path(folder))
         with pytest.raises(OptionError, match="the rarest can expect 2; merge such labels, give more labelled rows"):
             prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
+        # A certify table of one's own may hold enough of them.
+        given = Tables(rare, certify=Rows(tuple(f"row {i}" for i in range(60)), ("a", "b") * 30))
+        prepare(Job(given, options=Options(metric="macro-f1")), Path(folder))
         # There may just be enough.
         more = replace(rare, label=tuple("b" if i < 80 else "a" for i in range(200)))
         _, asked, _ = prepare(Job(Tables(more), options=Options(metric="macro-f1")), Path(folder))
     assert (task.metric, asked.metric) == ("accuracy", "macro-f1")
     assert any("needs 25 certify rows of each label, and the rarest can expect 2" in note for note in notes)
+
+
+def test_plans_count_copies_that_were_cut_together_once() -> None:
+    rows = Rows(tuple(f"text {i // 4 if i < 40 else i}" for i in range(100)))
+    assert _telling(rows) == 100, "drawn one by one, each tells something"
+    # Ten texts of four copies and sixty of one: 100^2 / (10 * 16 + 60).
+    assert _telling(replace(rows, drawn=tuple(i // 4 if i < 40 else i for i in range(100)))) == 45
 
 
 def test_groups_that_are_too_few_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

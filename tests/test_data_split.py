@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netweight.certify.decide import groups_of
+from netweight.certify.slices import columns
 from netweight.data import Dataset, Rows, split, without_train
 from netweight.errors import DataError, LabelError, OptionError
 
@@ -175,29 +177,28 @@ def test_groups_and_texts_join_into_one() -> None:
     assert abs(len(data.certify) - 120) <= 6
 
 
-def test_what_was_cut_together_is_one_group_of_certify() -> None:
+def test_what_was_cut_together_is_known() -> None:
     """All copies of a text are cut or none: a certificate that took them for independent would promise too much."""
     cells = [(f"text {i // 3 if i < 300 else i}", "ab"[i % 2 if i >= 300 else (i // 3) % 2]) for i in range(600)]
     data = split(rows(*cells))
     certify = data.certify.rows
     copies = Counter(certify.text)
     assert set(copies.values()) == {1, 3}
-    assert certify.group is not None
-    by_text = dict(zip(certify.text, certify.group, strict=True))
-    assert all(by_text[text] == group for text, group in zip(certify.text, certify.group, strict=True))
-    assert all((by_text[text] != "") == (n > 1) for text, n in copies.items())
+    assert certify.drawn is not None
+    assert len(set(certify.drawn)) == len(set(zip(certify.text, certify.drawn, strict=True))) == len(copies)
+    assert groups_of(certify) == certify.drawn
+    assert "group" not in columns(certify, {}), "it is no column of the shop's"
     together = sum(n == 3 for n in copies.values())
-    assert len(set(certify.group) - {""}) == together
     assert f"{3 * together} rows of certify share a text or group with another one" in " ".join(data.notes)
     # Copies in a table that was given are copies that were drawn.
     given = split(many(100), certify=rows(*cells))
-    assert given.certify.rows.group is None
-    # Groups that are joined by a text are one.
+    assert given.certify.rows.drawn is None
+    assert split(many(600)).certify.rows.drawn is None
+    # The shop's own groups stay what they are.
     joined = split(rows(*cells, group=tuple(f"{i}" for i in range(600))), seed=3).certify.rows
+    assert joined.drawn is not None
     assert joined.group is not None
-    assert all(
-        len({g for t, g in zip(joined.text, joined.group, strict=True) if t == text}) == 1 for text in joined.text
-    )
+    assert len(set(joined.group)) == len(joined) > len(set(joined.drawn)) == len(set(joined.text))
 
 
 def test_one_large_group_goes_to_train() -> None:

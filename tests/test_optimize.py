@@ -326,6 +326,12 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     assert export(out, "onnx", tmp_path / "onnx").compared
     ours, teachers = bench(out, None, against=["teacher"], threads=1).measured
     assert (ours.quality, teachers.quality) == (result.measurements.shipped.quality, quality(dev))
+    # A job that was begun for something else keeps the tokens that it was begun with, and says so.
+    told = Told()
+    given = shop.options | {"max_length": 16, "minimise": "size", "reporter": told}
+    for_bytes = optimize(train.take(seldom), dev=dev, certify=certify, out=out, **given)
+    assert for_bytes.manifest.provenance["tokens"] == {"known": known, "teacher": all_of_them}
+    assert any(note.startswith("tiers know the 0 most common tokens, as this job was begun") for note in told.notes)
     # Nothing is left out where that is asked for, and it is another job.
     whole = optimize(
         train, dev=dev, certify=certify, out=tmp_path / "whole.nw", vocabulary="whole", **shop.options
@@ -335,7 +341,13 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
         optimize(train.take(seldom), dev=dev, certify=certify, out=out, vocabulary="whole", **shop.options)
 
 
-def test_what_a_run_store_holds_of_another_recipe_is_made_anew(shop: Shop, copied: Path) -> None:
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_run_store_holds_of_another_recipe_is_made_anew(
+    shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another version, or a trial that was begun otherwise, may mean something else by the same name."""
     point = store_of(copied) / "points" / "static.bin"
     before = point.stat().st_mtime_ns
@@ -344,10 +356,20 @@ def test_what_a_run_store_holds_of_another_recipe_is_made_anew(shop: Shop, copie
     with Store(store_of(copied), None) as store:
         recipe = store.get("recipe static")
         store.put("recipe static", "part-of-another-version")
+    with monkeypatch.context() as killing:
+        killing.setattr(build, "export", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again(shop, copied)
+    assert point.stat().st_mtime_ns == before
     again(shop, copied)
     assert point.stat().st_mtime_ns > before
     with Store(store_of(copied), None) as store:
         assert store.get("recipe static") == recipe
+        costs = len(store.keys("costs "))
+        store.put("point static", store.get("point static") | {"file": "0" * 64})
+    again(shop, copied)
+    with Store(store_of(copied), None) as store:
+        assert len(store.keys("costs ")) == costs + 1, "another file is timed"
 
 
 def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Path, tmp_path: Path) -> None:
@@ -361,6 +383,16 @@ def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Pa
     assert weights_digest("starter") == weights_digest("org/name") == ""
     with Store(store_of(copied), None) as store:
         assert store.job["weights"] == first
+
+
+class Told(Silent):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def scored(rows: Rows) -> Rows:

@@ -226,7 +226,9 @@ def test_figures_take_the_best_certified_peer(
     cell("amazon_multidomain", "netweight", "certified", 1.0, 1.0, 10, margin=3.3)
     cell("amazon_multidomain", "onnx_int8", "certified", 44.0, 10.0, 40)
     assert "| 10x | 22.00x in the geometric mean" in figures.table()
-    assert "amazon_multidomain 0: 3.3 points (lost 0.40, at most 2.62). On the sets that were held to" in figures.table()
+    assert (
+        "amazon_multidomain 0: 3.3 points (lost 0.40, at most 2.62). On the sets that were held to" in figures.table()
+    )
     assert "one point (banking77) the first row is 11.00x" in figures.table()
     cell("amazon_multidomain", "olive", "not certified", 11.0, 10.0, 40)
     assert "| 10x | 11.00x in the geometric mean" in figures.table(), "it loses no more than Netweight may"
@@ -234,7 +236,10 @@ def test_figures_take_the_best_certified_peer(
         run = {"seed": seed, "seconds": seconds}
         (tmp_path / f"banking77-standard-seed{seed}.json").write_text(json.dumps(run))
     (tmp_path / "finetune.json").write_text(json.dumps({"seconds": 100, "epochs": 2.0}))
-    assert "6 epochs, of which 2 timed (in a time limit that decides it: see the notes) | 3x | 2.50x | reached |" in figures.table()
+    assert (
+        "6 epochs, of which 2 timed (in a time limit that decides it: see the notes) | 3x | 2.50x | reached |"
+        in figures.table()
+    )
     for seed, verdict, size in ((0, "certified", 5_800_000), (1, "not certified", 10)):
         run = {"seed": seed, "inspect": {"bytes": size, "certificate": {"verdict": verdict}}}
         (tmp_path / f"banking77-size-seed{seed}.json").write_text(json.dumps(run))

@@ -420,6 +420,10 @@ def test_the_last_layers_alone_are_built_again(family: str, tmp_path: Path) -> N
     again = Model.load(tmp_path)
     assert again.digest == made.digest
     torch.testing.assert_close(logits_of(again, tokens), logits_of(made, tokens))
+    # Cut once more, the layer that has become the first keeps what it has.
+    last = again.with_network(with_layers(net(again), [1]))
+    last.save(tmp_path / "last")
+    assert Model.load(tmp_path / "last").digest == last.digest
 
 
 def test_layers_that_know_their_number_stay_in_place() -> None:

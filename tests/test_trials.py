@@ -91,6 +91,11 @@ def trials(
     return Trials(path, TEACHER, effort, seed, objectives, left, without, kept)
 
 
+def complete_of(path: Path, kind: Kind) -> list[optuna.trial.FrozenTrial]:
+    study = optuna.load_study(storage=f"sqlite:///{path}", study_name=kind)
+    return study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
+
+
 def walk(made_trials: Trials, made: Callable[[Rung], Point] = made) -> list[tuple[Trial, Point]]:
     found = []
     while (rung := made_trials.ask()) is not None:
@@ -169,6 +174,11 @@ def test_what_was_begun_is_made_whatever_would_be_proposed_now(tmp_path: Path) -
     driven.tell(made(rung))
     assert driven.asked is None
     assert [one.trial for one in driven.told["static"]] == [begun]
+    (complete,) = complete_of(tmp_path / TRIALS, "static")
+    assert complete.params == begun.params, "Optuna learns of what was made"
+    # Another budget sees other sizes; the file holds what is told now.
+    trials(tmp_path / TRIALS, "standard", [(begun, replace(made(rung), bytes=77))])
+    assert [trial.values[1] for trial in complete_of(tmp_path / TRIALS, "static")] == [77.0]
 
 
 def test_full_trials_come_when_the_time_that_is_kept_for_them_begins(tmp_path: Path) -> None:
@@ -232,8 +242,7 @@ def test_optuna_holds_what_was_told(tmp_path: Path) -> None:
     path = tmp_path / TRIALS
     found = walk(trials(path, "standard"))
     for kind in get_args(Kind):
-        study = optuna.load_study(storage=f"sqlite:///{path}", study_name=kind)
-        values = [t.values for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])]
+        values = [t.values for t in complete_of(path, kind)]
         wanted = [[disagreement(p), float(p.bytes)] for t, p in found if t.kind == kind and t.short]
         assert np.allclose(values, wanted)
     other = walk(trials(tmp_path / "again", "standard", seed=1))

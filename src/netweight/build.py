@@ -17,6 +17,7 @@ from netweight import measure
 from netweight.artifact import READS, Tier
 from netweight.certify import fit_temperature
 from netweight.data import Dataset, Rows
+from netweight.data.cluster import numbered
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
@@ -71,6 +72,15 @@ def last_share(recipe: Recipe) -> float:
     """The share of a recipe's time that its last step gets: its epochs of all of them."""
     epochs = [getattr(step, "epochs", 0.0) for step in recipe]
     return epochs[-1] / sum(epochs) if sum(epochs) else 1.0
+
+
+def _telling(rows: Rows) -> int:
+    """Certify rows that say something of their own: copies that were cut together all say the same. n^2 over the sum of
+    squared numbers of copies (Kish, Survey Sampling, 1965)."""
+    if rows.drawn is None:
+        return len(rows)
+    copies = np.bincount(numbered(rows.keys()))
+    return round(len(rows) ** 2 / int((copies**2).sum()))
 
 
 class Clock:
@@ -159,15 +169,9 @@ class Builder:
         its tokens, the teacher with those alone. On train and pool both say the same."""
         if self.job.options.vocabulary == "whole" or not isinstance(self.run, InOnePlace):
             return self.teacher
-        common = _COMMONEST if self.job.budget.minimise == "size" else _COMMON
-        if (first := self.store.get("common tokens")) is None:
-            self.store.put("common tokens", common)
-        elif first != common:
-            # All points that are there were made for these tokens.
-            self.reporter.note(
-                f"tiers know the {first:,} most common tokens, as this job was begun; to begin anew with {common:,}, "
-                "write to another folder"
-            )
+        wanted = _COMMONEST if self.job.budget.minimise == "size" else _COMMON
+        if (common := self.store.get("common tokens")) is None:
+            self.store.put("common tokens", common := wanted)
         trim = Vocab(common=common)
         try:
             found = self.model(TRIMMED, lambda: read(self.teacher, self.reads), (trim,), 0.0, self.run)
@@ -176,8 +180,15 @@ class Builder:
         except ModelError as problem:
             self.reporter.note(f"tiers have the teacher's whole vocabulary: {problem}")
             return self.teacher
-        few = found.encoder.vocabulary <= _FEW * self.teacher.encoder.vocabulary
-        return read(found, self.teacher.encoder.max_length) if few else self.teacher
+        if found.encoder.vocabulary > _FEW * self.teacher.encoder.vocabulary:
+            return self.teacher
+        if common != wanted:
+            # All points that are there were made for these tokens.
+            self.reporter.note(
+                f"tiers know the {common:,} most common tokens, as this job was begun; to begin anew with {wanted:,}, "
+                "write to another folder"
+            )
+        return read(found, self.teacher.encoder.max_length)
 
     @cached_property
     def teacher_dev(self) -> NDArray[np.float32]:
@@ -255,7 +266,8 @@ class Builder:
         if self.store.get(f"recipe {name}") not in (None, recipe):
             # It was made, or begun, by a version of Netweight or a trial that had another one.
             self.reporter.note(f"{name} is made anew: its recipe is not the one in the run store")
-            self.store.put(f"model {name}", None)
+            for stale in ("point", "model"):
+                self.store.put(f"{stale} {name}", None)
             known = None
         if known is None:
             self.store.put(f"recipe {name}", recipe)
@@ -325,8 +337,13 @@ class Builder:
             self.store.put(f"trial {trial.name}", asdict(trial))
 
     def drop(self, points: Collection[Point]) -> None:
-        """Remove the models of trials that other points beat: they cannot ship, and nothing else asks for them."""
-        good = {point.name for point in undominated(points, self.objectives)}
+        """Remove the models of trials that other points beat, whether bytes are minimised or not: they cannot ship, and
+        nothing else asks for them."""
+
+        def kept(size: Callable[[Point], int]) -> set[str]:
+            return {p.name for p in undominated(points, lambda point: (self.disagreement(point), size(point)))}
+
+        good = kept(lambda point: point.bytes) | kept(self._weights)
         steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
         beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
         needed = {model for name in steps if name not in beaten for model in steps[name]}
@@ -347,7 +364,11 @@ class Builder:
     def size(self, point: Point) -> int:
         """What grows with a point's cost, as far as is known before it is timed: bytes of its file, or, where these are
         not minimised, of its weights in fp32, since no engine is faster for fewer bits."""
-        held = None if self.job.budget.minimise == "size" else self.store.get(f"weights {point.name}")
+        return point.bytes if self.job.budget.minimise == "size" else self._weights(point)
+
+    def _weights(self, point: Point) -> int:
+        """Bytes of a point's weights in fp32; of its file, where an older version made it."""
+        held = self.store.get(f"weights {point.name}")
         return point.bytes if held is None else int(held)
 
     def objectives(self, point: Point) -> tuple[float, int]:
@@ -363,7 +384,7 @@ class Builder:
         (units of quality), certify rows, level of the first look."""
         budget, task = self.job.budget, self.task
         margin = task.margin(budget.points, self.quality(reference))
-        return self.dev_targets, task, margin, len(self.data.certify), (1 - budget.confidence) / 2
+        return self.dev_targets, task, margin, _telling(self.data.certify.rows), (1 - budget.confidence) / 2
 
     def run_tier(self, name: str, engine: str, options: Any) -> TierEngine:
         """The engine of an exported point."""

@@ -134,12 +134,13 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
     with Store(store_of(folder), None) as store:
         teacher = Model.load(store.model_folder(TEACHER))
         engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher, count), teacher.bytes)]
+        first: list[tuple[str, Engine, int]] = []
+        if manifest.provenance.get("trimmed"):
+            # All tiers are made of it, and have its tokenizer.
+            fewer = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
+            first = [("Vocab, the tokens that occur", teacher_engine(fewer, count), fewer.bytes)]
         for tier in manifest.tiers:
-            if manifest.provenance.get("trimmed"):
-                # All tiers are made of it, and have its tokenizer.
-                fewer = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
-                engines.append((tier.name, "Vocab, the tokens that occur", teacher_engine(fewer, count), fewer.bytes))
-            engines += _steps(store, manifest, tier, count)
+            engines += [*((tier.name, *one) for one in first), *_steps(store, manifest, tier, count)]
         if len(manifest.tiers) > 1:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
         some = rows.take(range(min(_TIMED, len(rows))))
@@ -188,14 +189,17 @@ def _words(step: dict[str, Any]) -> str:
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
     """Points of the store that did not ship."""
     shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
-    names = [key.removeprefix("point ") for key in store.keys("point ")]
+    names = [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
     held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
     points = [
         Tried(name, float(task.quality(task.outcomes(held[name], targets))), store.get(f"point {name}")["bytes"], "")
         for name in names
     ]
     minimise = manifest.provenance.get("minimise", "cost")
-    costs = _costs(store, manifest.provenance.get("measured", ""), points, minimise)
+    measured = manifest.provenance.get("measured")
+    if measured is None:
+        raise StoreError(f"{store.folder} does not say what was timed; optimize again to have it explained.")
+    costs = _costs(store, measured, points, minimise)
     trials = {name for name in names if store.get(f"trial {name}") is not None}
     return tuple(
         replace(p, why=_why(p, points, costs, trials, minimise, certificate)) for p in points if p.name not in shipped

@@ -163,20 +163,32 @@ class Job:
         return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
-def _testable(task: Task, known: Rows, certify: int, asked: bool) -> tuple[Task, str]:
-    """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training.
-    Raises OptionError where it was asked for and has no chance of enough rows."""
-    if task.metric == "macro-f1":
-        expected = min(Counter(known.label).values()) / len(known) * certify
-        why = (
-            f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and the rarest can expect "
-            f"{expected:.0f}"
-        )
-        if asked and expected + 4 * math.sqrt(expected) < CLASS_ROWS:
-            raise OptionError(f"{why}; merge such labels, give more labelled rows, or use --metric accuracy.")
-        if not asked and expected < CLASS_ROWS:
-            return replace(task, metric="accuracy"), f"though labels are not balanced: {why}"
+def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:
+    """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training."""
+    if task.metric == "macro-f1" and _expected(known, certify) < CLASS_ROWS:
+        return replace(task, metric="accuracy"), f"though labels are not balanced: {_too_few(known, certify)}"
     return task, "by the balance of the labels"
+
+
+def _refuse(task: Task, known: Rows, certify: int) -> None:
+    """Raise OptionError where macro-F1 was asked for, and a certify that is cut from `known` has no chance to be
+    enough for it."""
+    expected = _expected(known, certify)
+    if task.metric == "macro-f1" and expected + 4 * math.sqrt(expected) < CLASS_ROWS:
+        said = _too_few(known, certify)
+        raise OptionError(f"{said}; merge such labels, give more labelled rows, or use --metric accuracy.")
+
+
+def _expected(known: Rows, certify: int) -> float:
+    """Rows of the rarest label among so many that are drawn like the known ones."""
+    return min(Counter(known.label).values()) / len(known) * certify
+
+
+def _too_few(known: Rows, certify: int) -> str:
+    return (
+        f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and the rarest can expect "
+        f"{_expected(known, certify):.0f}"
+    )
 
 
 def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
@@ -211,9 +223,11 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         )
     known = data.dev if train is None else data.train
     task = task_for(known.label or (), options.task, options.metric)
-    task, why = _testable(task, known, len(data.certify), asked=options.metric is not None)
     if options.metric is None:
+        task, why = _testable(task, known, len(data.certify))
         notes.append(f"The metric is {task.metric}, {why}.")
+    elif tables.certify is None:
+        _refuse(task, known, len(data.certify))
     require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)

@@ -33,6 +33,7 @@ from netweight.signals import Fingerprint
 from netweight.store import LOOKS
 from netweight.task import Floats
 from netweight.techniques import describe
+from netweight.train import fit_digest
 from netweight.trials import Effort
 
 # Tiers of a cascade: a third may save time, but a second encoder brings its file, and its time to load.
@@ -55,8 +56,8 @@ class Ranked:
 
     def __init__(self, builder: Builder, points: Mapping[str, Point]) -> None:
         self.builder = builder
-        able = [f"{name} {engine}" for name, point in points.items() for engine in _able(point)]
-        self.measured = f"costs with {builder.job.options.threads} threads of {', '.join(able)}"
+        able = [(name, point.file, engine) for name, point in points.items() for engine in _able(point)]
+        self.measured = f"costs {fit_digest({'threads': builder.job.options.threads, 'of': able})[:16]}"
         costs = self._costs(points)
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}

@@ -197,7 +197,7 @@ class Trials:
         self._for_full: float | None = None
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
         self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
-        # A short one too, unless another effort or budget has it propose something else: parts of it may be made.
+        # A short one is finished as it was begun, even where another effort or budget would now propose something else.
         self._begun = {trial.name: trial for trial, point in kept if point is None and trial.short}
         self._made = {trial.name for trial, point in kept if point is not None}
         self.points = [point for _, point in kept if point is not None]
@@ -210,18 +210,20 @@ class Trials:
             self._studies = {kind: self._study(path, kind) for kind in self.told}
 
     def _study(self, path: Path, kind: Kind) -> optuna.Study:
-        study = optuna.create_study(
-            storage=f"sqlite:///{path}", study_name=kind, directions=["minimize", "minimize"], load_if_exists=True
-        )
-        for trial in study.get_trials(states=[TrialState.RUNNING]):
-            study.tell(trial.number, state=TrialState.FAIL)
-        known = len(study.get_trials(states=[TrialState.COMPLETE]))
-        where = space(kind, self.teacher)
-        for one in self.told[kind][known:]:
-            values, params = [one.disagreement, float(one.size)], dict(one.trial.params)
-            held = {name: where[name] for name in params}
-            study.add_trial(create_trial(values=values, params=params, distributions=held))
+        storage = f"sqlite:///{path}"
+        if kind in optuna.get_all_study_names(storage):
+            # Another budget may have told it other sizes.
+            optuna.delete_study(study_name=kind, storage=storage)
+        study = optuna.create_study(storage=storage, study_name=kind, directions=["minimize", "minimize"])
+        for one in self.told[kind]:
+            self._add(study, one)
         return study
+
+    def _add(self, study: optuna.Study, one: Told) -> None:
+        values, params = [one.disagreement, float(one.size)], dict(one.trial.params)
+        where = space(one.trial.kind, self.teacher)
+        held = {name: where[name] for name in params}
+        study.add_trial(create_trial(values=values, params=params, distributions=held))
 
     def ask(self) -> Rung | None:
         """The next rung: short trials of the kinds in turn, then, or when the time kept for that begins, the best of
@@ -281,8 +283,12 @@ class Trials:
             self.told[trial.kind].append(one)
             with _quiet():
                 study = self._studies[trial.kind]
-                running = study.get_trials(states=[TrialState.RUNNING])
-                study.tell(running[-1].number, [one.disagreement, float(one.size)])
+                *_, proposed = study.get_trials(states=[TrialState.RUNNING])
+                if proposed.params == dict(trial.params):
+                    study.tell(proposed.number, [one.disagreement, float(one.size)])
+                else:  # it was begun before, as something else
+                    study.tell(proposed.number, state=TrialState.FAIL)
+                    self._add(study, one)
 
     def best(self, kind: Kind) -> list[int]:
         """Which short trials of a kind deserve to be made in full: by front, then by disagreement."""

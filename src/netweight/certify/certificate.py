@@ -98,8 +98,8 @@ class Tested:
 
 @dataclass(frozen=True)
 class Slice:
-    """Quality on one value of one column. Without `drop` there are too few rows to say, or no row of a group
-    differs."""
+    """Quality on one value of one column. Without `drop` there are too few rows to say, or they come in groups
+    and both are right on the same."""
 
     column: str
     value: str

@@ -100,8 +100,8 @@ def require_groups(groups: Sequence[int] | Ints | None) -> None:
     """Raise CertificateError where rows come in fewer than 30 groups."""
     if groups is not None and (count := len(np.unique(groups))) < GROUPS:
         raise CertificateError(
-            f"the certify rows form {count} groups; at least {GROUPS} are needed to see how much groups differ. "
-            "Give rows of more groups, or no group column if rows are independent."
+            f"the certify rows form {count} groups; at least {GROUPS} are needed to see how much groups differ. Give "
+            "more rows, or rows of more groups; where they are cut from train, rows with one text are a group."
         )
 
 

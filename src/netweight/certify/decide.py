@@ -141,12 +141,13 @@ def _notes(registration: Registration, outcomes: Outcomes) -> tuple[str, ...]:
 
 
 def groups_of(rows: Rows) -> tuple[int, ...] | None:
-    """Numbers of the groups; a row without a group stands alone. None where all rows do."""
-    if rows.group is None:
-        return None
-    numbers: dict[str, int] = {}
-    found = tuple(numbers.setdefault(group or f"\x00{i}", len(numbers)) for i, group in enumerate(rows.group))
-    return found if len(numbers) < len(rows) else None
+    """Numbers of what is resampled as a whole: what was cut together, else groups; a row without a group stands alone.
+    None where all rows do."""
+    found = rows.drawn
+    if found is None and rows.group is not None:
+        numbers: dict[str, int] = {}
+        found = tuple(numbers.setdefault(group or f"\x00{i}", len(numbers)) for i, group in enumerate(rows.group))
+    return found if found is not None and len(set(found)) < len(rows) else None
 
 
 def _difference(stored: Any, now: Any, where: str) -> tuple[str, Any, Any] | None:

@@ -30,7 +30,8 @@ def normalise(text: str) -> str:
 class Rows:
     """One split as columns of equal length; a column that the data does not have is None.
 
-    `label` stays text: the task turns it into targets. `slices` holds further columns for the slice table.
+    `label` stays text: the task turns it into targets. `slices` holds further columns for the slice table. `drawn`
+    numbers what was cut from a table as a whole, where rows were: those with one number all came, or none did.
     `number` is the row's number in its source (1 is the first row under the header), for messages; without it
     rows are numbered from 1. Raises DataError where the lengths differ.
     """
@@ -42,6 +43,7 @@ class Rows:
     weight: tuple[float, ...] | None = None
     slices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     number: tuple[int, ...] = ()
+    drawn: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.number:

@@ -43,8 +43,8 @@ def split(
       label more frequent in train, then the first in the alphabet). The others go to `quarantine`, with row numbers.
 
     Membership depends on content and seed, not on the order of rows; certify rows are put in an order that depends on
-    content, so that shuffling a file does not make a fresh certify set of it. Rows of a certify that was cut have as
-    their group what was cut as a whole with them; those of a given one are taken for drawn one by one.
+    content, so that shuffling a file does not make a fresh certify set of it. A certify that was cut says what of it
+    was cut as a whole; rows of a given one are taken for drawn one by one, or by its column of groups.
     Raises LabelError (no labels, one label, a label with one row, unknown labels), DataError (too few rows).
     """
     if kind not in ("classify", "score"):
@@ -224,8 +224,8 @@ def _shared(rows: Rows, name: str, other: Rows, other_name: str, notes: list[str
 
 
 def _drawn_together(certify: Rows, notes: list[str]) -> Rows:
-    """Rows that were cut from a table, with groups for what was cut as a whole: rows with one text, or one group, all
-    came or none of them did, so that a certificate must not take them for independent."""
+    """Rows that were cut from a table, and what of them was cut as a whole: rows with one text, or one group, all came
+    or none of them did, so that a certificate must not take them for independent."""
     of = clusters(certify, np.zeros(len(certify), np.int64), 0).of
     size = np.bincount(of)
     if (together := int((size[of] > 1).sum())) == 0:
@@ -234,7 +234,7 @@ def _drawn_together(certify: Rows, notes: list[str]) -> Rows:
         f"{_rows(together)} of certify share a text or group with another one and were cut together; the certificate "
         f"counts them as {int((size > 1).sum()):,} groups."
     )
-    return replace(certify, group=tuple(f"cut together {c}" if size[c] > 1 else "" for c in of.tolist()))
+    return replace(certify, drawn=tuple(of.tolist()))
 
 
 def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Rows | None:

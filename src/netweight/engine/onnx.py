@@ -30,9 +30,6 @@ def session(data: bytes, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Processors without VNNI add two products in 16 bits, which weights of 8 bits and shifted inputs overflow; there
-    # they take the slower and exact way, so that labels are those that were certified. With VNNI nothing changes.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # Idle workers that spin would steal the core that tokenizes.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The fused kernel for x + y and its norm takes six times as long as an addition and a norm (1.32, AVX-512),

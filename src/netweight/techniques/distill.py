@@ -223,8 +223,10 @@ def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:
     for position, layer in enumerate(kept):
         for name, part in layer.named_modules():
             # ModernBERT's first layer has no norm before attention, as a network built from the config would not here.
-            if isinstance(part, nn.LayerNorm) and not isinstance(stack[position].get_submodule(name), nn.LayerNorm):
-                new.replace(f"{prefix}.{position}.{name}", part)
+            at = f"{prefix}.{position}.{name}"
+            usual = isinstance(stack[position].get_submodule(name), nn.LayerNorm) and at not in network.edits
+            if isinstance(part, nn.LayerNorm) and not usual:
+                new.replace(at, part)
     return new
 
 
