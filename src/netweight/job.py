@@ -170,7 +170,7 @@ def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:
     return task, "by the balance of the labels"
 
 
-def _refuse(task: Task, known: Rows, certify: int) -> None:
+def _refuse_macro_f1(task: Task, known: Rows, certify: int) -> None:
     """Raise OptionError where macro-F1 was asked for, and a certify that is cut from `known` has no chance to be
     enough for it."""
     expected = _expected(known, certify)
@@ -227,7 +227,7 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         task, why = _testable(task, known, len(data.certify))
         notes.append(f"The metric is {task.metric}, {why}.")
     elif tables.certify is None:
-        _refuse(task, known, len(data.certify))
+        _refuse_macro_f1(task, known, len(data.certify))
     require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)
