@@ -63,6 +63,7 @@ def tiny_encoder(max_length: int = 32, more: Sequence[str] = ()) -> TextEncoder:
 FAMILIES: dict[str, dict[str, Any]] = {
     "bert": {},
     "roberta": {"pad_token_id": 0},
+    "xlm-roberta": {"pad_token_id": 0},
     "distilbert": {"dim": 32, "n_heads": 4, "hidden_dim": 64},
     "modernbert": {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "local_attention": 16},
     "gpt2": {"n_embd": 32, "n_head": 4, "n_inner": 64, "n_positions": 40},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -196,8 +197,9 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
     assert [int(line.split(",")[0]) for line in lines[1:]] == [i + 1 for i in chosen]
     assert all(line.endswith(",") for line in lines[1:])
     # Filled in by a person, it is a table to train on; a row that was left out is quarantined.
-    out.write_text("\n".join([lines[0], *(f"{line}good" for line in lines[1:-1]), lines[-1]]), encoding="utf-8")
-    loaded = read(out, Columns("text", "label"))
+    done = tmp_path / "done.csv"
+    done.write_text("\n".join([lines[0], *(f"{line}good" for line in lines[1:-1]), lines[-1]]), encoding="utf-8")
+    loaded = read(done, Columns("text", "label"))
     assert (len(loaded.rows), len(loaded.bad)) == (7, 1)
     sure = select_with(load(shop.folder, 1), rows, 8, method="margin")
     said_of = load(shop.folder, 1).predict(rows.text)
@@ -205,10 +207,36 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
     assert confidence[sure].max() <= np.delete(confidence, sure).min() + 1e-9
     # Rounds: this artifact is one, and it is not counted twice.
     file = tmp_path / "rounds.jsonl"
-    more = [*words, "--labelled", out, "--rounds", file]
+    more = [*words, "--labelled", done, "--rounds", file]
+    labelled = set(loaded.rows.keys())
+    left = rows.take([i for i, key in enumerate(rows.keys()) if key not in labelled])
+    aside = [key for key in left.keys() if key in left.take(watched(left)).keys()]  # noqa: SIM118
+    assert len(left) < len(rows)
+    assert aside
     for _ in range(2):
-        assert "round 1: from the next one on" in say(*more).err
+        told = say(*more).err
+        assert "round 1: from the next one on" in told
+        assert "1 of 8 rows of done.csv cannot be used (1 label is missing)" in told, "it has no label yet"
+        assert f"of {len(left) - len(aside):,} rows to {out}" in told, "others have a label, or stay aside"
     (line,) = map(json.loads, file.read_text().splitlines())
+    known = {hashlib.sha256(key.encode()).hexdigest()[:16] for key in labelled}
+    assert known.isdisjoint(line["labels"]), "models agree on what they were trained on"
+    # Nothing that people typed, and no pool, is written over.
+    for taken in (table, done):
+        before = taken.read_bytes()
+        refused = say(*words[:-1], taken, "--labelled", done)
+        assert (refused.status, "is the input itself" in refused.err) == (1, True)
+        assert taken.read_bytes() == before
+    # The pool's column may have another name than that of the tables that are written here.
+    renamed = tmp_path / "renamed.tsv"
+    renamed.write_text(table.read_text(encoding="utf-8").replace("text", "message", 1), encoding="utf-8")
+    other = say("select", shop.folder, renamed, "--text", "message", *words[5:], "--labelled", done)
+    assert other.status == 0, other.err
+    few = write_table(tmp_path / "few.tsv", rows.take(range(4)).unlabelled())
+    assert (
+        "fewer than 5 distinct rows" in say(*words[:2], few, *words[3:6], 1, *words[7:], "--rounds", tmp_path / "r").err
+    )
+    assert "seed is -1; use 0 or more" in say(*words, "--seed", -1).err
     flipped = dict.fromkeys(line["labels"], "bad")
     file.write_text("".join(json.dumps(one) + "\n" for one in ({"artifact": "old", "labels": flipped}, line)))
     assert "round 2: kappa with the round before 0.000; go on labelling: the mean of the last 3" in say(*more).err

@@ -82,7 +82,7 @@ def test_saving_again_without_an_exchange_of_names(made: Path, monkeypatch: pyte
     test_saving_again_replaces_and_leaves_nothing_behind(made)
 
 
-def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"dear")
     (tmp_path / "file").write_bytes(b"dear")
@@ -90,8 +90,17 @@ def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match=f"{name} exists and is not an artifact; choose another folder"):
             save(tmp_path / name, manifest_of(), contents_of())
     assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == (tmp_path / "file").read_bytes() == b"dear"
+    monkeypatch.chdir(tmp_path / "holiday")
+    for nameless in (".", ".."):
+        with pytest.raises(ArtifactError, match=r"the folder '\.+' has no name of its own; name a new one"):
+            save(Path(nameless), manifest_of(), contents_of())
     (tmp_path / "empty").mkdir()
     save(tmp_path / "empty", manifest_of(), contents_of())
+    # A link is exchanged like a folder, and nothing of it stays.
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    save(tmp_path / "link", manifest_of(), contents_of())
+    assert not list(tmp_path.glob(".link*"))
+    assert check(tmp_path / "link") == check(tmp_path / "empty")
     save(tmp_path / "some" / "where" / "else", manifest_of(), contents_of())
     assert check(tmp_path / "empty") == check(tmp_path / "some" / "where" / "else")
 
@@ -239,6 +248,7 @@ def test_other_formats(made: Path) -> None:
         lambda s: s["tiers"][0].pop("engine"),
         lambda s: s.pop("format"),
         lambda s: s.pop("task"),
+        lambda s: s.update(task=[]),
         lambda s: s["task"].update(kind="rank"),
         lambda s: s["task"].update(labels=["one"]),
         lambda s: s["task"].update(labels=None),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from netweight import artifact, bench, load, measure
 from netweight.baselines import baseline, nncf_int8, teacher_engine
 from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreError
 from netweight.export import export
+from netweight.measure import Measurement
 from netweight.run.local import logits_of
 from netweight.task import Classify
 
@@ -38,6 +41,23 @@ def test_bench(say: Say, shop: Shop, tmp_path: Path) -> None:
     people = say("bench", shop.folder, "--input", table, "--threads", 1)
     assert "rows/s, median" in people.out
     assert "accuracy" not in people.out, "without labels there is no quality"
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_error_is_no_share(say: Say, shop: Shop, tmp_path: Path) -> None:
+    one = Measurement("a", ("a",), 9, -0.431, 0.9876, 0.1, (1.0,), 10)
+    machine = measure.machine(1)
+    rows = bench.Bench(machine, "mae", True, (one, one)).rows()
+    assert rows[1:3] == [["mae", "0.4310", "0.4310"], ["agreement with a", "0.988", "0.988"]]
+    stored = json.loads(
+        bench.Bench(machine, "mae", False, (replace(one, quality=math.nan),)).to_json(), parse_constant=pytest.fail
+    )
+    assert stored["measured"][0]["quality"] is None
+    table = write_table(tmp_path / "rows.tsv", shop.dev.take(range(30)))
+    with table.open("a", encoding="utf-8") as file:
+        file.write("\tgood\n")
+    said = say("bench", shop.folder, "--input", table, "--threads", 1)
+    assert "1 of 31 rows of rows.tsv cannot be used" in " ".join(said.out.split())
 
 
 def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
@@ -85,6 +105,13 @@ def test_bench_without_a_store(say: Say, made: Path) -> None:
     assert "without the run store of `netweight optimize`, name a table with --input and --text" in said.err
     said = say("bench", made, "--input", "x.csv", "--against", "teacher")
     assert (said.status, "there is no file x.csv" in said.err) == (1, True)
+    with pytest.raises(OptionError, match="the artifact is called 'made.nw', as a baseline is; rename its folder"):
+        bench.bench(made, None, against=["made.nw"])
+    with pytest.raises(
+        OptionError, match="there is no baseline 'onnx-int4'; use teacher, onnx, onnx-int8, openvino-int8"
+    ):
+        baseline("onnx-int4", tiny_model(), ROWS, 1)
+    assert "name columns of --input; without a table" in say("bench", made, "--label", "intent").err
     with pytest.raises(StoreError, match="there is no run store"):
         bench.bench(made, str(write_table(made.parent / "rows.tsv", ROWS)), against=["teacher"])
 

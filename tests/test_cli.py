@@ -144,6 +144,12 @@ def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:
     said = say("verify", shop.folder, "--data", data)
     assert said.status == 0
     assert said.out.endswith("all 500 certify rows match in label and prediction.\n")
+    with data.open("a", encoding="utf-8") as file:
+        file.write("\tgood\n")
+    assert (
+        "1 of 501 rows of certify.tsv cannot be used (1 text is empty)"
+        in say("verify", shop.folder, "--data", data).out
+    )
     labels = list(rows.label or ())
     labels[3] = "good" if labels[3] == "bad" else "bad"
     changed = say("verify", shop.folder, "--data", write_table(tmp_path / "other.tsv", Rows(rows.text, tuple(labels))))
@@ -184,6 +190,15 @@ def test_report_escapes_what_customers_wrote(say: Say, shop: Shop, tmp_path: Pat
     assert "<i> &" not in page
     assert say("report", shop.folder, "--out", out).status == 0
     assert "&lt;i&gt;" not in out.read_text(encoding="utf-8"), "customers' words appear only if asked for"
+    # Without examples it is the report that was shipped, and its command too.
+    assert out.read_bytes() == (shop.folder / artifact.REPORT).read_bytes()
+    assert "netweight optimize TRAIN --max-drop 5 " in out.read_text(encoding="utf-8")
+    assert "is the input itself" in say("report", shop.folder, "--out", data, "--examples", data).err
+    assert data.read_text(encoding="utf-8").startswith("text")
+    refused = say("report", shop.folder, "--out", shop.folder / "again.html")
+    assert (refused.status, "is inside the artifact, whose files never change" in refused.err) == (1, True)
+    refused = say("report", shop.folder, "--out", out, "--examples", write_table(tmp_path / "dev.tsv", shop.dev))
+    assert (refused.status, "is a certify row; give the table that was certified" in refused.err) == (1, True)
 
 
 def test_artifacts_without_a_certificate(say: Say, made: Path, shop: Shop) -> None:
@@ -261,6 +276,12 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
         (("predict", shop.folder, tmp_path / "row.tsv"), "Did you mean 'rows.tsv'?"),
         (("predict", shop.folder, table, "--text", "words"), "has no column 'words'"),
         (("predict", shop.folder, table, "--out", table), "is the input itself"),
+        (("predict", shop.folder, table, "--pair", "label"), "made.nw answers single texts; give no second one"),
+        (("predict", shop.folder, "-", "--text", "words"), "have no columns, and so none called 'words'"),
+        ((*optimize, "."), "the folder '.' has no name of its own"),
+        (("keys", tmp_path / "gone" / "keys.jsonl", "--add", "shop"), "No such file or directory"),
+        (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "No such file or directory"),
+        ((*optimize, tmp_path / "o.nw", "--seed", -1), "seed is -1; use 0 or more"),
         (("inspect", made), "is damaged"),
         (("verify", made), "is damaged"),
         (("report", made), "is damaged"),

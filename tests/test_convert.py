@@ -222,6 +222,13 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
         export(made, "coreml", tmp_path / "out", str(table))  # type: ignore[arg-type]
     with pytest.raises(ArtifactError, match="exists and is not an empty folder; choose another one"):
         export(made, "onnx", made, str(table))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match=r"the folder '\.' has no name of its own"):
+        export(made, "onnx", ".", str(table))
+    with pytest.raises(OptionError, match="made.nw answers single texts; give no second one"):
+        export(made, "onnx", tmp_path / "out", str(table), pair="label")
+    with pytest.raises(OptionError, match="name columns of --input; without a table, leave them out"):
+        export(made, "onnx", tmp_path / "out", text="words")
     with pytest.raises(StoreError, match="is not there: without the run store"):
         export(shutil.copytree(made, tmp_path / "alone.nw"), "onnx", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "openvino", None)

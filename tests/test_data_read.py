@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from netweight.data import Columns, Loaded, read, suggest
+from netweight.data import Columns, Loaded, Rows, read, split, suggest
 from netweight.data import files as data_files
-from netweight.errors import ColumnError, DataError, MissingExtra, OptionError
+from netweight.data.check import alike
+from netweight.errors import ColumnError, DataError, LabelError, MissingExtra, OptionError
+from netweight.task import Classify
 
 COLUMNS = Columns("text", "label")
 ROWS = [("zip broke, after a week", "bad"), ('says "great"\nand is', "good"), ("拉链坏了", "bad")]
@@ -88,6 +90,22 @@ def test_values_that_are_not_text(
 ) -> None:
     path = write(tmp_path / f"a.{suffix}", [("a", cells[0]), ("b", cells[1])])
     assert read(path, COLUMNS).rows.label == expected
+
+
+def test_a_label_that_is_written_otherwise_is_named() -> None:
+    """A column of whole numbers in which one is missing comes as fractions from other tools."""
+    assert alike(("3", "1"), ("1.0", "2.0")) == " '1' and '1.0' are one number: write it alike everywhere."
+    assert alike(("3", "x"), ("1.0", "y")) == ""
+    with pytest.raises(LabelError, match=r"do not occur in training: '1'\. '1' and '1\.0' are one number"):
+        Classify(("1.0", "2.0")).targets(("1", "2.0"))
+    rows = Rows(tuple(f"text {i}" for i in range(40)), ("1.0", "2.0") * 20)
+    other = Rows(tuple(f"other {i}" for i in range(40)), ("1", "2") * 20)
+    with pytest.raises(LabelError, match=r"Add such rows to train, or remove them from dev\. '1' and '1\.0' are one"):
+        split(rows, dev=other, certify=other)
+
+
+def test_a_slice_that_is_named_twice_is_one() -> None:
+    assert Columns("text", "label", slices=("a", "b", "a")).slices == ("a", "b")
 
 
 def test_byte_order_mark_blank_lines_and_old_line_ends(tmp_path: Path) -> None:
@@ -232,11 +250,13 @@ def test_no_arrangement_of_quotes_loses_lines(tmp_path: Path, body: str) -> None
         ("a.csv", '"text,label\na,x\n', "the first line of a.csv must name the columns, but its quotes are broken: '\"text"),
         ("a.csv", "text,label\n,x\nb,\n", r"none of the 2 rows of a.csv can be used: 1 text is empty, 1 label is missing. Row 1"),
         ("a.parquet", "text", "a.parquet is not a parquet file, or is damaged"),
-        ("a.csv", b"text,label\n\x1f\x8b\xff,x\n", "a.csv is not UTF-8 at byte 12; it looks like cp1252"),
+        ("a.csv", b"text,label\n\x1f\x8b\xff,x\n", "a.csv is not UTF-8 at byte 12. Save it again as UTF-8"),
         ("a.csv", gzip.compress(b"text"), "not text but gzip data: add .gz"),
         ("a.csv", b"PK\x03\x04\xff", "not text but a zip or a spreadsheet"),
         ("a.csv", "text,label\n拉链坏了,坏\n".encode("gb18030"), "not UTF-8 at byte 11; it looks like gb18030. .*iconv -f gb18030 -t utf-8"),
         ("a.csv", "text,label\ncafé crème déjà,x\n".encode("cp1252"), "not UTF-8 at byte 14; it looks like cp1252"),
+        ("a.csv", "text,label\nмолния сломалась,плохо\n".encode("cp1251"), "at byte 11. Save it again as UTF-8"),
+        ("a.csv", "text,label\n拉鍊壞了，店家不理，壞\n".encode("big5"), "at byte 11. Save it again as UTF-8"),
         ("a.csv", "text,label\na,x\n".encode("utf-16"), "not UTF-8 at byte 0; it looks like utf-16"),
         ("a.csv", b"text,label\n\x81\x8d,x\n", "not UTF-8 at byte 11. Save it again as UTF-8"),
         ("a.csv", "text,label\n拉链坏了,坏\n".encode() + b"\xff,x\n", "at byte 28, though .* damaged there. Repair"),

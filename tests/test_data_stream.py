@@ -84,19 +84,19 @@ def test_csv_keeps_columns_and_bad_rows(tmp_path: Path) -> None:
 def test_jsonl_keeps_values(tmp_path: Path) -> None:
     path = table(
         tmp_path / "a.jsonl",
-        '{"text":"a","n":1,"deep":{"k":[1]}}\n{"text":"\\ud83d","n":NaN}\n{broken\n{"text":"中","n":Infinity}\n',
+        '{"text":"a","n":1,"deep":{"k":[1,NaN]}}\n{"text":"\\ud83d","n":NaN}\n{broken\n{"text":"中","n":Infinity}\n',
     )
     predict(path, tmp_path / "out.jsonl")
     got = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out.jsonl").open(encoding="utf-8")]
     assert got == [
-        {"text": "a", "n": 1, "deep": {"k": [1]}, "prediction": "1", "confidence": 0.25},
+        {"text": "a", "n": 1, "deep": {"k": [1, None]}, "prediction": "1", "confidence": 0.25},
         {"text": "\ud83d", "n": None, "deep": None, "prediction": None, "confidence": None},
         {"text": "{broken", "n": "", "deep": "", "prediction": None, "confidence": None},
         {"text": "中", "n": "inf", "deep": None, "prediction": "1", "confidence": 0.25},
     ]
     predict(path, tmp_path / "out.parquet")
     stored = pq.read_table(tmp_path / "out.parquet").to_pylist()
-    assert stored[0] == {"text": "a", "n": "1", "deep": '{"k": [1]}', "prediction": "1", "confidence": 0.25}
+    assert stored[0] == {"text": "a", "n": "1", "deep": '{"k": [1, null]}', "prediction": "1", "confidence": 0.25}
     assert stored[1]["text"] == "\\ud83d"
 
 

@@ -25,7 +25,7 @@ from netweight.engine.static import window_table
 from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
 from netweight.export import export
 from netweight.model import Model
-from netweight.packing import unpacked_file
+from netweight.packing import packed, unpacked_file
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Prediction, Score, ScorePrediction
@@ -203,6 +203,10 @@ def test_errors_say_what_came() -> None:
         tier_engine(Tier("t", "quantum", "f"), b"", 0, 1)
     with pytest.raises(CorruptArtifact, match="lacks what its engine needs"):
         tier_engine(Tier("t", "static", "f", {"buckets": 0}), b"nothing", 0, 1)
+    stages = packed({"first": np.zeros(3, np.uint8)})
+    for options in ({}, {"thresholds": None}, {"thresholds": []}):
+        with pytest.raises(CorruptArtifact, match="exits need thresholds, and stages that are numbered"):
+            tier_engine(Tier("t", "exits", "f", options), stages, 0, 1)
     _, tier, data = tier_of("static")
     with pytest.raises(CorruptArtifact, match="'norm'"):
         tier_engine(replace(tier, options={"buckets": 64}), data, 0, 1)

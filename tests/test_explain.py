@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from netweight.certify import Tested as Result
 from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
-from netweight.evaluate import Scenario, evaluate, suite
+from netweight.evaluate import Cell, Evaluation, Scenario, _quality, evaluate, suite
 from netweight.explain import Explanation, Step, Tried, _why, explain
 from netweight.export import export
 from netweight.model import Model
@@ -235,11 +237,39 @@ def test_a_matrix_of_artifacts_and_scenarios(shop: Shop, made: Path, tmp_path: P
     ]
     right = [p.label == label for p, label in zip(load(made, 1).predict(shop.dev.text), shop.dev.label)]  # type: ignore[union-attr,arg-type]
     assert found.cells[2].quality == pytest.approx(sum(right) / len(right))
+    assert found.worst is not None
     assert found.worst.quality == min(c.quality for c in found.cells)
     said = say("evaluate", made, "--suite", path, "--threads", "1")
     assert said.status == 0
     assert "worst: " in said.out
-    assert json.loads(say("evaluate", made, "--suite", path, "--json").out)["worst"]["scenario"] in ("dev", "few")
+    worst = found.cells[2] if found.cells[2].quality <= found.cells[3].quality else found.cells[3]
+    assert json.loads(say("evaluate", made, "--suite", path, "--json").out)["worst"] == asdict(worst)
+    with (tmp_path / "few.tsv").open("a", encoding="utf-8") as file:
+        file.write("\tgood\n")
+    said = say("evaluate", made, "--suite", path)
+    assert said.err == "1 of 41 rows of few.tsv cannot be used (1 text is empty); the first is row 41.\n"
+
+
+def test_an_error_and_a_correlation_in_a_matrix() -> None:
+    cells = (Cell("a", "one", 9, -0.431), Cell("a", "two", 9, -0.5))
+    errors = Evaluation("mae", cells)
+    assert [line[2] for line in errors.rows()[1:]] == ["0.4310", "0.5000", "0.4655", "0.5000"]
+    assert errors.sentence == "worst: a on two, mae 0.5000 on 9 rows"
+    # Where all scores of a part are equal there is no correlation, and no worst cell.
+    some = Evaluation("spearman", (replace(cells[0], quality=0.8), replace(cells[1], quality=math.nan)))
+    assert [line[2] for line in some.rows()[1:]] == ["80.00", "–", "80.00", "80.00"]
+    assert some.worst == some.cells[0]
+    stored = json.loads(some.to_json(), parse_constant=pytest.fail)
+    assert [cell["quality"] for cell in stored["cells"]] == [0.8, None]
+    none = Evaluation("spearman", (replace(cells[1], quality=math.nan),))
+    assert none.worst is None
+    assert "undefined everywhere" in none.sentence
+    assert [line[2] for line in none.rows()[1:]] == ["–"] * 3
+
+
+def test_a_part_with_equal_scores_has_no_correlation() -> None:
+    engine = SimpleNamespace(task=Score(3.0, 1.0))
+    assert math.isnan(_quality(engine, ("a", "b"), None, ("4", "4")))  # type: ignore[arg-type]
 
 
 def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> None:

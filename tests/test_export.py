@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -12,13 +13,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from conftest import tiny_model, tiny_rows
+from conftest import tiny_encoder, tiny_model, tiny_rows
 from netweight.artifact import Tier
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.encode import Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
+from netweight.engine.onnx import OnnxEngine
 from netweight.export import Exported, _int8, export, lowered
 from netweight.model import Model
 from netweight.run import Local
@@ -75,6 +77,15 @@ def test_both_engines_equal_the_reference(family: str, quantized: bool, name: Li
         assert (other.argmax(1) == logits.argmax(1)).all()
     order = np.random.default_rng(0).permutation(len(tokens))
     assert np.abs(engine.logits(tokens.take(order), 7) - logits[order]).max() < 1e-5
+
+
+@pytest.mark.parametrize("most", [4, 6])
+def test_texts_may_be_shorter_than_usual(most: int) -> None:
+    model = replace(tiny_model(), encoder=tiny_encoder().reading(most))
+    exported, tokens = export(model), model.encoder.encode(tiny_rows().text)
+    assert int(tokens.lengths.max()) == most
+    logits = OnnxEngine(exported.plain, model.encoder.pad, 1).logits(tokens, 8)
+    assert np.abs(logits - logits_of(model, tokens).numpy()).max() < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

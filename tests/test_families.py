@@ -23,7 +23,7 @@ from netweight.train import Plan
 
 TASK = Classify(("bad", "good"))
 PLAN = Plan(batch_size=16, precision="fp32")
-EVERY = (*FAMILIES, "xlm-roberta")
+EVERY = tuple(FAMILIES)
 CAUSAL, ROBERTAS = ("gpt2", "qwen3"), ("roberta", "xlm-roberta")
 PADS = {"roberta": 1, "xlm-roberta": 1}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -143,6 +144,20 @@ def test_every_way_learns(way: str, dataset: Dataset) -> None:
     rate, frozen = {"head": (5e-2, True), "lora": (1e-2, True)}.get(way, (5e-3, False))
     made = replace(WAYS[way], epochs=6, learning_rate=rate, probe=False, freeze_embeddings=frozen)
     assert run.quality(made(tiny_model(), run, PLAN)) >= 0.9
+
+
+def test_smoothing_and_class_weights_reach_the_loss(dataset: Dataset) -> None:
+    seen = []
+
+    class Kept(Local):
+        def fit(self, *given: Any) -> Model:
+            seen.append(given[1])
+            return cast(Model, given[0])
+
+    Finetune(epochs=1, smoothing=0.2, class_weights=True)(tiny_model(), Kept(dataset), PLAN)
+    (loss,) = seen
+    assert loss.smoothing == 0.2
+    assert loss.class_weights == pytest.approx((1.0, 1.0)), "both labels have as many rows"
 
 
 def test_class_weights_are_torchs() -> None:

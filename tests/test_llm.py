@@ -53,6 +53,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.say([429, 503][times], {}, {"Retry-After": ["0", email.utils.formatdate(usegmt=True)][times]})
         if mode == "dropped" and times < 1:
             return self.connection.close()
+        if mode == "poison" and "great" in text:
+            return self.say(413, {"error": "too long"})
+        if mode == "torn" and times < 1:
+            self.send_response(200)
+            self.send_header("Content-Length", "500")
+            self.end_headers()
+            self.wfile.write(b'{"choices": [')
+            return self.connection.close()
+        if mode == "patient" and times < 1:
+            return self.say(408, {})
         if mode == "stuck" and times < 1:
             time.sleep(1.0)
         if mode in ("down", "401", "404", "400"):
@@ -136,12 +146,12 @@ def pool(n: int = 6) -> Rows:
 WANTED = tuple("good" if i % 3 == 0 else "bad" for i in range(6))
 
 
-@pytest.mark.parametrize("model", ["plain", "words", "flaky", "dropped", "uncounted"])
+@pytest.mark.parametrize("model", ["plain", "words", "flaky", "dropped", "torn", "patient", "uncounted"])
 def test_rows_are_labelled(served: Served, model: str, tmp_path: Path) -> None:
     done = label_pool(pool(), TASK, teacher(served, model), tmp_path / "new" / "cache.jsonl", limit=10)
     assert done.labels == done.rows.label == WANTED
     assert (done.asked, done.known, done.abstained, done.left) == (6, 0, 0, 0)
-    assert served.texts().total() == 6 * {"flaky": 3, "dropped": 2}.get(model, 1)
+    assert served.texts().total() == 6 * {"flaky": 3, "dropped": 2, "torn": 2, "patient": 2}.get(model, 1)
     assert done.tokens == 600 or (model == "uncounted" and done.tokens > 6 * 32)
     first = served.requests()[0]
     assert first["path"] == "/v1/chat/completions"
@@ -159,6 +169,43 @@ def test_what_is_no_label_is_an_abstention_and_not_asked_again(served: Served, m
         assert done.labels == (None,) * 6
     assert served.texts().total() == 6
     assert "response_format" not in served.requests()[0]["body"]
+
+
+def test_a_text_that_is_refused_ends_nothing(served: Served, tmp_path: Path) -> None:
+    asked = teacher(served, "poison", concurrency=1)
+    for known in (0, 6):
+        done = label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10)
+        assert done.labels == (None, "bad", "bad", None, "bad", "bad")
+        assert (done.known, done.abstained, done.left) == (known, 2, 0)
+    assert served.texts().total() == 6
+    # What is refused in a run without an answer may be the endpoint's fault: it is said, and asked again.
+    for _ in range(2):
+        done = label_pool(Rows((*pool().text, "great zip 9")), TASK, asked, tmp_path / "cache", limit=10)
+        assert (done.abstained, done.left) == (2, 1)
+        assert re.search(r"1 texts were refused: .* answered 413", done.sentence)
+    assert served.texts()["great zip 9"] == 2
+    # Texts that are all refused say nothing about texts: the request is wrong.
+    great = Rows(tuple(f"great zip {i}" for i in range(30)))
+    for cache, requests in (("fresh", 3), ("cache", 20)):
+        served.log.write_text("")
+        with pytest.raises(EndpointError, match="answered 413.*too long"):
+            label_pool(
+                great if cache == "fresh" else Rows((*pool().text, *great.text)),
+                TASK,
+                asked,
+                tmp_path / cache,
+                limit=99,
+            )
+        assert served.texts().total() == requests
+        assert len((tmp_path / cache).read_text().splitlines()) == (0 if cache == "fresh" else 6)
+
+
+def test_one_endpoint_in_two_spellings_and_a_label_without_a_name(served: Served, tmp_path: Path) -> None:
+    asked = teacher(served, "plain")
+    label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10)
+    assert label_pool(pool(), TASK, replace(asked, url=f"{asked.url}/"), tmp_path / "cache", limit=10).asked == 0
+    with pytest.raises(OptionError, match="a label of the task is empty"):
+        label_pool(pool(), Classify(("bad", " ")), asked, tmp_path / "cache", limit=10)
 
 
 def test_limits_count_what_is_known(served: Served, tmp_path: Path) -> None:
@@ -237,7 +284,7 @@ def test_a_timeout_is_tried_again(served: Served, tmp_path: Path) -> None:
 def test_refusals_of_the_endpoint(served: Served, model: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(EndpointError, match=said) as caught:
         label_pool(pool(), TASK, teacher(served, model, retries=1, concurrency=1), tmp_path / "cache", limit=10)
-    assert served.texts().total() == (2 if model == "down" else 1)
+    assert served.texts().total() == {"down": 2, "400": 3}.get(model, 1)
     shown = "".join(traceback.format_exception(caught.value))
     assert KEY not in shown
     assert KEY not in (tmp_path / "cache").read_text()
@@ -284,6 +331,12 @@ def test_caches_of_others(served: Served, tmp_path: Path) -> None:
 
     cache = tmp_path / "cache"
     cache.write_text('{"key": "a", "label": 3, "tokens": 1}\n')
+    # A table that was named by mistake stays as it is, also where its last line has no end.
+    for text in ("text,label\ngreat,good", "text\ngreat", '{"text": "great"}'):
+        (tmp_path / "mine.csv").write_text(text)
+        with pytest.raises(StoreError, match="damaged|no cache of answers; name another file"):
+            label_pool(pool(1), TASK, teacher(served, "plain"), tmp_path / "mine.csv", limit=1)
+        assert (tmp_path / "mine.csv").read_text() == text
     with pytest.raises(StoreError, match="line 1 of .*cache is damaged"):
         label_pool(pool(), TASK, teacher(served, "plain"), cache, limit=1)
     cache.write_text("")

@@ -102,6 +102,19 @@ def test_an_incomplete_folder_is_refused(tmp_path: Path, gone: str) -> None:
         Model.load(tmp_path)
 
 
+def test_a_model_saved_over_another_is_never_half_of_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save(tmp_path)
+
+    def full(path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(module, "atomic", full)
+    with pytest.raises(OSError, match="no space left"):
+        tiny_model(Classify(("x", "y"))).save(tmp_path)
+    with pytest.raises(ModelError, match="holds no complete saved model"):
+        Model.load(tmp_path)
+
+
 def test_the_digest_sees_every_part() -> None:
     made = tiny_model()
     others = [

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,8 @@ def test_tiers_without_attention_read_texts_to_their_end(
     rows = many_rows(1200, noise=0.02)
     rows = Rows(tuple(f"{text} {tail}" for text, tail in zip(rows.text, tails)), rows.label)
     train, dev, certify = (rows.take(range(a, b)) for a, b in ((0, 300), (300, 700), (700, 1200)))
+    far = tuple(f"{' ' * 300}{text}" if i < 20 else text for i, text in enumerate(certify.text))
+    certify = replace(certify, text=far)
     usual = ship.plan
     cascades = lambda found: usual([c for c in found if c.choice.name.startswith("static > full")])  # noqa: E731
     monkeypatch.setattr(ship, "plan", cascades)
@@ -260,17 +263,26 @@ def test_tiers_without_attention_read_texts_to_their_end(
     assert "reads" not in first.options
     assert last.options["reads"] == [16, 1]
     engine = load(out, threads=1)
-    tokens = engine.encoder.encode(certify.text)
+    texts = certify.text[20:]
+    tokens = engine.encoder.encode(texts)
     assert int(tokens.lengths.max()) > 30
     short = engine.encoder.reading(16)
-    np.testing.assert_array_equal(engine.logits(1, tokens), engine.logits(1, short.encode(certify.text)))
-    assert not np.array_equal(engine.logits(0, tokens), engine.logits(0, short.encode(certify.text)))
-    # Alone, the encoder reads no text farther than it was trained to.
+    np.testing.assert_array_equal(engine.logits(1, tokens), engine.logits(1, short.encode(texts)))
+    assert not np.array_equal(engine.logits(0, tokens), engine.logits(0, short.encode(texts)))
+    # Alone, the encoder reads no text farther than it was trained to, in tokens and in characters: what is certified is
+    # what the artifact sees, not what another one with the same tier would.
     alone = tmp_path / "alone.nw"
     only = lambda found: usual([c for c in found if c.choice.name == "full-int8"])  # noqa: E731
     monkeypatch.setattr(ship, "plan", only)
     shutil.copytree(store_of(out), store_of(alone))
-    assert optimize(train, dev=dev, certify=certify, out=alone, **options).manifest.max_length == 16
+    short_alone = optimize(train, dev=dev, certify=certify, out=alone, **options)
+    assert short_alone.manifest.max_length == 16
+    _, outcomes = summary.certificate_of(alone)
+    labels = short_alone.manifest.task.labels  # type: ignore[union-attr]
+    certified = [labels[int(i)] for i in outcomes.candidates["full-int8"][:20, 0]]
+    assert certified == [p.label for p in load(alone, 1).predict(far[:20])]  # type: ignore[union-attr]
+    assert len(set(certified)) == 1, "it sees no word of them"
+    assert len({p.label for p in engine.predict(far[:20])}) == 2, "and the other one does"  # type: ignore[union-attr]
     # Others may run it: the spec says how far each tier reads.
     spec = json.loads((export(out, "onnx", tmp_path / "onnx").folder / SPEC).read_text(encoding="utf-8"))
     assert [(t.get("tokens"), t.get("closing")) for t in spec["tiers"]] == [(None, None), (16, 1)]
@@ -431,6 +443,9 @@ def test_pairs_end_to_end(shop: Shop, tmp_path: Path) -> None:
     engine = load(result.folder)
     said = engine.predict(pairs.text, pairs.pair)
     assert np.mean([p.label == y for p, y in zip(said, pairs.label or ())]) > 0.9  # type: ignore[union-attr]
+    with pytest.raises(OptionError, match=r"made.nw answers pairs of texts; give the second text of each too \(--pair"):
+        engine.predict(pairs.text)
+    assert engine.health()
 
 
 # --- refusals ---

@@ -113,6 +113,8 @@ def test_refusals() -> None:
             unpacked(broken)
     with pytest.raises(CorruptArtifact, match="does not say how its parts belong together"):
         unpacked_file(data)
+    with pytest.raises(CorruptArtifact, match="cannot be unpacked"):
+        unpacked(data.replace(b'\\"more\\": {}', b'\\"more\\": 37'))
 
 
 @pytest.mark.parametrize("sparse", [False, True])

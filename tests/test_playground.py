@@ -73,8 +73,11 @@ def test_weights_are_those_of_asking_the_engine_word_by_word(server: Server, mad
     assert max(abs(word["weight"]) for word in said["words"]) > 1e-4
 
 
-def test_both_texts_of_a_pair_are_looked_at(server: Server) -> None:
-    said = explain(server, {"pair": [f"my {KIND[0]}", f"{MEAN[0]} zip"]}).json()
+def test_both_texts_of_a_pair_are_looked_at(made: Path) -> None:
+    manifest = artifact.read_manifest(made)
+    contents = {name: artifact.read_file(made, manifest, name) for name in manifest.files}
+    artifact.save(made, replace(manifest, provenance={}), contents)  # one that does not say what it is for
+    said = explain(Server(made), {"pair": [f"my {KIND[0]}", f"{MEAN[0]} zip"]}).json()
     assert [(word["side"], word["text"]) for word in said["words"]] == [
         (0, "my"), (0, KIND[0]), (1, MEAN[0]), (1, "zip"),
     ]  # fmt: skip
@@ -293,7 +296,9 @@ def running(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
     manifest = artifact.read_manifest(shop.folder)
     labels = (HOSTILE, "good")
     contents = {name: artifact.read_file(shop.folder, manifest, name) for name in manifest.files}
-    artifact.save(folder / "odd.nw", replace(manifest, task=replace(manifest.task, labels=labels)), contents)
+    artifact.save(
+        folder / "odd.nw", replace(manifest, task=replace(manifest.task, labels=labels), provenance={}), contents
+    )
     started: list[Process] = []
 
     def start(*more: str) -> Process:
@@ -457,6 +462,10 @@ def test_problems_are_shown_in_words(browser: Browser) -> None:
     until(lambda: "there is no model 'gone' here; there are: made, odd." in browser.text("ask-problem"))
     assert browser.js("return document.getElementById('ask-problem').getAttribute('role')") == "alert"
     browser.open()
+    hidden = "return document.getElementById('pairs-line').hidden"
+    assert browser.js(hidden) is True, "this model says that it answers single texts"
+    browser.js("const m = document.getElementById('model'); m.value = 'odd'; m.dispatchEvent(new Event('change'))")
+    assert browser.js(hidden) is False
     browser.js("document.getElementById('pairs').click()")
     browser.ask("one\ttwo\nthree")
     assert browser.text("ask-problem") == "Line 2 needs exactly one tab, between its two texts."

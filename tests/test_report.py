@@ -336,6 +336,22 @@ def test_what_is_missing_is_named() -> None:
     assert "too few rows to say" in text(PAGES["certified"])
 
 
+def test_what_a_page_leaves_out_is_said_and_a_threshold_near_1_is_not_1() -> None:
+    manifest, certificate, measured, outcomes = CASES["certified"]
+    slices = tuple(Slice("label", f"l{i}", 9, 0.5, 0.5, None) for i in range(30))
+    page = text(render(manifest, replace(certificate, slices=slices), measured, outcomes))
+    assert "Of a column, the 30 values with most rows." in page
+    assert "values with most rows" not in text(PAGES["certified"])
+    for threshold, shown in (
+        (0.9996, "below 0.9996"),
+        (0.9, "below 0.9 "),
+        (1.0, "below 1 "),
+        (0.99999, "below 0.99999"),
+    ):
+        tiers = tuple(replace(tier, threshold=threshold) for tier in manifest.tiers)
+        assert shown in text(render(replace(manifest, tiers=tiers), certificate, measured, outcomes)) + " "
+
+
 def test_matrix_is_readable_or_a_heat_map() -> None:
     assert 'class="matrix"' in PAGES["two labels"]
     assert "most confused pairs" not in PAGES["two labels"]
@@ -363,7 +379,8 @@ def test_nothing_from_outside_becomes_markup() -> None:
     manifest = replace(manifest, tiers=tiers, provenance={EVIL: {EVIL: [EVIL]}, "licence": EVIL})
     outcomes = replace(outcomes, candidates={EVIL: outcomes.candidates["static-256 → L3 int8 h19"]})
     examples = [Example(EVIL, "good", "good", EVIL), Example(EVIL, EVIL, "good", EVIL)]
-    page = render(manifest, certificate, measured, outcomes, examples=examples, command=EVIL)
+    manifest = replace(manifest, provenance={**manifest.provenance, "command": EVIL})
+    page = render(manifest, certificate, measured, outcomes, examples=examples)
     assert "script" not in read(page).tags
     assert "<script" not in page
     assert "\x00" not in page

@@ -21,7 +21,7 @@ from netweight.serve.hosted import Models
 from netweight.serve.problems import Problem, full
 from netweight.serve.rollout import Trial, begin, comparable
 from netweight.serve.steady import Work
-from netweight.task import Score
+from netweight.task import Classify, Score
 from test_serve import TEXTS, Server, changed
 
 
@@ -162,11 +162,15 @@ def test_refusals(made: Path, tmp_path: Path, say: Say) -> None:
         Rollout(share=0)
     with pytest.raises(OptionError, match="the share of rows that may differ is 2"):
         Rollout(allowed=2)
-    task = artifact.read_manifest(made).task
+    manifest = artifact.read_manifest(made)
     with pytest.raises(OptionError, match="a task of scores has none"):
-        comparable("shop", task, Score())
+        comparable("shop", manifest, replace(manifest, task=Score()))
     with pytest.raises(OptionError, match="other labels than the model; replace the folder instead"):
-        comparable("shop", task, replace(task, labels=("x", "y")))  # type: ignore[call-arg]
+        comparable("shop", manifest, replace(manifest, task=Classify(("x", "y"))))
+    assert manifest.paired is False
+    with pytest.raises(OptionError, match="answers pairs of texts, the other single ones"):
+        comparable("shop", manifest, replace(manifest, provenance={"pairs": True}))
+    comparable("shop", manifest, replace(manifest, provenance={}))
     said = say("serve", made, "--candidate", f"other={made}")
     assert "the candidate is for 'other', which is not served here; there are: made." in said.err
     assert "no artifact" in say("serve", made, "--candidate", f"made={tmp_path}").err

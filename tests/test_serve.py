@@ -146,6 +146,7 @@ def test_a_number_may_be_written_as_a_fraction(server: Server) -> None:
         (b"[" * 100_000, 400, "bad-json", "recursion"),
         ({}, 422, "invalid-request", "give texts or pairs, and not both"),
         ({"texts": ["a"], "pairs": [["a", "b"]]}, 422, "invalid-request", "give texts or pairs, and not both"),
+        ({"pairs": [["a", "b"]]}, 409, "other-rows", "answers single texts; give no second one"),
         ({"texts": []}, 422, "invalid-request", "texts"),
         ({"texts": "a"}, 422, "invalid-request", "texts"),
         ({"texts": ["a"] * (MOST_ROWS + 1)}, 422, "invalid-request", "at most 1024 items"),

@@ -126,6 +126,7 @@ def fitted(plan: Plan, source: Numbers | None = None, loss: Any = None, **option
         ("learning_rate", 0.0),
         ("learning_rate", 10.0),
         ("accumulate", 0),
+        ("seed", -1),
         ("warmup", 1.0),
         ("warmup", -0.1),
         ("clip", -1.0),
@@ -300,6 +301,15 @@ def test_early_stopping_restores_the_best(patience: int, epochs: int) -> None:
     assert network.weights != seen[-1]
     assert not network.training
     assert watcher.notes[:2] == ["quality on select: 0.1000", "quality on select: 0.9000"]
+
+
+@pytest.mark.parametrize(("epochs", "asked"), [(0.5, 1), (1.5, 2), (2.0, 2)])
+def test_the_last_part_of_an_epoch_is_judged_too(epochs: float, asked: int) -> None:
+    network, seen = Plane(), []  # type: ignore[var-annotated]
+    evaluate = scripted([0.1, 0.2, 0.3], seen, network)
+    fit(network, Numbers(), Squares(), plan_of(epochs=epochs, patience=5), evaluate=evaluate)
+    assert len(seen) == asked
+    assert network.weights == seen[-1] == fitted(plan_of(epochs=epochs)).weights
 
 
 def test_without_patience_nothing_is_evaluated() -> None:

@@ -139,6 +139,26 @@ def test_a_short_trial_has_a_third_of_the_epochs(tmp_path: Path) -> None:
         assert isinstance(rung.recipe[-1], last)
 
 
+def test_no_trial_ships_weights_that_overflow_without_vnni() -> None:
+    """ONNX Runtime sums 8-bit weights in 16 bits on x86 without VNNI; 7 fit."""
+    for kind in ("encoder", "factored", "exits"):
+        where, usually = space(kind, TEACHER), usual(kind, TEACHER)[0]
+        for bits in where["bits"].choices:  # type: ignore[attr-defined]
+            for how in ("post", "aware", "mixed") if kind == "encoder" else ("post",):
+                given = usually | {"bits": bits} | ({"quantize": how} if kind == "encoder" else {})
+                last = Trial(kind, 1, False, given).rung(TEACHER).recipe[-1]
+                most = max(last.choices) if isinstance(last, MixedBits) else getattr(last, "start", last).weight_bits
+                assert most <= 7, (kind, bits, how)
+
+
+def test_a_trial_of_an_earlier_space_is_still_a_point(tmp_path: Path) -> None:
+    old = Trial("factored", 1, True, usual("factored", TEACHER)[0] | {"bits": 8})
+    driven = trials(tmp_path / TRIALS, "standard", [(old, made(old.rung(TEACHER)))])
+    assert [one.trial for one in driven.told["factored"]] == [old]
+    seen = walk(driven)
+    assert all(trial.params.get("bits") != 8 for trial, _ in seen)
+
+
 @pytest.mark.parametrize("forget", [False, True])
 def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
     tmp_path: Path, forget: bool, monkeypatch: pytest.MonkeyPatch
@@ -284,6 +304,19 @@ def test_search_walks_the_ladder_then_the_trials(tmp_path: Path) -> None:
         search.tell(made(rung))
     assert seen[:2] == ["one", "two"]
     assert len(seen) == 2 + sum(_most(table, "standard", kind) for table in (_SHORT, _FULL) for kind in kinds(TEACHER))
+
+
+def test_a_search_whose_front_does_not_move_ends_early(tmp_path: Path) -> None:
+    driven = trials(tmp_path / TRIALS, "thorough")
+    search = Search((), (), driven)
+    seen: set[str] = set()
+    while (rung := search.ask()) is not None:
+        kind = rung.name.partition("-")[0]
+        wrong, seen = (0.2 if kind in seen else 0.1), seen | {kind}
+        search.tell(Point(rung.name, "static", {}, "", 10, 1.0, np.array([[wrong]], np.float32)))
+    for kind in kinds(TEACHER):
+        most = _most(_SHORT, "thorough", kind)
+        assert 1 < len(driven.told[kind]) < most, "the first of a kind beats all others"
 
 
 def test_refusals(tmp_path: Path) -> None:

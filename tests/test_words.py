@@ -147,6 +147,11 @@ def test_words_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(2):
         assert encoder.encode(["a b c d e a b e"]).ids.tolist() == wanted
     assert len(encoder._words._table) == 3
+    # Nor is a word remembered that is as long as a text: memory is bounded, not only their number.
+    encoder = TextEncoder(definition())
+    assert encoder.encode(["a" * 40]).ids.tolist() == usual(TextEncoder(definition())).encode(["a" * 40]).ids.tolist()
+    assert encoder._words is not None
+    assert not encoder._words._table
 
 
 def test_threads_may_share_it() -> None:

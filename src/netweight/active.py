@@ -132,6 +132,8 @@ def choose(
     n = len(features) - known
     if method not in get_args(Method):
         raise OptionError(f"unknown method {method!r}; use one of {', '.join(get_args(Method))}.")
+    if seed < 0:
+        raise OptionError(f"seed is {seed}; use 0 or more.")
     if not 1 <= count <= n:
         raise OptionError(f"cannot choose {count} rows of {n:,} distinct ones; choose 1 to {n:,}.")
     if method == "coreset":
@@ -261,6 +263,8 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     """
     if not isinstance(engine.task, Classify):
         raise OptionError("rounds are compared by their labels, and scores have none; leave the file of rounds out.")
+    if not len(rows):
+        raise OptionError("the pool has fewer than 5 distinct rows to set a fifth of them aside; leave rounds out.")
     chosen = engine.outputs(rows.text, rows.pair).logits.argmax(axis=1)
     said = {_hash(key): engine.task.labels[i] for key, i in zip(rows.keys(), chosen, strict=True)}
     new = {"artifact": engine.version, "labels": said}

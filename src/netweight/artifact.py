@@ -93,6 +93,12 @@ class Manifest:
         }
 
     @property
+    def paired(self) -> bool | None:
+        """Whether rows are pairs of texts; None for artifacts of before this was written down."""
+        said = self.provenance.get("pairs")
+        return said if isinstance(said, bool) else None
+
+    @property
     def digest(self) -> str:
         """SHA-256 of everything that determines predictions: task, tokenizer, tiers and their files."""
         named = {TOKENIZER, *(tier.file for tier in self.tiers)}
@@ -127,7 +133,10 @@ def name_of(folder: Path) -> str:
 
 
 def writable(folder: Path) -> None:
-    """Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten."""
+    """Raises ArtifactError where `folder` exists and is not an artifact, since nothing else is ever overwritten, and
+    where it has no name, by which it could be exchanged."""
+    if folder.name in ("", ".."):
+        raise ArtifactError(f"the folder {str(folder)!r} has no name of its own; name a new one, such as shop.nw.")
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
 
@@ -175,6 +184,8 @@ def staged(folder: Path) -> Iterator[Path]:
             if left != new and left.is_dir() and not left.is_symlink():
                 _remove_unlocked(left)
     finally:
+        if new.is_symlink():  # what stood there was a link, and has been exchanged
+            new.unlink()
         shutil.rmtree(new, ignore_errors=True)
         os.close(held)
 
@@ -222,7 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
             dict(stored["files"]),
         )
         _typed(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise CorruptArtifact(f"{path} cannot be read as a manifest: {problem!r}.") from problem
     for name in manifest.files:
         parts = PurePosixPath(name)

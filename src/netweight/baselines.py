@@ -23,7 +23,7 @@ from netweight.encode import Tokens
 from netweight.engine import Engine
 from netweight.engine.base import TierEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
-from netweight.errors import MissingExtra
+from netweight.errors import MissingExtra, OptionError
 from netweight.export import export
 from netweight.model import Model
 
@@ -61,12 +61,18 @@ def teacher_engine(model: Model, threads: int) -> Engine:
     return _engine(model, "teacher", TorchEngine(model, threads))
 
 
+NAMES = ("teacher", "onnx", "onnx-int8", "openvino-int8")
+
+
 def baseline(name: str, model: Model, rows: Rows, threads: int) -> tuple[Engine, int]:
     """An engine and its bytes on disk.
 
     teacher: PyTorch fp32. onnx: ONNX Runtime fp32. onnx-int8: ONNX Runtime's dynamic int8. openvino-int8: OpenVINO with
-    NNCF's post-training int8, calibrated on 300 of `rows`. Raises MissingExtra for OpenVINO where it is not installed.
+    NNCF's post-training int8, calibrated on 300 of `rows`. Raises OptionError for another name, and MissingExtra for
+    OpenVINO where it is not installed.
     """
+    if name not in NAMES:
+        raise OptionError(f"there is no baseline {name!r}; use {', '.join(NAMES)}.")
     if name == "teacher":
         return teacher_engine(model, threads), model.bytes
     plain = export(Model(model.network, model.encoder, model.task, model.base)).plain

@@ -25,7 +25,9 @@ from netweight.errors import OptionError
 from netweight.export import export
 from netweight.measure import Machine, Measurement
 from netweight.model import Model, Range, Weights
+from netweight.report.format import quality, significant
 from netweight.store import Store, rows_of, store_of
+from netweight.task import Score
 from netweight.techniques import LatencyTable
 from netweight.techniques.base import transformer
 from netweight.techniques.distill import with_layers
@@ -35,16 +37,20 @@ from netweight.techniques.vocab import token_table
 
 @dataclass(frozen=True)
 class Bench:
-    """The artifact first, then each baseline; `quality` of the rows where labels were given."""
+    """The artifact first, then each baseline; `quality` of the rows where labels were given. `note` says which rows of
+    the table could not be used."""
 
     machine: Machine
     metric: str
     labelled: bool
     measured: tuple[Measurement, ...]
+    note: str = ""
 
     def to_json(self) -> str:
         """All of it."""
-        shown = [asdict(m) | {"dollars_per_million": m.dollars_per_million(*self._price)} for m in self.measured]
+        unknown = {} if self.labelled else {"quality": None}
+        price = self._price
+        shown = [asdict(m) | unknown | {"dollars_per_million": m.dollars_per_million(*price)} for m in self.measured]
         return json.dumps({"machine": asdict(self.machine), "metric": self.metric, "measured": shown}, indent=1)
 
     @property
@@ -55,13 +61,13 @@ class Bench:
         """The figures for people: a head, a line for each figure, and the artifact's ratios to each baseline."""
         lines = [["", *(m.name for m in self.measured)]]
         if self.labelled:
-            lines.append([self.metric, *(f"{100 * m.quality:.2f}" for m in self.measured)])
-        lines.append([f"agreement with {self.reference}", *(f"{100 * m.agreement:.2f} %" for m in self.measured)])
+            lines.append([self.metric, *(quality(self.metric, m.quality) for m in self.measured)])
+        lines.append([f"agreement with {self.reference}", *(self._agreement(m) for m in self.measured)])
         timed = [m.timing for m in self.measured if m.timing]
         lines += [
             ["rows/s, median", *(f"{t.rows_per_second:,.0f}" for t in timed)],
             ["slowest to fastest round", *(f"{t.slowest:,.0f} to {t.fastest:,.0f}" for t in timed)],
-            ["at batch size", *(str(t.batch) for t in timed)],
+            ["rows given at a time", *(str(t.batch) for t in timed)],
             *([f"{p} of single requests", *(f"{getattr(t, p):.2f} ms" for t in timed)] for p in ("p50", "p95", "p99")),
             ["dollars per million", *(f"{m.dollars_per_million(*self._price) or 0:.4f}" for m in self.measured)],
             ["size", *(f"{m.bytes / 1e6:.1f} MB" for m in self.measured)],
@@ -77,6 +83,10 @@ class Bench:
             ]
         return lines
 
+    def _agreement(self, measured: Measurement) -> str:
+        correlated = self.metric in Score.metrics
+        return significant(measured.agreement) if correlated else f"{100 * measured.agreement:.2f} %"
+
     @property
     def reference(self) -> str:
         """What agreement is counted against: the first baseline, or the artifact itself."""
@@ -85,10 +95,11 @@ class Bench:
     @property
     def sentence(self) -> str:
         """How it was measured."""
-        m = self.machine
+        m, note = self.machine, f" {self.note}" if self.note else ""
+        when = "; ".join(filter(None, (m.date, m.commit)))
         return (
-            f"{self.measured[0].rows:,} rows, rounds interleaved in one run, each at its best batch size; {m.cpu}; "
-            f"{m.cores} cores, {m.threads} threads; a vCPU hour at ${measure.VCPU_HOUR}; {m.date}; {m.commit}"
+            f"{self.measured[0].rows:,} rows, rounds interleaved in one run, each given as many at a time as suit it "
+            f"best; {m.cpu}; {m.cores} cores, {m.threads} threads; a vCPU hour at ${measure.VCPU_HOUR}; {when}.{note}"
         )
 
 
@@ -107,14 +118,18 @@ def bench(
     Baselines are made from the teacher in DIR.run. Raises StoreError where that is needed and absent.
     """
     manifest = artifact.read_manifest(folder)
+    folder = folder if folder.name not in ("", "..") else folder.resolve()
+    if folder.name in against:
+        raise OptionError(f"the artifact is called {folder.name!r}, as a baseline is; rename its folder.")
     count = threads or measure.cores()
     engine = load(folder, count)
-    rows = rows_of(folder, source, Columns(text, label, pair))
+    loaded = rows_of(folder, source, Columns(text, label, pair))
+    rows = loaded.rows
     engines: dict[str, tuple[Engine, int]] = {folder.name: (engine, artifact.size(folder, manifest))}
     if against:
         with Store(store_of(folder), None) as store:
             teacher = Model.load(store.model_folder(TEACHER))
-        calibration = rows_of(folder, None, Columns())
+        calibration = rows_of(folder, None, Columns()).rows
         for name in against:
             engines[name] = baseline(name, teacher, calibration, count)
     timings = measure.speed({name: e for name, (e, _) in engines.items()}, rows)
@@ -126,7 +141,7 @@ def bench(
     measured = []
     for name, (e, size) in engines.items():
         out = said[name]
-        quality, agreement, distance = measure.quality(task, out.logits, base, targets)
+        found, agreement, distance = measure.quality(task, out.logits, base, targets)
         answered = tuple(float((out.tier == i).mean()) for i in range(len(e.tiers)))
         mine = name == folder.name
         measured.append(
@@ -134,7 +149,7 @@ def bench(
                 name,
                 tuple(t.name for t in e.tiers),
                 len(rows),
-                quality,
+                found,
                 agreement,
                 distance,
                 answered,
@@ -144,7 +159,7 @@ def bench(
                 fresh.cold_start if mine else None,
             )
         )
-    return Bench(measure.machine(count), task.metric, targets is not None, tuple(measured))
+    return Bench(measure.machine(count), task.metric, targets is not None, tuple(measured), loaded.note)
 
 
 # Tokens that a timed table has: a gather takes as long from a few rows, and the files are written sooner.
@@ -156,9 +171,9 @@ def block_latency(
 ) -> LatencyTable:
     """Time one block with each number of `heads` and `neurons` in ONNX Runtime, on a batch of rows of `length` tokens.
 
-    In int8 where the model was quantized, else in fp32. What is outside of the blocks comes from one layer against two.
-    The model's own numbers are measured too. Raises OptionError for more heads or neurons than there are, for layers of
-    several sizes, and for a single layer.
+    ONNX Runtime gets the rows as an artifact does, in small batches. In int8 where the model was quantized, else in
+    fp32. What is outside of the blocks comes from one layer against two. The model's own numbers are measured too.
+    Raises OptionError for more heads or neurons than there are, for layers of several sizes, and for a single layer.
     """
     whole = transformer(model, "a latency table")
     sizes = {(block.heads, block.neurons) for block in blocks(whole)}

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from netweight.certify import fit_temperature
 from netweight.certify.power import CHANCE
 from netweight.engine.cascade import together
+from netweight.engine.exits import between
 from netweight.measure import Cost
 from netweight.search import Point
 from netweight.task import Floats, Ints, Task
@@ -181,12 +182,20 @@ class _Composer:
             threshold = 0.0
             if i < len(shares):
                 sure = self.task.confidence(said, temperature)
-                threshold = float(np.quantile(sure[rows], shares[i])) if rows.any() else 0.0
+                threshold = _between(sure[rows], shares[i]) if rows.any() else 0.0
                 reaches = reaches & (sure < threshold)
             thresholds.append(threshold)
         answered = tuple(a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True))
         cost = _cost(points, reached, self.costs, self.minimise)
         return Choice(points, tuple(temperatures), tuple(thresholds), tuple(before), answered, cost, logits)
+
+
+def _between(sure: Floats, share: float) -> float:
+    """A confidence below which this share of the rows lies, halfway from one row to the next: sums of another batch, a
+    last bit away, must not decide."""
+    found = float(np.quantile(sure, share))
+    low, high = sure[sure < found], sure[sure >= found]
+    return between(float(high.min()), float(low.max())) if len(low) else found
 
 
 def _cost(points: Sequence[Point], reached: Sequence[float], costs: Mapping[str, Cost], minimise: Minimise) -> float:

@@ -23,7 +23,7 @@ from netweight.artifact import Manifest, Tier
 from netweight.data import Rows
 from netweight.encode import TextEncoder
 from netweight.engine.base import TierEngine
-from netweight.engine.cascade import encoder_engine, tier_engine
+from netweight.engine.cascade import encoder_engine, expect, tier_engine
 from netweight.engine.onnx import OpenvinoEngine
 from netweight.engine.static import FACTORS, StaticEngine, window_table
 from netweight.errors import ArtifactError, MissingExtra
@@ -93,6 +93,9 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
     otherwise.
     """
     manifest = artifact.read_manifest(folder)
+    expect(manifest.paired, rows.pair is not None, folder.name)
+    if not out.name:
+        raise ArtifactError(f"the folder {str(out)!r} has no name of its own; name a new one.")
     if early := next((tier.name for tier in manifest.tiers if tier.engine == "exits"), None):
         raise ArtifactError(
             f"tier {early!r} has early exits, which no export holds; run the artifact with netweight.load, or optimize "

@@ -30,7 +30,8 @@ def export(
     folder, out = Path(folder), Path(out)
     read_manifest(folder)  # before anything else is asked for: is there an artifact at all?
     writer = _writer(folder, to, threads)
-    return convert.convert(folder, out, writer, rows_of(folder, source, Columns(text, None, pair)), threads)
+    rows = rows_of(folder, source, Columns(text, None, pair)).rows
+    return convert.convert(folder, out, writer, rows, threads)
 
 
 def _writer(folder: Path, to: str, threads: int) -> Writer:

@@ -46,6 +46,11 @@ class Tokens:
         """Tokens of each row (n,)."""
         return np.diff(self.offsets)
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of all of it."""
+        return hashlib.sha256(b"".join(part.tobytes() for part in (self.ids, self.types, self.offsets))).hexdigest()
+
     def take(self, rows: Index) -> Tokens:
         """The chosen rows, in the order given."""
         lengths = self.lengths[rows]

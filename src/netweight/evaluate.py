@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from netweight.data import Columns, Rows, read
 from netweight.engine import Engine, load
 from netweight.errors import OptionError
+from netweight.report.format import quality
 
 _KEYS = {"name", "data", "text", "label", "pair", "by"}
 
@@ -29,7 +31,7 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cell:
-    """Quality of one artifact in one scenario."""
+    """Quality of one artifact in one scenario; NaN for a correlation with scores that are all equal."""
 
     artifact: str
     scenario: str
@@ -43,38 +45,49 @@ class Evaluation:
 
     metric: str
     cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
 
     @property
-    def worst(self) -> Cell:
-        """The cell with the lowest quality."""
-        return min(self.cells, key=lambda cell: cell.quality)
+    def worst(self) -> Cell | None:
+        """The cell with the lowest quality; None where no cell has one."""
+        return min(_defined(self.cells), key=lambda cell: cell.quality, default=None)
 
     def to_json(self) -> str:
         """All of it."""
+        worst = None if self.worst is None else asdict(self.worst)
+        cells = [asdict(c) | ({"quality": None} if math.isnan(c.quality) else {}) for c in self.cells]
         return json.dumps(
-            {"metric": self.metric, "cells": [asdict(c) for c in self.cells], "worst": asdict(self.worst)}, indent=1
+            {"metric": self.metric, "cells": cells, "worst": worst, "notes": list(self.notes)},
+            indent=1,
+            allow_nan=False,
         )
 
     def rows(self) -> list[list[str]]:
         """A matrix for people: scenarios down, artifacts across, then each artifact's mean and worst."""
         names = list(dict.fromkeys(cell.artifact for cell in self.cells))
         by = {(cell.artifact, cell.scenario): cell for cell in self.cells}
-        lines = [[self.metric, "rows", *names]]
+        short = [Path(name).name for name in names]
+        lines = [[self.metric, "rows", *(short if len(set(short)) == len(short) else names)]]
         for scenario in dict.fromkeys(cell.scenario for cell in self.cells):
             across = [by[name, scenario] for name in names]
-            lines.append([scenario, f"{across[0].rows:,}", *(f"{100 * cell.quality:.2f}" for cell in across)])
-        every = [[cell.quality for cell in self.cells if cell.artifact == name] for name in names]
-        lines.append(["mean", "", *(f"{100 * sum(q) / len(q):.2f}" for q in every)])
-        lines.append(["worst", "", *(f"{100 * min(q):.2f}" for q in every)])
+            lines.append([scenario, f"{across[0].rows:,}", *(quality(self.metric, cell.quality) for cell in across)])
+        every = [[cell.quality for cell in _defined(self.cells) if cell.artifact == name] for name in names]
+        lines.append(["mean", "", *(quality(self.metric, sum(q) / len(q) if q else math.nan) for q in every)])
+        lines.append(["worst", "", *(quality(self.metric, min(q, default=math.nan)) for q in every)])
         return lines
 
     @property
     def sentence(self) -> str:
         """Where it is worst."""
         cell = self.worst
-        return (
-            f"worst: {cell.artifact} on {cell.scenario}, {self.metric} {100 * cell.quality:.2f} on {cell.rows:,} rows"
-        )
+        if cell is None:
+            return f"worst: none, {self.metric} is undefined everywhere: in each scenario all scores are equal"
+        shown = quality(self.metric, cell.quality)
+        return f"worst: {cell.artifact} on {cell.scenario}, {self.metric} {shown} on {cell.rows:,} rows"
+
+
+def _defined(cells: Sequence[Cell]) -> list[Cell]:
+    return [cell for cell in cells if not math.isnan(cell.quality)]
 
 
 def suite(path: Path) -> tuple[Scenario, ...]:
@@ -106,19 +119,20 @@ def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: in
     metrics = {engine.task.metric for engine in engines.values()}
     if len(metrics) != 1:
         raise OptionError(f"artifacts with one metric can be compared; these have {' and '.join(sorted(metrics))}.")
-    cells = []
+    cells, notes = [], []
     for scenario in scenarios:
-        for title, rows in _parts(scenario):
+        slices = (scenario.by,) if scenario.by else ()
+        loaded = read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair, slices=slices))
+        notes += [loaded.note] if loaded.note else []
+        for title, rows in _parts(scenario, loaded.rows):
             for name, engine in engines.items():
                 cells.append(Cell(name, title, len(rows), _quality(engine, rows.text, rows.pair, rows.label or ())))
     order = {name: i for i, name in enumerate(engines)}
-    return Evaluation(metrics.pop(), tuple(sorted(cells, key=lambda cell: order[cell.artifact])))
+    return Evaluation(metrics.pop(), tuple(sorted(cells, key=lambda cell: order[cell.artifact])), tuple(notes))
 
 
-def _parts(scenario: Scenario) -> list[tuple[str, Rows]]:
+def _parts(scenario: Scenario, rows: Rows) -> list[tuple[str, Rows]]:
     """The rows of a scenario, or of each value of its column."""
-    slices = (scenario.by,) if scenario.by else ()
-    rows = read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair, slices=slices)).rows
     if not scenario.by:
         return [(scenario.name, rows)]
     values = rows.slices[scenario.by]
@@ -129,5 +143,8 @@ def _parts(scenario: Scenario) -> list[tuple[str, Rows]]:
 
 
 def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, label: Sequence[str]) -> float:
+    targets = engine.task.targets(tuple(label))
+    if engine.task.metric == "spearman" and (targets == targets[0]).all():
+        return math.nan  # nothing to be in line with
     out = engine.outputs(text, pair)
-    return float(engine.task.quality(engine.task.outcomes(out.logits, engine.task.targets(tuple(label)))))
+    return float(engine.task.quality(engine.task.outcomes(out.logits, targets)))

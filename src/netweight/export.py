@@ -261,7 +261,7 @@ def _quantized(model: Model, name: str, module: nn.Module) -> nn.Module | None:
 def _onnx(network: nn.Module, max_length: int, width: int = 0, hidden: bool = False) -> onnx.ModelProto:
     """A graph of a network over token ids, or, with `width`, over hidden states of that width and a mask; `hidden`:
     hidden states are an output as well."""
-    rows, length = 2, 8
+    rows, length = 2, min(8, max_length)
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens", max=max_length)
     # Each its own tensor: one that is given twice would become one input.
     example = tuple(torch.ones(rows, length, dtype=torch.int32) for _ in range(3))

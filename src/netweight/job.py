@@ -114,6 +114,8 @@ class Options:
             raise OptionError(f"vocabulary is {self.vocabulary!r}; use trimmed or whole.")
         if self.threads < 1:
             raise OptionError(f"threads is {self.threads}; use 1 or more.")
+        if self.seed < 0:
+            raise OptionError(f"seed is {self.seed}; use 0 or more.")
         if self.seconds < 10:
             raise OptionError(f"the time limit is {self.seconds:g} s; use at least 10 s.")
 
@@ -155,6 +157,9 @@ class Job:
         budget, options = self.budget, self.options
         asked = budget.max_drop if budget.max_drop == "auto" else f"{budget.max_drop:g}"
         given = [f"--max-drop {asked}", f"--confidence {budget.confidence:g}", f"--minimise {budget.minimise}"]
+        given += [f"--task {options.task}"] if options.task != "classify" else []
+        given += [f"--metric {options.metric}"] if options.metric is not None else []
+        given += [f"--time-limit {options.seconds:g}s"] if options.seconds != Options.seconds else []
         given += [f"--model {options.model}"] if options.model in ("starter", SCRATCH) else []
         given += [f"--max-length {options.max_length}"] if options.max_length != Options.max_length else []
         given += [f"--effort {options.effort}"] if options.effort != "quick" else []

@@ -33,6 +33,9 @@ from netweight.task import Classify
 
 _LONGEST = 1 << 20  # bytes of a response that are read
 _SHOWN = 200  # characters of a refusal that an error repeats
+_TEXTS = (400, 413, 422)  # statuses that may be about one text: too long, or filtered
+# Texts refused in a row that mean the request itself: before the first answer, and after it.
+_REFUSED, _REFUSED_LATER = 3, 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class LLMTeacher:
         concurrency: requests at a time.
         characters: of a text that are sent; the rest is cut off.
         timeout: seconds without a sign of life until a request counts as lost.
-        retries: of a request that met 429, 5xx, a lost connection or a timeout.
+        retries: of a request that met 408, 429, 5xx, a lost connection or a timeout.
         backoff: seconds; the n-th retry waits a random time up to backoff * 2^n, on top of what Retry-After asks for.
         patience: the longest wait, in seconds, that is waited; an endpoint that asks for more ends the labelling.
     """
@@ -113,7 +116,8 @@ class Labelled:
     """What a teacher said of some rows.
 
     `labels` has one for each given row; None where it abstained or was not asked. `rows` are those with a label.
-    `tokens` were paid for all of these answers, in this process or an earlier one.
+    `tokens` were paid for all of these answers, in this process or an earlier one. `refused` is what the endpoint said
+    to texts that it refused in a run without any answer; they count among those that are left.
     """
 
     rows: Rows
@@ -123,14 +127,16 @@ class Labelled:
     abstained: int
     left: int
     tokens: int
+    refused: str = ""
 
     @property
     def sentence(self) -> str:
         """For people."""
+        refused = f" {self.refused}" if self.refused else ""
         return (
             f"{len(self.rows):,} of {len(self.labels):,} rows have a label: {self.asked:,} texts were asked now and "
             f"{self.known:,} before, {self.abstained:,} got no usable answer, {self.left:,} rows were left by the "
-            f"limits; {self.tokens:,} tokens."
+            f"limits; {self.tokens:,} tokens.{refused}"
         )
 
 
@@ -139,10 +145,12 @@ def label_pool(
 ) -> Labelled:
     """Ask the teacher for the label of each row, once for each distinct text.
 
+    A text that the endpoint refuses, where it answers others, counts as one on which it abstained.
+
     Args:
         cache: a file of JSON lines, one for each answer: SHA-256 of url, model and prompt, the label or null, tokens.
             It holds no text and no key. What is in it is not asked again.
-        limit: distinct texts that may be asked, those in the cache included; the first ones are.
+        limit: distinct texts of these rows that may be asked, those in the cache included; the first ones are.
         token_limit: tokens of the same texts, as the endpoint counts them. A request is sent only where an estimate of
             it still fits, so the limit is missed by no more than the error of the requests in flight.
 
@@ -153,13 +161,15 @@ def label_pool(
     """
     if not isinstance(task, Classify):
         raise OptionError(f"an LLM teacher gives labels; a task of kind {task.kind} has none.")
+    if not all(map(str.strip, task.labels)):
+        raise OptionError("a label of the task is empty, and an empty answer would be it; name every label.")
     if limit < 1 or (token_limit is not None and token_limit < 1):
         raise OptionError(f"limit is {limit} and token_limit {token_limit}; use 1 or more.")
     prompts: dict[str, list[dict[str, str]]] = {}
     keys: list[str | None] = []
     for i, text in enumerate(rows.text):
         messages = _messages(teacher, task, text, None if rows.pair is None else rows.pair[i])
-        named = json.dumps([teacher.url, teacher.model, messages], ensure_ascii=False)
+        named = json.dumps([teacher.url.rstrip("/"), teacher.model, messages], ensure_ascii=False)
         digest = hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest()
         inside = digest in prompts or len(prompts) < limit
         keys.append(digest if inside else None)
@@ -167,7 +177,8 @@ def label_pool(
             prompts[digest] = messages
     with _Cache(cache) as held:
         known = {digest for digest in prompts if digest in held.answers}
-        asking = _Asking(teacher, task, held, token_limit, sum(held.answers[d].tokens for d in known))
+        spent = sum(held.answers[d].tokens for d in known)
+        asking = _Asking(teacher, task, held, token_limit, spent, answered=bool(known))
         asking.all({digest: messages for digest, messages in prompts.items() if digest not in known})
         answers = {digest: held.answers[digest] for digest in prompts if digest in held.answers}
     labels = tuple(answers[d].label if d in answers else None for d in keys)
@@ -181,6 +192,7 @@ def label_pool(
         sum(answer.label is None for answer in answers.values()),
         sum(d not in answers for d in keys),
         sum(answer.tokens for answer in answers.values()),
+        asking.problem,
     )
 
 
@@ -218,6 +230,9 @@ class _Answer:
     tokens: int
 
 
+_LINE = b'{"key": '  # how a line of the cache begins
+
+
 class _Cache:
     """Answers by the digest of what was asked; each is on disk when `put` returns. One process at a time."""
 
@@ -232,7 +247,6 @@ class _Cache:
         data = path.read_bytes()
         # A process that was killed may have left half a line behind.
         whole = data.rfind(b"\n") + 1
-        self._file.truncate(whole)
         self.answers: dict[str, _Answer] = {}
         for number, line in enumerate(data[:whole].splitlines(), 1):
             try:
@@ -244,6 +258,10 @@ class _Cache:
             except (ValueError, KeyError, TypeError):
                 self._file.close()
                 raise StoreError(f"line {number} of {path} is damaged; remove that line, or the file.") from None
+        if not data[whole:].startswith(_LINE[: len(data) - whole]):
+            self._file.close()
+            raise StoreError(f"{path} is no cache of answers; name another file, or one that does not exist yet.")
+        self._file.truncate(whole)
 
     def put(self, key: str, answer: _Answer) -> None:
         line = json.dumps({"key": key, "label": answer.label, "tokens": answer.tokens}, ensure_ascii=False)
@@ -266,6 +284,10 @@ class _Again(Exception):
         self.wait = wait
 
 
+class _Refused(EndpointError):
+    """The endpoint does not take this request, which may be for its text."""
+
+
 class _Still(urllib.request.HTTPRedirectHandler):
     """Follows no redirect: urllib would send the key along to whatever host is named."""
 
@@ -282,12 +304,15 @@ class _Asking:
     cache: _Cache
     token_limit: int | None
     spent: int
+    answered: bool  # whether the endpoint has ever answered such a request
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.key = self.teacher.key()
         self.opener = urllib.request.build_opener(_Still)
+        self.refused: dict[str, _Refused] = {}  # by digest, since the last answer
+        self.now = False  # whether one was given in this run
         self.answer_tokens = 32 + max(len(json.dumps(label)) for label in self.task.labels)
 
     def all(self, prompts: dict[str, list[dict[str, str]]]) -> None:
@@ -297,6 +322,9 @@ class _Asking:
             try:
                 for done in [pool.submit(self._work, waiting) for _ in range(self.teacher.concurrency)]:
                     done.result()
+                for problem in self.refused.values() if not self.answered else ():
+                    raise problem
+                self._abstained()
             finally:
                 self.stop.set()
 
@@ -316,10 +344,32 @@ class _Asking:
                     return
                 with self.lock:
                     self.spent += answer.tokens - guess
+                    self.answered = self.now = True
+                    self._abstained()
                     self.cache.put(digest, answer)
+            except _Refused as problem:
+                with self.lock:
+                    self.spent -= guess
+                    self.refused[digest] = problem
+                    if len(self.refused) >= (_REFUSED_LATER if self.answered else _REFUSED):
+                        self.stop.set()
+                        raise
             except BaseException:
                 self.stop.set()
                 raise
+
+    def _abstained(self) -> None:
+        """What was refused beside answers was refused for its text: it has none, and is not asked again."""
+        if self.now:
+            for digest in self.refused:
+                self.cache.put(digest, _Answer(None, 0))
+            self.refused.clear()
+
+    @property
+    def problem(self) -> str:
+        """What was said to those that were refused where nothing was answered; they are asked again another time."""
+        first = next(iter(self.refused.values()), None)
+        return "" if first is None else f"{len(self.refused):,} texts were refused: {first}"
 
     def _persist(self, messages: list[dict[str, str]], guess: int) -> _Answer | None:
         """An answer, after some attempts; None where another thread failed meanwhile."""
@@ -370,20 +420,23 @@ class _Asking:
         request = urllib.request.Request(self.teacher.endpoint(), body, headers, method="POST")
         try:
             with self.opener.open(request, timeout=self.teacher.timeout) as response:
-                return json.loads(response.read(_LONGEST))
+                said = response.read(_LONGEST)
+                if response.length and len(said) < _LONGEST:  # read() does not tell that the end is missing
+                    raise http.client.IncompleteRead(said, response.length)
+                return json.loads(said)
         except urllib.error.HTTPError as problem:
             raise self._refused(problem) from None
         except (OSError, http.client.HTTPException) as problem:
             reason = problem.reason if isinstance(problem, urllib.error.URLError) else problem
             raise self._lost(reason) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise EndpointError(
                 f"{self.teacher.shown} answers, but not as chat completions do; is the url right?"
             ) from None
 
     def _refused(self, problem: urllib.error.HTTPError) -> Exception:
         teacher, status = self.teacher, problem.code
-        if status == 429 or status >= 500:
+        if status in (408, 429) or status >= 500:
             return _Again(f"answered {status}", _retry_after(problem.headers.get("Retry-After")))
         if status in (401, 403):
             # What the endpoint says here may repeat the key.
@@ -404,7 +457,8 @@ class _Asking:
         if 300 <= status < 400:
             return EndpointError(f"{teacher.shown} answered {status}, a redirect; give the url that it leads to.")
         hint = " If it does not know response_format, set constrain=False." if teacher.constrain else ""
-        return EndpointError(f"{teacher.shown} answered {status}.{said}{hint}")
+        kind = _Refused if status in _TEXTS else EndpointError
+        return kind(f"{teacher.shown} answered {status}.{said}{hint}")
 
     def _lost(self, reason: object) -> Exception:
         if isinstance(reason, ConnectionRefusedError):

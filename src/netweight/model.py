@@ -142,6 +142,7 @@ class Model:
     def save(self, folder: Path) -> None:
         """Write `model.json`, `tokenizer.json` and `model.safetensors` (pruned weights take a bit); the header last."""
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.json").unlink(missing_ok=True)  # that of another model would go with these weights
         written = {
             "model.safetensors": packed({name: value.numpy() for name, value in tensors(self.network).items()}),
             "tokenizer.json": self.encoder.definition.encode(),

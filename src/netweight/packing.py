@@ -66,8 +66,8 @@ def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_HEADER])
         held = {name: _array(given) for name, given in deserialize(data)}  # type: ignore[no-untyped-call]
         forms = {name: Form(**given) for name, given in header["forms"].items()}
-        return {name: _restored(name, held, form) for name, form in forms.items()}, header["more"]
-    except (SafetensorError, zlib.error, ValueError, KeyError, TypeError, IndexError) as problem:
+        return {name: _restored(name, held, form) for name, form in forms.items()}, dict(header["more"])
+    except (SafetensorError, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as problem:
         raise CorruptArtifact(f"a packed file cannot be unpacked: {problem!r}") from problem
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from netweight.data import Columns, Stream, Writer, stream
 from netweight.data.write import Kind
 from netweight.engine import Engine, load
+from netweight.engine.cascade import expect
+from netweight.errors import OptionError
 from netweight.task import Classify
 
 _CHUNK = 4096
@@ -50,12 +52,15 @@ def predict(
 
 
 def opened_rows(source: str | Path, text: str, pair: str | None) -> Stream:
-    """The rows to predict, in chunks. Raises DataError, ColumnError."""
+    """The rows to predict, in chunks. Raises DataError, ColumnError, OptionError."""
+    if source == "-" and text != "text":
+        raise OptionError(f"lines on standard input have no columns, and so none called {text!r}; leave text out.")
     return stream(source, Columns("text" if source == "-" else text, pair=pair), _CHUNK)
 
 
 def answered(engine: Engine, rows: Stream, out: str | Path) -> Predicted:
     """Write rows with what `engine` says of them. Raises OptionError, and DataError while reading."""
+    expect(engine.paired, rows.columns.pair is not None, engine.name)  # before anything is written
     labels = isinstance(engine.task, Classify)
     added: dict[str, Kind] = {"prediction": "text" if labels else "number", "confidence": "number", "tier": "text"}
     if not labels:

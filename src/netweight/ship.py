@@ -21,6 +21,7 @@ from netweight.build import Builder
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
 from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
+from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
 from netweight.errors import CertificateError
@@ -136,7 +137,7 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     builder.reporter.note(
         f"registered {len(packs)} candidates, safest to cheapest: {'; '.join(p.candidate.name for p in packs)}"
     )
-    certificate, outcomes, logits = _certified(builder, ranked, registration, packs)
+    certificate, outcomes, said_by = _certified(builder, ranked, registration, packs)
     shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
     notes = (*notes, *_remarks(builder, ranked, certificate))
     manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
@@ -149,12 +150,12 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     _held(builder, said, outcomes, certificate.shipped.name)
     measurements = _measured(builder, ranked, shipped, trial)
     contents = dict(shipped.contents)
-    strongest = logits[engine.tiers[-1].name].argmax(axis=1) if len(engine.tiers) > 1 else None
+    strongest = said_by[shipped.candidate.name][-1].argmax(axis=1) if len(engine.tiers) > 1 else None
     contents[artifact.FINGERPRINT] = Fingerprint.of(engine.encoder, tokens, said, strongest).to_json()
     contents[artifact.CERTIFICATE] = certificate.to_json().encode()
     contents[artifact.OUTCOMES] = outcomes.to_json().encode()
     contents[artifact.MEASUREMENTS] = json.dumps(measure.to_dict(measurements)).encode()
-    page = render(manifest, certificate, measurements, outcomes, command=builder.job.command)
+    page = render(manifest, certificate, measurements, outcomes)
     contents[artifact.REPORT] = page.encode()
     manifest = artifact.save(out, manifest, contents)
     return Result(out, manifest, certificate, measurements, notes)
@@ -165,9 +166,8 @@ class Pack:
 
     def __init__(self, builder: Builder, planned: Planned, name: str) -> None:
         choice = planned.choice
-        reads = max(builder.reads_of(point) for point in choice.points)
-        encoder = builder.reading.reading(reads)
         self.planned = planned
+        self.encoder = encoder = builder.reading.reading(max(builder.reads_of(point) for point in choice.points))
         self.contents: dict[str, bytes] = {artifact.TOKENIZER: encoder.definition.encode()}
         tiers = []
         for i, point in enumerate(choice.points):
@@ -183,24 +183,34 @@ class Pack:
 
 def _certified(
     builder: Builder, ranked: Ranked, registration: Registration, packs: Sequence[Pack]
-) -> tuple[Certificate, Outcomes, dict[str, Floats]]:
-    """Also the logits of every model on the certify rows."""
+) -> tuple[Certificate, Outcomes, dict[str, list[Floats]]]:
+    """Also what each tier of each candidate says of all certify rows."""
     sealed = builder.data.certify
-    tokens = builder.reading.encode(sealed.rows.text, sealed.rows.pair)
-    # Each model runs once over all rows; cascades of it only pick rows.
-    used = {point.name: point for pack in packs for point in pack.planned.choice.points}
-    logits = {n: builder.run_tier(n, p.engine, p.options).logits(tokens, 32) for n, p in used.items()}
-    answers = {}
+    read = {pack.encoder.max_length: pack.encoder for pack in packs}
+    tokens = {reads: encoder.encode(sealed.rows.text, sealed.rows.pair) for reads, encoder in read.items()}
+    known: dict[tuple[str, str], Floats] = {}
+
+    def logits(point: Point, given: Tokens) -> Floats:
+        # Each model runs once over all rows; cascades of it only pick rows. What it sees of them hangs on who reads
+        # them in very few texts: some thousand characters without a word.
+        given = builder.reading.reading(builder.reads_of(point)).cut(given)
+        key = point.name, given.digest
+        if key not in known:
+            known[key] = builder.run_tier(point.name, point.engine, point.options).logits(given, 32)
+        return known[key]
+
+    answers, said_by = {}, {}
     for pack in packs:
-        parts = [logits[tier.name] for tier in pack.manifest.tiers]
-        said = cascade(builder.task, pack.manifest.tiers, len(tokens), partial(_rows_of, parts))
+        given = tokens[pack.encoder.max_length]
+        parts = said_by[pack.candidate.name] = [logits(point, given) for point in pack.planned.choice.points]
+        said = cascade(builder.task, pack.manifest.tiers, len(given), partial(_rows_of, parts))
         answers[pack.candidate.name] = Answers(said.logits, said.confidence)
     if ranked.floor_wins:
         reference = answers[packs[0].candidate.name]
     else:
         said_by_teacher = builder.teacher_logits(sealed.rows)
         reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
-    return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), logits
+    return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), said_by
 
 
 def _rows_of(parts: Sequence[Floats], i: int, rows: NDArray[np.int64]) -> Floats:
@@ -296,6 +306,8 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         "tokens": {"known": builder.source.encoder.vocabulary, "teacher": builder.teacher.encoder.vocabulary},
         "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
         "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
+        "command": builder.job.command,
+        "pairs": data.certify.rows.pair is not None,
         "seed": options.seed,
         "max_drop": ranked.max_drop,
         "minimise": builder.job.budget.minimise,

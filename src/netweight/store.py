@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from netweight.data import Columns, Rows, read
+from netweight.data import Columns, Loaded, read
 from netweight.data.files import atomic
-from netweight.errors import StoreError
+from netweight.errors import OptionError, StoreError
 
 JOURNAL = "journal.jsonl"
 LOOKS = "looks.jsonl"
@@ -39,20 +39,23 @@ TRIALS = "trials.db"
 
 def store_of(out: Path) -> Path:
     """The run store of an artifact's folder."""
-    return out.with_name(f"{out.name}.run")
+    whole = out if out.name not in ("", "..") else out.resolve()  # "." has no name
+    return whole.with_name(f"{whole.name}.run")
 
 
-def rows_of(folder: Path, source: str | None, columns: Columns) -> Rows:
-    """The rows of a table, or the dev rows that the job of the artifact `folder` kept."""
+def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
+    """A table, or the dev rows that the job of the artifact `folder` kept."""
     if source is not None:
-        return read(source, columns, label_required=columns.label is not None).rows
+        return read(source, columns, label_required=columns.label is not None)
+    if columns not in (Columns(), Columns("text")):
+        raise OptionError("--text, --label and --pair name columns of --input; without a table, leave them out.")
     path = store_of(folder) / DEV
     if not path.exists():
         raise StoreError(
             f"{path} is not there: without the run store of `netweight optimize`, name a table with --input and "
             "--text, and no baseline."
         )
-    return read(path, Columns("text", "label", "pair" if _paired(path) else None)).rows
+    return read(path, Columns("text", "label", "pair" if _paired(path) else None))
 
 
 def _paired(path: Path) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 from netweight import artifact, measure
 from netweight.certify import Answers, Certificate, Estimate, Outcomes, matches
 from netweight.certify import verify as recompute
-from netweight.data import Columns, Rows, read
+from netweight.data import Columns, Loaded, read
 from netweight.data.files import atomic
 from netweight.engine import load
-from netweight.errors import ArtifactError
+from netweight.errors import ArtifactError, CertificateError, OptionError
 from netweight.measure import Measurement, Measurements
 from netweight.report import Example, render
-from netweight.report.format import Scale
+from netweight.report.format import Scale, quality
 from netweight.task import Classify
 
 _EXAMPLES = 20  # of each kind of flip
@@ -131,10 +131,10 @@ def _tiers(measured: Measurement) -> tuple[Sequence[str], Sequence[float]]:
 
 
 def _written(scale: Scale, found: Estimate) -> str:
-    """Of 100, but for an error."""
-    if scale.task.metric == "mae":
-        return f"{scale.quality(found.value)} [{scale.quality(found.high)}, {scale.quality(found.low)}]"
-    return f"{100 * found.value:.2f} [{100 * found.low:.2f}, {100 * found.high:.2f}]"
+    """With its interval."""
+    metric = scale.task.metric
+    low, high = (found.high, found.low) if metric == "mae" else (found.low, found.high)
+    return f"{quality(metric, found.value)} [{quality(metric, low)}, {quality(metric, high)}]"
 
 
 def _speed(measured: Measurements) -> str:
@@ -176,22 +176,32 @@ def verify(
         f"{certificate.final.p_value:.3g} at level {certificate.registration.level:g}."
     )
     if data is not None:
-        rows, answers = _answers(folder, data, Columns(text, label, pair))
-        said.append(matches(certificate, outcomes, rows, answers))
+        loaded, answers = _answers(folder, data, Columns(text, label, pair))
+        said += [loaded.note] if loaded.note else []
+        said.append(matches(certificate, outcomes, loaded.rows, answers))
     return said
 
 
-def _answers(folder: Path, data: str, columns: Columns) -> tuple[Rows, Answers]:
-    rows = read(data, columns).rows
-    engine = load(folder)
+def _answers(folder: Path, data: str, columns: Columns) -> tuple[Loaded, Answers]:
+    loaded = read(data, columns)
+    rows, engine = loaded.rows, load(folder)
     out = engine.outputs(rows.text, rows.pair)
-    return rows, Answers(out.logits, out.confidence)
+    return loaded, Answers(out.logits, out.confidence)
 
 
 def write_report(
     folder: Path, out: Path, examples: str | None, *, text: str = "text", label: str = "label", pair: str | None = None
 ) -> Path:
-    """Render the report to `out`; with `examples`, texts of that table on which reference and artifact differ."""
+    """Render the report to `out`; with `examples`, texts of that table on which reference and artifact differ.
+
+    Raises OptionError for a place inside the artifact, whose files are hashed, and for that table itself.
+    """
+    if examples is not None and out.exists() and Path(examples).exists() and out.samefile(examples):
+        raise OptionError(f"{out} is the input itself; write the report to another file.")
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise OptionError(
+            f"{out} is inside the artifact, whose files never change; write the report elsewhere (--out)."
+        )
     manifest = artifact.check(folder)
     certificate, outcomes = certificate_of(folder)
     shown = _flips(folder, certificate, outcomes, examples, Columns(text, label, pair)) if examples else ()
@@ -210,8 +220,12 @@ def _flips(
     task = certificate.registration.task
     if not isinstance(task, Classify):
         raise ArtifactError("examples of flips exist for labels only; scores have none.")
-    rows, _ = _answers(folder, data, columns)
+    rows = _answers(folder, data, columns)[0].rows
     words = dict(zip(row_keys(rows), rows.text, strict=True))
+    if words.keys().isdisjoint(outcomes.keys):
+        raise CertificateError(
+            f"none of the {len(rows):,} rows of {data} is a certify row; give the table that was certified."
+        )
     mine = outcomes.candidates[certificate.shipped.name]
     right = np.stack([task.correct(outcomes.reference), task.correct(mine)])
     found: list[Example] = []

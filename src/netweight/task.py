@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from netweight.data.check import alike
 from netweight.errors import LabelError, OptionError
 
 Floats = NDArray[np.floating[Any]]
@@ -82,7 +83,8 @@ class Classify:
         index = {label: i for i, label in enumerate(self.labels)}
         unknown = sorted({label for label in labels if label not in index})
         if unknown:
-            raise LabelError(f"{len(unknown)} label(s) do not occur in training: {', '.join(map(repr, unknown[:5]))}.")
+            said = ", ".join(map(repr, unknown[:5]))
+            raise LabelError(f"{len(unknown)} label(s) do not occur in training: {said}.{alike(unknown, index)}")
         return np.fromiter((index[label] for label in labels), np.int64, len(labels))
 
     def confidence(self, logits: Floats, temperature: float = 1.0) -> NDArray[np.float64]:

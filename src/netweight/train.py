@@ -107,6 +107,7 @@ class Plan:
             "batch_size": (self.batch_size >= 1, "1 or more"),
             "learning_rate": (0 < self.learning_rate < 10, "more than 0, and less than 10"),
             "accumulate": (self.accumulate >= 1, "1 or more"),
+            "seed": (self.seed >= 0, "0 or more"),
             "warmup": (0 <= self.warmup < 1, "0 or more, and less than 1"),
             "clip": (self.clip >= 0, "0 or more"),
             "token_dropout": (0 <= self.token_dropout < 1, "0 or more, and less than 1"),
@@ -169,7 +170,8 @@ def fit(
     """Train `network` in place.
 
     Args:
-        evaluate: quality on held-out rows, higher is better; asked after each epoch when `plan.patience` is set.
+        evaluate: quality on held-out rows, higher is better; asked after each epoch, and at the end, when
+            `plan.patience` is set.
         checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed; it is
             deleted at the end.
         label: for the reporter.
@@ -242,9 +244,10 @@ class _Loop:
 
     @property
     def due(self) -> bool:
-        """Whether an epoch has ended whose quality is not known."""
+        """Whether an epoch, or the last part of one, has ended whose quality is not known."""
         p = self.progress
-        return self.evaluate is not None and p.judged < p.step and p.step % self.per_epoch == 0
+        ended = p.step % self.per_epoch == 0 or p.step >= self.steps
+        return self.evaluate is not None and p.judged < p.step and ended
 
     @property
     def done(self) -> bool:
@@ -271,7 +274,8 @@ class _Loop:
             clock.saved = time.monotonic()
 
     def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
-        """One optimizer step over `accumulate` batches; the loss is the mean over all of their rows."""
+        """One optimizer step over `accumulate` batches; the loss is the mean of theirs, each weighing as its rows.
+        Where rows have weights, those of one batch share what it weighs."""
         plan, step = self.plan, self.progress.step
         rate = plan.learning_rate * _factor(plan, step, self.steps)
         for optimizer in self.optimizers:

@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 _MOST = 200_000  # words that are remembered
+_LONG = 32  # characters of a word, above which it is none that comes again
 # Each is a word of its own for BERT, and has no accent that could be split off.
 _CHINESE = "\u4e00-\u9fff，。！？；：、（）“”‘’《》…—·"
 _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
@@ -63,7 +64,7 @@ class _Table(dict[str, list[int]]):
 
     def __missing__(self, word: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        if len(self) < _MOST:
+        if len(self) < _MOST and len(word) <= _LONG:
             self[word] = ids
         return ids
 

@@ -51,3 +51,7 @@ def main() -> None:
         # The reader went away (`| head`): nothing is left to say, and flushing at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+    except OSError as problem:
+        # A file or an address that the system refuses; its words name it, where it has any.
+        print(f"netweight: {str(problem) or type(problem).__name__}", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -22,6 +22,7 @@ from netweight.cli.shared import (
     Threads,
     Tried,
     app,
+    noted,
     print_summary,
 )
 
@@ -114,7 +115,7 @@ def server(
     from netweight.train import Plan
 
     _use(threads)
-    rows = read(dev, Columns(text, label, pair)).rows if dev else None
+    rows = noted(read(dev, Columns(text, label, pair))) if dev else None
     base = pretrained(model, task_of(labels and _names(labels), rows, task), seed=seed)
     terms = terms_of(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -85,6 +86,8 @@ def evaluate(
     from netweight.evaluate import suite as read
 
     found = run(folders, read(suite), threads)
+    for note in found.notes:
+        print(note, file=sys.stderr)
     if as_json:
         print(found.to_json())
         return

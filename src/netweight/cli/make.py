@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -23,9 +24,13 @@ from netweight.cli.shared import (
     Threads,
     Tried,
     app,
+    noted,
     print_summary,
 )
 from netweight.errors import OptionError
+
+if TYPE_CHECKING:
+    from netweight.data import Columns, Rows
 
 
 class Track(StrEnum):
@@ -70,7 +75,7 @@ def optimize(
         typer.Option(help="Tokens that tiers know: those of these rows and common ones, or all."),
     ] = "trimmed",
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of cuts, training and sampling.")] = 0,
     track: Annotated[list[Track] | None, typer.Option(help="Also log training there.")] = None,
     run: Annotated[
         str,
@@ -138,7 +143,7 @@ def label(
     labels: Annotated[str, typer.Option(help="The labels, with commas between them.")],
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as https://host/v1.")],
     model: Annotated[str, typer.Option(help="As the endpoint names it.")],
-    limit: Annotated[int, typer.Option(help="Distinct texts to ask at most, those of earlier runs included.")],
+    limit: Annotated[int, typer.Option(help="Distinct texts of POOL to ask at most, those of earlier runs included.")],
     out: Annotated[Path, typer.Option(help="Table of the rows that got a label. OUT.cache.jsonl keeps the answers.")],
     text: Text = "text",
     pair: MaybePair = None,
@@ -152,10 +157,10 @@ def label(
     from netweight.llm import LLMTeacher, label_pool
     from netweight.task import Classify
 
-    file = rows_file(out)
+    file = rows_file(out, source)
     teacher = LLMTeacher(url, model, key_env, instructions, concurrency=concurrency)
-    task = Classify(tuple(name.strip() for name in labels.split(",")))
-    rows = read(source, Columns(text, pair=pair), label_required=False).rows
+    task = Classify(tuple(name.strip() for name in labels.split(",") if name.strip()))
+    rows = noted(read(source, Columns(text, pair=pair), label_required=False))
     cache = out.with_name(f"{out.name}.cache.jsonl")
     done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
     write_rows(file, done.rows)
@@ -176,6 +181,9 @@ def select(
     labelled: Annotated[
         str | None, typer.Option(metavar="TABLE", help="Rows that have labels: none like them is chosen.")
     ] = None,
+    label: Annotated[
+        str, typer.Option(help="Column of the labels in --labelled; a row without one does not count.")
+    ] = "label",
     rounds: Annotated[
         Path | None, typer.Option(help="A file that says after some rounds whether labelling may stop.")
     ] = None,
@@ -187,11 +195,12 @@ def select(
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.engine import load
 
-    file = rows_file(out)
-    columns = Columns(text, pair=pair)
-    rows, engine = read(source, columns, label_required=False).rows, load(folder, threads)
-    known = read(labelled, columns, label_required=False).rows if labelled else None
-    said = None
+    file = rows_file(out, source, labelled)
+    rows, engine = noted(read(source, Columns(text, pair=pair), label_required=False)), load(folder, threads)
+    known, said = _labelled(labelled, Columns(text, label, pair)) if labelled else None, None
+    if known is not None:
+        there = set(known.keys())
+        rows = rows.take([i for i, key in enumerate(rows.keys()) if key not in there])
     if rounds:
         aside = rows.take(watched(rows))
         said, apart = judged(rounds, engine, aside), set(aside.keys())
@@ -201,6 +210,16 @@ def select(
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
     if said is not None:
         print(said, file=sys.stderr)
+
+
+def _labelled(source: str, columns: Columns) -> Rows:
+    """A table with the pool's columns, or one that `label` or `select` wrote, which have names of their own."""
+    from netweight.data import read
+    from netweight.data.table import open_table
+
+    if columns.text not in open_table(source).columns:
+        columns = replace(columns, text="text", pair=None if columns.pair is None else "pair")
+    return noted(read(source, columns))
 
 
 @app.command()

@@ -124,16 +124,24 @@ def serve(
 def keys(
     file: Annotated[Path, typer.Argument(help="Where hashes of keys are kept.")],
     add: Annotated[str | None, typer.Option(help="Make a key under this name and print it, once.")] = None,
-    remove: Annotated[str | None, typer.Option(help="Take away the keys of this name.")] = None,
+    remove: Annotated[
+        str | None, typer.Option(metavar="NAME[:HASH]", help="Take away the key of this name (the one listed so).")
+    ] = None,
     per_minute: Annotated[int | None, typer.Option(min=1, help="Requests that the new key may make.")] = None,
 ) -> None:
     """Make, remove and list the API keys of a server, which sees the change within a second."""
     from netweight.serve.keys import add_key, read_keys, remove_key
 
+    if add is not None and remove is not None:
+        raise OptionError("--add and --remove are two steps: clients move to the new key in between.")
+    if per_minute is not None and add is None:
+        raise OptionError("--per-minute goes with --add: it is the limit of the new key.")
     if add is not None:
         print(add_key(file, add, per_minute))
     elif remove is not None:
-        print(f"removed {remove_key(file, remove)}")
+        name, _, sha256 = remove.partition(":")
+        remove_key(file, name, sha256)
+        print(f"removed {remove}")
     else:
         for key in read_keys(file):
             print(f"{key.name}  {key.sha256[:12]}  {key.per_minute or 'no limit'}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from netweight.data import Loaded, Rows
 
 app = typer.Typer(
     add_completion=False,
@@ -31,6 +35,13 @@ Metric = Annotated[
 Minimised = Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")]
 Tried = Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def noted(loaded: Loaded) -> Rows:
+    """The rows; what could not be used is said on standard error."""
+    if loaded.note:
+        print(loaded.note, file=sys.stderr)
+    return loaded.rows
 
 
 def print_table(rows: list[list[str]]) -> None:

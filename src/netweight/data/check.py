@@ -38,6 +38,7 @@ class Columns:
         used = [name for name in (self.text, self.label, self.pair, self.weight) if name]
         if len(set(used)) < len(used):
             raise OptionError(f"text, label, pair and weight must be different columns; given were {', '.join(used)}.")
+        object.__setattr__(self, "slices", tuple(dict.fromkeys(self.slices)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,21 @@ def _label(cell: object) -> str:
     if not label or label.lower() == "nan":
         raise Unusable("label is missing")
     return label
+
+
+def alike(labels: Iterable[str], known: Iterable[str]) -> str:
+    """A sentence where one of the labels is a known one that is written otherwise, as 1 and 1.0: tools write whole
+    numbers as fractions where one of the column is missing."""
+    numbers = {number: label for label in known if (number := _number(label)) is not None}
+    twin = next(((label, numbers[n]) for label in labels if (n := _number(label)) in numbers), None)
+    return f" {twin[0]!r} and {twin[1]!r} are one number: write it alike everywhere." if twin else ""
+
+
+def _number(label: str) -> float | None:
+    try:
+        return float(label)
+    except ValueError:
+        return None
 
 
 def _weight(cell: object) -> float:

@@ -89,7 +89,10 @@ def _not_utf8(file: File) -> str:
     encoding = _encoding(start, around)
     if encoding is None:
         return f"{where}. Save it again as UTF-8."
-    return f"{where}; it looks like {encoding}. Save it as UTF-8: iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
+    return (
+        f"{where}; it looks like {encoding}. Save it as UTF-8, and look at what comes out: "
+        f"iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
+    )
 
 
 def _fault(file: File) -> tuple[int, bytes]:
@@ -115,16 +118,19 @@ def _encoding(start: bytes, sample: bytes) -> str | None:
         return "utf-16"
     sample = sample[sample.find(b"\n") + 1 :] or sample
     sample = sample[: sample.rfind(b"\n") + 1] or sample
-    high = len(re.findall(rb"[\x80-\xff]", sample))
-    # In Chinese text nearly all high bytes come in pairs; in Western text they stand between ASCII letters.
-    paired = 2 * len(re.findall(rb"[\xa1-\xfe][\xa1-\xfe]", sample))
-    for encoding in ("gb18030", "cp1252") if paired >= 0.8 * high else ("cp1252",):
+    high, letters = (len(re.findall(kind, sample)) for kind in (rb"[\x80-\xff]", rb"[A-Za-z]"))
+    # In Chinese text nearly all high bytes come in pairs, most of them of the common characters and signs, which begin
+    # so (letters of other alphabets do not); in Western text they stand among more ASCII letters.
+    pairs = re.findall(rb"([\xa1-\xfe])[\xa1-\xfe]", sample)
+    common = sum(first <= b"\xd7" for first in pairs)
+    chinese = 2 * len(pairs) >= 0.8 * high and common >= 0.6 * len(pairs)
+    encoding = "gb18030" if chinese else "cp1252" if high < letters else None
+    if encoding is not None:
         try:
             sample.decode(encoding)
         except UnicodeDecodeError:
-            continue
-        return encoding
-    return None
+            return None
+    return encoding
 
 
 @contextmanager

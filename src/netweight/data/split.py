@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from netweight.data.check import BadRow, write_quarantine
+from netweight.data.check import BadRow, alike, write_quarantine
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each
 from netweight.data.rows import Dataset, Rows, Sealed
 from netweight.errors import DataError, LabelError, OptionError
@@ -297,7 +297,7 @@ def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advi
             named = ", ".join(repr(label) for label in list(dict(unknown))[:5])
             raise LabelError(
                 f"{_rows(len(unknown))} of {name} have labels that {problem}: {named} (first: row "
-                f"{unknown[0][1]:,}). {advice} {name}."
+                f"{unknown[0][1]:,}). {advice} {name}.{alike(dict(unknown), known)}"
             )
 
 

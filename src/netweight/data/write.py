@@ -53,8 +53,8 @@ class Writer:
             if not self._path.parent.is_dir():
                 raise OptionError(f"the folder {self._path.parent} of the output does not exist; create it first.")
             source = getattr(table, "file", None)
-            if isinstance(source, File) and self._path.exists() and self._path.samefile(source.path):
-                raise OptionError(f"{self._path} is the input itself; write the output to another file.")
+            if isinstance(source, File):
+                _other(self._path, source.path)
         self._stack = ExitStack()
 
     def __enter__(self) -> Writer:
@@ -87,14 +87,24 @@ class Writer:
         self.bad += len(chunk.unusable)
 
 
-def rows_file(path: str | Path) -> File:
-    """Where `write_rows` can write. Raises OptionError for another format and a folder that does not exist."""
+def rows_file(path: str | Path, *sources: str | None) -> File:
+    """Where `write_rows` can write. Raises OptionError for another format, a folder that does not exist, and one of
+    the tables `sources` itself."""
     file = file_of(Path(path))
     if file.format == "parquet" or file.compressed:
         raise OptionError(f"rows are written as .csv, .tsv or .jsonl, not as {file.path.name}.")
     if not file.path.parent.is_dir():
         raise OptionError(f"the folder {file.path.parent} of the output does not exist; create it first.")
+    for source in sources:
+        if source is not None and Path(source).exists():
+            _other(file.path, Path(source))
     return file
+
+
+def _other(out: Path, source: Path) -> None:
+    """Raises OptionError where both are one file: rows that nobody has elsewhere would be gone."""
+    if out.exists() and out.samefile(source):
+        raise OptionError(f"{out} is the input itself; write the output to another file.")
 
 
 def write_rows(file: File, rows: Rows) -> None:
@@ -138,9 +148,8 @@ class _Json:
 
     def write(self, rows: list[tuple[Any, ...]]) -> None:
         for row in rows:
-            # JSON has no NaN and no infinity: null, and the text "inf".
-            cells = [_flat(c) or None if isinstance(c, float) and not math.isfinite(c) else c for c in row]
-            line = json.dumps(dict(zip(self._columns, cells, strict=True)), ensure_ascii=False, default=_flat)
+            cells = dict(zip(self._columns, map(_finite, row), strict=True))
+            line = json.dumps(cells, ensure_ascii=False, default=_flat, allow_nan=False)
             self._raw.write(line.encode("utf-8", "backslashreplace") + b"\n")
         self._raw.flush()
 
@@ -190,6 +199,15 @@ def _like(stream: Stream) -> Format:
     return table.file.format if isinstance(table, DelimitedTable | JsonTable) else "csv"
 
 
+def _finite(cell: Any) -> Any:
+    """JSON has no NaN and no infinity: null, and the text "inf"; in lists and objects too."""
+    if isinstance(cell, float) and not math.isfinite(cell):
+        return _flat(cell) or None
+    if isinstance(cell, dict):
+        return {name: _finite(value) for name, value in cell.items()}
+    return [_finite(value) for value in cell] if isinstance(cell, list | tuple) else cell
+
+
 def _flat(cell: object) -> str | None:
     """A cell as text; lists and objects as JSON."""
     if cell is None or isinstance(cell, str):
@@ -197,7 +215,7 @@ def _flat(cell: object) -> str | None:
     try:
         return cell_text(cell)
     except Unusable:
-        return json.dumps(cell, ensure_ascii=False, default=str)
+        return json.dumps(_finite(cell), ensure_ascii=False, default=str)
 
 
 def _utf8(text: str | None) -> str | None:

@@ -41,6 +41,7 @@ class Engine:
         self.tiers = tuple(tier for tier, _ in tiers)
         self._engines = [engine for _, engine in tiers]
         self.version = ""
+        self.paired: bool | None = None  # whether rows are pairs of texts, where that is known
 
     def predict(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch: int | None = None
@@ -53,7 +54,9 @@ class Engine:
         return self.task.predictions(out.logits, out.confidence, [names[i] for i in out.tier.tolist()])
 
     def outputs(self, texts: Sequence[str], pairs: Sequence[str] | None = None, batch: int | None = None) -> Outputs:
-        """Logits, confidence and tier of texts."""
+        """Logits, confidence and tier of texts. Raises OptionError for pairs where it was made for single texts, and
+        the other way round: answers would look as good as any."""
+        expect(self.paired, pairs is not None, self.name)
         return self.run(self.encoder.encode(texts, pairs), batch)
 
     def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
@@ -78,7 +81,18 @@ class Engine:
 
     def health(self) -> bool:
         """Whether it answers."""
-        return len(self.predict(["ok"])) == 1
+        return len(self.run(self.encoder.encode(["ok"])).tier) == 1
+
+
+def expect(paired: bool | None, pairs: bool, name: str) -> None:
+    """Raises OptionError where rows are not of the kind that the artifact answers, pairs of texts or single ones."""
+    if paired is not None and paired != pairs:
+        told = (
+            "answers pairs of texts; give the second text of each too (--pair COLUMN, or pairs over HTTP)"
+            if paired
+            else "answers single texts; give no second one (no --pair, and texts over HTTP)"
+        )
+        raise OptionError(f"{name} {told}.")
 
 
 def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, NDArray[np.int64]], Floats]) -> Outputs:
@@ -119,7 +133,7 @@ def load(folder: str | Path, threads: int | None = None) -> Engine:
     encoder = TextEncoder(definition, manifest.max_length, manifest.pad)
     tiers = [(tier, _tier(path, manifest, tier, count)) for tier in manifest.tiers]
     engine = Engine(manifest.task, encoder, tiers, path.name)
-    engine.version = manifest.digest[:12]
+    engine.version, engine.paired = manifest.digest[:12], manifest.paired
     return engine
 
 

@@ -26,10 +26,14 @@ class ExitsEngine:
 
     def __init__(self, data: bytes, options: Mapping[str, Any], pad: int, threads: int) -> None:
         stages, _ = unpacked(data)
-        self._thresholds = [float(t) for t in options["thresholds"]]
+        try:
+            self._thresholds = [float(t) for t in options["thresholds"]]
+            names = sorted(stages, key=int)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise CorruptArtifact(f"exits need thresholds, and stages that are numbered: {problem!r}.") from None
         if len(stages) != len(self._thresholds) + 1:
             raise CorruptArtifact(f"{len(stages)} stages need one threshold less, not {len(self._thresholds)}.")
-        files = [unpacked_file(stages[name].tobytes()) for name in sorted(stages, key=int)]
+        files = [unpacked_file(stages[name].tobytes()) for name in names]
         self._sessions = Sessions(files, threads)
         self._pad = pad
         self._width = self._sessions.together[-1].get_outputs()[0].shape[-1]
@@ -82,9 +86,16 @@ def sure(logits: Floats) -> NDArray[np.float64]:
     return np.asarray(1 / shifted.sum(axis=1))
 
 
+def between(above: float, below: float) -> float:
+    """Halfway; never `below` itself, which two neighbours among the numbers of a computer may round to."""
+    middle = (above + below) / 2
+    return middle if middle > below else above
+
+
 def thresholds(stages: list[Floats], tolerance: float) -> list[float]:
-    """For each exit but the last, the lowest threshold at which rows that leave there or before and say something else
-    than the last exit are at most the share `tolerance` of all rows; 2.0 where no row may leave."""
+    """For each exit but the last, a threshold at which rows that leave there or before and say something else than the
+    last exit are at most the share `tolerance` of all rows: the lowest, halfway to the next row that stays, since sums
+    of another batch, a last bit away, must not decide; 2.0 where no row may leave."""
     n, last = len(stages[-1]), stages[-1].argmax(axis=1)
     inside, spent, found = np.ones(n, bool), 0, []
     for logits in stages[:-1]:
@@ -98,6 +109,7 @@ def thresholds(stages: list[Floats], tolerance: float) -> list[float]:
             count -= 1
         if count:
             spent = int(errors[count - 1])
-        found.append(float(confidence[order[count - 1]]) if count else 2.0)
+        leaves, *stays = [float(confidence[row]) for row in order[max(0, count - 1) : count + 1]] or [2.0]
+        found.append(between(leaves, stays[0] if stays else leaves) if count else 2.0)
         inside &= confidence < found[-1]
     return found

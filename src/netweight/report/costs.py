@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from netweight.artifact import Manifest
@@ -90,6 +91,11 @@ def _spread(measured: Measurements) -> Html:
     return element("p", f"Spread of the throughput over rounds: {'; '.join(words)}.", kind="from") if words else Html()
 
 
+def _threshold(value: float) -> str:
+    """With as many digits as tell it from 1."""
+    return plain(value, 3 if value <= 0.99 or value >= 1 else 3 + math.ceil(-math.log10(1 - value)) - 2)
+
+
 def tiers_section(manifest: Manifest, measured: Measurements, scale: Scale, command: str) -> Html:
     """Who answers. A single tier answers everything, in one sentence."""
     shipped = measured.shipped
@@ -108,7 +114,7 @@ def tiers_section(manifest: Manifest, measured: Measurements, scale: Scale, comm
             f"{i + 1}: {cut(tier.name, 60)}",
             tier.engine,
             MISSING if share is None else percent(share),
-            "answers the rest" if i == last else f"below {plain(tier.threshold)}",
+            "answers the rest" if i == last else f"below {_threshold(tier.threshold)}",
             plain(tier.temperature),
             plain(tier.before),
             scale.quality(alone[tier.name].quality) if tier.name in alone else MISSING,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from netweight.certify.certificate import Certificate, Slice
+from netweight.certify.slices import VALUES
 from netweight.report.format import Scale, count, fixed, level, percent, probability
 from netweight.report.html import Html, code, cut, element, figure, section, source, table
 from netweight.report.intervals import intervals
@@ -76,6 +78,8 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
         for s in slices[:_SLICES]
     ]
     more = f" The first {len(rows)} of {count(len(slices))}." if len(rows) < len(slices) else ""
+    most = Counter(s.column for s in slices).most_common(1)[0][1]
+    more += f" Of a column, the {VALUES} values with most rows." if most >= VALUES else ""
     return section(
         "slices",
         "Slices",

@@ -104,6 +104,13 @@ def times(before: float | None, after: float | None, more: str, fewer: str) -> s
     return f"{significant(after / before)} × {more}" if after > before else f"{significant(before / after)} × {fewer}"
 
 
+def quality(metric: str, value: float) -> str:
+    """A quality in a table whose head names the metric: of 100, but an error, shown positive, in its own units."""
+    if math.isnan(value):
+        return "–"
+    return significant(-value, 4) if metric == "mae" else f"{100 * value:.2f}"
+
+
 @dataclass(frozen=True)
 class Scale:
     """How the quality of one job is written. `reference` is the reference's quality, in the task's own units.

@@ -28,12 +28,12 @@ def render(
     outcomes: Outcomes,
     *,
     examples: Sequence[Example] = (),
-    command: str = "netweight optimize ...",
 ) -> str:
     """One self-contained HTML page; the same values give the same bytes.
 
-    `examples` are shown as they are: their texts leave the data with the page. `command` is what made the artifact.
+    `examples` are shown as they are: their texts leave the data with the page.
     """
+    command = str(manifest.provenance.get("command", "netweight optimize ..."))
     scale = Scale(certificate.registration.task, certificate.reference.value)
     parts = [
         verdict_section(certificate, scale),

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from netweight import artifact
 from netweight.engine import Engine, load
+from netweight.engine.cascade import expect
 from netweight.errors import ArtifactError, OptionError
 from netweight.monitor.log import read_fingerprint
 from netweight.serve.problems import Problem
@@ -71,6 +72,7 @@ def described(name: str, folder: Path, engine: Engine) -> dict[str, Any]:
         "task": engine.task.kind,
         "labels": list(getattr(engine.task, "labels", ())),
         "tiers": [tier.name for tier in engine.tiers],
+        "pairs": engine.paired,
         "bytes": artifact.size(folder, manifest),
     }
     for key, file in (("certificate", artifact.CERTIFICATE), ("measurements", artifact.MEASUREMENTS)):
@@ -158,6 +160,7 @@ class Models:
                 self._hosted.move_to_end(name)
             trial = self.trials.get(name)
             try:
+                expect(hosted.engine.paired, pairs is not None, name)
                 if trial is not None and trial.chosen(hosted):
                     return await trial.answer(hosted, texts, pairs, seconds)
                 return hosted, await hosted.queue.ask(texts, pairs, seconds)
@@ -165,6 +168,8 @@ class Models:
                 # A newer version took this one's place between the two lines above.
                 if not (hosted.queue.closed and self._hosted.get(name) is not hosted):
                     raise
+            except OptionError as problem:
+                raise Problem(409, "other-rows", str(problem)) from None
             except Exception as problem:
                 raise Problem(
                     500, "engine-failed", "no tier of this model could answer; the server's log says why."

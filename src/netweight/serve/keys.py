@@ -1,8 +1,8 @@
 """API keys: who may ask, and how often.
 
 A file of JSON lines holds a name, the SHA-256 of each key and its limit. Keys are 256 random bits, which no dictionary
-holds, so a plain hash keeps them. Rotation: add a second key under the same name, move clients over, remove the first;
-servers see the file change.
+holds, so a plain hash keeps them. Rotation: add a second key under the same name, move clients over, remove the first
+(by its hash); servers see the file change.
 """
 
 from __future__ import annotations
@@ -58,15 +58,17 @@ def add_key(path: Path, name: str, per_minute: int | None = None) -> str:
     return text
 
 
-def remove_key(path: Path, name: str, sha256: str = "") -> int:
-    """Take away the keys of a name (those whose hash begins so), and say how many. Raises OptionError for none."""
+def remove_key(path: Path, name: str, sha256: str = "") -> None:
+    """Take away the key of a name whose hash begins so. Raises OptionError for none, and for more than one."""
     kept = read_keys(path)
     gone = [key for key in kept if key.name == name and key.sha256.startswith(sha256)]
     if not gone:
         names = ", ".join(sorted({key.name for key in kept})) or "none"
         raise OptionError(f"{path} has no such key of {name!r}; its names are: {names}.")
+    if len(gone) > 1:
+        which = " or ".join(f"{name}:{key.sha256[:12]}" for key in gone)
+        raise OptionError(f"{path} has {len(gone)} keys of {name!r}; say which one: {which}.")
     _write(path, tuple(key for key in kept if key not in gone))
-    return len(gone)
 
 
 def _hash(text: str) -> str:

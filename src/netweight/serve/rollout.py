@@ -11,7 +11,7 @@ import logging
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from netweight.errors import OptionError
 from netweight.monitor.martingale import share_bounds
@@ -44,7 +44,7 @@ class Trial:
             self._against, self.rows, self.different, self.failed = hosted.engine.version, 0, 0, 0
             self.verdict = "undecided"
             try:
-                comparable(hosted.name, hosted.engine.task, self.candidate.engine.task)
+                comparable(hosted.name, hosted.engine, self.candidate.engine)
             except OptionError as problem:
                 log.error("the candidate is asked no more: %s", problem)
                 self.verdict = "harmful"
@@ -139,8 +139,20 @@ class Trial:
         }
 
 
-def comparable(name: str, task: Task, other: Task) -> None:
+class Answers(Protocol):
+    """What a manifest and an engine say of what they answer."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def paired(self) -> bool | None: ...
+
+
+def comparable(name: str, model: Answers, candidate: Answers) -> None:
     """Raises OptionError where answers of model and candidate cannot be compared row by row."""
+    task, other = model.task, candidate.task
+    if {model.paired, candidate.paired} == {True, False}:
+        raise OptionError(f"{name}: one of model and candidate answers pairs of texts, the other single ones.")
     if not isinstance(task, Classify) or not isinstance(other, Classify):
         raise OptionError(f"{name}: candidates are compared by label; a task of scores has none.")
     if task.labels != other.labels:
@@ -153,5 +165,5 @@ def begin(models: Models, name: str, folder: Path, plan: Rollout) -> None:
     Raises ArtifactError, CorruptArtifact, and OptionError where the two cannot be compared.
     """
     candidate = models.made(folder, name)
-    comparable(name, models[name].engine.task, candidate.engine.task)
+    comparable(name, models[name].engine, candidate.engine)
     models.trials[name] = Trial(candidate, plan)

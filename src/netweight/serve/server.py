@@ -75,14 +75,14 @@ def checked(options: Options) -> Options:
     names = [artifact.name_of(folder) for folder in folders]
     if len(set(names)) < len(names):
         raise OptionError(f"two folders would serve under one name ({', '.join(names)}); rename one.")
-    held = {name: artifact.read_manifest(folder).task for name, folder in zip(names, folders, strict=True)}
+    held = {name: artifact.read_manifest(folder) for name, folder in zip(names, folders, strict=True)}
     candidates = tuple((name, Path(folder).absolute()) for name, folder in options.candidates)
     for name, folder in candidates:
         if name not in held:
             raise OptionError(
                 f"the candidate is for {name!r}, which is not served here; there are: {', '.join(names)}."
             )
-        comparable(name, held[name], artifact.check(folder).task)
+        comparable(name, held[name], artifact.check(folder))
     if options.keys is not None:
         read_keys(Path(options.keys))
     if options.log is not None:

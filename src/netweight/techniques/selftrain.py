@@ -31,7 +31,8 @@ class SelfTrain:
     held-out rows (`netweight.certify.fit_temperature`), and it is on the calibrated one. `balance` caps a class: its
     pseudo-labels together weigh at most `balance` times its share of the labels. `drift` guards against collapse:
     before the cap, the pseudo-labels' distribution may differ from the labels' by that total variation, half the sum
-    of absolute differences; above it the first round is refused, and later ones end with the model there is.
+    of absolute differences; above it the first round is refused, and the student of a round is dropped for the model
+    that it was made from.
 
     `soft` targets are the teacher's whole distribution. `student` is what each round starts from, such as a pretrained
     base (Noisy Student); without it, the model itself goes on.
@@ -52,12 +53,11 @@ class SelfTrain:
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         self._check(model)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
+        counts = self._counted(model, run)
+        if problem := self._nothing(counts) or self._collapse(model.task, counts):
+            raise ModelError(f"self-training cannot start: {problem}")
         for number in range(1, self.rounds + 1):
-            counts = run.reduce(model, Sure(model.task.outputs, self.floor, self.temperature), unlabelled=True)
-            problem = self._problem(model.task, counts)
-            if problem and number == 1:
-                raise ModelError(f"self-training cannot start: {problem}")
-            if problem:
+            if problem := self._nothing(counts):
                 plan.reporter.note(f"self-training ended before round {number}: {problem}")
                 break
             weights = capped(counts["pseudo"], counts["labels"], self.balance)
@@ -65,9 +65,17 @@ class SelfTrain:
             given = self.student or model
             start = given.with_network(given.copy().network)
             freeze_embeddings(transformer(start, "SelfTrain"), self.freeze_embeddings)
-            model = run.fit(start, loss, plan, f"self-training, round {number}")
-            freeze_embeddings(transformer(model, "SelfTrain"), False)
+            student = run.fit(start, loss, plan, f"self-training, round {number}")
+            freeze_embeddings(transformer(student, "SelfTrain"), False)
+            counts = self._counted(student, run)
+            if problem := self._collapse(student.task, counts):
+                plan.reporter.note(f"self-training keeps the model from before round {number}: {problem}")
+                break
+            model = student
         return model
+
+    def _counted(self, model: Model, run: Run) -> dict[str, Tensor]:
+        return run.reduce(model, Sure(model.task.outputs, self.floor, self.temperature), unlabelled=True)
 
     def _check(self, model: Model) -> None:
         transformer(model, "SelfTrain")
@@ -84,17 +92,21 @@ class SelfTrain:
         if self.student is not None and self.student.task != model.task:
             raise ModelError("the student has another task than the model: other labels, or another metric.")
 
-    def _problem(self, task: object, counts: dict[str, Tensor]) -> str:
-        """Why this round must not be, or nothing."""
-        pseudo, labels = counts["pseudo"], counts["labels"]
+    def _nothing(self, counts: dict[str, Tensor]) -> str:
+        """Why there is nothing to learn from, or nothing."""
         if not counts["unlabelled"]:
             return "the run showed no rows without labels; give the dataset a pool, and train where the run reads it."
-        if not pseudo.sum():
+        if not counts["pseudo"].sum():
             rows = int(counts["unlabelled"])
             return f"of {rows:,} rows without labels none reaches the floor of {self.floor}; lower it."
+        return ""
+
+    def _collapse(self, task: object, counts: dict[str, Tensor]) -> str:
+        """How far what the model is sure of lies from the labels, where that is too far, or nothing."""
+        pseudo, labels = counts["pseudo"], counts["labels"]
         apart = shares(pseudo) - shares(labels)
         drift = float(apart.abs().sum() / 2)
-        if drift <= self.drift:
+        if drift <= self.drift or not pseudo.sum():
             return ""
         names = task.labels if isinstance(task, Classify) else ()
         most = int(apart.argmax())

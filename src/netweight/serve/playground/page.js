@@ -23,6 +23,11 @@ function show() {
     const said = { labels: count(model.labels.length), tiers: model.tiers.join(" → "), version: model.version };
     find("model-hint").textContent = t(model.task === "score" ? "modelHintScore" : "modelHint", said);
     showCertificate(model);
+    // Older artifacts do not say whether they answer pairs; then who asks does.
+    const known = typeof model.pairs === "boolean";
+    find("pairs-line").hidden = known && !model.pairs;
+    find("pairs").disabled = known;
+    if (known) find("pairs").checked = model.pairs;
   }
   const closed = !find("door").hidden && !models.length;
   for (const part of document.querySelectorAll("[data-with-key]")) part.hidden = closed;
