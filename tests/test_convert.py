@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -225,8 +225,11 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ArtifactError, match=r"the folder '\.' has no name of its own"):
         export(made, "onnx", ".", str(table))
-    with pytest.raises(OptionError, match="made.nw answers single texts; give no second one"):
-        export(made, "onnx", tmp_path / "out", str(table), pair="label")
+    manifest = artifact.read_manifest(made)
+    contents = {name: artifact.read_file(made, manifest, name) for name in manifest.files}
+    artifact.save(tmp_path / "two.nw", replace(manifest, provenance={"pairs": True}), contents)
+    with pytest.raises(OptionError, match="two.nw answers pairs of texts; give the second text of each too"):
+        export(tmp_path / "two.nw", "onnx", tmp_path / "out", str(table))
     with pytest.raises(OptionError, match="name columns of --input; without a table, leave them out"):
         export(made, "onnx", tmp_path / "out", text="words")
     with pytest.raises(StoreError, match="is not there: without the run store"):

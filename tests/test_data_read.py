@@ -99,9 +99,9 @@ def test_a_label_that_is_written_otherwise_is_named() -> None:
     with pytest.raises(LabelError, match=r"do not occur in training: '1'\. '1' and '1\.0' are one number"):
         Classify(("1.0", "2.0")).targets(("1", "2.0"))
     rows = Rows(tuple(f"text {i}" for i in range(40)), ("1.0", "2.0") * 20)
-    other = Rows(tuple(f"other {i}" for i in range(40)), ("1", "2") * 20)
+    dev, certify = (Rows(tuple(f"{name} {i}" for i in range(40)), ("1", "2") * 20) for name in ("dev", "certify"))
     with pytest.raises(LabelError, match=r"Add such rows to train, or remove them from dev\. '1' and '1\.0' are one"):
-        split(rows, dev=other, certify=other)
+        split(rows, dev=dev, certify=certify)
 
 
 def test_a_slice_that_is_named_twice_is_one() -> None:
