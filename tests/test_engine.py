@@ -20,6 +20,7 @@ from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.engine import Engine, Outputs
 from netweight.engine.cascade import cascade, tier_engine
+from netweight.engine.exits import ExitsEngine, sure
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import window_table
 from netweight.errors import ArtifactError, CorruptArtifact, MissingExtra, OptionError
@@ -29,7 +30,7 @@ from netweight.packing import packed, unpacked_file
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Prediction, Score, ScorePrediction
-from netweight.techniques import LinearFloor, Quantize, Static, Technique
+from netweight.techniques import EarlyExit, LinearFloor, Quantize, Static, Technique
 from netweight.testing import EngineContract
 from netweight.train import Plan
 
@@ -115,6 +116,21 @@ def test_contract_of_a_cascade() -> None:
     engine = Engine(model.task, model.encoder, tiers, "both")
     said = {p.tier for p in engine.predict(rows.text)}
     assert said == {"cheap", "strong"}, "the case tests nothing unless both tiers answer"
+    EngineContract(engine, rows.text).check()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_contract_of_exits(quantized: bool) -> None:
+    model, run, plan = tiny_model(), Local(data_of(mixed_rows(160))), Plan(batch_size=16, precision="fp32")
+    model = EarlyExit((1,), epochs=1, splice=0.0)(model, run, plan)
+    exported = export(Quantize(rows=60)(model, run, plan) if quantized else model)
+    rows = mixed_rows(500)
+    stages = ExitsEngine(exported.data, exported.options, model.encoder.pad, 1)
+    confidence = np.sort(sure(stages.stages(model.encoder.encode(rows.text), 32)[0]))[100:400]
+    widest = int(np.diff(confidence).argmax())
+    threshold = float(confidence[widest : widest + 2].mean())
+    tier = Tier("exits", exported.kind, "file", {**exported.options, "thresholds": [threshold]})
+    engine = Engine(model.task, model.encoder, [(tier, tier_engine(tier, exported.data, model.encoder.pad, 1))], "exits")
     EngineContract(engine, rows.text).check()
 
 

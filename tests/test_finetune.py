@@ -26,7 +26,7 @@ from netweight.objectives import Adversarial, RDrop, embeddings_moved, inner
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Score
-from netweight.techniques import Finetune, Quantize, QuantizeAware, Static
+from netweight.techniques import Finetune, Quantize, QuantizeAware, Shrink, Static
 from netweight.techniques.finetune import LabelCounts, inverse_frequencies
 from netweight.techniques.lora import adapt, merge
 from netweight.testing import TechniqueContract
@@ -38,6 +38,7 @@ WAYS = {
     "head": Finetune(epochs=1, learning_rate=1e-2, train="head"),
     "lora": Finetune(epochs=1, learning_rate=1e-3, train="lora", rank=2, alpha=4.0),
     "r-drop": Finetune(epochs=1, learning_rate=1e-3, regularizer="r-drop", kl_weight=0.5),
+    "penalty": Finetune(epochs=1, learning_rate=1e-3, penalty="group", strength=1e-4),
     "adversarial": Finetune(epochs=1, learning_rate=1e-3, regularizer="adversarial", epsilon=0.05, class_weights=True),
 }
 
@@ -247,6 +248,21 @@ def test_the_adversary_gives_up_where_nothing_can_be_learned() -> None:
     assert Adversarial(Supervised(model.task))(model.network, some(model, torch.full((5,), -1))) == 0
 
 
+@pytest.mark.parametrize("regularizer", ["none", "adversarial"])
+def test_a_group_penalty_leaves_neurons_that_shrink_can_take(regularizer: Any, dataset: Dataset) -> None:
+    model, run = tiny_model(), Local(dataset)
+    plain = Finetune(epochs=4, learning_rate=1e-2, regularizer=regularizer)
+    made = [t(model, run, PLAN) for t in (plain, replace(plain, penalty="group", strength=1e-2))]
+    spread = []
+    for one in made:
+        # How much of all neurons' weight the better half holds: more, where the rest has been pulled to zero.
+        rows = torch.cat([net(one).get_parameter(f"{b.up[0]}.weight").detach().norm(dim=1) for b in blocks(net(one))])
+        spread.append(float(rows.sort(descending=True).values[: len(rows) // 2].sum() / rows.sum()))
+    assert spread[1] > spread[0]
+    quality = [run.quality(Shrink(neurons=0.5, importance="magnitude", multiple=8, epochs=0)(m, run, PLAN)) for m in made]
+    assert quality[1] >= quality[0]
+
+
 def test_the_default_is_what_it_was(dataset: Dataset) -> None:
     model, run = tiny_model(), Local(dataset)
     plain = Finetune(epochs=1)(model, run, PLAN)
@@ -269,6 +285,11 @@ def test_refusals(dataset: Dataset) -> None:
         ({"regularizer": "r-drop", "epsilon": 1.0}, "epsilon is for regularizer='adversarial'; with 'r-drop'"),
         ({"regularizer": "adversarial", "epsilon": -1.0}, "epsilon is -1.0; use a number above 0"),
         ({"train": "head", "freeze_embeddings": False}, "train='head' keeps the embeddings as they are"),
+        ({"penalty": "l3", "strength": 1.0}, "unknown penalty 'l3'; use none, l1, l2, group"),
+        ({"penalty": "l1"}, "penalty 'l1' with strength 0.0: give both or none"),
+        ({"strength": 1.0}, "penalty 'none' with strength 1.0: give both or none"),
+        ({"penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; it must be above 0"),
+        ({"penalty": "l1", "strength": 1.0, "train": "lora"}, "train='lora' keeps the weights that a penalty would shrink"),
     ]
     for options, text in wrong:
         with pytest.raises(OptionError, match=text):
