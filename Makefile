@@ -2,7 +2,7 @@
 #
 #   make setup                     .venv with everything that training, serving and testing need
 #   make demo                      the main job on the built-in sample
-#   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw]      the same on your own table
+#   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw] [MODEL=scratch]      the same on your own table
 #   make test [ARGS='-m slow']     the tests
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help; docs/results.md, docs/capacity.md and the README's table from stored results
@@ -53,7 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 ifdef DATA
 	@test -n "$(TEXT)" -a -n "$(LABEL)" || { echo "DATA needs the names of its columns: make demo DATA=$(DATA) TEXT=review LABEL=stars"; exit 2; }
-	$(BIN)/netweight optimize "$(DATA)" --text "$(TEXT)" --label "$(LABEL)" --out "$(OUT)"
+	$(BIN)/netweight optimize "$(DATA)" --text "$(TEXT)" --label "$(LABEL)" --out "$(OUT)" $(if $(MODEL),--model "$(MODEL)")
 else
 	$(BIN)/netweight demo
 endif

@@ -29,9 +29,11 @@ from netweight.measure import Cost
 from netweight.model import Base, Model
 from netweight.network import Pooling, Transformer
 from netweight.pipeline import optimize, store_of
+from netweight.run import Local
 from netweight.ship import Result
 from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
+from netweight.train import Plan
 
 torch.set_num_threads(1)
 # A busy machine is no reason to fail.
@@ -301,6 +303,23 @@ class Killer:
 
     def note(self, message: str) -> None:
         pass
+
+
+class Asked(Local):
+    """Keeps what each fit and each statistic was asked for, and trains nothing."""
+
+    def __init__(self, data: Dataset) -> None:
+        super().__init__(data)
+        self.fits: list[tuple[Model, Any, Plan]] = []
+        self.limits: list[int | None] = []
+
+    def fit(self, model: Model, loss: Any, plan: Plan, label: str = "fit") -> Model:
+        self.fits.append((model, loss, plan))
+        return model
+
+    def reduce(self, model: Model, statistic: Any, limit: int | None = None, unlabelled: bool = False) -> Any:
+        self.limits.append(limit)
+        return super().reduce(model, statistic, limit, unlabelled)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from netweight.active import (
     choose,
     distinct,
     hashed,
+    judged,
     k_center,
     kappa,
     select,
@@ -115,9 +117,21 @@ def test_labelled_rows_are_not_chosen_again() -> None:
 def test_rows_that_are_set_aside_stay_the_same() -> None:
     rows = many_rows(300)
     aside = {rows.keys()[i] for i in watched(rows)}
-    assert 0 < len(aside) <= len(distinct(rows)) / 5
+    assert len(aside) == len(distinct(rows)) // 5
     fewer = rows.take([i for i, key in enumerate(rows.keys()) if key in aside or i % 2])
     assert {fewer.keys()[i] for i in watched(fewer)} <= aside
+
+
+def test_at_most_so_many_rows_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.active._WATCHED", 7)
+    assert len(watched(many_rows(300))) == 7
+
+
+def test_scores_have_no_rounds(tmp_path: Path) -> None:
+    engine = SimpleNamespace(task=Score())
+    with pytest.raises(OptionError, match="rounds are compared by their labels, and scores have none"):
+        judged(tmp_path / "rounds.jsonl", engine, tiny_rows(12))  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
 
 
 def test_hashed_rows_keep_products() -> None:
@@ -125,6 +139,10 @@ def test_hashed_rows_keep_products() -> None:
     wide, narrow = hashed(encoder, rows, 4096), hashed(encoder, rows, 256)
     np.testing.assert_allclose(np.linalg.norm(narrow, axis=1), 1.0)
     assert np.abs(wide @ wide.T - narrow @ narrow.T).max() < 0.35
+    # Signs make what collides cancel in the mean: rows that share nothing have products around zero.
+    few = hashed(encoder, rows, 16)
+    apart = (few @ few.T - wide @ wide.T)[~np.eye(40, dtype=bool)]
+    assert abs(float(apart.mean())) < 0.1
     same = hashed(encoder, Rows(("great zip", "great zip", "torn coat")))
     assert same[0] @ same[1] == pytest.approx(1.0)
     # The frame [CLS] and [SEP] is all that two such rows share.
@@ -168,6 +186,9 @@ def test_labelling_stops_when_predictions_settle() -> None:
     assert settled(rounds[:4], threshold=0.5, window=1)
     with pytest.raises(OptionError, match="window is 0 and threshold 0.9"):
         settled(rounds, 0.9, 0)
+    for threshold in (0.0, 1.1):
+        with pytest.raises(OptionError, match=f"threshold {threshold}; use 1 or more, and a kappa within 0 to 1"):
+            settled(rounds, threshold)
 
 
 def test_refusals(dataset: Dataset) -> None:

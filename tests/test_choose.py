@@ -31,6 +31,7 @@ from netweight.choose import (
     Choice,
     Planned,
     choices,
+    engine_of,
     judged,
     names,
     own,
@@ -656,3 +657,10 @@ def test_weights_that_no_certificate_counts_are_spoken_of(tmp_path: Path) -> Non
     for weight, wanted in ((None, False), ((2.0,) * 400, True)):
         _, _, notes = prepare(Job(Tables(replace(rows, weight=weight))), tmp_path)
         assert (said in notes) is wanted
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.89, "openvino"), (0.91, "onnx")])
+def test_openvino_must_be_a_tenth_faster(seconds: float, chosen: str) -> None:
+    costs = {"a onnx": Cost(1.0, 1.0), "a openvino": Cost(seconds, 2.0), "b onnx": Cost(1.0, 1.0)}
+    assert engine_of("a", "onnx", costs) == chosen
+    assert engine_of("b", "onnx", costs) == "onnx"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,7 +123,7 @@ def test_a_line_of_a_single_column_may_be_blank(tmp_path: Path) -> None:
 
 def test_bad_rows_are_quarantined_with_number_and_reason(tmp_path: Path) -> None:
     big = "x" * 1_000_000
-    content = f'text,label,w\na,x,1\n   ,x,1\nb,,1\nc,NaN,1\nd,x\ne,x,1,1\nf,x,heavy\ng,x,-1\n{big},x,1\n"{big}\n{big}",x,1\nh,x,2\n'
+    content = f'text,label,w\na,x,1\n   ,x,1\nb,,1\nc,NaN,1\nd\ne,x,1,1\nf,x,heavy\ng,x,-1\n{big},x,1\n"{big}\n{big}",x,1\nh,x,2\n'
     quarantine = tmp_path / "new" / "bad.jsonl"
     loaded = read(text_file(tmp_path, content), Columns("text", "label", weight="w"), quarantine=quarantine)
     assert loaded.rows.text == ("a", "h")
@@ -131,7 +132,7 @@ def test_bad_rows_are_quarantined_with_number_and_reason(tmp_path: Path) -> None
         (2, "text is empty"),
         (3, "label is missing"),
         (4, "label is missing"),
-        (5, "wrong number of cells"),
+        (5, "label is missing"),
         (6, "wrong number of cells"),
         (7, "weight is not a number of at least 0"),
         (8, "weight is not a number of at least 0"),
@@ -139,13 +140,13 @@ def test_bad_rows_are_quarantined_with_number_and_reason(tmp_path: Path) -> None
         (10, "cell over 100,000 characters"),
     ]
     assert loaded.read == 11
-    assert loaded.counts["label is missing"] == 2
-    assert loaded.note.startswith("9 of 11 rows of reviews.csv cannot be used (2 label is missing, ")
+    assert loaded.counts["label is missing"] == 3
+    assert loaded.note.startswith("9 of 11 rows of reviews.csv cannot be used (3 label is missing, ")
     assert loaded.note.endswith("the first is row 2.")
     lines = [json.loads(line) for line in quarantine.read_text("utf-8").splitlines()]
     assert [line["row"] for line in lines] == list(range(2, 11))
     assert lines[1] == {"row": 3, "reason": "label is missing", "columns": {"text": "b", "label": "", "w": "1"}}
-    assert lines[3]["columns"] == {"cell 1": "d", "cell 2": "x"}
+    assert lines[4]["columns"] == {"cell 1": "e", "cell 2": "x", "cell 3": "1", "cell 4": "1"}
     assert lines[8]["columns"]["cell 1"].endswith("... (2,000,007 characters)")
     assert quarantine.stat().st_size < 3000
     read(write(tmp_path / "fine.csv", ROWS), COLUMNS, quarantine=quarantine)
@@ -212,7 +213,8 @@ def test_every_row_is_used_or_quarantined(tmp_path: Path, rows: list[tuple[str, 
     good = [
         (text, label.strip())
         for text, label in rows
-        if text.strip() and label.strip() and label.strip().lower() != "nan"
+        if text.strip() and text not in ("NULL", "\\N") and label.strip()
+        if label.strip().lower() not in ("nan", "null", "\\n", "<na>", "#n/a")
     ]
     try:
         loaded = read(path, COLUMNS)
@@ -238,7 +240,8 @@ def test_no_arrangement_of_quotes_loses_lines(tmp_path: Path, body: str) -> None
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.xlsx", "x", "a.xlsx has none of the suffixes .*csv, .tsv, .jsonl .*parquet. Convert"),
+        ("a.xlsx", "x", 'a.xlsx has none of the suffixes .*csv, .tsv, .jsonl .*parquet. In Excel or WPS save it as "CSV UTF-8"'),
+        ("a.json", "x", "a.json has none of the suffixes .*parquet. Convert or rename it"),
         ("a.parquet.gz", "x", "none of the suffixes"),
         ("a.csv", "", "a.csv is empty; its first line must name the columns"),
         ("a.csv", "\ufeff\n\n", "a.csv is empty"),
@@ -250,15 +253,17 @@ def test_no_arrangement_of_quotes_loses_lines(tmp_path: Path, body: str) -> None
         ("a.csv", '"text,label\na,x\n', "the first line of a.csv must name the columns, but its quotes are broken: '\"text"),
         ("a.csv", "text,label\n,x\nb,\n", r"none of the 2 rows of a.csv can be used: 1 text is empty, 1 label is missing. Row 1"),
         ("a.parquet", "text", "a.parquet is not a parquet file, or is damaged"),
-        ("a.csv", b"text,label\n\x1f\x8b\xff,x\n", "a.csv is not UTF-8 at byte 12. Save it again as UTF-8"),
+        ("a.csv", b"text,label\n\x1f\x8b\xff,x\n", "a.csv is not UTF-8 in line 2, at byte 12. Save it again as UTF-8"),
         ("a.csv", gzip.compress(b"text"), "not text but gzip data: add .gz"),
-        ("a.csv", b"PK\x03\x04\xff", "not text but a zip or a spreadsheet"),
-        ("a.csv", "text,label\n拉链坏了,坏\n".encode("gb18030"), "not UTF-8 at byte 11; it looks like gb18030. .*iconv -f gb18030 -t utf-8"),
-        ("a.csv", "text,label\ncafé crème déjà,x\n".encode("cp1252"), "not UTF-8 at byte 14; it looks like cp1252"),
+        ("a.csv", b"PK\x03\x04\xff", "not text but a zip, or a spreadsheet. In Excel or WPS save"),
+        ("a.csv", b"\xd0\xcf\x11\xe0\xa1", "not text but a spreadsheet. In Excel or WPS save"),
+        ("a.csv", "text\tlabel\na\tx\n", r"the cells of a.csv stand between tabs, not commas: rename it to .tsv. It begins 'text.tlabel'"),
+        ("a.csv", "text,label\n拉链坏了,坏\n".encode("gb18030"), "not UTF-8 in line 2, at byte 11; it looks like gb18030. .*iconv -c -f gb18030 -t utf-8"),
+        ("a.csv", "text,label\ncafé crème déjà,x\n".encode("cp1252"), "not UTF-8 in line 2, at byte 14; it looks like cp1252"),
         ("a.csv", "text,label\nмолния сломалась,плохо\n".encode("cp1251"), "at byte 11. Save it again as UTF-8"),
         ("a.csv", "text,label\n拉鍊壞了，店家不理，壞\n".encode("big5"), "at byte 11. Save it again as UTF-8"),
-        ("a.csv", "text,label\na,x\n".encode("utf-16"), "not UTF-8 at byte 0; it looks like utf-16"),
-        ("a.csv", b"text,label\n\x81\x8d,x\n", "not UTF-8 at byte 11. Save it again as UTF-8"),
+        ("a.csv", "text,label\na,x\n".encode("utf-16"), "not UTF-8 in line 1, at byte 0; it looks like utf-16"),
+        ("a.csv", b"text,label\n\x81\x8d,x\n", "not UTF-8 in line 2, at byte 11. Save it again as UTF-8"),
         ("a.csv", "text,label\n拉链坏了,坏\n".encode() + b"\xff,x\n", "at byte 28, though .* damaged there. Repair"),
         ("a.csv", "text,label\n拉链坏了,坏\n".encode()[:-2], "at byte 24, though"),
         ("a.jsonl.gz", gzip.compress('{"text":"é"}'.encode("cp1252")), "byte 9 of the decompressed text"),
@@ -274,8 +279,31 @@ def test_files_that_cannot_be_used(tmp_path: Path, name: str, content: str | byt
 def test_byte_offset_far_into_a_file(tmp_path: Path) -> None:
     # Multi-byte characters straddle the blocks in which the fault is looked for.
     start = b"text,label\n" + "拉链,x\n".encode() * 300_000
-    with pytest.raises(DataError, match=f"at byte {len(start) + 2:,}, though"):
+    with pytest.raises(DataError, match=f"in line 300,002, at byte {len(start) + 2:,}, though"):
         read(text_file(tmp_path, start + b"ab\xff,x\n"), COLUMNS)
+
+
+@pytest.mark.parametrize("name", ["商品 评价(1).csv", "it's.csv.gz"])
+def test_the_command_that_converts_a_file_runs(tmp_path: Path, name: str) -> None:
+    # A column that was cut after so many bytes leaves half a character behind.
+    text = "text,label\n" + "拉链坏了,坏\n" * 400
+    data = text.encode("gb18030") + "拉链".encode("gb18030")[:-1] + b",x\n"
+    path = text_file(tmp_path, gzip.compress(data) if name.endswith(".gz") else data, name)
+    with pytest.raises(DataError, match="it looks like gb18030") as caught:
+        read(path, COLUMNS)
+    command = str(caught.value).split("look at what comes out: ")[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    loaded = read(path.with_name(f"utf8-{name}"), COLUMNS)
+    assert loaded.rows.text[:400] == ("拉链坏了",) * 400
+    assert loaded.rows.text[400].startswith("拉")
+
+
+def test_what_spreadsheets_and_databases_leave_behind(tmp_path: Path) -> None:
+    content = "评论,星级,,\n很好,5\n很差,1,,\n一般,NULL\n可以,\\N\nNULL,5\n\\N,5\n还行,#N/A\nnull,无\n"
+    loaded = read(text_file(tmp_path, content), Columns("评论", "星级", slices=("column 3",)))
+    assert (loaded.rows.text, loaded.rows.label) == (("很好", "很差", "null"), ("5", "1", "无"))
+    assert loaded.rows.slices == {"column 3": ("", "", "")}
+    assert loaded.counts == {"label is missing": 3, "text is empty": 2}
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from netweight.data import Columns, Writer, stream
+from netweight.data import Columns, Rows, Writer, rows_file, stream, write_rows
 from netweight.errors import ColumnError, DataError, MissingExtra, OptionError
 
 TEXT = Columns("text")
@@ -53,7 +53,7 @@ def test_chunks_keep_order_and_mark_bad_rows(tmp_path: Path) -> None:
     assert chunks[0].bad.tolist() == [False, True, False]
     assert [(row.number, row.reason) for row in chunks[0].unusable] == [(2, "text is empty")]
     assert chunks[1].rows == (("4", "d", ""), ("5", "e", "t"))
-    assert chunks[1].unusable[0].reason == "wrong number of cells"
+    assert chunks[1].unusable[0].reason == "pair is empty", "cells that lack at the end are blank"
     assert chunks[0].spread([7, 8]) == [7, None, 8]
     with pytest.raises(DataError, match="1 values were given for 2 usable rows"):
         chunks[0].spread([7])
@@ -133,6 +133,23 @@ def test_header_only_gives_header_only(tmp_path: Path, out: str) -> None:
     assert writer.rows == 0
     if out == "out.csv":
         assert (tmp_path / out).read_text() == "id,text,prediction,confidence\n"
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_mark_by_which_spreadsheets_know_utf8_is_handed_on(tmp_path: Path, mark: str, capfdbinary: Any) -> None:
+    path = table(tmp_path / "a.csv", f"{mark}text\n拉链\n")
+    for name in ("out.csv", "out.tsv.gz"):
+        predict(path, tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        data = gzip.decompress(data) if name.endswith(".gz") else data
+        assert data.startswith(f"{mark}text".encode())
+        assert [part.texts for part in stream(tmp_path / name, TEXT)] == [("拉链",)]
+    write_rows(rows_file(tmp_path / "rows.csv"), Rows(("拉链",)), path)
+    assert (tmp_path / "rows.csv").read_bytes() == f"{mark}row,text,label\n1,拉链,\n".encode()
+    predict(path, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(b"{")
+    predict(path, "-")
+    assert capfdbinary.readouterr().out.startswith(b"text")
 
 
 def test_compressed_output_is_the_same_each_time(tmp_path: Path) -> None:

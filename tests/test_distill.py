@@ -245,13 +245,45 @@ def test_what_is_matched_comes_closer(match: Match, model: Model, dataset: Datas
 
 
 def test_half_precision(model: Model, dataset: Dataset) -> None:
+    """Networks compute in bf16 there, and what compares their insides does not."""
+    teacher = tiny_model(seed=7)
+    loss = Matching(SoftTargets(model.task, (teacher,), 2.0, 0.0), INSIDE, (0, 1), 4, 1.0)
+    ids, mask, types = padded(model)
+    batch = Batch(ids, mask, types, torch.zeros(4).long(), torch.ones(4), (torch.zeros(4, 2),))
+    with torch.no_grad():
+        full = loss(model.network, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = loss(model.network, batch)
+        with watched(net(model), INSIDE) as seen, watched(net(teacher), INSIDE) as shown:
+            model.network(ids, mask, types)
+            teacher.network(ids, mask, types)
+        inside = loss._inside(net(model), seen, shown, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss._inside(net(model), seen, shown, mask), inside)
+    assert half.item() == pytest.approx(full.item(), rel=0.05)
     few = replace(dataset, train=dataset.train.take(range(16)))
-    half, full = (
-        matching(("logits", *INSIDE))(model, Local(few), replace(PLAN, precision=p)) for p in ("bf16", "fp32")
-    )
-    for one, other in zip(half.network.parameters(), full.network.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
-    assert half.digest != full.digest
+    made = matching(("logits", *INSIDE))(model, Local(few), replace(PLAN, precision="bf16"))
+    assert made.digest != matching(("logits", *INSIDE))(model, Local(few), PLAN).digest
+
+
+def test_the_whole_loss_is_its_parts(model: Model) -> None:
+    teacher = tiny_model(seed=7)
+    targets = SoftTargets(model.task, (teacher,), 2.0, 0.2)
+    ids, mask, types = padded(model)
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    batch = Batch(ids, mask, types, torch.tensor([0, 1, 1, 0]), weight, (torch.randn(4, 2),))
+    with torch.no_grad():
+        with watched(net(teacher), INSIDE) as shown:
+            teacher.network(ids, mask, types)
+        with watched(net(model), INSIDE) as seen:
+            plain = targets(model.network, batch)
+        # Two student layers look at the teacher's second one.
+        hidden = [hidden_states(h, shown.hidden[1], mask) for h in seen.hidden]
+        maps = [attention_maps(a, shown.maps[1], mask) for a in seen.maps]
+        kin = [relations(a, b, mask, 4) for a, b in zip(seen.qkv, shown.qkv, strict=True)]
+        rows = sum(torch.stack(part).mean(dim=0) for part in (hidden, maps, kin))
+        found = Matching(targets, ("logits", *INSIDE), (1, 1), 4, 3.0)(model.network, batch)
+    torch.testing.assert_close(found, plain + 3.0 * (rows * weight).sum() / weight.sum())
 
 
 def test_projections_are_trained_and_dropped(dataset: Dataset, tmp_path: Path) -> None:

@@ -130,7 +130,9 @@ def test_contract_of_exits(quantized: bool) -> None:
     widest = int(np.diff(confidence).argmax())
     threshold = float(confidence[widest : widest + 2].mean())
     tier = Tier("exits", exported.kind, "file", {**exported.options, "thresholds": [threshold]})
-    engine = Engine(model.task, model.encoder, [(tier, tier_engine(tier, exported.data, model.encoder.pad, 1))], "exits")
+    engine = Engine(
+        model.task, model.encoder, [(tier, tier_engine(tier, exported.data, model.encoder.pad, 1))], "exits"
+    )
     EngineContract(engine, rows.text).check()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Cell, Evaluation, Scenario, _quality, evaluate, suite
-from netweight.explain import Explanation, Step, Tried, _why, explain
+from netweight.explain import Explanation, Step, Tried, _times, _why, explain
 from netweight.export import export
 from netweight.model import Model
 from netweight.network import Exits
@@ -63,7 +64,7 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
         before = teacher if i == 0 or steps[i - 1].tier != step.tier else steps[i - 1]
         assert f"({100 * (step.quality - before.quality):+.2f} points)" in sentence
         ratio = before.bytes / step.bytes
-        assert f"({ratio:.1f}x smaller)" in sentence or f"({1 / ratio:.1f}x larger)" in sentence
+        assert (f"({ratio:.1f}x smaller)" if ratio >= 1 else f"({1 / ratio:.1f}x larger)") in sentence
 
     said = say("explain", copied, "--threads", "1")
     assert said.status == 0
@@ -80,6 +81,11 @@ def test_errors_are_said_as_errors() -> None:
     assert "reaches mae 0.5000 on 100 dev rows" in first
     assert "mae 0.5100 (-2.00 points), 1.0 MB (4.0x smaller), 1.000 ms a row (2.0x faster)" in second
     assert json.loads(found.to_json())["point"] == pytest.approx(0.005)
+
+
+def test_ratios_are_said_from_above_one() -> None:
+    assert _times(4.0, "smaller", "larger") == "4.0x smaller"
+    assert _times(0.25, "smaller", "larger") == "4.0x larger"
 
 
 CASCADES = ("half > small (20 %)", "conv > small (10 %)")
@@ -313,3 +319,44 @@ def test_artifacts_of_different_metrics_are_not_compared(shop: Shop, made: Path,
     (made / artifact.MANIFEST).write_bytes(artifact.sealed(stored))
     with pytest.raises(OptionError, match="these have accuracy and macro-f1"):
         evaluate([shop.folder, made], suite(written(tmp_path, shop)), 1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("minimise", "said"), [("latency", "takes no longer"), ("size", "is no larger")])
+def test_what_was_minimised_decides_what_costs_no_more(minimise: str, said: str, tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    manifest = artifact.read_manifest(folder)
+    contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
+    asked = replace(manifest, provenance={**manifest.provenance, "minimise": minimise})
+    shutil.rmtree(folder)
+    artifact.save(folder, asked, contents)
+    targets = np.arange(9) % 2 == 0
+    with Store(store_of(folder), None) as store:
+        # Bytes, seconds of a row, seconds of a single request: by each of them another point is beaten by `small`.
+        points = {"small": (50, 5.0, 5.0), "late": (40, 4.0, 6.0), "large": (60, 4.0, 4.0)}
+        for name, (size, _, _) in points.items():
+            store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[targets.astype(int)]})
+            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
+        store.put("costs of these", {f"{name} onnx": [row, single] for name, (_, row, single) in points.items()})
+    beaten = {t.name: t.why for t in explain(folder, 1).tried}
+    name, by = ("late", "small") if minimise == "latency" else ("large", "small")
+    assert beaten[name] == f"{by} is at least as good and {said}"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_store_that_does_not_say_what_was_timed(tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    folder = made_of(
+        tmp_path / "made.nw", "onnx", {}, recipe, [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    )
+    manifest = artifact.read_manifest(folder)
+    contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
+    older = {key: value for key, value in manifest.provenance.items() if key != "measured"}
+    shutil.rmtree(folder)
+    artifact.save(folder, replace(manifest, provenance=older), contents)
+    with pytest.raises(StoreError, match="does not say what was timed; optimize again to have it explained"):
+        explain(folder, 1)

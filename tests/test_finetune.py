@@ -259,7 +259,9 @@ def test_a_group_penalty_leaves_neurons_that_shrink_can_take(regularizer: Any, d
         rows = torch.cat([net(one).get_parameter(f"{b.up[0]}.weight").detach().norm(dim=1) for b in blocks(net(one))])
         spread.append(float(rows.sort(descending=True).values[: len(rows) // 2].sum() / rows.sum()))
     assert spread[1] > spread[0]
-    quality = [run.quality(Shrink(neurons=0.5, importance="magnitude", multiple=8, epochs=0)(m, run, PLAN)) for m in made]
+    quality = [
+        run.quality(Shrink(neurons=0.5, importance="magnitude", multiple=8, epochs=0)(m, run, PLAN)) for m in made
+    ]
     assert quality[1] >= quality[0]
 
 
@@ -289,7 +291,10 @@ def test_refusals(dataset: Dataset) -> None:
         ({"penalty": "l1"}, "penalty 'l1' with strength 0.0: give both or none"),
         ({"strength": 1.0}, "penalty 'none' with strength 1.0: give both or none"),
         ({"penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; it must be above 0"),
-        ({"penalty": "l1", "strength": 1.0, "train": "lora"}, "train='lora' keeps the weights that a penalty would shrink"),
+        (
+            {"penalty": "l1", "strength": 1.0, "train": "lora"},
+            "train='lora' keeps the weights that a penalty would shrink",
+        ),
     ]
     for options, text in wrong:
         with pytest.raises(OptionError, match=text):

@@ -83,9 +83,7 @@ def test_predict_is_timed_on_repeated_rows_and_finished_steps_are_kept(
     assert json.loads(path.read_text(encoding="utf-8"))["steps"] == steps
 
 
-def test_parts_of_train_are_nested_and_stratified(
-    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_parts_of_train_are_nested_and_stratified(shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with gzip.open(tmp_path / "train.csv.gz", "wt", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *zip(shop.train.text, shop.train.label or (), strict=True)])
     scaling = script("scaling", monkeypatch, "optimize", tmp_path, "--work", tmp_path, "--results", tmp_path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import email.utils
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -21,9 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Say
+from netweight import llm
 from netweight.data import Columns, Rows, read
 from netweight.errors import EndpointError, OptionError, StoreError
-from netweight.llm import LLMTeacher, label_pool, parse
+from netweight.llm import LLMTeacher, _retry_after, label_pool, parse
 from netweight.task import Classify, Score
 
 TASK = Classify(("bad", "good"))
@@ -51,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         seen[body["model"], text] += 1
         if mode == "flaky" and times < 2:
             return self.say([429, 503][times], {}, {"Retry-After": ["0", email.utils.formatdate(usegmt=True)][times]})
-        if mode == "dropped" and times < 1:
+        if mode == "gone" or (mode == "dropped" and times < 1):
             return self.connection.close()
         if mode == "poison" and "great" in text:
             return self.say(413, {"error": "too long"})
@@ -77,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(200, {"choices": []})
         if mode == "slow":
             time.sleep(0.03)
+        if mode == "thinking" or (mode == "partly" and "great" in text):
+            cut = {"message": {"content": "Let me think."}, "finish_reason": "length"}
+            return self.say(200, {"choices": [cut], "usage": {"total_tokens": 100}})
         label = "good" if "great" in text else "bad"
         content = {"words": f" {label}\n", "chatty": f"I think it is {label}.", "silent": None}.get(mode)
         if content is None and mode != "silent":
@@ -158,6 +164,7 @@ def test_rows_are_labelled(served: Served, model: str, tmp_path: Path) -> None:
     assert first["key"] == f"Bearer {KEY}"
     assert first["body"]["response_format"]["json_schema"]["schema"]["properties"]["label"]["enum"] == ["bad", "good"]
     assert '["bad", "good"]' in first["body"]["messages"][0]["content"]
+    assert first["body"]["messages"][0]["content"].startswith("Classify the text.")
     assert "6 of 6 rows have a label: 6 texts were asked now and 0 before" in done.sentence
 
 
@@ -198,6 +205,22 @@ def test_a_text_that_is_refused_ends_nothing(served: Served, tmp_path: Path) -> 
             )
         assert served.texts().total() == requests
         assert len((tmp_path / cache).read_text().splitlines()) == (0 if cache == "fresh" else 6)
+
+
+def test_answers_that_end_before_a_label(served: Served, tmp_path: Path) -> None:
+    asked = teacher(served, "thinking", concurrency=1)
+    with pytest.raises(EndpointError, match=r"did not come to a label in 38 tokens.*\(--answer-tokens\)"):
+        label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10)
+    assert served.texts().total() == 3
+    assert not (tmp_path / "cache").read_text(), "nothing was learned of a text"
+    with pytest.raises(EndpointError, match="in 500 tokens"):
+        label_pool(pool(), TASK, replace(asked, answer_tokens=500), tmp_path / "cache", limit=10)
+    assert served.requests()[-1]["body"]["max_tokens"] == 500
+    done = label_pool(pool(), TASK, teacher(served, "partly", concurrency=1), tmp_path / "cache", limit=10)
+    assert done.labels == (None, "bad", "bad", None, "bad", "bad")
+    assert (done.abstained, done.tokens) == (2, 600), "what was cut off was paid for"
+    with pytest.raises(OptionError, match="answer_tokens of an LLM teacher is 0; use 1 or more"):
+        teacher(served, "plain", answer_tokens=0)
 
 
 def test_one_endpoint_in_two_spellings_and_a_label_without_a_name(served: Served, tmp_path: Path) -> None:
@@ -272,6 +295,7 @@ def test_a_timeout_is_tried_again(served: Served, tmp_path: Path) -> None:
     ("model", "said"),
     [
         ("401", f"answered 401: it does not accept the key in {NAME}"),
+        ("gone", r"was lost \(RemoteDisconnected\), 2 times in a row; run again later"),
         ("404", r"answered 404: there is no model '404'.*usually ends in /v1.*no 404 for Bearer \[key\]"),
         ("400", r"answered 400.*no 400 for Bearer \[key\].*constrain=False"),
         ("down", "answered 500, 2 times in a row; run again later"),
@@ -284,10 +308,35 @@ def test_a_timeout_is_tried_again(served: Served, tmp_path: Path) -> None:
 def test_refusals_of_the_endpoint(served: Served, model: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(EndpointError, match=said) as caught:
         label_pool(pool(), TASK, teacher(served, model, retries=1, concurrency=1), tmp_path / "cache", limit=10)
-    assert served.texts().total() == {"down": 2, "400": 3}.get(model, 1)
+    assert served.texts().total() == {"down": 2, "gone": 2, "400": 3}.get(model, 1)
     shown = "".join(traceback.format_exception(caught.value))
     assert KEY not in shown
     assert KEY not in (tmp_path / "cache").read_text()
+
+
+def test_a_key_that_is_missing_is_asked_for(served: Served, tmp_path: Path) -> None:
+    with pytest.raises(EndpointError, match="answered 401: it does not accept a request without a key; set key_env"):
+        label_pool(pool(1), TASK, teacher(served, "401", key_env=None), tmp_path / "cache", limit=1)
+
+
+def test_other_instructions_are_another_question(served: Served, tmp_path: Path) -> None:
+    for words in ("Is it kind?", "Is it cheap?"):
+        asked = teacher(served, "plain", instructions=words)
+        assert label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10).asked == 6
+        assert served.requests()[-1]["body"]["messages"][0]["content"].startswith(f"{words}\n")
+
+
+def test_waits_are_those_that_were_asked_for(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _retry_after("7") == 7
+    ahead = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 50 < _retry_after(ahead) <= 60
+    assert [_retry_after(odd) for odd in (None, "", "soon", "-3")] == [0, 0, 0, 0]
+    waited: list[float] = []
+    monkeypatch.setattr(llm, "_retry_after", lambda given: 7.0 if given else 0.0)
+    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: waited.append(seconds) or False)
+    done = label_pool(pool(1), TASK, teacher(served, "flaky", concurrency=1), tmp_path / "cache", limit=1)
+    assert done.labels == ("good",)
+    assert [round(seconds, 1) for seconds in waited if seconds is not None] == [7.0, 7.0]
 
 
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +403,8 @@ def test_refused_options(served: Served, tmp_path: Path) -> None:
         label_pool(pool(), Score(), teacher(served, "plain"), tmp_path / "c", limit=1)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="limit is 0 and token_limit None"):
         label_pool(pool(), TASK, teacher(served, "plain"), tmp_path / "c", limit=0)
+    with pytest.raises(OptionError, match="limit is 1 and token_limit 0"):
+        label_pool(pool(), TASK, teacher(served, "plain"), tmp_path / "c", limit=1, token_limit=0)
     with pytest.raises(OptionError, match="the url of an endpoint is 'file:///etc/passwd'"):
         LLMTeacher("file:///etc/passwd", "m")
     with pytest.raises(OptionError, match="concurrency of an LLM teacher is 0"):

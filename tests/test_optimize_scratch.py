@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
@@ -23,6 +24,7 @@ from netweight.model import Model
 from netweight.run import Local
 from netweight.scratch import scratch
 from netweight.search import Rung
+from netweight.ship import _remarks
 from netweight.store import Store
 from netweight.task import Classify
 from netweight.techniques import Quantize, Recipe, Static
@@ -69,7 +71,13 @@ def test_a_model_of_another_language_is_told_of(
     texts = replace(dataset.select, text=(f"{word} {word}",) * len(dataset.select))
     data = replace(dataset, select=texts, calibrate=texts)
     with Store(tmp_path, {"a": 1}) as store:
-        Builder(Job(Tables(data.train)), data, model.task, store, Silent(), Clock(8), Local(data))._pretrained()
+        builder = Builder(Job(Tables(data.train)), data, model.task, store, Silent(), Clock(8), Local(data))
+        builder._pretrained()
+        # A job that is resumed reads its teacher from the store: the result says it again.
+        monkeypatch.setattr(Builder, "teacher", model)
+        passed = SimpleNamespace(verdict="certified")
+        remarks = _remarks(builder, SimpleNamespace(floor_wins=False), passed)  # type: ignore[arg-type]
+    assert [remark for remark in remarks if "--model scratch" in remark] == notes
     assert [note[: len(start)] for note, start in zip(notes, told, strict=True)] == told
     assert all("--model scratch" in note for note in notes)
 

@@ -204,6 +204,18 @@ def test_scores_have_gradients_too(dataset: Dataset) -> None:
     run = local(rows)
     made = Prune(0.5, importance="fisher", epochs=1)(model, run, PLAN)
     assert zeros(net(made).linears()) == 0.5
+    # Standardised targets below the mean are negative, and count as all others.
+    targets = torch.from_numpy(model.task.targets(rows.label or ())).float()
+    assert (targets < 0).any()
+    found = run.reduce(model, Gradients(model.task, tuple(weights(model)), True))
+    ids, mask, types = map(torch.from_numpy, model.encoder.encode(rows.text).padded(np.arange(16), 0))
+    name, parameter = next(iter((n, net(model).get_parameter(f"{n}.weight")) for n in weights(model)))
+    total = torch.zeros_like(parameter)
+    for i in range(16):
+        said = model.network(ids[i : i + 1], mask[i : i + 1], types[i : i + 1])[0, 0]
+        total += torch.autograd.grad((said - targets[i]).square(), parameter)[0].square()
+    torch.testing.assert_close(found[name], total, rtol=1e-3, atol=1e-9)
+    assert found["labelled"] == 16
 
 
 @given(st.integers(1, 60), st.floats(0, 1), st.integers(0, 2**31))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -339,3 +341,19 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         setattr(bare.network.get_submodule(parent), leaf, nn.Tanh())
     with pytest.raises(ModelError, match="the layers of bert hold no activation function that is known"):
         SwapActivation()(bare, run, PLAN)
+
+
+FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "relu": lambda x: x.clamp(min=0),
+    "relu6": lambda x: x.clamp(0, 6),
+    "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
+}
+
+
+@pytest.mark.parametrize("kind", get_args(Activation))
+def test_activations_are_the_functions_of_the_page(kind: Activation) -> None:
+    x = torch.linspace(-8, 8, 321)
+    torch.testing.assert_close(Activate(kind)(x), FUNCTIONS[kind](x), atol=1e-5, rtol=1e-5)

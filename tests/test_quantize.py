@@ -93,6 +93,17 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(spec: Weights, seed: 
     assert len(held) <= 2**spec.bits
 
 
+def test_clipping_by_squared_error_finds_nearly_the_best_scale() -> None:
+    weight = some(8, 64)
+    weight[:, 0] *= 10  # a weight far away, which extremes would reach for
+    error = lambda made: (made - weight).square().sum(dim=1)  # noqa: E731
+    near, found = (error(fake(weight, Weights(3, clip=clip))) for clip in ("minmax", "mse"))
+    scales = [r * weight.abs().amax(dim=1, keepdim=True) / 3 for r in torch.linspace(0.05, 1, 300)]
+    best = torch.stack([error((weight / s).round().clamp(-4, 3) * s) for s in scales]).amin(dim=0)
+    assert float(found.sum()) < 0.8 * float(near.sum())
+    assert float(found.sum()) <= 1.05 * float(best.sum())
+
+
 def moments_of(seed: int, inputs: int) -> torch.Tensor:
     """Of inputs that hang together."""
     x = some(4 * inputs, inputs, seed) @ some(inputs, inputs, seed + 1)
@@ -282,6 +293,26 @@ def test_calibrations_end_within_the_extremes(method: Any, model: Model, dataset
         assert wide.ranges[name].low - 1e-6 <= found.low <= 0 <= found.high <= wide.ranges[name].high + 1e-6
     if method in ("mse", "entropy"):
         assert any(found.high < 0.99 * wide.ranges[name].high for name, found in made.ranges.items())
+
+
+def test_ranges_are_those_of_the_values_that_layers_see(model: Model, dataset: Dataset) -> None:
+    """Of each text alone: what fills up a batch is no value."""
+    name = "backbone.encoder.layer.1.output.dense"
+    seen: list[torch.Tensor] = []
+    handle = model.network.get_submodule(name).register_forward_hook(lambda _, args, out: seen.append(args[0][0]))
+    for text in dataset.train.text:
+        logits_of(model, model.encoder.encode([text]))
+    handle.remove()
+    values = torch.cat(seen).flatten()
+    run, rows = Local(dataset), len(dataset.train)
+    whole = Quantize(method="minmax", smooth=0.0, rows=rows)(model, run, PLAN).ranges[name]
+    assert (whole.low, whole.high) == pytest.approx((float(values.min()), float(values.max())), rel=1e-4)
+    cut = Quantize(percentile=0.9, smooth=0.0, rows=rows)(model, run, PLAN).ranges[name]
+    wanted = [float(values.quantile(share)) for share in (0.1, 0.9)]
+    step = (whole.high - whole.low) / 100
+    assert (cut.low, cut.high) == pytest.approx((min(wanted[0], 0.0), wanted[1]), abs=step)
+    usual = Quantize(smooth=0.0, rows=rows, method="percentile")(model, run, PLAN).ranges[name]
+    assert usual.high > cut.high + step, "the default keeps more"
 
 
 # --- lowering ---

@@ -19,7 +19,8 @@ from netweight.features import BIGRAM_A, BIGRAM_B, features
 from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.run import Local, local
-from netweight.run.local import spliced
+from netweight.run.local import logits_of, spliced
+from netweight.task import Score
 from netweight.techniques import Distill, Finetune, LinearFloor, Static
 from netweight.techniques.finetune import Moments, set_probe
 from netweight.train import Plan
@@ -273,6 +274,34 @@ def test_a_table_refuses_optimizers_that_know_no_rows(model: Model, dataset: Dat
         Static(width=4, buckets=8, epochs=1)(model, Local(dataset), Plan(optimizer="sgd"))
 
 
+def test_probes_are_scikit_learns(dataset: Dataset) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import Ridge
+
+    for model, rows in (
+        (tiny_model(), dataset.train),
+        (
+            tiny_model(Score(mean=2.0, scale=1.5)),
+            replace(dataset.train, label=tuple(str(i % 5) for i in range(len(dataset.train)))),
+        ),
+    ):
+        run = Local(replace(dataset, train=rows))
+        set_probe(model.network, run.reduce(model, Moments(model.task)), model.task)  # type: ignore[arg-type]
+        ids, mask, types = map(torch.from_numpy, model.encoder.encode(rows.text).padded(np.arange(len(rows)), 0))
+        with torch.no_grad():
+            x = model.network.features(ids, mask, types).double().numpy()  # type: ignore[operator]
+            said = model.network(ids, mask, types).double().numpy()
+        targets = model.task.targets(rows.label or ())
+        if isinstance(model.task, Score):
+            standard = (targets - 2.0) / 1.5 if float(np.abs(targets).max()) > 3.9 else targets
+            ridge = 0.1 * float((x**2).sum(axis=0).mean())
+            known = Ridge(alpha=ridge).fit(x, standard).predict(x)
+            np.testing.assert_allclose(said[:, 0], known, atol=0.05 * np.ptp(known) + 1e-3)
+        else:
+            lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(x, targets)
+            assert (said.argmax(axis=1) == lda.predict(x)).mean() > 0.97
+
+
 def test_a_probe_is_scaled_without_changing_a_label(dataset: Dataset) -> None:
     model = tiny_model()
     sums = Local(dataset).reduce(model, Moments(model.task))
@@ -281,5 +310,15 @@ def test_a_probe_is_scaled_without_changing_a_label(dataset: Dataset) -> None:
     gap = (head.weight[1] - head.weight[0]).detach().double()
     means = sums["xy"][:-1] / sums["xy"][-1]
     assert float(((means[:, 1] - means[:, 0]) * gap).sum() / 2) <= 5.0 + 1e-4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("netweight.techniques.finetune._GAP", 1e9)
+        free = tiny_model()
+        set_probe(free.network, sums, free.task, shrinkage=1e-6)  # type: ignore[arg-type]
+    loose = free.network.head.weight.detach().double()  # type: ignore[attr-defined]
+    assert float(((means[:, 1] - means[:, 0]) * (loose[1] - loose[0])).sum() / 2) > 5.0, "else nothing was scaled"
+    tokens = model.encoder.encode(dataset.train.text)
+    said = [logits_of(one, tokens) for one in (model, free)]
+    assert torch.equal(said[0].argmax(1), said[1].argmax(1))
+    torch.testing.assert_close(said[0] / said[0].norm(), said[1] / said[1].norm(), atol=1e-4, rtol=1e-3)
     assert torch.isfinite(head.weight).all()
     assert Local(dataset).quality(Finetune(epochs=1)(model, Local(dataset), Plan(precision="fp32"))) >= 0.9

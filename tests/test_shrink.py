@@ -20,7 +20,7 @@ from conftest import FAMILIES, tiny_model
 from netweight import bench, measure
 from netweight.active import select
 from netweight.anatomy import blocks, keep_hidden, stream
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.encode import Tokens
 from netweight.errors import ModelError, OptionError
 from netweight.export import Exported
@@ -116,10 +116,43 @@ def test_rows_count_by_their_weight(model: Model, dataset: Dataset) -> None:
         torch.testing.assert_close(value, 2.0 * a[name] + 0.5 * b[name], rtol=1e-4, atol=1e-12)
 
 
+def halves(rows: Rows, model: Model) -> tuple[list[int], list[int]]:
+    """Rows whose targets lie above the mean, and the others."""
+    above = model.task.targets(rows.label or ()) >= model.task.mean  # type: ignore[union-attr]
+    return [i for i, one in enumerate(above) if one], [i for i, one in enumerate(above) if not one]
+
+
+def test_units_that_nobody_reads_are_those_that_go(model: Model, dataset: Dataset) -> None:
+    network = net(model)
+    kept, where = torch.arange(0, 32, 2), stream(network)
+    with torch.no_grad():
+        for name in (*where.tables, *where.norms, *where.writes):
+            for value in network.get_submodule(name).parameters():
+                if name in where.tables:
+                    value[:, kept + 1] = value[:, kept]
+                else:
+                    value[kept + 1] = value[kept]
+        for name in where.reads:
+            network.get_submodule(name).weight[:, kept + 1] = 0  # type: ignore[index]
+    wanted = logits_of(model, model.encoder.encode(dataset.train.text))
+    for importance in ("fisher", "magnitude"):
+        options: dict[str, Any] = {} if importance == "magnitude" else {"rows": 20}
+        cut = Shrink(hidden=0.5, multiple=1, importance=importance, epochs=0, **options)(model, Local(dataset), PLAN)  # type: ignore[arg-type]
+        found = logits_of(cut, cut.encoder.encode(dataset.train.text))
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_gates_of_scores(dataset: Dataset) -> None:
     model = tiny_model(Score(mean=1.0, scale=2.0))
     rows = replace(dataset.train, label=tuple(str(i % 3) for i in range(len(dataset.train))))
-    assert Local(replace(dataset, train=rows)).reduce(model, GateGradients(model.task, "fisher"))["layers"].all()
+    statistic, data = GateGradients(model.task, "fisher"), replace(dataset, train=rows)
+    whole = Local(data).reduce(model, statistic)
+    assert whole["layers"].all()
+    # Targets below the mean are negative, and count as all others.
+    parts = [Local(replace(data, train=rows.take(at))).reduce(model, statistic) for at in halves(rows, model)]
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[0][name] + parts[1][name], rtol=1e-3, atol=1e-12)
+        assert parts[1][name].any()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -448,3 +481,10 @@ def test_a_cut_width_is_the_width(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_equal_units_keep_their_order() -> None:
     assert top(torch.ones(5), 2).tolist() == [0, 1]
+
+
+def test_a_speedup_is_against_layers_of_one_size() -> None:
+    table = LatencyTable((2, 4), (8,), ((1.0,), (2.0,)))
+    worth = Worth([torch.ones(4), torch.ones(2)], [torch.ones(8)] * 2, torch.ones(2), torch.ones(32))
+    with pytest.raises(OptionError, match=r"layers of one size that the table has.* and others\."):
+        cheapest(worth, table, 1.5, 2)

@@ -153,6 +153,20 @@ def test_pieces_of_last_resort(dataset: Dataset) -> None:
     assert [names[i] for i in new.encode(["dog 😀"]).ids] == ["[CLS]", "dog", "[UNK]", "[SEP]"]
 
 
+@pytest.mark.parametrize("apart", [True, False])
+def test_continuations_that_no_word_has_go(apart: bool) -> None:
+    # BERT's Chinese vocabulary has each Han character twice, and its tokenizer makes each a word by itself.
+    words = ["[UNK]", "好", "##好", "a", "##a", "##!", "ab", "##ab"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(handle_chinese_chars=apart)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    definition, ids = smaller(tokenizer.to_str(), set())
+    left = [words[i] for i in ids]
+    assert left == ["[UNK]", "好", *([] if apart else ["##好"]), "a", "##a"]
+    for text in ("a好a", "好好", "aa好"):
+        assert Tokenizer.from_str(definition).encode(text).tokens == tokenizer.encode(text).tokens
+
+
 def test_merges_go_with_their_tokens() -> None:
     old = TextEncoder(definition(1), 64)
     whole = json.loads(old.definition)["model"]

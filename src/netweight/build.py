@@ -149,13 +149,21 @@ class Builder:
         """The given model; said before it costs time, if it cannot read these rows."""
         options = self.job.options
         made = pretrained(options.model, self.task, options.max_length, options.seed)
-        ids = made.encoder.encode(self.data.dev.text[:_LOOK]).ids
-        if (share := float(np.mean(ids == made.encoder.unknown))) > _UNKNOWN:
-            self.reporter.note(
-                f"{100 * share:.0f} % of the tokens of dev are unknown to {options.model}: it does not know this "
-                "language; name a model that does, or train one on these rows with --model scratch"
-            )
+        if said := self.foreign(made.encoder):
+            self.reporter.note(said)
         return made
+
+    def foreign(self, encoder: TextEncoder) -> str:
+        """A sentence where much of dev is unknown to this tokenizer; else nothing."""
+        ids = encoder.encode(self.data.dev.text[:_LOOK]).ids
+        share = float(np.mean(ids == encoder.unknown))
+        name = self.job.options.model
+        return (
+            f"{100 * share:.0f} % of the tokens of dev are unknown to {name}: it does not know this language; name a "
+            "model that does, or train one on these rows with --model scratch."
+            if share > _UNKNOWN
+            else ""
+        )
 
     def _scratch(self) -> Model:
         """A model that knows the words of train and pool, and nothing else."""

@@ -51,6 +51,7 @@ class LLMTeacher:
         constrain: ask for JSON of a schema that allows only the labels (`response_format`). Parsing is strict anyway.
         concurrency: requests at a time.
         characters: of a text that are sent; the rest is cut off.
+        answer_tokens: of an answer; None allows what the longest label takes, too few for a model that thinks aloud.
         timeout: seconds without a sign of life until a request counts as lost.
         retries: of a request that met 408, 429, 5xx, a lost connection or a timeout.
         backoff: seconds; the n-th retry waits a random time up to backoff * 2^n, on top of what Retry-After asks for.
@@ -64,6 +65,7 @@ class LLMTeacher:
     constrain: bool = True
     concurrency: int = 4
     characters: int = 4000
+    answer_tokens: int | None = None
     timeout: float = 60.0
     retries: int = 5
     backoff: float = 0.5
@@ -82,6 +84,8 @@ class LLMTeacher:
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise OptionError(f"{name} of an LLM teacher is {getattr(self, name)}; use {least} or more.")
+        if self.answer_tokens is not None and self.answer_tokens < 1:
+            raise OptionError(f"answer_tokens of an LLM teacher is {self.answer_tokens}; use 1 or more.")
         if not self.timeout > 0:
             raise OptionError(f"timeout of an LLM teacher is {self.timeout}; use seconds above 0.")
 
@@ -285,7 +289,11 @@ class _Again(Exception):
 
 
 class _Refused(EndpointError):
-    """The endpoint does not take this request, which may be for its text."""
+    """The endpoint does not take this request, or ends its answer early, which may be for its text."""
+
+    def __init__(self, text: str, tokens: int = 0) -> None:
+        super().__init__(text)
+        self.tokens = tokens
 
 
 class _Still(urllib.request.HTTPRedirectHandler):
@@ -313,7 +321,8 @@ class _Asking:
         self.opener = urllib.request.build_opener(_Still)
         self.refused: dict[str, _Refused] = {}  # by digest, since the last answer
         self.now = False  # whether one was given in this run
-        self.answer_tokens = 32 + max(len(json.dumps(label)) for label in self.task.labels)
+        enough = 32 + max(len(json.dumps(label)) for label in self.task.labels)
+        self.answer_tokens = self.teacher.answer_tokens or enough
 
     def all(self, prompts: dict[str, list[dict[str, str]]]) -> None:
         """Ask; answers go into the cache. Raises the first EndpointError."""
@@ -349,7 +358,7 @@ class _Asking:
                     self.cache.put(digest, answer)
             except _Refused as problem:
                 with self.lock:
-                    self.spent -= guess
+                    self.spent += problem.tokens - guess
                     self.refused[digest] = problem
                     if len(self.refused) >= (_REFUSED_LATER if self.answered else _REFUSED):
                         self.stop.set()
@@ -361,8 +370,8 @@ class _Asking:
     def _abstained(self) -> None:
         """What was refused beside answers was refused for its text: it has none, and is not asked again."""
         if self.now:
-            for digest in self.refused:
-                self.cache.put(digest, _Answer(None, 0))
+            for digest, problem in self.refused.items():
+                self.cache.put(digest, _Answer(None, problem.tokens))
             self.refused.clear()
 
     @property
@@ -406,12 +415,21 @@ class _Asking:
             body["response_format"] = {"type": "json_schema", "json_schema": named}
         said = self._post(json.dumps(body).encode())
         try:
-            content = said["choices"][0]["message"].get("content")
+            choice = said["choices"][0]
+            content = choice["message"].get("content")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise EndpointError(f"{teacher.shown} answers, but not as chat completions do; is the url right?") from None
         usage = said.get("usage")
         tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-        return _Answer(parse(content, self.task.labels), tokens if isinstance(tokens, int) and tokens > 0 else guess)
+        paid = tokens if isinstance(tokens, int) and tokens > 0 else guess
+        label = parse(content, self.task.labels)
+        if label is None and choice.get("finish_reason") == "length":
+            raise _Refused(
+                f"{teacher.shown} did not come to a label in {self.answer_tokens} tokens. Let the model answer without "
+                "thinking aloud, or give more answer_tokens (--answer-tokens).",
+                paid,
+            )
+        return _Answer(label, paid)
 
     def _post(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json", "User-Agent": "netweight"}
@@ -456,7 +474,8 @@ class _Asking:
             )
         if 300 <= status < 400:
             return EndpointError(f"{teacher.shown} answered {status}, a redirect; give the url that it leads to.")
-        hint = " If it does not know response_format, set constrain=False." if teacher.constrain else ""
+        unknown = " If it does not know response_format, set constrain=False (--no-constrain)."
+        hint = unknown if teacher.constrain else ""
         kind = _Refused if status in _TEXTS else EndpointError
         return kind(f"{teacher.shown} answered {status}.{said}{hint}")
 

@@ -189,6 +189,12 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
         ModelError: nothing usable is there, or the starter's weights do not have the expected hash.
     """
     folder = _folder(name)
+    if not any(folder.glob("*.safetensors")) and (folder / "config.json").exists():
+        raise ModelError(
+            f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. Where "
+            f"you trust it, convert it once: transformers.AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER), "
+            "the same with AutoTokenizer, and name FOLDER here."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]), _quiet():

@@ -271,6 +271,8 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
 def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
     """Sentences that the reader of the result must know."""
     said = list(builder.run.remarks()) if isinstance(builder.run, Accounting) else []
+    if foreign := builder.foreign(builder.teacher.encoder):
+        said.append(foreign)
     if ranked.floor_wins:
         said.append(
             "Nothing beats TF-IDF with a linear model on dev, the fine-tuned encoder included: the linear model is the "

@@ -113,7 +113,7 @@ class Slice:
 class Calibration:
     """How confidences of the shipped candidate compare with what was right, in bins of equal numbers of rows.
 
-    `confidence`, `right` and `rows` are per bin. `error` is the debiased expected calibration error.
+    `confidence`, `right` and `rows` are per bin. `error` is the debiased root mean squared calibration error.
     """
 
     confidence: tuple[float, ...]

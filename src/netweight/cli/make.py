@@ -140,7 +140,7 @@ def demo(
 @app.command()
 def label(
     source: Annotated[str, typer.Argument(metavar="POOL", help="A table of rows without labels.")],
-    labels: Annotated[str, typer.Option(help="The labels, with commas between them.")],
+    labels: Annotated[str, typer.Option(help="The labels, with commas between them (, or ，).")],
     url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, such as https://host/v1.")],
     model: Annotated[str, typer.Option(help="As the endpoint names it.")],
     limit: Annotated[int, typer.Option(help="Distinct texts of POOL to ask at most, those of earlier runs included.")],
@@ -151,6 +151,12 @@ def label(
     token_limit: Annotated[int | None, typer.Option(help="Tokens to pay for at most.")] = None,
     instructions: Annotated[str, typer.Option(help="What the labels mean.")] = "Classify the text.",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 4,
+    constrain: Annotated[
+        bool, typer.Option(help="Ask for JSON of a schema with the labels alone; not all endpoints know it.")
+    ] = True,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an answer; a model that thinks aloud needs some hundred.")
+    ] = None,
 ) -> None:
     """Let a large language model label a table. Run again with the same --out: no text is asked twice."""
     from netweight.data import Columns, read, rows_file, write_rows
@@ -158,12 +164,12 @@ def label(
     from netweight.task import Classify
 
     file = rows_file(out, source)
-    teacher = LLMTeacher(url, model, key_env, instructions, concurrency=concurrency)
-    task = Classify(tuple(name.strip() for name in labels.split(",") if name.strip()))
+    teacher = LLMTeacher(url, model, key_env, instructions, constrain, concurrency, answer_tokens=answer_tokens)
+    task = Classify(tuple(name.strip() for name in re.split("[,，]", labels) if name.strip()))
     rows = noted(read(source, Columns(text, pair=pair), label_required=False))
     cache = out.with_name(f"{out.name}.cache.jsonl")
     done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
-    write_rows(file, done.rows)
+    write_rows(file, done.rows, source)
     print(done.sentence, file=sys.stderr)
 
 
@@ -206,7 +212,7 @@ def select(
         said, apart = judged(rounds, engine, aside), set(aside.keys())
         rows = rows.take([i for i, key in enumerate(rows.keys()) if key not in apart])
     chosen = select_with(engine, rows, count, seed, method, known)
-    write_rows(file, rows.take(chosen))
+    write_rows(file, rows.take(chosen), source)
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
     if said is not None:
         print(said, file=sys.stderr)

@@ -31,7 +31,7 @@ def predict(
         ),
     ] = None,
 ) -> None:
-    """Add the columns prediction, confidence and tier to a table, in constant memory."""
+    """Add the columns prediction, confidence (of labels) and tier to a table, in constant memory."""
     from netweight.predict import predict as run
 
     if ray is not None:

@@ -17,6 +17,10 @@ from netweight.data.table import CELL_LIMIT, CELL_TOO_LONG, Record, Table
 from netweight.errors import ColumnError, OptionError
 
 _SHOWN = 200  # characters of a cell that the quarantine file keeps
+# What other tools write for a value that is missing: pandas, MySQL (the client and INTO OUTFILE), Excel. A label may be
+# called none or NA, and a text may say null; these are not taken for missing.
+_NO_TEXT = ("NULL", "\\N")
+_NO_LABEL = ("nan", "null", "\\n", "<na>", "#n/a")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +124,14 @@ def cell_text(cell: object) -> str:
 
 def _required(cell: object, reason: str) -> str:
     text = cell_text(cell)
-    if not text or text.isspace():
+    if not text or text.isspace() or text in _NO_TEXT:
         raise Unusable(reason)
     return text
 
 
 def _label(cell: object) -> str:
     label = cell_text(cell).strip()
-    # What "nan" in a label column means is a missing value that another tool wrote out.
-    if not label or label.lower() == "nan":
+    if not label or label.lower() in _NO_LABEL:
         raise Unusable("label is missing")
     return label
 

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import secrets
+import shlex
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ Format = Literal["csv", "tsv", "jsonl", "parquet"]
 FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet")
 SUFFIXES = ".csv, .tsv, .jsonl (each also with .gz), .parquet"
 _AROUND = 1 << 15  # bytes on each side of a fault from which its encoding is guessed
+_SPREADSHEET = 'In Excel or WPS save it as "CSV UTF-8".'
+_DAMAGED = 1000  # characters for each one that a guessed encoding may fail to read
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,8 @@ def file_of(path: Path) -> File:
     compressed = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
     if suffix not in FORMATS or (compressed and suffix == "parquet"):
-        raise DataError(f"{path.name} has none of the suffixes that tables can have: {SUFFIXES}. Convert or rename it.")
+        told = _SPREADSHEET if suffix in ("xlsx", "xls") else "Convert or rename it."
+        raise DataError(f"{path.name} has none of the suffixes that tables can have: {SUFFIXES}. {told}")
     return File(path, suffix, compressed)
 
 
@@ -77,11 +81,18 @@ def _not_utf8(file: File) -> str:
     name = file.path.name
     with file.open() as raw:
         start = raw.read(4)
-    for magic, what in ((b"\x1f\x8b", "gzip data: add .gz to its name"), (b"PK\x03\x04", "a zip or a spreadsheet")):
+    sheet = f"a spreadsheet. {_SPREADSHEET}"
+    known = {
+        b"\x1f\x8b": "gzip data: add .gz to its name.",
+        b"PK\x03\x04": f"a zip, or {sheet}",
+        b"\xd0\xcf\x11\xe0": sheet,  # of Excel before 2007
+    }
+    for magic, what in known.items():
         if start.startswith(magic):
-            return f"{name} is not text but {what}. Tables are UTF-8 text or parquet: {SUFFIXES}."
-    offset, around = _fault(file)
-    where = f"{name} is not UTF-8 at byte {offset:,}{' of the decompressed text' if file.compressed else ''}"
+            return f"{name} is not text but {what} Tables are UTF-8 text or parquet: {SUFFIXES}."
+    offset, line, around = _fault(file)
+    inside = " of the decompressed text" if file.compressed else ""
+    where = f"{name} is not UTF-8 in line {line:,}, at byte {offset:,}{inside}"
     readable = around.decode("utf-8", "replace")
     foreign = len(re.findall(r"[^\x00-\x7f\ufffd]", readable))
     if foreign >= 4 * max(1, readable.count("\ufffd")):
@@ -89,15 +100,18 @@ def _not_utf8(file: File) -> str:
     encoding = _encoding(start, around)
     if encoding is None:
         return f"{where}. Save it again as UTF-8."
-    return (
-        f"{where}; it looks like {encoding}. Save it as UTF-8, and look at what comes out: "
-        f"iconv -f {encoding} -t utf-8 {name} > utf8-{name}"
+    source, target = (shlex.quote(str(path)) for path in (file.path, file.path.with_name(f"utf8-{name}")))
+    # -c leaves out what is damaged; without it iconv would end there.
+    convert = f"iconv -c -f {encoding} -t utf-8"
+    command = (
+        f"gzip -dc {source} | {convert} | gzip > {target}" if file.compressed else f"{convert} {source} > {target}"
     )
+    return f"{where}; it looks like {encoding}. Save it as UTF-8, and look at what comes out: {command}"
 
 
-def _fault(file: File) -> tuple[int, bytes]:
-    """Offset of the first byte that is not UTF-8, and up to 64 KB around it."""
-    offset, held, before = 0, b"", b""
+def _fault(file: File) -> tuple[int, int, bytes]:
+    """Offset of the first byte that is not UTF-8, its line from 1, and up to 64 KB around it."""
+    offset, line, held, before = 0, 1, b"", b""
     with file.open() as raw:
         while True:
             block = raw.read(1 << 20)
@@ -105,11 +119,13 @@ def _fault(file: File) -> tuple[int, bytes]:
             try:
                 _, used = codecs.utf_8_decode(held, "strict", not block)
             except UnicodeDecodeError as error:
-                before = (before + held[: error.start])[-_AROUND:]
-                return offset + error.start, before + held[error.start : error.start + _AROUND]
+                good = held[: error.start]
+                around = (before + good)[-_AROUND:] + held[error.start : error.start + _AROUND]
+                return offset + len(good), line + good.count(b"\n"), around
+            line += held[:used].count(b"\n")
             offset, held, before = offset + used, held[used:], held[:used][-_AROUND:] or before
             if not block:
-                return offset, b""  # it was repaired between two readings
+                return offset, line, b""  # it was repaired between two readings
 
 
 def _encoding(start: bytes, sample: bytes) -> str | None:
@@ -125,12 +141,11 @@ def _encoding(start: bytes, sample: bytes) -> str | None:
     common = sum(first <= b"\xd7" for first in pairs)
     chinese = 2 * len(pairs) >= 0.8 * high and common >= 0.6 * len(pairs)
     encoding = "gb18030" if chinese else "cp1252" if high < letters else None
-    if encoding is not None:
-        try:
-            sample.decode(encoding)
-        except UnicodeDecodeError:
-            return None
-    return encoding
+    if encoding is None:
+        return None
+    # Where a column was cut after so many bytes, half a character is left now and then.
+    read = sample.decode(encoding, "replace")
+    return encoding if read.count("\ufffd") <= len(read) // _DAMAGED else None
 
 
 @contextmanager

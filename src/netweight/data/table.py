@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import sys
@@ -62,10 +63,14 @@ def open_table(source: str | Path) -> Table:
 
 @dataclass(frozen=True)
 class DelimitedTable:
-    """csv or tsv, read by Python's csv: cells may be quoted and hold line breaks. Blank lines are no rows."""
+    """csv or tsv, read by Python's csv: cells may be quoted and hold line breaks. Blank lines are no rows.
+
+    `marked` says whether the file begins with a byte order mark, by which Excel knows UTF-8.
+    """
 
     file: File
     columns: tuple[str, ...]
+    marked: bool = False
     schema: Any = None
 
     @property
@@ -73,16 +78,18 @@ class DelimitedTable:
         return self.file.path.name
 
     def records(self) -> Iterator[Record]:
-        """Broken rows are given as such; reading goes on with the line after their first."""
+        """Broken rows are given as such; reading goes on with the line after their first. Cells that lack at the end
+        of a row are empty: Excel leaves the delimiters out where its last columns are blank."""
         width, number = len(self.columns), 0
         with opened_text(self.file, newline="") as text:
             parsed = _parsed(text, _delimiter(self.file))
             next(_filled(parsed))
             for cells, broken in parsed if width == 1 else _filled(parsed):
                 number += 1
-                if not broken and len(cells) != width and (width > 1 or cells):
+                if not broken and len(cells) > width:
                     broken = WRONG_CELLS
-                yield Record(number, tuple(cells or [""]), broken)
+                missing = () if broken else ("",) * (width - len(cells))
+                yield Record(number, (*cells, *missing), broken)
 
 
 @dataclass(frozen=True)
@@ -202,8 +209,16 @@ def _delimited(file: File) -> DelimitedTable:
         raise DataError(f"the first line of {name} must name the columns, but its {broken}: {header[0][:80]!r}.")
     if not header:
         raise DataError(f"{name} is empty; its first line must name the columns.")
+    if file.format == "csv" and len(header) == 1 and "\t" in header[0]:
+        raise DataError(
+            f"the cells of {name} stand between tabs, not commas: rename it to .tsv. It begins {header[0]!r}."
+        )
+    # Excel writes empty names behind the others once a cell there has been touched.
+    header = [cell or f"column {i}" for i, cell in enumerate(header, 1)]
     _distinct(header, name)
-    return DelimitedTable(file, tuple(header))
+    with file.open() as raw:
+        marked = raw.read(3) == codecs.BOM_UTF8
+    return DelimitedTable(file, tuple(header), marked)
 
 
 def _jsonl(file: File) -> JsonTable:

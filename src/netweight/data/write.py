@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -18,7 +19,7 @@ from netweight.data.check import Unusable, cell_text
 from netweight.data.files import File, Format, arrow, atomic, file_of
 from netweight.data.rows import Rows
 from netweight.data.stream import Chunk, Stream
-from netweight.data.table import DelimitedTable, JsonTable, LinesTable
+from netweight.data.table import DelimitedTable, JsonTable, LinesTable, open_table
 from netweight.errors import OptionError
 
 _GROUP = 1 << 15  # rows of a parquet row group
@@ -31,7 +32,8 @@ class Writer:
 
     `out` is a path (format by suffix, as for reading) or '-' for standard output (jsonl for jsonl, tsv for tsv and
     lines, csv for others). A file appears only when the block ends without an error. `added` names the added
-    columns and whether each holds text or numbers; a name that the input already has is refused. A parquet input
+    columns and whether each holds text or numbers; a name that the input already has is refused. A csv that begins
+    with a byte order mark, as Excel's do, becomes another with one. A parquet input
     keeps the types of its columns in a parquet output; columns of other inputs become strings there.
     Raises OptionError for such a name, a folder that does not exist, and an output that would replace the input.
     """
@@ -74,8 +76,12 @@ class Writer:
     def _opened(self, raw: BinaryIO) -> _Sink:
         if self._format == "parquet":
             return _Parquet(raw, self._stream, self._added)
-        columns = (*self._stream.table.columns, *self._added)
-        return _Json(raw, columns) if self._format == "jsonl" else _Delimited(raw, columns, self._format)
+        table = self._stream.table
+        columns = (*table.columns, *self._added)
+        if self._format == "jsonl":
+            return _Json(raw, columns)
+        marked = self._path is not None and isinstance(table, DelimitedTable) and table.marked
+        return _Delimited(raw, columns, self._format, marked)
 
     def write(self, chunk: Chunk, values: Mapping[str, Sequence[Any]]) -> None:
         """Append a chunk; `values` has each added column's values for the usable rows, in order. Bad rows get none."""
@@ -107,13 +113,15 @@ def _other(out: Path, source: Path) -> None:
         raise OptionError(f"{out} is the input itself; write the output to another file.")
 
 
-def write_rows(file: File, rows: Rows) -> None:
+def write_rows(file: File, rows: Rows, source: str | Path | None = None) -> None:
     """A table of some rows, all or nothing: row (the number in the source), text, pair where there is one, and label,
-    empty where there is none."""
+    empty where there is none. A csv begins with a byte order mark where the table `source` does."""
     pair = {} if rows.pair is None else {"pair": rows.pair}
     columns = {"row": map(str, rows.number), "text": rows.text, **pair, "label": rows.label or ("",) * len(rows)}
+    table = open_table(source) if source is not None and Path(source).exists() else None
+    marked = isinstance(table, DelimitedTable) and table.marked
     with atomic(file.path) as raw:
-        sink = _Json(raw, [*columns]) if file.format == "jsonl" else _Delimited(raw, [*columns], file.format)
+        sink = _Json(raw, [*columns]) if file.format == "jsonl" else _Delimited(raw, [*columns], file.format, marked)
         sink.write(list(zip(*columns.values(), strict=True)))
 
 
@@ -123,8 +131,10 @@ class _Sink(Protocol):
 
 
 class _Delimited:
-    def __init__(self, raw: BinaryIO, columns: Sequence[str], form: Format) -> None:
+    def __init__(self, raw: BinaryIO, columns: Sequence[str], form: Format, marked: bool) -> None:
         self._raw, self._delimiter = raw, "\t" if form == "tsv" else ","
+        if marked:
+            raw.write(codecs.BOM_UTF8)
         self.write([tuple(columns)])
 
     def write(self, rows: list[tuple[Any, ...]]) -> None:

@@ -2,8 +2,8 @@
 
 One forward, one backward (Narayanan et al., PipeDream, SOSP 2019, and Megatron-LM, SC 2021, section 2.2): a stage
 starts with as many forward passes as there are stages behind it, then alternates, so that it holds the activations of
-that many micro-batches and no more. With p stages and m micro-batches a process idles for (p - 1) / (m + p - 1) of the
-time at least (Huang et al., GPipe, NeurIPS 2019).
+that many micro-batches and no more. With p equal stages and m micro-batches a process idles for (p - 1) / (m + p - 1)
+of the time (Huang et al., GPipe, NeurIPS 2019).
 
 Every stage evaluates the loss with a network that stops behind its own last layer. So a loss may change the tokens
 (masked language modelling): all stages draw the same. Only the last stage's goes on to a value.

@@ -170,6 +170,8 @@ def smaller(definition: str, keep: set[int]) -> tuple[str, list[int]]:
     stay = {names[i] for i in keep if i in names} | {t["content"] for t in added}
     stay |= {token for token, _ in _specials(stored.get("post_processor"))}
     kind = {"BPE": _bpe, "Unigram": _unigram}.get(model["type"], _words)
+    if kind is _words:
+        stay |= _single(definition)
     left = kind(model, stay)
     own = sorted(left, key=tokens.__getitem__)
     # Added tokens that the model itself does not have come behind its own, in the order of the file.
@@ -182,13 +184,33 @@ def smaller(definition: str, keep: set[int]) -> tuple[str, list[int]]:
     return written, [tokens[token] for token in place]
 
 
+def _single(definition: str) -> set[str]:
+    """Single characters and continuations of one, from which WordPiece spells a word; but no continuation that no word
+    has, as in BERT's Chinese vocabulary, whose tokenizer makes each Han character a word by itself."""
+    tokenizer = Tokenizer.from_str(definition)
+    prefix = getattr(tokenizer.model, "continuing_subword_prefix", None)
+    if prefix is None:
+        return set()
+    normal, cut = tokenizer.normalizer, tokenizer.pre_tokenizer
+
+    def inside(character: str) -> bool:
+        word = f"a{character}"
+        word = word if normal is None else normal.normalize_str(word)
+        return cut is None or len(cut.pre_tokenize_str(word)) == 1
+
+    found = set()
+    for token in tokenizer.get_vocab():
+        part = token.removeprefix(prefix)
+        if len(token) == 1 or (len(part) == 1 and inside(part)):
+            found.add(token)
+    return found
+
+
 def _words(model: dict[str, Any], stay: set[str]) -> set[str]:
     """WordPiece and WordLevel: cut the vocabulary; returns what is left of it."""
-    vocab, prefix = model["vocab"], model.get("continuing_subword_prefix")
+    vocab = model["vocab"]
     _known_unknown(model, model.get("unk_token"), vocab)
     stay = stay | {model["unk_token"]}
-    if prefix is not None:
-        stay |= {token for token in vocab if len(token.removeprefix(prefix)) == 1 or len(token) == 1}
     model["vocab"] = {token: i for token, i in vocab.items() if token in stay}
     return set(model["vocab"])
 
