@@ -204,7 +204,7 @@ def test_what_a_static_student_starts_from(model: Model, dataset: Dataset) -> No
     vectors = token_vectors(model, old).double().numpy()
     centred = vectors - share @ vectors
     scaled = np.sqrt(share)[:, None] * centred
-    u, s, v = np.linalg.svd(scaled, full_matrices=False)
+    v = np.linalg.svd(scaled, full_matrices=False)[2]
     best = centred @ v[:8].T
     found = network.table[:n].detach().double().numpy()
     factor = np.linalg.norm(best) / np.linalg.norm(found)

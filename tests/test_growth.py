@@ -8,6 +8,7 @@ import json
 import sys
 from collections import Counter
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,7 +98,7 @@ def test_parts_of_train_are_nested_and_stratified(shop: Shop, monkeypatch: pytes
     scaling.main()
     assert [len(rows) for rows in seen] == [30, 60, 150, 300]
     whole = Counter(row["label"] for row in seen[-1])
-    for fewer, more in zip(seen, seen[1:], strict=False):
+    for fewer, more in pairwise(seen):
         assert more[: len(fewer)] == fewer
         for label, count in Counter(row["label"] for row in fewer).items():
             assert abs(count / len(fewer) - whole[label] / len(seen[-1])) < 0.1

@@ -191,8 +191,8 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     folder = _folder(name)
     if not any(folder.glob("*.safetensors")) and (folder / "config.json").exists():
         raise ModelError(
-            f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. Where "
-            f"you trust it, convert it once: transformers.AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER), "
+            f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. "
+            f"Where you trust it, convert it once: transformers.AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER), "
             "the same with AutoTokenizer, and name FOLDER here."
         )
     try:
