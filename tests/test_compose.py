@@ -17,6 +17,7 @@ from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import NetweightError
 from netweight.model import Model
+from netweight.network import Transformer
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import Quantize, Shrink, Technique
@@ -63,7 +64,7 @@ def rounding(model: Model) -> dict[str, str]:
 
 def lost(one: Model, made: Model) -> str:
     """What of the first technique is no longer there, or nothing. Other networks are made anew anyhow."""
-    gone = rounding(one).keys() - rounding(made).keys() if type(one.network) is type(made.network) else ()
+    gone = rounding(one).keys() - rounding(made).keys() if isinstance(made.network, Transformer) else ()
     return "; ".join(f"works, without the {kind} of the first: {rounding(one)[kind]}." for kind in sorted(gone))
 
 

@@ -128,6 +128,19 @@ def test_adapters_say_what_their_formula_says_before_and_after_merging() -> None
     assert not torch.allclose(before, logits_of(model, tokens), atol=1e-3)
 
 
+def test_adapters_of_another_alpha_are_another_fit() -> None:
+    digests = set()
+    for alpha in (16.0, 64.0):
+        model = tiny_model()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            adapt(net(model), 4, alpha)
+        digests.add(replace(model).digest)
+        merge(net(model))
+        assert replace(model).digest == tiny_model().digest, "nothing of it is left"
+    assert len(digests) == 2
+
+
 def test_adapters_stand_inside_what_was_factored(dataset: Dataset, tmp_path: Path) -> None:
     model = tiny_model(layers=1)
     name = blocks(net(model))[0].up[0]

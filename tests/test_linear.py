@@ -60,8 +60,8 @@ def test_labels(labels: tuple[str, ...], buckets: int) -> None:
 def test_scores() -> None:
     rows = weighted(60, ("1", "2", "5"))
     model = tiny_model(Score(mean=2.5, scale=1.5))
-    made = LinearFloor(buckets=0)(model, Local(data_of(rows)), Plan())
+    made = LinearFloor(buckets=0, strength=4.0)(model, Local(data_of(rows)), Plan())
     matrix = dense(model, rows, 0)
-    known = Ridge(alpha=1.0).fit(matrix, (np.array(rows.label, float) - 2.5) / 1.5, rows.weight)
+    known = Ridge(alpha=2.5).fit(matrix, (np.array(rows.label, float) - 2.5) / 1.5, rows.weight)
     said = logits_of(made, model.encoder.encode(rows.text)).numpy()[:, 0]
     np.testing.assert_allclose(said, known.predict(matrix), atol=1e-3)

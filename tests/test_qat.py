@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from conftest import FAMILIES, tiny_model, tiny_rows
+from conftest import FAMILIES, tiny_dataset, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import ModelError, OptionError
@@ -39,6 +39,7 @@ from netweight.techniques import (
     describe,
 )
 from netweight.techniques.activation import activating
+from netweight.techniques.base import transformer
 from netweight.techniques.mixed import Sensitivity, least_harm
 from netweight.techniques.qat import FakeLinear, Rounding, Step, faked, unfaked
 from netweight.techniques.quantize import OUT, linears, tables
@@ -210,7 +211,8 @@ def test_bits_go_where_they_matter(taught: Model, dataset: Dataset) -> None:
     model = taught
     run = Local(dataset)
     made = MixedBits(mean_bits=4.0, choices=(2, 4, 8), rows=40, quantize=Quantize(rows=40))(model, run, PLAN)
-    layers = linears(model.network)
+    layers = transformer(model, "the test").linears()
+    assert len(layers) == len(linears(model.network)) - 1, "nothing reads BERT's pooler, so it lends no bits"
     bits = {name: made.weights[name].bits for name in layers}
     held = sum(layers[name].weight.numel() * b for name, b in bits.items())
     assert held <= 4.0 * sum(m.weight.numel() for m in layers.values())
@@ -341,6 +343,19 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
         setattr(bare.network.get_submodule(parent), leaf, nn.Tanh())
     with pytest.raises(ModelError, match="the layers of bert hold no activation function that is known"):
         SwapActivation()(bare, run, PLAN)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"weight_bits": 3}, {"group": 8}, {"symmetric": False}, {"weight_clip": "mse"}], ids=str
+)
+def test_fits_that_round_otherwise_are_not_taken_for_the_same(changed: dict[str, Any]) -> None:
+    model = tiny_model(layers=1)
+    options: dict[str, Any] = {"activations": "none", "granularity": "group", "group": 16, "weight_bits": 4}
+    digests = []
+    for asked in (options, options | changed):
+        start = Quantize(**asked)(model, Local(tiny_dataset()), PLAN)
+        digests.append(start.with_network(faked(start, False)).digest)
+    assert digests[0] != digests[1]
 
 
 FUNCTIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {

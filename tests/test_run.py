@@ -20,7 +20,7 @@ from netweight.loss import SoftTargets, Supervised
 from netweight.model import Model
 from netweight.run import Local, local
 from netweight.run.local import logits_of, spliced
-from netweight.task import Score
+from netweight.task import Classify, Score
 from netweight.techniques import Distill, Finetune, LinearFloor, Static
 from netweight.techniques.finetune import Moments, set_probe
 from netweight.train import Plan
@@ -300,6 +300,26 @@ def test_probes_are_scikit_learns(dataset: Dataset) -> None:
         else:
             lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=0.1).fit(x, targets)
             assert (said.argmax(axis=1) == lda.predict(x)).mean() > 0.97
+
+
+def test_labels_that_no_row_has_change_no_probe(dataset: Dataset) -> None:
+    model = tiny_model(Classify(("bad", "good", "never")))
+    known = tiny_model()
+    run = Local(dataset)
+    for one in (model, known):
+        set_probe(one.network, run.reduce(one, Moments(one.task)), one.task)  # type: ignore[arg-type]
+    heads = [one.network.head for one in (model, known)]  # type: ignore[attr-defined]
+    torch.testing.assert_close(heads[0].weight[:2], heads[1].weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(heads[0].bias[:2], heads[1].bias, rtol=1e-4, atol=1e-5)
+    assert Local(dataset).quality(known) == Local(dataset).quality(model)
+
+
+def test_a_row_for_each_label_is_enough_for_a_probe(dataset: Dataset) -> None:
+    for rows in (dataset.train.take([0, 1]), dataset.train.take([0])):
+        model = tiny_model()
+        sums = Local(replace(dataset, train=rows)).reduce(model, Moments(model.task))
+        set_probe(model.network, sums, model.task)  # type: ignore[arg-type]
+        assert torch.isfinite(model.network.head.weight).all()  # type: ignore[union-attr]
 
 
 def test_a_probe_is_scaled_without_changing_a_label(dataset: Dataset) -> None:

@@ -31,7 +31,18 @@ from netweight.network import Transformer
 from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
 from netweight.task import Score
-from netweight.techniques import Distill, EarlyExit, Finetune, LatencyTable, Quantize, Shrink, Static
+from netweight.techniques import (
+    Distill,
+    EarlyExit,
+    Factor,
+    FactorEmbedding,
+    Finetune,
+    LatencyTable,
+    Quantize,
+    Shrink,
+    Static,
+    Technique,
+)
 from netweight.techniques.distill import with_layers
 from netweight.techniques.quantize import points
 from netweight.techniques.shrink import GateGradients, Worth, cheapest, magnitude, ranked, top
@@ -247,7 +258,7 @@ def test_healing_brings_it_closer(model: Model, dataset: Dataset) -> None:
 def test_magnitude_counts_what_goes(model: Model) -> None:
     """The squares that a cut takes away are what magnitude says."""
     network = net(model)
-    worth = magnitude(network)
+    worth = magnitude(network, True)
     weights = sum(float(p.detach().double().square().sum()) for p in network.parameters() if p.ndim == 2)
     cut = model.copy()
     dropped = torch.tensor([3, 11])
@@ -292,6 +303,27 @@ def test_ranking(given: list[list[int]], share: float, step: int, uniform: bool)
             max((float(x) for i, x in enumerate(w.tolist()) if i not in k), default=0.0) for w, k in zip(worths, kept)
         ]
         assert not free or min(free) >= max(gone_most)
+
+
+def test_layers_of_other_sizes_are_ranked_by_their_units() -> None:
+    small, large = ranked([torch.ones(32), torch.ones(128)], 0.5, 32, False)
+    assert abs(len(small) + len(large) - 80) <= 16, "half of the units, to half a block"
+    small, large = ranked([torch.full((32,), 2.0), torch.ones(128)], 0.4, 32, False)
+    assert (len(small), len(large)) == (32, 32), "what is worth more stays, however its blocks are cut"
+
+
+@pytest.mark.parametrize("before", [Factor(rank=4, epochs=0), FactorEmbedding(rank=8), EarlyExit((1,), epochs=0.1)])
+def test_what_is_not_ranked_is_not_looked_at(before: Technique, dataset: Dataset) -> None:
+    run = Local(dataset)
+    model = before(tiny_model(layers=2), run, PLAN)
+    exits, factored = isinstance(before, EarlyExit), isinstance(before, Factor)
+    if not exits:
+        for options in ({"spacing": "even"}, {"importance": "magnitude"}):
+            made = Shrink(layers=1, epochs=0, **options)(model, run, PLAN)  # type: ignore[arg-type]
+            assert made.depth == 1
+    if not factored:
+        made = Shrink(neurons=0.5, importance="magnitude", epochs=0)(model, run, PLAN)
+        assert {b.neurons for b in blocks(net(made))} == {32}
 
 
 def table_of(heads: tuple[int, ...], neurons: tuple[int, ...], outside: float = 0.0) -> LatencyTable:

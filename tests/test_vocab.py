@@ -167,6 +167,23 @@ def test_continuations_that_no_word_has_go(apart: bool) -> None:
         assert Tokenizer.from_str(definition).encode(text).tokens == tokenizer.encode(text).tokens
 
 
+@pytest.mark.parametrize(
+    ("cut", "character"),
+    [
+        (pre_tokenizers.Whitespace(), "!"),
+        (pre_tokenizers.Digits(individual_digits=False), "1"),
+        (pre_tokenizers.UnicodeScripts(), "б"),
+    ],
+    ids=["signs", "digits", "scripts"],
+)
+def test_continuations_behind_themselves_stay(cut: Any, character: str) -> None:
+    words = ["[UNK]", "a", "##a", character, f"##{character}", "ab"]
+    tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = cut
+    definition, _ = smaller(tokenizer.to_str(), set())
+    assert Tokenizer.from_str(definition).encode(character * 2).tokens == [character, f"##{character}"]
+
+
 def test_merges_go_with_their_tokens() -> None:
     old = TextEncoder(definition(1), 64)
     whole = json.loads(old.definition)["model"]

@@ -106,7 +106,7 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything that determines the model's outputs. Do not ask before training has ended."""
-        h = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        h = hashlib.sha256(json.dumps(self._header() | _trained_with(self.network), sort_keys=True).encode())
         for name, value in sorted(tensors(self.network).items()):
             h.update(name.encode())
             h.update(value.cpu().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
@@ -192,8 +192,8 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
     if not any(folder.glob("*.safetensors")) and (folder / "config.json").exists():
         raise ModelError(
             f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. "
-            f"Where you trust it, convert it once: transformers.AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER), "
-            "the same with AutoTokenizer, and name FOLDER here."
+            "Where you trust it, convert it once, with AutoModel and AutoTokenizer of transformers: "
+            f"AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER). Then name FOLDER here."
         )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -246,6 +246,19 @@ def positions(backbone: Any) -> int | None:
     # RoBERTa and XLM-R number the tokens from behind the padding id.
     before = getattr(table, "padding_idx", None)
     return stated if stated is None or before is None else stated - before - 1
+
+
+def _trained_with(network: Network) -> dict[str, Any]:
+    """What decides the outputs of a network in training beside its tensors: how its layers round, and how much its
+    adapters count."""
+    found: dict[str, Any] = {
+        name: asdict(module.spec)
+        for name, module in network.named_modules()
+        if isinstance(getattr(module, "spec", None), Weights)
+    }
+    if adapters := getattr(network, "peft_config", None):
+        found["adapters"] = {name: [config.r, config.lora_alpha] for name, config in adapters.items()}
+    return {"trained with": found} if found else {}
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Seams:
         """Change gradients before they are clipped and the step is made (SCAFFOLD, proximal)."""
 
     def clip(self, parameters: Iterable[nn.Parameter], limit: float) -> None:
-        """Scale gradients down to a norm over the whole network of `limit`."""
+        """Scale gradients down to a norm over the network of `limit`; tables that are trained row by row are apart."""
         nn.utils.clip_grad_norm_(parameters, limit)
 
     def agree(self, value: float) -> float:

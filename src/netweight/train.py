@@ -35,7 +35,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 # Steps after which a fit with a time box looks at the clock: what the first few cost is no guide (memory is taken,
 # kernels are chosen), steps on long and short rows differ by their lengths, and a machine that was busy for a moment
-# must not decide the whole fit.
+# must not decide the whole fit. Behind the last of these, each time that four times as many are done.
 _LOOKS = (2, 8, 24, 96, 384)
 _WORTH_SAYING = 0.05  # smaller changes of the number of epochs are let go
 
@@ -264,14 +264,23 @@ class _Loop:
         value, rate = self.update(self.batches[at : at + plan.accumulate])
         p.step += 1
         plan.reporter.step(p.step, value, rate)
-        if plan.seconds and not p.timed and p.step - clock.first in _LOOKS:
+        # What a fit was timed to, it keeps when it is resumed.
+        if plan.seconds and not (p.timed and clock.first) and self.looks(p.step - clock.first):
             now = time.monotonic()
             if p.step - clock.first > _LOOKS[0]:
                 self.fit_into(plan.seconds - (now - clock.began), (now - clock.looked) / (p.step - clock.marked), label)
-            clock.looked, clock.marked, p.timed = now, p.step, p.step - clock.first == _LOOKS[-1]
+            clock.looked, clock.marked, p.timed = now, p.step, p.step - clock.first >= _LOOKS[-1]
         if self.checkpoint and self.seams.agree(time.monotonic() - clock.saved) > plan.checkpoint_every:
             self.save(*self.checkpoint)
             clock.saved = time.monotonic()
+
+    def looks(self, steps: int) -> bool:
+        """Whether so many steps in this process are a moment to look at the clock. One after each evaluation is."""
+        if 0 < self.progress.judged == self.progress.step - 1:
+            return steps > _LOOKS[0]
+        while steps > _LOOKS[-1] and steps % 4 == 0:
+            steps //= 4
+        return steps in _LOOKS
 
     def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
         """One optimizer step over `accumulate` batches; the loss is the mean of theirs, each weighing as its rows.

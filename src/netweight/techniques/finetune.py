@@ -21,6 +21,8 @@ from netweight.train import Plan
 
 # Largest mean gap between the logits of a class and of its nearest neighbour that a probe starts from: 99.3 % sure.
 _GAP = 5.0
+# Least scatter within classes, as a share of the mean square of all features.
+_SCATTER = 1e-3
 
 # Rows that the probe is fitted on: enough for a common covariance, and for the means of many classes.
 _PROBE_ROWS, _PROBE_ROWS_PER_CLASS = 2000, 100
@@ -193,12 +195,16 @@ def set_probe(network: Transformer, sums: dict[str, Tensor], task: object, shrin
         counts = xy[-1]
         means = xy[:-1] / counts.clamp(min=1e-9)
         within = (xx[:-1, :-1] - (means * counts) @ means.T) / n
-        within = (1 - shrinkage) * within + shrinkage * within.diagonal().mean() * torch.eye(d, dtype=xx.dtype)
+        # With a row for each label nothing scatters within one; the spread of all rows takes its place.
+        spread = torch.maximum(within.diagonal().mean(), _SCATTER * xx[:-1, :-1].diagonal().mean() / n)
+        within = (1 - shrinkage) * within + shrinkage * spread * torch.eye(d, dtype=xx.dtype)
         weight = torch.linalg.solve(within, means)
         bias = -0.5 * (means * weight).sum(dim=0) + (counts / n).clamp(min=1e-9).log()
         # With few rows the covariance is underestimated and every row looks certain; a saturated softmax has no
         # gradient left to fine-tune with. Scaling all logits changes no label.
-        scale = min(1.0, _GAP / max(float(_nearest(means, weight).mean()), 1e-9))
+        seen = counts > 0
+        gap = float(_nearest(means[:, seen], weight[:, seen]).mean()) if int(seen.sum()) > 1 else 0.0
+        scale = min(1.0, _GAP / max(gap, 1e-9))
         weight, bias = weight * scale, bias * scale
     else:
         ridge = shrinkage * xx[:-1, :-1].diagonal().mean() * torch.eye(d + 1, dtype=xx.dtype)

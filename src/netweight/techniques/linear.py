@@ -16,11 +16,14 @@ from netweight.task import Classify
 from netweight.techniques.base import read
 from netweight.train import Plan
 
+_RIDGE = 10.0  # with the default strength, scikit-learn's own alpha of 1
+
 
 @dataclass(frozen=True)
 class LinearFloor:
     """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows.
 
+    `strength` is the inverse of the L2 penalty: C of logistic regression; alpha of ridge regression is 10 / strength.
     `reads`: tokens of a text, where they are not as many as the model reads. Needs rows in one place: `Local` and
     `Parallel` have them, a federated run has not.
     """
@@ -62,7 +65,7 @@ class LinearFloor:
                 )
         else:
             standard = (targets - model.task.mean) / model.task.scale
-            fitted = Ridge(alpha=1.0).fit(matrix, standard, rows.weight)
+            fitted = Ridge(alpha=_RIDGE / self.strength).fit(matrix, standard, rows.weight)
             coefficients, bias = fitted.coef_[None, :], np.array([fitted.intercept_])
         network = Linear(vocabulary, self.buckets, model.task.outputs)
         with torch.no_grad():

@@ -55,7 +55,9 @@ class MixedBits:
             raise OptionError("rounding 'gptq' needs the bits that MixedBits chooses after it; use 'nearest'.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        layers = linears(transformer(model, "MixedBits"))
+        # Nothing reads BERT's pooler: it would harm nothing in the fewest bits, and lend the rest to the others.
+        found = linears(transformer(model, "MixedBits"))
+        layers = {name: layer for name, layer in found.items() if not name.startswith("backbone.pooler.")}
         made = self.quantize(model, run, plan)
         specs = [
             (name, tuple(replace(made.weights.get(name, Weights()), bits=bits) for bits in self.choices))

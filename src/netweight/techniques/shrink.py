@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from netweight.anatomy import blocks, keep_heads, keep_hidden, keep_neurons, norms, stream
 from netweight.errors import ModelError, OptionError
+from netweight.layers import LowRank
 from netweight.loss import Batch, SoftTargets, supervised
 from netweight.model import Model
 from netweight.network import Exits, Network, Transformer
@@ -143,8 +144,12 @@ class Shrink:
     def _worth(self, model: Model, network: Transformer, run: Run) -> Worth:
         chosen = self.layers is not None and self.spacing == "importance"
         ranks = chosen or self.speedup is not None or (self.heads, self.neurons, self.hidden) != (1, 1, 1)
-        if self.importance == "magnitude" or not ranks:
-            return magnitude(network)
+        if not ranks:
+            sizes = blocks(network)
+            heads, neurons = ([torch.ones(getattr(b, kind)) for b in sizes] for kind in ("heads", "neurons"))
+            return Worth(heads, neurons, torch.ones(len(sizes)), torch.ones(network.width))
+        if self.importance == "magnitude":
+            return magnitude(network, self.hidden < 1)
         sums = run.reduce(model, GateGradients(model.task, self.importance), self.rows)
         if not any(bool(value.any()) for value in sums.values()):
             raise ModelError(
@@ -266,8 +271,8 @@ def _before(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor
     return lambda _, args: ((args[0].unflatten(-1, (gate.shape[1], -1)) * gate[:, None, :, None]).flatten(-2),)
 
 
-def magnitude(network: Transformer) -> Worth:
-    """Sum of squares of the weights that would go with a unit."""
+def magnitude(network: Transformer, hidden: bool) -> Worth:
+    """Sum of squares of the weights that would go with a unit; of hidden units only where they are asked for."""
     heads, neurons = [], []
     for block in blocks(network):
         of = [
@@ -283,7 +288,7 @@ def magnitude(network: Transformer) -> Worth:
         heads.append(found[0])
         neurons.append(found[1])
     layers = torch.stack([h.sum() + n.sum() for h, n in zip(heads, neurons, strict=True)])
-    return Worth(heads, neurons, layers, _hidden_magnitude(network))
+    return Worth(heads, neurons, layers, _hidden_magnitude(network) if hidden else torch.ones(network.width))
 
 
 def _hidden_magnitude(network: Transformer) -> Tensor:
@@ -294,7 +299,10 @@ def _hidden_magnitude(network: Transformer) -> Tensor:
 
 
 def _weight(network: Transformer, name: str) -> Tensor:
-    return cast(Tensor, network.get_submodule(name).weight).detach().double()
+    module = network.get_submodule(name)
+    if isinstance(module, LowRank):
+        return (module.up.weight @ module.down.weight).detach().double()
+    return cast(Tensor, module.weight).detach().double()
 
 
 def top(worth: Tensor, count: int) -> Tensor:
@@ -306,7 +314,7 @@ def ranked(worths: list[Tensor], share: float, step: int, uniform: bool) -> list
     """The numbers of the units that each layer keeps.
 
     Units go in blocks of `step`, most important first; at least one block stays in each layer. Layers of no more than
-    `step` units are ranked one by one.
+    `step` units are ranked one by one. Where layers are ranked together, blocks are by the mean of their units.
     """
     steps = [step if step < len(w) else 1 for w in worths]
     if share >= 1:
@@ -315,11 +323,14 @@ def ranked(worths: list[Tensor], share: float, step: int, uniform: bool) -> list
         counts = [max(s, round(share * len(w) / s) * s) for w, s in zip(worths, steps, strict=True)]
         return [top(w, n) for w, n in zip(worths, counts, strict=True)]
     pieces = [w.sort(descending=True, stable=True).values.split(s) for w, s in zip(worths, steps, strict=True)]
-    value = torch.cat([torch.stack([piece.sum() for piece in of]) for of in pieces])
+    value = torch.cat([torch.stack([piece.mean() for piece in of]) for of in pieces])
+    size = torch.tensor([len(piece) for of in pieces for piece in of])
     layer = torch.tensor([i for i, of in enumerate(pieces) for _ in of])
     first = torch.tensor([j == 0 for of in pieces for j in range(len(of))])
     order = value.masked_fill(first, math.inf).argsort(descending=True, stable=True)
-    kept = layer[order[: max(len(worths), round(share * len(order)))]]
+    # As many as bring the units to the share, to the nearest half of a block.
+    fits = int((size[order].cumsum(0) - size[order] / 2 <= round(share * int(size.sum()))).sum())
+    kept = layer[order[: max(len(worths), fits)]]
     return [top(w, int((kept == i).sum()) * s) for i, (w, s) in enumerate(zip(worths, steps, strict=True))]
 
 

@@ -194,9 +194,12 @@ def _single(definition: str) -> set[str]:
     normal, cut = tokenizer.normalizer, tokenizer.pre_tokenizer
 
     def inside(character: str) -> bool:
-        word = f"a{character}"
-        word = word if normal is None else normal.normalize_str(word)
-        return cut is None or len(cut.pre_tokenize_str(word)) == 1
+        # Behind a letter, or behind itself: some cut where letters, digits and signs, or two scripts, meet.
+        for word in (f"a{character}", character * 2):
+            shown = word if normal is None else normal.normalize_str(word)
+            if cut is None or len(cut.pre_tokenize_str(shown)) == 1:
+                return True
+        return False
 
     found = set()
     for token in tokenizer.get_vocab():
