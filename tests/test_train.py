@@ -430,6 +430,21 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     assert not enough.notes
 
 
+def test_evaluations_count_in_the_time_box(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, asked = [0.0], [0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    def evaluate() -> float:
+        # Dear only late, when the last look at the clock of a short fit is over.
+        asked[0] += 1
+        now[0] += 100.0 if asked[0] >= 200 else 0.001
+        return float(asked[0])
+
+    fitted(plan_of(epochs=1000, seconds=200.0, patience=9999), evaluate=evaluate)
+    assert asked[0] >= 200
+    assert now[0] < 400
+
+
 @pytest.mark.parametrize(("loss", "said"), [(0.5, "loss 0.5000"), (float("nan"), "loss not told")])
 def test_lines_where_there_is_no_terminal(loss: float, said: str) -> None:
     file = io.StringIO()
