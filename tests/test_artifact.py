@@ -82,6 +82,22 @@ def test_saving_again_without_an_exchange_of_names(made: Path, monkeypatch: pyte
     test_saving_again_replaces_and_leaves_nothing_behind(made)
 
 
+def test_what_cannot_be_put_in_place_leaves_the_old_one_there(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_exchanged", lambda one, other: False)
+    rename, before = Path.rename, check(made)
+
+    def stale(self: Path, target: Path) -> Path:
+        if target == made and self.name != "replaced":
+            raise OSError(116, "Stale file handle")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        save(made, manifest_of(), {**contents_of(), "report.html": b"other"})
+    assert check(made) == before
+    assert [p.name for p in made.parent.iterdir()] == ["a.nw"]
+
+
 def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "photo.jpg").write_bytes(b"dear")

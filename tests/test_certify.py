@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -319,3 +321,26 @@ def test_equal_texts_with_different_labels_match() -> None:
     assert apart.logits[0].argmax() != apart.logits[1].argmax()
     certificate, outcomes = certify(plan(rows, SAFE), Sealed(rows), apart, {"safe": apart})
     assert "all 300" in matches(certificate, outcomes, rows, apart)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_full_disk_hides_no_look(tmp_path: Path, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a part of a line, and says nothing; or says so the next time."""
+    rows, ledger, write, calls = labelled(), tmp_path / "looks.jsonl", os.write, []
+
+    def full(file: int, data: Any) -> int:
+        calls.append(len(data))
+        if len(calls) == 2 and fails:
+            raise OSError(28, "No space left on device")
+        return write(file, data[: len(data) // 2] if len(calls) == 1 else data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", full)
+        if fails:
+            with pytest.raises(OSError, match="No space left"):
+                plan(rows, SAFE, ledger=ledger)
+        else:
+            assert plan(rows, SAFE, ledger=ledger).look == 1
+    assert len(calls) == 2
+    assert ledger.read_bytes().count(b"\n") == (0 if fails else 1)
+    assert plan(rows, CHEAP, ledger=ledger).look == (1 if fails else 2), "labels opened after the line was whole"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -161,10 +162,14 @@ def test_ask_and_tell_walk_the_ladder_once() -> None:
 
 
 def climbed(
-    wrong: dict[str, float], cut: float = 0.0, reads: int | None = None, minimise: choose.Minimise = "cost"
+    wrong: dict[str, float],
+    cut: float = 0.0,
+    reads: int | None = None,
+    minimise: choose.Minimise = "cost",
+    told: Sequence[Point] = (),
 ) -> tuple[Search, list[str]]:
     """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way; a share of the
-    texts is `cut` by encoders, and some tiers read `reads` tokens."""
+    texts is `cut` by encoders, some tiers read `reads` tokens, and some points were `told` by an earlier process."""
     teacher = tiny_model(layers=6)
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, N)
@@ -189,11 +194,22 @@ def climbed(
         dev_targets=targets,
         quality=lambda said: float(TASK.quality(TASK.outcomes(said, targets))),
         trials=lambda: None,
-        told=lambda rungs: [],
+        told=lambda rungs: list(told),
         point=lambda rung: point(rung.name, worse.get(rung.name, right)),
     )
     builder.asked = partial(Builder.asked, builder)
     return climb(builder), notes  # type: ignore[arg-type]
+
+
+def test_a_rung_is_judged_by_those_before_it_whatever_was_made_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As pooled evidence does: with more points a chance becomes another one.
+    monkeypatch.setattr("netweight.pipeline._chance", lambda _, points, name: 0.1 if len(points) < 6 else 0.9)
+    found, _ = climbed({}, minimise="size")
+    assert "full-int4" in found.points
+    assert "full-int3" not in found.points
+    assert len(found.points) >= 6, "else nothing was made since"
+    again, _ = climbed({}, minimise="size", told=list(found.points.values()))
+    assert set(again.points) == set(found.points)
 
 
 @pytest.mark.parametrize(("wrong", "made"), [(0.0, True), (0.3, False)])

@@ -30,6 +30,7 @@ GROUPS = (
         "loss",
         "objectives",
         "matching",
+        "answers",
         "llm",
         "seams",
         "train",

@@ -219,6 +219,9 @@ def test_answers_that_end_before_a_label(served: Served, tmp_path: Path) -> None
     done = label_pool(pool(), TASK, teacher(served, "partly", concurrency=1), tmp_path / "cache", limit=10)
     assert done.labels == (None, "bad", "bad", None, "bad", "bad")
     assert (done.abstained, done.tokens) == (2, 600), "what was cut off was paid for"
+    for room, again in ((None, 0), (500, 2)):
+        more = teacher(served, "partly", concurrency=1, answer_tokens=room)
+        assert label_pool(pool(), TASK, more, tmp_path / "cache", limit=10).asked == again
     with pytest.raises(OptionError, match="answer_tokens of an LLM teacher is 0; use 1 or more"):
         teacher(served, "plain", answer_tokens=0)
 

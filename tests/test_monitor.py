@@ -8,6 +8,7 @@ import logging
 import math
 import random
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,35 @@ def test_a_log_is_followed_while_it_grows(tmp_path: Path) -> None:
     stop.set()
     reader.join(10)
     assert seen == ["one\n", "two\n", "new\n"]
+
+
+def test_a_log_that_is_moved_away_is_not_read_again(tmp_path: Path) -> None:
+    log, stop, seen = tmp_path / "rows.log", threading.Event(), []
+    log.write_text("one\n")
+    arrived = threading.Semaphore(0)
+
+    def read() -> None:
+        for line in lines(log, stop):
+            seen.append(line)
+            arrived.release()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert arrived.acquire(timeout=10)
+    log.rename(tmp_path / "rows.log.1")
+    time.sleep(1.2)  # for a while there is none
+    log.write_text("")
+    time.sleep(1.2)
+    with log.open("a") as file:
+        file.write("two\n")
+    assert arrived.acquire(timeout=10)
+    stop.set()
+    reader.join(10)
+    assert seen == ["one\n", "two\n"]
+
+
+def test_a_log_is_read_to_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "rows.log"
     log.write_text("whole\nhalf")
     assert list(lines(log)) == ["whole\n", "half"]
 

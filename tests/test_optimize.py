@@ -25,7 +25,7 @@ from netweight.data import Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import Outputs, load
-from netweight.errors import ArtifactError, CertificateError, OptionError, StoreError
+from netweight.errors import ArtifactError, CertificateError, ModelError, OptionError, StoreError
 from netweight.explain import explain
 from netweight.job import Budget, Options
 from netweight.model import Model, weights_digest
@@ -197,6 +197,31 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_search_that_the_clock_ended_is_over_after_a_kill_too(
+    shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Labels have been opened by then: another rung would be another plan, and another look."""
+    fourth = Rung("half-int8", (Distill(layers=1, epochs=1), Quantize()), 0.5)
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: (*ladder(teacher)[:3], fourth))
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build.Clock, "left", property(lambda self: -1.0))
+        patch.setattr(ship, "_measured", killed)
+        with pytest.raises(KeyboardInterrupt):
+            again(shop, copied)
+    before = looks(copied)
+    again(shop, copied)
+    assert looks(copied) == before
+    assert "point half-int8" not in journal(copied)
+    assert journal(copied)[pipeline.CLOSED] is None
+    again(shop, copied)
+    assert "point half-int8" in journal(copied), "a job that has ended goes on where it is asked again"
+
+
+@pytest.mark.usefixtures("quick")
 def test_where_bytes_count_few_bits_are_tried_and_the_smallest_that_passes_ships(
     shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +355,12 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
         return float(teacher.task.quality(teacher.task.outcomes(said, teacher.task.targets(rows.label or ()))))
 
     assert result.certificate.reference.value == quality(certify)
+    # What all tiers read cannot be replaced by what the teacher reads when it is damaged.
+    before = looks(out)
+    (store_of(out) / "models" / build.TRIMMED / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError):
+        optimize(train.take(seldom), dev=dev, certify=certify, out=out, **shop.options | {"max_length": 16})
+    assert looks(out) == before
     assert result.measurements.reference.quality == quality(dev)
     measured = {point.name: point.quality for point in result.measurements.candidates}
     steps = explain(out, 1).steps

@@ -94,6 +94,30 @@ def test_texts_worth_labelling_are_kept_once(models: Models, tmp_path: Path) -> 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_half_a_line_that_a_kill_left_stops_nothing(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "a', encoding="utf-8")
+    outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), np.zeros(len(TEXTS)), np.zeros(len(TEXTS), np.int64))
+    Keeper(path)(models["made"], TEXTS, None, outputs)
+    first, torn, *found = path.read_text(encoding="utf-8").splitlines()
+    assert (first, torn) == ('{"text": "one"}', '{"text": "a')
+    assert [json.loads(line)["text"] for line in found] == list(dict.fromkeys(TEXTS))
+
+
+def test_a_log_that_is_moved_away_is_begun_anew(models: Models, tmp_path: Path) -> None:
+    hosted, log = models["made"], tmp_path / "rows.log"
+    said = answer(hosted.engine, TEXTS)
+    writer = Recorder(log, rate=1000)
+    writer.offer(hosted, TEXTS, None, said)
+    deadline = time.monotonic() + 10
+    while not log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    log.rename(tmp_path / "rows.log.1")
+    writer.offer(hosted, TEXTS, None, said)
+    writer.close()
+    assert len(log.read_text().splitlines()) == len((tmp_path / "rows.log.1").read_text().splitlines()) == len(TEXTS)
+
+
 def test_what_is_kept_stays_bounded(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_KEPT", 3)
     outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), np.zeros(len(TEXTS)), np.zeros(len(TEXTS), np.int64))

@@ -257,6 +257,16 @@ def test_labels_of_spliced_rows_are_shared_by_fits(
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
 
 
+def test_outputs_that_are_damaged_are_asked_for_again(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    said = Local(dataset, tmp_path).outputs(model)
+    (kept,) = tmp_path.glob("outputs-*")
+    whole = kept.read_bytes()
+    for left in (b"", whole[:40]):
+        kept.write_bytes(left)
+        assert torch.equal(Local(dataset, tmp_path).outputs(model), said)
+        assert kept.read_bytes() == whole
+
+
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     technique = Static(width=8, buckets=64, epochs=3, batch_size=16, splice=1.0)
     whole = technique(model, Local(dataset), Plan())

@@ -143,3 +143,12 @@ def test_a_line_is_on_disk_when_put_returns(tmp_path: Path, monkeypatch: pytest.
         store.put("x", 1)
         assert len(synced) == 1
         assert (tmp_path / JOURNAL).read_bytes().endswith(b'{"key": "x", "value": 1}\n')
+
+
+def test_what_killed_processes_had_begun_is_removed(tmp_path: Path) -> None:
+    Store(tmp_path, JOB).close()
+    for name in ("points/.x.bin.1-00000000.part", "work/fit-1.new", "work/outputs-1.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"half")
+    Store(tmp_path, JOB).close()
+    assert [p.name for p in sorted(tmp_path.rglob("*")) if p.is_file()] == [JOURNAL, "outputs-1.safetensors"]

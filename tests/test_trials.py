@@ -159,6 +159,13 @@ def test_a_trial_of_an_earlier_space_is_still_a_point(tmp_path: Path) -> None:
     assert all(trial.params.get("bits") != 8 for trial, _ in seen)
 
 
+def test_a_trial_of_numbers_that_are_no_longer_proposed_is_still_a_point(tmp_path: Path) -> None:
+    old = Trial("encoder", 1, True, usual("encoder", TEACHER)[0] | {"epochs": 0.5})
+    driven = trials(tmp_path / TRIALS, "standard", [(old, made(old.rung(TEACHER)))])
+    assert [one.trial for one in driven.told["encoder"]] == [old]
+    assert all(trial.params.get("epochs") != 0.5 for trial, _ in walk(driven))
+
+
 @pytest.mark.parametrize("forget", [False, True])
 def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
     tmp_path: Path, forget: bool, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.data import Rows
+from netweight.data.files import atomic
 from netweight.encode import TextEncoder
 from netweight.engine import Engine
 from netweight.errors import ModelError, OptionError, StoreError
@@ -269,7 +270,10 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     said = {_hash(key): engine.task.labels[i] for key, i in zip(rows.keys(), chosen, strict=True)}
     new = {"artifact": engine.version, "labels": said}
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+        if text == "":
+            raise ValueError("it is empty")
+        lines = [json.loads(line) for line in (text or "").splitlines()]
         if lines and lines[-1]["artifact"] == new["artifact"]:
             lines.pop()
         lines.append(new)
@@ -279,9 +283,8 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     common = sorted(set.intersection(*map(set, last)))
     if not common:
         raise OptionError(f"the rounds in {path} are of other rows; keep to one pool, or name another file.")
-    new_file = path.with_name(f"{path.name}.new")
-    new_file.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    new_file.replace(path)
+    with atomic(path) as file:
+        file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
     held = [np.array([labels[key] for key in common]) for labels in last]
     return Rounds(len(lines), tuple(kappa(one, two) for one, two in pairwise(held)), settled(held))
 

@@ -163,7 +163,11 @@ def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Man
         elif not _exchanged(new, folder):
             with staged(folder) as old:
                 folder.rename(old / "replaced")
-                new.rename(folder)
+                try:
+                    new.rename(folder)
+                except BaseException:
+                    (old / "replaced").rename(folder)
+                    raise
     return manifest
 
 

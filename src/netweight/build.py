@@ -186,6 +186,8 @@ class Builder:
         except OptionError:  # nothing would go
             return self.teacher
         except ModelError as problem:
+            if self.store.get(f"model {TRIMMED}") is not None:
+                raise  # it was made, all tiers read its tokens, and now it is damaged
             self.reporter.note(f"tiers have the teacher's whole vocabulary: {problem}")
             return self.teacher
         if found.encoder.vocabulary > _FEW * self.teacher.encoder.vocabulary:

@@ -7,7 +7,6 @@ twice. An answer that is not one of the labels is no answer: the model abstained
 from __future__ import annotations
 
 import email.utils
-import fcntl
 import hashlib
 import http.client
 import json
@@ -24,11 +23,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from netweight.answers import Answer, Answers
 from netweight.data import Rows
-from netweight.errors import EndpointError, OptionError, StoreError
+from netweight.errors import EndpointError, OptionError
 from netweight.task import Classify
 
 _LONGEST = 1 << 20  # bytes of a response that are read
@@ -179,12 +178,12 @@ def label_pool(
         keys.append(digest if inside else None)
         if inside:
             prompts[digest] = messages
-    with _Cache(cache) as held:
-        known = {digest for digest in prompts if digest in held.answers}
-        spent = sum(held.answers[d].tokens for d in known)
+    with Answers(cache, _room(teacher, task)) as held:
+        known = {digest: answer for digest in prompts if (answer := held.get(digest))}
+        spent = sum(answer.tokens for answer in known.values())
         asking = _Asking(teacher, task, held, token_limit, spent, answered=bool(known))
         asking.all({digest: messages for digest, messages in prompts.items() if digest not in known})
-        answers = {digest: held.answers[digest] for digest in prompts if digest in held.answers}
+        answers = {digest: answer for digest in prompts if (answer := held.get(digest))}
     labels = tuple(answers[d].label if d in answers else None for d in keys)
     at = [i for i, label in enumerate(labels) if label is not None]
     given = replace(rows.take(at), label=tuple(labels[i] or "" for i in at))
@@ -228,56 +227,9 @@ def _messages(teacher: LLMTeacher, task: Classify, text: str, pair: str | None) 
     return [{"role": "system", "content": system}, {"role": "user", "content": json.dumps(row, ensure_ascii=False)}]
 
 
-@dataclass(frozen=True)
-class _Answer:
-    label: str | None
-    tokens: int
-
-
-_LINE = b'{"key": '  # how a line of the cache begins
-
-
-class _Cache:
-    """Answers by the digest of what was asked; each is on disk when `put` returns. One process at a time."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a+b", buffering=0)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise StoreError(f"another process labels with the cache {path}; wait for it, or name another.") from None
-        data = path.read_bytes()
-        # A process that was killed may have left half a line behind.
-        whole = data.rfind(b"\n") + 1
-        self.answers: dict[str, _Answer] = {}
-        for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                label = entry["label"]
-                if not (label is None or isinstance(label, str)):
-                    raise ValueError
-                self.answers[str(entry["key"])] = _Answer(label, int(entry["tokens"]))
-            except (ValueError, KeyError, TypeError):
-                self._file.close()
-                raise StoreError(f"line {number} of {path} is damaged; remove that line, or the file.") from None
-        if not data[whole:].startswith(_LINE[: len(data) - whole]):
-            self._file.close()
-            raise StoreError(f"{path} is no cache of answers; name another file, or one that does not exist yet.")
-        self._file.truncate(whole)
-
-    def put(self, key: str, answer: _Answer) -> None:
-        line = json.dumps({"key": key, "label": answer.label, "tokens": answer.tokens}, ensure_ascii=False)
-        self._file.write(line.encode("utf-8", "surrogatepass") + b"\n")
-        os.fsync(self._file.fileno())
-        self.answers[key] = answer
-
-    def __enter__(self) -> _Cache:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+def _room(teacher: LLMTeacher, task: Classify) -> int:
+    """Tokens of an answer at most."""
+    return teacher.answer_tokens or 32 + max(len(json.dumps(label)) for label in task.labels)
 
 
 class _Again(Exception):
@@ -309,7 +261,7 @@ class _Asking:
 
     teacher: LLMTeacher
     task: Classify
-    cache: _Cache
+    cache: Answers
     token_limit: int | None
     spent: int
     answered: bool  # whether the endpoint has ever answered such a request
@@ -321,8 +273,7 @@ class _Asking:
         self.opener = urllib.request.build_opener(_Still)
         self.refused: dict[str, _Refused] = {}  # by digest, since the last answer
         self.now = False  # whether one was given in this run
-        enough = 32 + max(len(json.dumps(label)) for label in self.task.labels)
-        self.answer_tokens = self.teacher.answer_tokens or enough
+        self.answer_tokens = self.cache.room
 
     def all(self, prompts: dict[str, list[dict[str, str]]]) -> None:
         """Ask; answers go into the cache. Raises the first EndpointError."""
@@ -371,7 +322,7 @@ class _Asking:
         """What was refused beside answers was refused for its text: it has none, and is not asked again."""
         if self.now:
             for digest, problem in self.refused.items():
-                self.cache.put(digest, _Answer(None, problem.tokens))
+                self.cache.put(digest, Answer(None, problem.tokens), cut=problem.tokens > 0)
             self.refused.clear()
 
     @property
@@ -380,7 +331,7 @@ class _Asking:
         first = next(iter(self.refused.values()), None)
         return "" if first is None else f"{len(self.refused):,} texts were refused: {first}"
 
-    def _persist(self, messages: list[dict[str, str]], guess: int) -> _Answer | None:
+    def _persist(self, messages: list[dict[str, str]], guess: int) -> Answer | None:
         """An answer, after some attempts; None where another thread failed meanwhile."""
         teacher, why = self.teacher, ""
         for attempt in range(teacher.retries + 1):
@@ -400,7 +351,7 @@ class _Asking:
             f"{teacher.shown} {why}, {teacher.retries + 1} times in a row; run again later, answers so far are kept."
         )
 
-    def _ask(self, messages: list[dict[str, str]], guess: int) -> _Answer:
+    def _ask(self, messages: list[dict[str, str]], guess: int) -> Answer:
         teacher = self.teacher
         body: dict[str, Any] = {"model": teacher.model, "messages": messages, "temperature": 0}
         body["max_tokens"] = self.answer_tokens
@@ -429,7 +380,7 @@ class _Asking:
                 "thinking aloud, or give more answer_tokens (--answer-tokens).",
                 paid,
             )
-        return _Answer(label, paid)
+        return Answer(label, paid)
 
     def _post(self, body: bytes) -> Any:
         headers = {"Content-Type": "application/json", "User-Agent": "netweight"}

@@ -28,6 +28,7 @@ from netweight.trials import Effort, undominated
 
 # A smaller student is made where the larger one's chance to pass alone is at least this.
 _MAY_PASS = 0.2
+CLOSED = "closed"  # in the run store: the command whose search is over
 # Where the rung that makes another one needless has so large a chance to pass alone, that other one is not made.
 _PASSES = 0.95
 # A student that gets less than this part of the time box is not worth training.
@@ -114,7 +115,13 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
                 stack.enter_context(made)
         builder = Builder(job, data, task, store, reporter, clock, made, _here(job, data, folder / "work"))
         search = climb(builder)
-        return finish(builder, _worth(builder, search.points), out, notes)
+        # From here on nothing more is made: a clock that begins anew after a kill must not ask for another rung, and
+        # with it for another look at certify.
+        if store.get(CLOSED) != job.command:
+            store.put(CLOSED, job.command)
+        result = finish(builder, _worth(builder, search.points), out, notes)
+        store.put(CLOSED, None)
+        return result
 
 
 def _here(job: Job, data: Dataset, folder: Path) -> Run | None:
@@ -146,7 +153,7 @@ def climb(builder: Builder) -> Search:
         _left_out(builder, name, "it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
-    while True:
+    while builder.store.get(CLOSED) != builder.job.command:
         if trials is not None:
             builder.drop(search.points.values())
         if (rung := search.ask()) is None:
@@ -158,11 +165,15 @@ def climb(builder: Builder) -> Search:
         if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
             _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
             break
-        if rung.unless in search.points and _chance(builder, search.points, rung.unless) > _PASSES:
+        # Judged by what stands before it, as in a process that was not killed, whatever is there by now.
+        names = [one.name for one in rungs]
+        before = names[: names.index(rung.name)] if rung.name in names else []
+        earlier = {name: search.points[name] for name in before if name in search.points}
+        if rung.unless in earlier and _chance(builder, earlier, rung.unless) > _PASSES:
             _left_out(builder, rung.name, f"{rung.unless}, which costs less, will hardly fail alone")
             search.skip(rung)
             continue
-        if search.skipped(rung.after) or (rung.after and _chance(builder, search.points, rung.after) < _MAY_PASS):
+        if search.skipped(rung.after) or (rung.after and _chance(builder, earlier, rung.after) < _MAY_PASS):
             _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
             search.skip(rung)
             continue

@@ -90,6 +90,7 @@ class Store:
         try:
             self._held = self._replayed(path)
             self._claim(job)
+            self._sweep()
         except BaseException:
             self._file.close()
             raise
@@ -122,6 +123,11 @@ class Store:
             raise StoreError(
                 f"{self.folder} belongs to another job ({'; '.join(differs)}). Choose another output, or delete it."
             )
+
+    def _sweep(self) -> None:
+        """Remove what killed processes had begun to write; all of them worked under this lock."""
+        for left in (*self.folder.rglob(".*.part"), *self.folder.glob("work/*.new")):
+            left.unlink(missing_ok=True)
 
     @property
     def job(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from netweight.data.files import replaced
 from netweight.errors import OptionError, StoreError, within
 from netweight.loss import Batch, Loss
 from netweight.network import Network, tensors
@@ -363,7 +364,7 @@ class _Loop:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(".new")
         save_file(held, new, {"fit": digest, "progress": state.progress})
-        new.replace(path)
+        replaced(new, path)
 
     def resume(self, path: Path, digest: str) -> None:
         if not self.seams.agree(path.exists()):

@@ -196,7 +196,7 @@ class Trials:
         self._objectives, self._left, self._without = objectives, left, without
         self._for_full: float | None = None
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
-        self._asked = next((trial for trial, point in kept if point is None and not trial.short), None)
+        self.asked = next((trial for trial, point in kept if point is None and not trial.short), None)
         # A short one is finished as it was begun, even where another effort or budget would now propose something else.
         self._begun = {trial.name: trial for trial, point in kept if point is None and trial.short}
         self._made = {trial.name for trial, point in kept if point is not None}
@@ -232,10 +232,10 @@ class Trials:
         left = self._left()
         if self._for_full is None:
             self._for_full = _FOR_FULL * left
-        if self._asked is None:
+        if self.asked is None:
             short = left > self._for_full or not any(self.told.values())
-            self._asked = (self._short() if short else None) or self._full()
-        return None if self._asked is None else self._asked.rung(self.teacher)
+            self.asked = (self._short() if short else None) or self._full()
+        return None if self.asked is None else self.asked.rung(self.teacher)
 
     def _short(self) -> Trial | None:
         for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
@@ -267,17 +267,12 @@ class Trials:
                 return trial
         return None
 
-    @property
-    def asked(self) -> Trial | None:
-        """What is being made."""
-        return self._asked
-
     def tell(self, point: Point) -> None:
         """What the rung that was asked for gave. Raises ValueError for another one."""
-        trial = self._asked
+        trial = self.asked
         if trial is None or trial.name != point.name:
             raise ValueError(f"{point.name} was not asked for.")
-        self._asked = None
+        self.asked = None
         self._made.add(trial.name)
         if trial.short:
             one = Told(trial, *self._objectives(point))
@@ -305,8 +300,13 @@ class Trials:
 def _proposed_still(trial: Trial, teacher: Model) -> bool:
     """Whether its values are among those that this version proposes: a store may be of an earlier one."""
     where = space(trial.kind, teacher)
-    listed = ((where[name], value) for name, value in trial.params.items())
-    return all(value in held.choices for held, value in listed if isinstance(held, CategoricalDistribution))
+    return all(_within(where[name], value) for name, value in trial.params.items())
+
+
+def _within(held: BaseDistribution, value: Any) -> bool:
+    if isinstance(held, CategoricalDistribution):
+        return value in held.choices
+    return held.low <= value <= held.high if isinstance(held, FloatDistribution | IntDistribution) else False
 
 
 def _dominates(one: Told, other: Told) -> bool:

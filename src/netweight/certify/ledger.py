@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from netweight.certify.certificate import Candidate, Registration
+from netweight.data.files import append
 from netweight.data.rows import Sealed
 from netweight.errors import CertificateError, OptionError, StoreError
 from netweight.task import Task
@@ -53,10 +53,9 @@ def register(
     return plan if ledger is None else _recorded(plan, ledger)
 
 
-def identity(registration: Registration) -> str:
+def decided(registration: Registration) -> str:
     """SHA-256 of everything that was decided; not of the look, which follows from the ledger."""
-    parts = {name: value for name, value in registration.to_dict().items() if name != "look"}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return replace(registration, look=0).digest
 
 
 def _recorded(plan: Registration, ledger: Path) -> Registration:
@@ -64,14 +63,12 @@ def _recorded(plan: Registration, ledger: Path) -> Registration:
         earlier: dict[str, int] = {}
         for entry in _entries(file, ledger):
             if entry.fingerprint == plan.fingerprint:
-                earlier.setdefault(identity(entry), entry.look)
-        known = earlier.get(identity(plan))
+                earlier.setdefault(decided(entry), entry.look)
+        known = earlier.get(decided(plan))
         registration = replace(plan, look=known or 1 + len(earlier))
         if known is None:
             line = json.dumps(registration.to_dict(), sort_keys=True, ensure_ascii=False) + "\n"
-            os.lseek(file, 0, os.SEEK_END)
-            os.write(file, line.encode())
-            os.fsync(file)
+            append(file, line.encode())
     return registration
 
 

@@ -12,7 +12,7 @@ import secrets
 import shlex
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, cast
@@ -156,11 +156,38 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     try:
         with part.open("wb") as out:
             yield out
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
+        replaced(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def append(file: int, data: bytes) -> None:
+    """Bytes behind all others of an open file, on disk when this returns. A full disk takes a part and says nothing:
+    then they are taken back, and what it says next is raised."""
+    end, left = os.lseek(file, 0, os.SEEK_END), memoryview(data)
+    try:
+        while left:
+            left = left[os.write(file, left) :]
+        os.fsync(file)
+    except OSError:
+        os.ftruncate(file, end)
+        raise
+
+
+def replaced(new: Path, path: Path) -> None:
+    """Put a complete file in the place of another: after a power cut there is one of the two, never an empty one."""
+    _settled(new)
+    os.replace(new, path)
+    with suppress(OSError):  # not every file system lets a folder be asked
+        _settled(path.parent)
+
+
+def _settled(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def arrow(purpose: str) -> tuple[Any, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from netweight import artifact
@@ -39,10 +41,11 @@ def read_fingerprint(folder: Path, manifest: artifact.Manifest) -> Fingerprint:
 
 def lines(path: Path, stop: threading.Event | None = None, at: int = 0) -> Iterator[str]:
     """Lines of a log from byte `at` on; with `stop`, also those that are yet to come, until it is set. A log that was
-    cut short is read from its beginning. Raises DataError where there is none."""
+    cut short, or moved away and begun anew, is read from its beginning. Raises DataError where there is none."""
     if not path.is_file():
         raise DataError(f"there is no log {path}; `netweight serve --log` writes one.")
-    with path.open("rb") as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("rb"))
         file.seek(at)
         held = b""
         while True:
@@ -54,7 +57,14 @@ def lines(path: Path, stop: threading.Event | None = None, at: int = 0) -> Itera
             elif not found:
                 if stop is None or stop.wait(_LOOK):
                     break
-                if path.stat().st_size < file.tell():
+                if not path.exists():  # it has been moved away, and the next one is still to come
+                    continue
+                now, here = path.stat(), os.fstat(file.fileno())
+                if (now.st_dev, now.st_ino) != (here.st_dev, here.st_ino):
+                    stack.close()
+                    file = stack.enter_context(path.open("rb"))
+                    held = b""
+                elif now.st_size < file.tell():
                     file.seek(0)
                     held = b""
         if held and stop is None:

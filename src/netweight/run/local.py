@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
-from netweight.data.files import atomic
+from netweight.data.files import atomic, replaced
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
@@ -175,7 +175,7 @@ class Local:
             kept.parent.mkdir(parents=True, exist_ok=True)
             new = kept.with_suffix(".new")
             save_file({"logits": logits}, new)
-            new.replace(kept)
+            replaced(new, kept)
         return logits
 
     def _file(self, model: Model, unlabelled: bool, half: bool, key: dict[str, Any]) -> Path | None:
@@ -227,8 +227,11 @@ def _rows_of(kept: Path | None) -> int:
     """How many rows a file of outputs holds."""
     if kept is None or not kept.exists():
         return 0
-    with safe_open(kept, framework="pt") as file:
-        return int(file.get_slice("logits").get_shape()[0])
+    try:
+        with safe_open(kept, framework="pt") as file:
+            return int(file.get_slice("logits").get_shape()[0])
+    except SafetensorError:
+        return 0  # damaged; it is made anew
 
 
 def spliced(texts: Tokens, count: int, longest: int, seed: int) -> Tokens:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import queue
 import random
 import threading
@@ -51,7 +52,7 @@ class Recorder:
         self._rate, self._allowed, self._last = rate, rate, time.monotonic()
         self._waiting: queue.Queue[_Sample | None] = queue.Queue(_WAITING)
         self._random = random.Random(seed)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         self._keep = Keeper(keep) if keep is not None else None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
@@ -85,6 +86,7 @@ class Recorder:
     def _work(self) -> None:
         while (sample := self._waiting.get()) is not None:
             try:
+                self._reopen()
                 for record in self._records(sample):
                     self._file.write(f"{record.to_line()}\n")
                 self._file.flush()
@@ -92,6 +94,14 @@ class Recorder:
                     self._keep(sample.hosted, sample.texts, sample.pairs, sample.said.outputs)
             except Exception:
                 log.exception("rows could not be written down")
+
+    def _reopen(self) -> None:
+        """Begin a new log where the old one has been moved away, as logrotate does."""
+        here = os.fstat(self._file.fileno())
+        now = self._path.stat() if self._path.exists() else None
+        if now is None or (now.st_dev, now.st_ino) != (here.st_dev, here.st_ino):
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
 
     def _records(self, sample: _Sample) -> list[Record]:
         engine, fingerprint = sample.hosted.engine, sample.hosted.fingerprint
@@ -116,13 +126,21 @@ class Keeper:
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)
         self._path = path
-        with path.open(encoding="utf-8") as file:
-            self._seen = {self._key(*self._read(line)) for line in file if line.strip()}
+        held = path.read_bytes()
+        if not held.endswith(b"\n") and held:
+            # A process that was killed left half a line; the next one must not be glued to it.
+            with path.open("ab") as file:
+                file.write(b"\n")
+        rows = [self._read(line) for line in held.decode("utf-8", "replace").splitlines()]
+        self._seen = {self._key(*row) for row in rows if row is not None}
 
     @staticmethod
-    def _read(line: str) -> tuple[str, str | None]:
-        found = json.loads(line)
-        return found["text"], found.get("pair")
+    def _read(line: str) -> tuple[str, str | None] | None:
+        try:
+            found = json.loads(line)
+            return found["text"], found.get("pair")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None  # half a line, or an empty one
 
     @staticmethod
     def _key(text: str, pair: str | None) -> bytes:
