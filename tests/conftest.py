@@ -94,6 +94,12 @@ def tiny_model(
     return Model(network, encoder, task, Base("tiny"))
 
 
+def net(model: Model) -> Transformer:
+    """The model's network, which is a transformer."""
+    assert isinstance(model.network, Transformer)
+    return model.network
+
+
 def tiny_rows(n: int = 120) -> Rows:
     texts, labels = [], []
     for i in range(n):

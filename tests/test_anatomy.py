@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, net, tiny_model
 from netweight.anatomy import blocks, keep_heads, keep_neurons
 from netweight.errors import ModelError
 from netweight.export import export
@@ -20,11 +20,6 @@ from netweight.run.local import logits_of
 from netweight.techniques.distill import shallower
 
 TEXTS = ("the zip was broken", "lovely dress", "my parcel was late after a week and wrong", "soft")
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def said(model: Model) -> torch.Tensor:

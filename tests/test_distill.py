@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from conftest import FAMILIES, tiny_encoder, tiny_model, tiny_rows
+from conftest import FAMILIES, net, tiny_encoder, tiny_model, tiny_rows
 from netweight.anatomy import blocks, keep_neurons
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
@@ -35,11 +35,6 @@ PLAN = Plan(batch_size=16, precision="fp32")
 INSIDE: tuple[Match, ...] = ("hidden", "attention", "relations")
 QUICK = Distill(layers=1, epochs=1, splice=0.0)
 TEXTS = ("the zip was broken", "lovely dress", "my parcel was late after a week and wrong", "soft")
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def sized(width: int, heads: int, layers: int = 2, seed: int = 3) -> Model:

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, net, tiny_model
 from netweight.data import Dataset
 from netweight.engine.onnx import OnnxEngine
 from netweight.errors import ModelError, OptionError
 from netweight.export import QuantizedLinear, Signed, export, lowered
 from netweight.layers import LowRank
 from netweight.model import Model
-from netweight.network import Transformer, parameters
+from netweight.network import parameters
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import Factor, Finetune, Prune, Quantize, Static
@@ -31,11 +31,6 @@ from netweight.testing import TechniqueContract, fresh_digest
 from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def ranks(model: Model) -> dict[str, int]:

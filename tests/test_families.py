@@ -10,11 +10,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from conftest import BAD, FAMILIES, GOOD, THINGS, tiny_encoder, tiny_model
+from conftest import BAD, FAMILIES, GOOD, THINGS, net, tiny_encoder, tiny_model
 from netweight.data import Dataset
 from netweight.export import export
-from netweight.model import Model, pretrained
-from netweight.network import Transformer
+from netweight.model import pretrained
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify
@@ -70,11 +69,6 @@ def saved(family: str, folder: Path, **files: Any) -> Path:
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 @pytest.mark.usefixtures("patched")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import FAMILIES, tiny_model, tiny_rows
+from conftest import FAMILIES, net, tiny_model, tiny_rows
 from netweight.anatomy import blocks
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
@@ -21,7 +21,6 @@ from netweight.errors import ModelError, OptionError
 from netweight.layers import LowRank
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
-from netweight.network import Transformer
 from netweight.objectives import Adversarial, RDrop, embeddings_moved, inner
 from netweight.run import Local
 from netweight.run.local import logits_of
@@ -41,11 +40,6 @@ WAYS = {
     "penalty": Finetune(epochs=1, learning_rate=1e-3, penalty="group", strength=1e-4),
     "adversarial": Finetune(epochs=1, learning_rate=1e-3, regularizer="adversarial", epsilon=0.05, class_weights=True),
 }
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def moved(before: Model, after: Model) -> set[str]:
@@ -300,10 +294,10 @@ def test_refusals(dataset: Dataset) -> None:
         ({"regularizer": "r-drop", "epsilon": 1.0}, "epsilon is for regularizer='adversarial'; with 'r-drop'"),
         ({"regularizer": "adversarial", "epsilon": -1.0}, "epsilon is -1.0; use a number above 0"),
         ({"train": "head", "freeze_embeddings": False}, "train='head' keeps the embeddings as they are"),
-        ({"penalty": "l3", "strength": 1.0}, "unknown penalty 'l3'; use none, l1, l2, group"),
+        ({"penalty": "l3", "strength": 1.0}, "unknown penalty 'l3'; use one of none, l1, l2, group"),
         ({"penalty": "l1"}, "penalty 'l1' with strength 0.0: give both or none"),
         ({"strength": 1.0}, "penalty 'none' with strength 1.0: give both or none"),
-        ({"penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; it must be above 0"),
+        ({"penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; use a number above 0"),
         (
             {"penalty": "l1", "strength": 1.0, "train": "lora"},
             "train='lora' keeps the weights that a penalty would shrink",

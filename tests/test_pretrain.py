@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES, tiny_model, tiny_rows
+from conftest import FAMILIES, net, tiny_model, tiny_rows
 from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
 from netweight.layers import FactoredEmbedding
 from netweight.loss import Batch
 from netweight.model import Model
-from netweight.network import Transformer
 from netweight.objectives import CausalLM, Contrastive, MaskedLM, hidden_states, pooled, vocabulary_logits
 from netweight.run import Local
 from netweight.techniques import Pretrain, Static
@@ -35,11 +34,6 @@ OBJECTIVES: tuple[Objective, ...] = ("masked", "causal", "contrastive")
 
 def base(family: str = "bert", layers: int = 2) -> Model:
     return tiny_model(family=family, layers=layers, more=("[MASK]",))
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def batch_of(model: Model, n: int = 6) -> Batch:

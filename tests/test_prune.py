@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as reference
 from transformers import AutoConfig, AutoModel
 
-from conftest import FAMILIES, tiny_model, tiny_rows
+from conftest import FAMILIES, net, tiny_model, tiny_rows
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.errors import DataError, ModelError, OptionError
@@ -48,11 +48,6 @@ from netweight.train import Plan
 from quick import TECHNIQUES
 
 PLAN = Plan(batch_size=16, precision="fp32")
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def weights(model: Model) -> dict[str, Tensor]:
@@ -460,7 +455,7 @@ def test_a_penalty_shrinks_what_it_names(model: Model, dataset: Dataset) -> None
         ({"sparsity": 0.5, "rows": 0, "importance": "taylor"}, "rows is 0; an importance must see one row or more"),
         ({"sparsity": 0.5, "penalty": "l1"}, "penalty 'l1' with strength 0.0: give both or none"),
         ({"sparsity": 0.5, "strength": 1.0}, "penalty 'none' with strength 1.0: give both or none"),
-        ({"sparsity": 0.5, "penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; it must be above 0"),
+        ({"sparsity": 0.5, "penalty": "l1", "strength": -1.0}, "strength of the penalty is -1.0; use a number above 0"),
         ({"sparsity": 0.5, "penalty": "l1", "strength": 1.0, "epochs": 0}, "a penalty is part of the healing loss"),
     ],
 )

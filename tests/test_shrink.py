@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conftest import FAMILIES, tiny_model
+from conftest import FAMILIES, net, tiny_model
 from netweight import bench, measure
 from netweight.active import select
 from netweight.anatomy import blocks, keep_hidden, stream
@@ -27,7 +27,6 @@ from netweight.export import Exported
 from netweight.layers import LowRank
 from netweight.loss import Batch, matching
 from netweight.model import Model
-from netweight.network import Transformer
 from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
 from netweight.task import Score
@@ -51,11 +50,6 @@ from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
 QUICK = Shrink(heads=0.5, neurons=0.5, rows=20, epochs=0)
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 def losses(model: Model, data: Dataset, rows: int) -> Callable[[], Tensor]:

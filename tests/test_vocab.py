@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from conftest import FAMILIES, GOOD, tiny_model
+from conftest import FAMILIES, GOOD, net, tiny_model
 from netweight.data import Dataset, Rows
 from netweight.encode import TextEncoder
 from netweight.engine.onnx import OnnxEngine
@@ -25,7 +25,6 @@ from netweight.export import QuantizedEmbedding, QuantizedLinear, export, lowere
 from netweight.layers import FactoredEmbedding
 from netweight.loss import SoftTargets
 from netweight.model import Model
-from netweight.network import Transformer
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import FactorEmbedding, Quantize, Static, Vocab
@@ -43,11 +42,6 @@ CORPUS = (
     "running runner runs ran, swimming swimmer swims",
     "unhappiness unkindness unfairness happiness kindness fairness",
 ) * 3
-
-
-def net(model: Model) -> Transformer:
-    assert isinstance(model.network, Transformer)
-    return model.network
 
 
 # --- tokenizers ---

@@ -61,9 +61,6 @@ def teacher_engine(model: Model, threads: int) -> Engine:
     return _engine(model, "teacher", TorchEngine(model, threads))
 
 
-NAMES = ("teacher", "onnx", "onnx-int8", "openvino-int8")
-
-
 def baseline(name: str, model: Model, rows: Rows, threads: int) -> tuple[Engine, int]:
     """An engine and its bytes on disk.
 

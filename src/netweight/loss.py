@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netweight.errors import ModelError, within
+from netweight.errors import ModelError, OptionError, within
 from netweight.model import Model
 from netweight.network import Exits
 from netweight.task import Classify, Score
@@ -183,6 +183,21 @@ class Penalized:
         added = torch.stack([penalty(held[name], self.penalty) for name in self.names]).sum()
         # Every process adds its share of the penalty.
         return self.loss(network, batch) + self.strength * added / batch.everywhere(torch.ones_like(added.detach()))
+
+
+def penalized(loss: Loss, kind: Literal["none"] | Penalty, strength: float, layers: Iterable[str]) -> Loss:
+    """The loss with a penalty on the weights of these linear layers; "none": the loss itself."""
+    return loss if kind == "none" else Penalized(loss, kind, strength, tuple(f"{name}.weight" for name in layers))
+
+
+def checked_penalty(kind: str, strength: float) -> None:
+    """Raises OptionError for an unknown penalty, and where one of the two is given without the other."""
+    if kind not in (allowed := ("none", *get_args(Penalty))):
+        raise OptionError(f"unknown penalty {kind!r}; use one of {', '.join(allowed)}.")
+    if strength < 0:
+        raise OptionError(f"strength of the penalty is {strength}; use a number above 0, or leave it out.")
+    if (kind == "none") != (strength == 0):
+        raise OptionError(f"penalty {kind!r} with strength {strength}: give both or none.")
 
 
 def penalty(weight: Tensor, kind: Penalty) -> Tensor:

@@ -60,7 +60,7 @@ def ladder(teacher: Model, bytes_count: bool = False) -> tuple[Rung, ...]:
     ]
     static = Static(splice=12.0)
     # Nearer to the teacher than the one above and a little slower, for certificates that need it.
-    mixed = [Rung("full-mixed", (replace(INT8, activations="mixed"),), 0.2, unless="static")] if known(teacher) else []
+    mixed = Rung("full-mixed", (replace(INT8, activations="mixed"),), 0.2, unless="static")
     # In 3 bits 2 % of labels differ from the teacher's, unless that rounding is trained with.
     trained = QuantizeAware(replace(FEW, weight_bits=3, table_bits=5), epochs=3.0, splice=12.0)
     fewer = [
@@ -72,13 +72,13 @@ def ladder(teacher: Model, bytes_count: bool = False) -> tuple[Rung, ...]:
         Rung("full-int8", (INT8,), 0.2),
         Rung("static", (static,), 0.15, TRAINED),
         Rung("conv", (replace(static, filters=256, epochs=20.0, learning_rate=2e-3),), 0.25, TRAINED, unless="static"),
-        *(fewer if bytes_count else mixed),
+        *(fewer if bytes_count else [mixed] if layers_of(teacher) else []),
         *students,
     )
 
 
-def known(teacher: Model) -> list[Block]:
-    """Its layers; none in families whose layers are built in a way of their own."""
+def layers_of(teacher: Model) -> list[Block]:
+    """A teacher's layers; none in families whose layers are built in a way of their own."""
     try:
         return blocks(transformer(teacher, "a student"))
     except ModelError:
@@ -98,7 +98,7 @@ def student(
     on the teacher; `then` quantizes it (None: `INT8`). In families whose layers cannot be cut, only whole layers go.
     """
     distil, then = distil or DISTILLED, then or (INT8,)
-    found = known(teacher)
+    found = layers_of(teacher)
     if not found:
         return replace(distil, layers=layers), *then
     # Kernels work in blocks of 32; a share of few neurons is cut more finely.

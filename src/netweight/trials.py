@@ -26,13 +26,11 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from netweight.anatomy import blocks
-from netweight.errors import ModelError, OptionError
+from netweight.errors import OptionError
 from netweight.model import Model
-from netweight.search import DISTILLED, TRAINED, Point, Rung, ladder, quantized, student
+from netweight.search import DISTILLED, TRAINED, Point, Rung, ladder, layers_of, quantized, student
 from netweight.techniques import Distill, EarlyExit, Factor, MixedBits, Prune, QuantizeAware, Recipe, Static, Technique
-from netweight.techniques.base import transformer
-from netweight.techniques.exits import fits as exits_fit
+from netweight.techniques.exits import refusal as no_exits
 from netweight.train import Plan
 
 Effort = Literal["quick", "standard", "thorough"]
@@ -128,15 +126,12 @@ def _student(given: dict[str, Any], teacher: Model) -> Recipe:
 
 def _heads(teacher: Model) -> int:
     """Heads of a layer; 0 in a family whose layers are not known."""
-    try:
-        return min(block.heads for block in blocks(transformer(teacher, "a student")))
-    except ModelError:
-        return 0
+    return min((block.heads for block in layers_of(teacher)), default=0)
 
 
 def kinds(teacher: Model) -> tuple[Kind, ...]:
     """What can be made of a teacher."""
-    return tuple(kind for kind in get_args(Kind) if kind != "exits" or (teacher.depth > 1 and exits_fit(teacher)))
+    return tuple(kind for kind in get_args(Kind) if kind != "exits" or (teacher.depth > 1 and not no_exits(teacher)))
 
 
 def usual(kind: Kind, teacher: Model) -> list[dict[str, Any]]:

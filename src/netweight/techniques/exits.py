@@ -42,26 +42,28 @@ class EarlyExit:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "EarlyExit")
-        if not isinstance(model.task, Classify):
-            raise ModelError("EarlyExit needs a task with labels: a score has no confidence to exit by.")
-        if network.config.model_type not in FAMILIES:
-            raise ModelError(
-                f"EarlyExit works in {', '.join(FAMILIES)}; the layers of {network.config.model_type} need more than "
-                "hidden states and a mask."
-            )
-        if isinstance(network, Exits):
-            raise ModelError("the model has exits already; use one without, such as the model that they were added to.")
+        if why := refusal(model):
+            raise ModelError(why)
         student = model.with_network(_with_exits(network, self.after))
         loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         return heal(student, loss, run, planned(plan, self), f"exits after {', '.join(map(str, self.after))}")
 
 
-def fits(model: Model) -> bool:
-    """Whether the model can have exits."""
+def refusal(model: Model) -> str:
+    """Why the model cannot have exits, or nothing."""
     network = model.network
-    if not isinstance(network, Transformer) or isinstance(network, Exits):
-        return False
-    return isinstance(model.task, Classify) and network.config.model_type in FAMILIES
+    if not isinstance(network, Transformer):
+        return f"exits stand in a transformer; this network is {type(network).__name__}."
+    if not isinstance(model.task, Classify):
+        return "EarlyExit needs a task with labels: a score has no confidence to exit by."
+    kind = network.config.model_type
+    if kind not in FAMILIES:
+        return (
+            f"EarlyExit works in {', '.join(FAMILIES)}; the layers of {kind} need more than hidden states and a mask."
+        )
+    if isinstance(network, Exits):
+        return "the model has exits already; use one without, such as the model that they were added to."
+    return ""
 
 
 def _with_exits(network: Transformer, after: tuple[int, ...]) -> Exits:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, Loss, Penalized, Penalty, Supervised
+from netweight.loss import Batch, Loss, Penalty, Supervised, checked_penalty, penalized
 from netweight.model import Model
 from netweight.network import Exits, Network, Transformer
 from netweight.objectives import Adversarial, RDrop, drops_out
@@ -64,11 +64,10 @@ class Finetune:
     strength: float = 0.0
 
     def __post_init__(self) -> None:
-        penalties = ("none", *get_args(Penalty))
-        kinds = {"train": get_args(Trained), "regularizer": get_args(Regularizer), "penalty": penalties}
-        for name, allowed in kinds.items():
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"unknown {name} {getattr(self, name)!r}; use {', '.join(allowed)}.")
+        for name, kinds in (("train", Trained), ("regularizer", Regularizer)):
+            if getattr(self, name) not in get_args(kinds):
+                raise OptionError(f"unknown {name} {getattr(self, name)!r}; use {', '.join(get_args(kinds))}.")
+        checked_penalty(self.penalty, self.strength)
         if self.train != "full" and not self.freeze_embeddings:
             raise OptionError(f"train={self.train!r} keeps the embeddings as they are; leave freeze_embeddings out.")
         belongs = {
@@ -83,10 +82,6 @@ class Finetune:
                 raise OptionError(f"{name} is for {option}={value!r}; with {getattr(self, option)!r} leave it out.")
             if given is not None and not given > 0:
                 raise OptionError(f"{name} is {given}; use a number above 0.")
-        if self.strength < 0:
-            raise OptionError(f"strength of the penalty is {self.strength}; it must be above 0.")
-        if (self.penalty == "none") != (self.strength == 0):
-            raise OptionError(f"penalty {self.penalty!r} with strength {self.strength}: give both or none.")
         if self.penalty != "none" and self.train != "full":
             raise OptionError(f"train={self.train!r} keeps the weights that a penalty would shrink; leave penalty out.")
 
@@ -95,9 +90,7 @@ class Finetune:
         network = transformer(new, "Finetune")
         if self.train == "lora" and network.pruned:
             raise OptionError("what LoRA learns would fill the zeros of a pruned model; use train='full' or 'head'.")
-        loss = self._loss(new, network, run)
-        if self.penalty != "none":
-            loss = Penalized(loss, self.penalty, self.strength, tuple(f"{name}.weight" for name in network.linears()))
+        loss = penalized(self._loss(new, network, run), self.penalty, self.strength, network.linears())
         if self.probe:
             rows = max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs)
             set_probe(network, run.reduce(new, Moments(model.task), rows), model.task)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from netweight.errors import DataError, OptionError
-from netweight.loss import Batch, Loss, Penalized, Penalty, SoftTargets, supervised
+from netweight.loss import Batch, Loss, Penalty, SoftTargets, checked_penalty, penalized, supervised
 from netweight.model import Model
 from netweight.network import Network
 from netweight.run import Run
@@ -80,7 +80,7 @@ class Prune:
     def __post_init__(self) -> None:
         for name, allowed in (("importance", Importance), ("scope", Scope), ("schedule", Schedule)):
             _among(name, getattr(self, name), get_args(allowed))
-        _among("penalty", self.penalty, ("none", *get_args(Penalty)))
+        checked_penalty(self.penalty, self.strength)
         if (self.sparsity is None) == (self.pattern is None):
             raise OptionError("give sparsity or pattern, one of them.")
         n, m = self.pattern or (1, 2)
@@ -108,11 +108,6 @@ class Prune:
                 f"rows does not apply to importance {self.importance!r}, which reads none; use 'taylor' or 'fisher'.",
             ),
             (self.rows is not None and self.rows < 1, f"rows is {self.rows}; an importance must see one row or more."),
-            (self.strength < 0, f"strength of the penalty is {self.strength}; it must be above 0."),
-            (
-                (self.penalty == "none") != (self.strength == 0),
-                f"penalty {self.penalty!r} with strength {self.strength}: give both or none.",
-            ),
             (
                 self.penalty != "none" and self.epochs == 0,
                 "a penalty is part of the healing loss; give epochs, or leave it out.",
@@ -133,8 +128,7 @@ class Prune:
         layers = transformer(model, "Prune").linears()
         self._check(layers)
         loss: Loss = SoftTargets(model.task, (model,), self.temperature)
-        if self.penalty != "none":
-            loss = Penalized(loss, self.penalty, self.strength, tuple(f"{name}.weight" for name in layers))
+        loss = penalized(loss, self.penalty, self.strength, layers)
         goals = self.goals(zeros(layers))
         student = model
         for stage, goal in enumerate(goals):
