@@ -292,7 +292,7 @@ def test_the_command_that_converts_a_file_runs(tmp_path: Path, name: str) -> Non
     with pytest.raises(DataError, match="it looks like gb18030") as caught:
         read(path, COLUMNS)
     command = str(caught.value).split("look at what comes out: ")[1]
-    subprocess.run(["bash", "-c", command], check=True)
+    subprocess.run(["bash", "-c", command], check=False)  # iconv ends with 1 where it left something out
     loaded = read(path.with_name(f"utf8-{name}"), COLUMNS)
     assert loaded.rows.text[:400] == ("拉链坏了",) * 400
     assert loaded.rows.text[400].startswith("拉")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Shop, tiny_model, write_table
+from conftest import Shop, tiny_model
 from netweight.data import Dataset
 from netweight.export import export
 from netweight.network import Transformer
@@ -68,7 +68,9 @@ def test_an_encoder_is_timed_beside_the_peak(
 def test_predict_is_timed_on_repeated_rows_and_finished_steps_are_kept(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    table = write_table(tmp_path / "rows.csv", shop.dev.take(range(40)))
+    table, rows = tmp_path / "rows.csv", shop.dev.take(range(40))
+    with table.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *zip(rows.text, rows.label or (), strict=True)])
     words = ("predict", shop.folder, table, "--threads", 1, "--work", tmp_path, "--results", tmp_path)
     scaling = script("scaling", monkeypatch, *words)
     monkeypatch.setattr(scaling, "TIMES", (1, 2))

@@ -52,9 +52,9 @@ def test_labels(labels: tuple[str, ...], buckets: int) -> None:
     matrix, targets = dense(model, rows, buckets), model.task.targets(rows.label or ())
     known = LogisticRegression(C=2.0, max_iter=500, tol=1e-6).fit(matrix, targets, rows.weight)
     said = softmax(logits_of(made, model.encoder.encode(rows.text)).numpy(), axis=1)
-    np.testing.assert_allclose(said, known.predict_proba(matrix), atol=5e-3)
+    np.testing.assert_allclose(said, known.predict_proba(matrix), atol=2e-2)
     apart = LogisticRegression(C=2.0, max_iter=500, tol=1e-6).fit(matrix, targets).predict_proba(matrix)
-    assert np.abs(apart - said).max() > 0.02, "weights of rows count"
+    assert np.abs(apart - said).max() > 0.03, "weights of rows count"
 
 
 def test_scores() -> None:

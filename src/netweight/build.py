@@ -155,6 +155,8 @@ class Builder:
 
     def foreign(self, encoder: TextEncoder) -> str:
         """A sentence where much of dev is unknown to this tokenizer; else nothing."""
+        if self.job.options.model == SCRATCH:
+            return ""  # nothing knows these texts better
         ids = encoder.encode(self.data.dev.text[:_LOOK]).ids
         share = float(np.mean(ids == encoder.unknown))
         name = self.job.options.model

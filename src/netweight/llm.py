@@ -181,7 +181,7 @@ def label_pool(
     with Answers(cache, _room(teacher, task)) as held:
         known = {digest: answer for digest in prompts if (answer := held.get(digest))}
         spent = sum(answer.tokens for answer in known.values())
-        asking = _Asking(teacher, task, held, token_limit, spent, answered=bool(known))
+        asking = _Asking(teacher, task, held, token_limit, spent, answered=any(d in held.answers for d in known))
         asking.all({digest: messages for digest, messages in prompts.items() if digest not in known})
         answers = {digest: answer for digest in prompts if (answer := held.get(digest))}
     labels = tuple(answers[d].label if d in answers else None for d in keys)
@@ -311,6 +311,8 @@ class _Asking:
                 with self.lock:
                     self.spent += problem.tokens - guess
                     self.refused[digest] = problem
+                    if problem.tokens:  # it was paid for, whatever comes of the others
+                        self.cache.put(digest, Answer(None, problem.tokens), cut=True)
                     if len(self.refused) >= (_REFUSED_LATER if self.answered else _REFUSED):
                         self.stop.set()
                         raise
@@ -321,8 +323,8 @@ class _Asking:
     def _abstained(self) -> None:
         """What was refused beside answers was refused for its text: it has none, and is not asked again."""
         if self.now:
-            for digest, problem in self.refused.items():
-                self.cache.put(digest, Answer(None, problem.tokens), cut=problem.tokens > 0)
+            for digest in [digest for digest, problem in self.refused.items() if not problem.tokens]:
+                self.cache.put(digest, Answer(None, 0))
             self.refused.clear()
 
     @property

@@ -266,7 +266,7 @@ class _Loop:
         p.step += 1
         plan.reporter.step(p.step, value, rate)
         # What a fit was timed to, it keeps when it is resumed.
-        if plan.seconds and not (p.timed and clock.first) and self.looks(p.step - clock.first):
+        if plan.seconds and not (p.timed and clock.first) and self.looks(p.step - clock.first, p.step - clock.marked):
             now = time.monotonic()
             if p.step - clock.first > _LOOKS[0]:
                 self.fit_into(plan.seconds - (now - clock.began), (now - clock.looked) / (p.step - clock.marked), label)
@@ -275,9 +275,10 @@ class _Loop:
             self.save(*self.checkpoint)
             clock.saved = time.monotonic()
 
-    def looks(self, steps: int) -> bool:
-        """Whether so many steps in this process are a moment to look at the clock. One after each evaluation is."""
-        if 0 < self.progress.judged == self.progress.step - 1:
+    def looks(self, steps: int, since: int) -> bool:
+        """Whether so many steps in this process are a moment to look at the clock."""
+        # Behind an evaluation, which takes time too, as soon as there is a whole epoch to tell what one costs.
+        if 0 < self.progress.judged == self.progress.step - 1 and since >= self.per_epoch:
             return steps > _LOOKS[0]
         while steps > _LOOKS[-1] and steps % 4 == 0:
             steps //= 4

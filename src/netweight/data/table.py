@@ -205,6 +205,8 @@ def _delimited(file: File) -> DelimitedTable:
     name = file.path.name
     with opened_text(file, newline="") as text:
         header, broken = next(_filled(_parsed(text, _delimiter(file))), ([], ""))
+        with file.open() as raw:
+            marked = raw.read(3) == codecs.BOM_UTF8
     if broken:
         raise DataError(f"the first line of {name} must name the columns, but its {broken}: {header[0][:80]!r}.")
     if not header:
@@ -216,8 +218,6 @@ def _delimited(file: File) -> DelimitedTable:
     # Excel writes empty names behind the others once a cell there has been touched.
     header = [cell or f"column {i}" for i, cell in enumerate(header, 1)]
     _distinct(header, name)
-    with file.open() as raw:
-        marked = raw.read(3) == codecs.BOM_UTF8
     return DelimitedTable(file, tuple(header), marked)
 
 

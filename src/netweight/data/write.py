@@ -32,7 +32,7 @@ class Writer:
 
     `out` is a path (format by suffix, as for reading) or '-' for standard output (jsonl for jsonl, tsv for tsv and
     lines, csv for others). A file appears only when the block ends without an error. `added` names the added
-    columns and whether each holds text or numbers; a name that the input already has is refused. A csv that begins
+    columns and whether each holds text or numbers; a name that the input already has is refused. A table that begins
     with a byte order mark, as Excel's do, becomes another with one. A parquet input
     keeps the types of its columns in a parquet output; columns of other inputs become strings there.
     Raises OptionError for such a name, a folder that does not exist, and an output that would replace the input.
@@ -115,7 +115,7 @@ def _other(out: Path, source: Path) -> None:
 
 def write_rows(file: File, rows: Rows, source: str | Path | None = None) -> None:
     """A table of some rows, all or nothing: row (the number in the source), text, pair where there is one, and label,
-    empty where there is none. A csv begins with a byte order mark where the table `source` does."""
+    empty where there is none. It begins with a byte order mark where the table `source` does."""
     pair = {} if rows.pair is None else {"pair": rows.pair}
     columns = {"row": map(str, rows.number), "text": rows.text, **pair, "label": rows.label or ("",) * len(rows)}
     table = open_table(source) if source is not None and Path(source).exists() else None
