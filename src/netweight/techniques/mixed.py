@@ -30,7 +30,8 @@ _UNITS = 2**14  # steps in which sizes are counted: the choice is exact up to a 
 
 @dataclass(frozen=True)
 class MixedBits:
-    """Give each linear layer (but BERT's pooler) one of `choices` bits a weight, so that the outputs change least within a size.
+    """Give each linear layer one of `choices` bits a weight, so that the outputs change least within a size. BERT's
+    pooler, which nothing reads, has none to give.
 
     The size is `mean_bits` a weight, or `budget` bytes for all linear layers' weights and scales as stored. The change
     is the KL divergence of the outputs (the squared difference for scores) over `rows` rows when one layer alone is
