@@ -131,11 +131,11 @@ class Keeper:
             # A process that was killed left half a line; the next one must not be glued to it.
             with path.open("ab") as file:
                 file.write(b"\n")
-        rows = [self._read(line) for line in held.decode("utf-8", "replace").splitlines()]
+        rows = [self._read(line) for line in held.split(b"\n")]
         self._seen = {self._key(*row) for row in rows if row is not None}
 
     @staticmethod
-    def _read(line: str) -> tuple[str, str | None] | None:
+    def _read(line: bytes) -> tuple[str, str | None] | None:
         try:
             found = json.loads(line)
             return found["text"], found.get("pair")
