@@ -295,7 +295,7 @@ def test_the_command_that_converts_a_file_runs(tmp_path: Path, name: str) -> Non
     subprocess.run(["bash", "-c", command], check=False)  # iconv ends with 1 where it left something out
     loaded = read(path.with_name(f"utf8-{name}"), COLUMNS)
     assert loaded.rows.text[:400] == ("拉链坏了",) * 400
-    assert loaded.rows.text[400].startswith("拉")
+    assert loaded.read == 401, "iconv may take the comma for the other half"
 
 
 def test_what_spreadsheets_and_databases_leave_behind(tmp_path: Path) -> None:
