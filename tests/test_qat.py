@@ -244,7 +244,7 @@ def test_bits_go_where_they_matter(taught: Model, dataset: Dataset) -> None:
     tight = MixedBits(budget=least, rows=20, quantize=Quantize(activations="none"))(model, run, PLAN)
     assert {tight.weights[name].bits for name in layers} == {2}
     small = MixedBits(budget=4000, rows=20, quantize=Quantize(activations="none"))(model, run, PLAN)
-    assert sum(held_bytes(layers[name].weight.shape, spec) for name, spec in small.weights.items()) <= 4000
+    assert sum(held_bytes(layer.weight.shape, small.weights[name]) for name, layer in layers.items()) <= 4000
 
 
 def distance_over(model: Model, to: Model, texts: list[str]) -> float:

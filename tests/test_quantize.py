@@ -485,9 +485,11 @@ def check_engines(data: bytes, layer: nn.Module) -> None:
 
 
 def test_both_engines_round_each_token() -> None:
-    layer = Side(DynamicLinear(nn.Linear(40, 24), Weights()), DynamicLinear(nn.Linear(40, 24), Weights(4))).eval()
+    # Sums of products of 8 bits overflow on x86 without VNNI; of 7 bits they do not, which is why the ladder has 7.
+    bits = (8, 7, 4) if "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else (7, 4)
+    layer = Side(*(DynamicLinear(nn.Linear(40, 24), Weights(b)) for b in bits)).eval()
     data, operators = sided(layer, some(4, 40))
-    assert operators.count("MatMulInteger") == 2
+    assert operators.count("MatMulInteger") == len(bits)
     check_engines(data, layer)
 
 
