@@ -169,12 +169,16 @@ def extra(name: str) -> Run | None:
 def page() -> tuple[str, dict[str, str]]:
     """docs/results.md, and the plots that it shows by file name."""
     found = runs("banking77")
-    machine = max((own["machine"] for _, own, _ in figures.shops(peers.cells())), key=lambda m: m["date"])
+    machines: dict[str, list[str]] = {}
+    for name, own, _ in figures.shops(peers.cells()):
+        m = own["machine"]
+        of = machines.setdefault(f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads", [])
+        of.extend([name.split()[0]] if name.split()[0] not in of else [])
+    where = "; ".join(f"{machine} ({', '.join(of)})" for machine, of in machines.items())
     parts = [
         "# Results\n\nWritten by `make docs` from `benchmarks/results/`: tables from what commands stored, and beneath them notes, whose "
         "numbers were read off the commands that they name.\n",
-        f"Machine: {machine['cpu']}; {machine['cores']} cores, {machine['threads']} threads. Shared and noisy: trust ratios, "
-        "which come from interleaved rounds of one run.\n",
+        f"Machines: {where}. Shared and noisy: trust ratios, which come from interleaved rounds of one run on one machine.\n",
     ]
     earlier = [
         "## Earlier runs, superseded\n\nOf 2026-11-25, with the targets of that day, from before most of what is above. They are "

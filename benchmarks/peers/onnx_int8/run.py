@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from encoders import keep_tokenizer, onnx_predict
+from encoders import keep_tokenizer, onnx_predict, overflows
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from protocol import Options, Predict, main
 
@@ -12,7 +12,11 @@ def train(options: Options) -> None:
     keep_tokenizer(options)
     assert options.teacher
     quantize_dynamic(
-        options.teacher / "model.onnx", options.model / "model.onnx", per_channel=True, weight_type=QuantType.QInt8
+        options.teacher / "model.onnx",
+        options.model / "model.onnx",
+        per_channel=True,
+        reduce_range=overflows(),
+        weight_type=QuantType.QInt8,
     )
 
 

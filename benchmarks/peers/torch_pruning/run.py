@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch_pruning as tp
-from encoders import Encoder, keep_tokenizer, onnx_predict
+from encoders import Encoder, keep_tokenizer, onnx_predict, overflows
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from protocol import Options, Predict, main
 from safetensors.torch import load_file
@@ -115,7 +115,13 @@ def train(options: Options) -> None:
             dynamo=True,
             external_data=False,
         )
-    quantize_dynamic(plain, options.model / "model.onnx", per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(
+        plain,
+        options.model / "model.onnx",
+        per_channel=True,
+        reduce_range=overflows(),
+        weight_type=QuantType.QInt8,
+    )
 
 
 def load(options: Options) -> Predict:
