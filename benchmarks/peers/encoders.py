@@ -18,8 +18,8 @@ Inputs = dict[str, NDArray[np.int32]]
 
 
 def overflows() -> bool:
-    """Whether pairs of products of 8-bit integers overflow the 16 bits that they are added in, as on x86 without VNNI or
-    AMX. Weights of 7 bits do not: what ONNX Runtime calls reduce_range, and NNCF its overflow fix."""
+    """Whether pairs of products of 8-bit integers overflow the 16 bits that they are added in, as on x86 without VNNI
+    or AMX. Weights of 7 bits do not: what ONNX Runtime calls reduce_range, and NNCF its overflow fix."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

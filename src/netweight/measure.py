@@ -148,7 +148,7 @@ def _cpu() -> str:
         return platform.processor() or "unknown"
     name = re.search(r"model name\s*:\s*(.+)", text)
     wanted = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
-    able = [flag for flag in wanted if re.search(rf"\b{flag}\b", text)]
+    able = [flag for flag in wanted if re.search(rf"\b{flag}\b", text)] or re.findall(r"\bavx2\b", text)[:1]
     return f"{name[1].strip() if name else 'unknown'}{' with ' + ', '.join(able) if able else ''}"
 
 
