@@ -27,6 +27,7 @@ from netweight.export import Exported
 from netweight.layers import LowRank
 from netweight.loss import Batch, matching
 from netweight.model import Model
+from netweight.network import Transformer
 from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
 from netweight.task import Score
@@ -121,14 +122,9 @@ def test_rows_count_by_their_weight(model: Model, dataset: Dataset) -> None:
         torch.testing.assert_close(value, 2.0 * a[name] + 0.5 * b[name], rtol=1e-4, atol=1e-12)
 
 
-def halves(rows: Rows, model: Model) -> tuple[list[int], list[int]]:
-    """Rows whose targets lie above the mean, and the others."""
-    above = model.task.targets(rows.label or ()) >= model.task.mean  # type: ignore[union-attr]
-    return [i for i, one in enumerate(above) if one], [i for i, one in enumerate(above) if not one]
-
-
-def test_units_that_nobody_reads_are_those_that_go(model: Model, dataset: Dataset) -> None:
-    network = net(model)
+def copies(network: Transformer, apart: float) -> Tensor:
+    """Make each second hidden unit a copy of the one before it that nobody reads, with values that lie so far apart;
+    returns the others."""
     kept, where = torch.arange(0, 32, 2), stream(network)
     with torch.no_grad():
         for name in (*where.tables, *where.norms, *where.writes):
@@ -136,9 +132,21 @@ def test_units_that_nobody_reads_are_those_that_go(model: Model, dataset: Datase
                 if name in where.tables:
                     value[:, kept + 1] = value[:, kept]
                 else:
+                    value.add_(torch.linspace(0, apart, 32).view(-1, *[1] * (value.ndim - 1)))
                     value[kept + 1] = value[kept]
         for name in where.reads:
             network.get_submodule(name).weight[:, kept + 1] = 0  # type: ignore[index]
+    return kept
+
+
+def halves(rows: Rows, model: Model) -> tuple[list[int], list[int]]:
+    """Rows whose targets lie above the mean, and the others."""
+    above = model.task.targets(rows.label or ()) >= model.task.mean  # type: ignore[union-attr]
+    return [i for i, one in enumerate(above) if one], [i for i, one in enumerate(above) if not one]
+
+
+def test_units_that_nobody_reads_are_those_that_go(model: Model, dataset: Dataset) -> None:
+    copies(net(model), 0.0)
     wanted = logits_of(model, model.encoder.encode(dataset.train.text))
     cut = Shrink(hidden=0.5, multiple=1, importance="magnitude", epochs=0)(model, Local(dataset), PLAN)
     found = logits_of(cut, cut.encoder.encode(dataset.train.text))
@@ -162,19 +170,7 @@ def test_gates_of_scores(dataset: Dataset) -> None:
 def test_a_stream_whose_other_half_is_a_copy_can_lose_it(family: str, tmp_path: Path) -> None:
     """Copied units change no mean and no variance; nobody reads them; so without them all is the same."""
     model = tiny_model(family=family)
-    network = net(model)
-    kept = torch.arange(0, 32, 2)
-    where = stream(network)
-    with torch.no_grad():
-        for name in (*where.tables, *where.norms, *where.writes):
-            for value in network.get_submodule(name).parameters():
-                if name in where.tables:
-                    value[:, kept + 1] = value[:, kept]
-                else:
-                    value.add_(torch.linspace(0, 0.1, 32).view(-1, *[1] * (value.ndim - 1)))
-                    value[kept + 1] = value[kept]
-        for name in where.reads:
-            network.get_submodule(name).weight[:, kept + 1] = 0  # type: ignore[index]
+    kept = copies(net(model), 0.1)
     texts = ("the zip was broken", "lovely dress", "my parcel was late after a week and wrong")
     before = logits_of(model, model.encoder.encode(texts))
     cut = model.copy()
