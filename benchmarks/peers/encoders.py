@@ -19,19 +19,12 @@ Inputs = dict[str, NDArray[np.int32]]
 
 def overflows() -> bool:
     """Whether pairs of products of 8-bit integers overflow the 16 bits that they are added in, as on x86 without VNNI
-    or AMX. Weights of 7 bits do not: what ONNX Runtime calls reduce_range, and NNCF its overflow fix."""
+    or AMX. Weights of 7 bits do not: what ONNX Runtime calls reduce_range."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
     return "avx2" in flags and not any(flag in flags for flag in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-
-def overflow_fix() -> Any:
-    """For NNCF: weights of 7 bits in all layers where 8 bits overflow, else its own default."""
-    from nncf.quantization.advanced_parameters import OverflowFix
-
-    return OverflowFix.ENABLE if overflows() else None
 
 
 class Encoder:

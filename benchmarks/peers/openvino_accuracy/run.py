@@ -8,7 +8,7 @@ from typing import Any
 import nncf
 import numpy as np
 import openvino as ov
-from encoders import Encoder, calibration, keep_tokenizer, openvino_model, openvino_predict, overflow_fix
+from encoders import Encoder, calibration, keep_tokenizer, openvino_model, openvino_predict
 from protocol import Options, Predict, main, quality
 
 
@@ -37,7 +37,6 @@ def train(options: Options) -> None:
         max_drop=0.01,
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(batches),
-        advanced_quantization_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix()),
     )
     ov.save_model(made, options.model / "model.xml")
 

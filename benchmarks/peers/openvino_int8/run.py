@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import nncf
 import openvino as ov
-from encoders import calibration, keep_tokenizer, openvino_model, openvino_predict, overflow_fix
+from encoders import calibration, keep_tokenizer, openvino_model, openvino_predict
 from protocol import Options, Predict, main
 
 
@@ -14,13 +14,7 @@ def train(options: Options) -> None:
     assert options.teacher
     model, takes = openvino_model(options.teacher / "model.onnx")
     batches = calibration(options, takes)
-    made = nncf.quantize(
-        model,
-        nncf.Dataset(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=len(batches),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow_fix()),
-    )
+    made = nncf.quantize(model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches))
     ov.save_model(made, options.model / "model.xml")
 
 
