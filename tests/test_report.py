@@ -360,6 +360,20 @@ def test_matrix_is_readable_or_a_heat_map() -> None:
     assert 'id="hexbin-t"' in PAGES["spearman"]
 
 
+def test_what_the_job_said_stands_among_the_notes() -> None:
+    manifest, certificate, measured, outcomes = CASES["certified"]
+    foreign = "The base does not know 41 % of the words."
+    told = replace(manifest, provenance={**manifest.provenance, "notes": [foreign, EVIL]})
+    page = render(told, replace(certificate, notes=("a note of the certificate",)), measured, outcomes)
+    found = page[page.index("<h3>Notes</h3>") :]
+    assert found.index(f"<li>{foreign}</li>") < found.index("<li>a note of the certificate</li>")
+    assert '"notes"' not in page
+    assert "script" not in read(page).tags
+    for other in (None, 3, {"a": 1}, []):
+        odd = replace(manifest, provenance={**manifest.provenance, "notes": other})
+        assert render(odd, certificate, measured, outcomes) == PAGES["certified"]
+
+
 def test_nothing_from_outside_becomes_markup() -> None:
     manifest, certificate, measured, outcomes = job(Classify((EVIL, "good", "so-so")))
     bad = Candidate(EVIL, "00" * 32)

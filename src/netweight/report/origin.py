@@ -26,14 +26,15 @@ def origin_section(manifest: Manifest, certificate: Certificate, measured: Measu
         ("Registration", join((code(registration.digest), f", seed {registration.seed}"))),
         ("Reference", join((f"{registration.reference.name}, ", code(registration.reference.digest)))),
         ("Shipped", join((f"{certificate.shipped.name}, ", code(certificate.shipped.digest)))),
-        *((_title(key), _value(value)) for key, value in sorted(manifest.provenance.items())),
+        *((_title(key), _value(value)) for key, value in sorted(manifest.provenance.items()) if key != "notes"),
     ]
     again = [
         ("everything, from the data", command),
         ("the certificate, from single outcomes; with --data also from the rows", "netweight verify DIR [--data FILE]"),
         ("the speeds, on the machine at hand", "netweight bench DIR"),
     ]
-    notes = element("ul", join(element("li", note) for note in certificate.notes)) if certificate.notes else Html()
+    said = (*_said(manifest.provenance.get("notes")), *certificate.notes)
+    notes = element("ul", join(element("li", note) for note in said)) if said else Html()
     return section(
         "origin",
         "Where the numbers come from",
@@ -46,6 +47,11 @@ def origin_section(manifest: Manifest, certificate: Certificate, measured: Measu
             "Hashes detect corruption, not forgery: who doubts the outcomes makes them again from the data.",
         ),
     )
+
+
+def _said(notes: Any) -> tuple[str, ...]:
+    """What the job had to say; a manifest is outside input, and one of another version may hold something else."""
+    return tuple(str(note) for note in notes) if isinstance(notes, (list, tuple)) else ()
 
 
 def _title(key: object) -> str:
