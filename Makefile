@@ -3,7 +3,7 @@
 #   make setup                     .venv with everything that training, serving and testing need
 #   make demo                      the main job on the built-in sample
 #   make demo DATA=reviews.csv TEXT=review LABEL=stars [OUT=reviews.nw] [MODEL=scratch]      the same on your own table
-#   make test [ARGS='-m slow']     the tests
+#   make test [ARGS='-m slow']     the tests, a process for each core (at most 4); WORKERS=0: one after another
 #   make lint                      ruff, mypy, the size budget, and whether docs are fresh
 #   make docs                       writes docs/cli.md from --help; docs/results.md, docs/capacity.md and the README's table from stored results
 #   make lock                      writes requirements.lock for uv users from constraints.txt (needs uv)
@@ -20,6 +20,7 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+WORKERS ?= logical
 OUT ?= $(basename $(notdir $(DATA))).nw
 
 BIN := .venv/bin
@@ -59,7 +60,7 @@ else
 endif
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

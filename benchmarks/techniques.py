@@ -1,12 +1,12 @@
 """What each technique does to one fine-tuned model: the measured examples of docs/techniques.
 
-    .venv/bin/python benchmarks/techniques.py FOLDER STORE [--seconds 60] [--work DIR] [--seed 0]
+    .venv/bin/python benchmarks/techniques.py FOLDER STORE [--seconds 60] [--work DIR] [--seed 0] [--results DIR]
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz (columns text, label); STORE is the run store of a finished job on
 them, whose teacher is taken. Every fit gets the same time box, so that a recipe of two fits has had twice the training
 of a recipe of one. Quality and agreement with the teacher are on dev: no label of test is read. Rows a second of all
 files are timed in turns, in one run. What is made stays in DIR: a run that was stopped goes on, and one that is
-repeated only times again. Writes benchmarks/results/techniques.json.
+repeated only times again. Writes techniques.json under benchmarks/results, or where --results says.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ from netweight.techniques import (
 )
 from netweight.train import Plan
 
-RESULTS = Path(__file__).resolve().parent / "results" / "techniques.json"
+RESULTS = Path(__file__).resolve().parent / "results"
 FEW = 10  # labelled rows of a class that the semi-supervised examples keep
 TEACHER, PRETRAINED = "teacher", "pretrained"
 ALONE: dict[str, Any] = {"weight_bits": 4, "granularity": "group", "group": 32, "activations": "none"}
@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--work", type=Path, default=Path("runs/techniques"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     torch.set_num_threads(cores())
     files = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
@@ -238,7 +239,7 @@ def main() -> None:
         "machine": asdict(measure.machine(cores())),
         "examples": list(found.values()),
     }
-    RESULTS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    (given.results / "techniques.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

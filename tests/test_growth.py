@@ -1,4 +1,4 @@
-"""The benchmarks of how cost grows and of how near an encoder comes to the machine's peak, on the session's job."""
+"""The benchmarks of one artifact, one store or one set of tables, on the session's job: growth, peak, techniques."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 
 from conftest import Shop, tiny_model
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.export import export
+from netweight.model import pretrained
 from netweight.network import Transformer
+from netweight.pipeline import store_of
 from netweight.run import Local
-from netweight.techniques import Quantize
+from netweight.techniques import Finetune, Quantize, SelfTrain
 from netweight.train import Plan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -33,6 +35,12 @@ def script(name: str, monkeypatch: pytest.MonkeyPatch, *words: Any) -> ModuleTyp
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
     return import_module(name)
+
+
+def tables(folder: Path, **sets: Rows) -> None:
+    for name, rows in sets.items():
+        with gzip.open(folder / f"{name}.csv.gz", "wt", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *zip(rows.text, rows.label or (), strict=True)])
 
 
 def test_operations_are_those_of_the_int8_matrices(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +95,7 @@ def test_predict_is_timed_on_repeated_rows_and_finished_steps_are_kept(
 
 
 def test_parts_of_train_are_nested_and_stratified(shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "train.csv.gz", "wt", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *zip(shop.train.text, shop.train.label or (), strict=True)])
+    tables(tmp_path, train=shop.train)
     scaling = script("scaling", monkeypatch, "optimize", tmp_path, "--work", tmp_path, "--results", tmp_path)
     seen: list[list[dict[str, str]]] = []
 
@@ -107,3 +114,59 @@ def test_parts_of_train_are_nested_and_stratified(shop: Shop, monkeypatch: pytes
     assert [step["rows"] for step in json.loads((tmp_path / "scaling-optimize.json").read_text())["steps"]] == [
         *(30, 60, 150, 300)
     ]
+
+
+def test_examples_of_techniques_are_made_once_and_timed_together(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tables(tmp_path, train=shop.train, dev=shop.dev, test=shop.certify)
+    words = (tmp_path, store_of(shop.folder), "--seconds", 2, "--work", tmp_path / "work", "--results", tmp_path)
+    techniques = script("techniques", monkeypatch, *words)
+    monkeypatch.setattr(techniques, "cores", lambda: 1)
+    monkeypatch.setattr(techniques, "pretrained", lambda name, task, seed: pretrained(str(shop.base), task, seed=seed))
+    examples = (
+        ("", "the teacher", techniques.TEACHER, ()),
+        ("quantize", "int8", techniques.TEACHER, (Quantize(rows=64),)),
+        ("semi-supervised", "few, then its own", "few", (Finetune(1, 1e-3), SelfTrain(floor=0.6, epochs=1, drift=1.0))),
+    )
+    monkeypatch.setattr(techniques, "EXAMPLES", examples)
+    techniques.main()
+    path = tmp_path / "techniques.json"
+    first = json.loads(path.read_text(encoding="utf-8"))
+    assert first["rows"] == len(shop.dev)
+    teacher, int8, few = first["examples"]
+    assert [(e["page"], e["name"]) for e in first["examples"]] == [(page, name) for page, name, _, _ in examples]
+    assert teacher["agreement"] == 1
+    assert int8["agreement"] > 0.9
+    assert int8["bytes"] < teacher["bytes"]
+    assert int8["recipe"] == [repr(Quantize(rows=64))]
+    assert few["quality"] > 0.4
+    assert all(e["row"] > 0 for e in first["examples"])
+    monkeypatch.setattr(techniques, "make", lambda *_: pytest.fail("an example was made twice"))
+    techniques.main()
+    for before, after in zip(first["examples"], json.loads(path.read_text())["examples"], strict=True):
+        assert {**after, "row": 0} == {**before, "row": 0}
+
+
+def test_few_labels_of_each_class_and_the_rest_a_pool(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    techniques = script("techniques", monkeypatch)
+    found = techniques.few(dataset)
+    assert set(Counter(found.train.label).values()) == {techniques.FEW}
+    assert Counter(found.train.text) + Counter(found.pool.text) == Counter(dataset.train.text)
+    assert found.pool.label is None
+
+
+def test_an_ordinary_fine_tune_is_timed(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables(tmp_path, train=shop.train, dev=shop.dev, test=shop.certify)
+    files = [tmp_path / f"{name}.csv.gz" for name in ("train", "test", "dev")]
+    words = (*files[:2], "--dev", files[2], "--epochs", 3, "--learning-rate", 3e-3, "--results", tmp_path)
+    finetune = script("finetune", monkeypatch, *words)
+    monkeypatch.setattr(finetune, "cores", lambda: 1)
+    monkeypatch.setattr(finetune, "pretrained", lambda name, task, seed: pretrained(str(shop.base), task, seed=seed))
+    finetune.main()
+    found = json.loads((tmp_path / "finetune.json").read_text(encoding="utf-8"))
+    assert found["epochs"] == 3
+    assert found["quality"] > 0.6
+    assert f"{found['quality']:.4f} on dev" in capsys.readouterr().out
