@@ -18,8 +18,11 @@ candidates, by the same rule (`--max-drop auto`), and is held to that.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -100,7 +103,8 @@ class Shop:
     def __init__(self, name: str, seed: int, given: Given) -> None:
         self.name, self.seed, self.given = name, seed, given
         self.artifact = given.work / f"{name}-seed{seed}.nw"
-        self.folder = given.work / f"{name}-seed{seed}.peers"
+        # What a trial makes is never taken for a peer that was trained.
+        self.folder = given.work / f"{name}-seed{seed}.{'trial' if given.quick else 'peers'}"
         self.folder.mkdir(parents=True, exist_ok=True)
         source = {split: given.data / name / f"{split}.csv.gz" for split in ("train", "dev", "test")}
         self._optimize(source)
@@ -113,6 +117,7 @@ class Shop:
         self.task: Task = self.teacher.task
         if self.data.fingerprint != self.job["data"]:
             sys.exit(f"{self.artifact} was made from other rows than {given.data / name} holds; use another --work.")
+        self._hold_on()
         self._write_rows()
         self._write_teacher()
 
@@ -128,6 +133,14 @@ class Shop:
         subprocess.run([*map(str, words), "--time-limit", self.given.limit], check=True)
         if not resumed:  # a resumed job's seconds would say nothing
             (self.folder / "seconds.json").write_text(json.dumps(round(time.monotonic() - began)), encoding="utf-8")
+
+    def _hold_on(self) -> None:
+        """What peers made is of one artifact: with another, answers of the old would stand beside its timings."""
+        self.digest = hashlib.sha256((self.artifact / "manifest.json").read_bytes()).hexdigest()
+        path = self.folder / "artifact.sha256"
+        if path.exists() and path.read_text(encoding="utf-8") != self.digest:
+            sys.exit(f"{self.folder} is of another {self.artifact.name}; delete the folder, or use another --work.")
+        path.write_text(self.digest, encoding="utf-8")
 
     @property
     def seconds(self) -> float | None:
@@ -218,19 +231,24 @@ class Peer:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{log}.log"
         with path.open("wb") as file:
+            began = subprocess.Popen(
+                list(map(str, words)),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=self.environment,
+                start_new_session=True,
+            )
             try:
-                done = subprocess.run(
-                    list(map(str, words)),
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    timeout=seconds,
-                    check=False,
-                    env=self.environment,
-                )
+                status = began.wait(seconds)
             except subprocess.TimeoutExpired:
                 raise Failed(f"{log}: not done after {seconds:.0f} s") from None
-        if done.returncode:
+            finally:
+                # With its children, which would run on beside the timing of others.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(began.pid, signal.SIGKILL)
+                began.wait()
+        if status:
             lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise Failed(f"{log}: {' | '.join(lines[-3:])[-600:]}")
 
@@ -369,18 +387,22 @@ def measured(shop: Shop, peer: str) -> dict[str, Any]:
 
 def cell(name: str, peer: str, seed: int, given: Given, shops: dict[tuple[str, int], Shop]) -> None:
     """One cell, unless it is there."""
-    path = given.results / f"{name}--{peer}--seed{seed}.json"
+    path = given.results / f"{name}--{peer}--seed{seed}{'.trial' if given.quick else ''}.json"
     if path.exists() and not given.again:
         return
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     shop = shops.get((name, seed)) or Shop(name, seed, given)
     shops[name, seed] = shop
     found: dict[str, Any] = {"set": name, "peer": peer, "seed": seed, "quick": given.quick}
-    found["machine"] = asdict(machine(given.threads))
+    found |= {"artifact": shop.digest, "machine": asdict(machine(given.threads))}
     try:
         found |= measured(shop, peer)
     except Failed as problem:
         found["error"] = str(problem).replace(str(given.work), "WORK").replace(str(given.envs), "ENVS")
         print(f"{name} seed {seed}: {peer} failed: {found['error']}", flush=True)
+        if "timing" in held:
+            print(f"  {path.name} keeps what was measured before.", flush=True)
+            return
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 ROUNDS = 7
-_PILOT = 0.3  # seconds of each batch size in a look of the pilot
+_PILOT = 0.5  # seconds of each batch size in a look of the pilot
 _LOOKS = 3
 _ROUND = 1.0  # seconds of each process in each round
-_SINGLES, _TURN = 300, 10  # single requests, and how many of them in a turn
+_SINGLES, _TURN = 1000, 10  # single requests, and how many of them in a turn
 _TRIAL = 10  # times fewer of them in a trial
 _PAUSE = 0.02  # seconds between turns, in which the other's threads fall asleep
 
@@ -51,14 +51,17 @@ class Served:
         return self._answer()["seconds"]
 
     def rate(self, batch: int) -> float:
-        """Rows a second, roughly."""
-        count, spent, done = max(batch, 8), 0.0, 0
+        """Rows a second, roughly: of the longest of requests that double. Few texts are of many lengths, so that their
+        batches pad more than those of a round, and the larger the batch, the more."""
+        count, start, spent, longest = max(batch, 8), 0, 0.0, list[float]()
         while spent < _PILOT:
+            if count < self.rows:
+                longest = []
             count = min(count, self.rows)
-            spent += self.ask(done, count, batch)
-            done += count
+            longest.append(self.ask(start, count, batch))
+            spent, start, last = spent + longest[-1], start + count, count
             count *= 2
-        return done / spent
+        return last * len(longest) / sum(longest)
 
     def best(self) -> int:
         """The batch size of the highest rate: the median of a few looks, since in one the machine may be busy."""
@@ -84,11 +87,15 @@ def interleaved(served: Mapping[str, Served], *, trial: bool = False) -> dict[st
     milliseconds of single requests.
     """
     batches = {name: s.best() for name, s in served.items()}
-    sizes = {name: min(s.rows, max(batches[name], int(_ROUND * s.rate(batches[name])))) for name, s in served.items()}
+    wanted = {name: max(batches[name], int(_ROUND * s.rate(batches[name]))) for name, s in served.items()}
     rates: dict[str, list[float]] = {name: [] for name in served}
     for turn in range(1 if trial else ROUNDS):
         for name, s in served.items():
-            rates[name].append(sizes[name] / s.ask(turn * sizes[name], sizes[name], batches[name]))
+            # In a turn of the same length for each: what answers all texts in less is asked again.
+            size = min(s.rows, wanted[name])
+            passes = range(-(-wanted[name] // size))
+            took = sum(s.ask((turn * len(passes) + k) * size, size, batches[name]) for k in passes)
+            rates[name].append(len(passes) * size / took)
     singles: dict[str, list[float]] = {name: [] for name in served}
     for start in range(0, _SINGLES // _TRIAL if trial else _SINGLES, _TURN):
         for name, s in served.items():

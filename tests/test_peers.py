@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import shutil
+import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,7 +114,9 @@ def test_a_peer_and_a_broken_one(
     shops: dict[tuple[str, int], Any] = {}
     for peer in ("constant", "broken"):
         bench.cell("made", peer, 0, given, shops)
-    fine, broken = (json.loads((given.results / f"made--{p}--seed0.json").read_text()) for p in ("constant", "broken"))
+    fine, broken = (
+        json.loads((given.results / f"made--{p}--seed0.trial.json").read_text()) for p in ("constant", "broken")
+    )
     assert "this peer is not for this machine" in broken["error"]
     assert "timing" not in broken
     c, n = fine["certificate"], len(shop.result.certificate.registration.task.labels)  # type: ignore[union-attr]
@@ -123,11 +128,87 @@ def test_a_peer_and_a_broken_one(
     assert fine["timing"]["netweight"]["ratio"] == 1.0
     said = capsys.readouterr().out
     assert said.index("margin") < said.index("worse"), "the margin is known before the labels are"
-    held = (given.work / "made-seed0.peers" / "data" / "test.jsonl").read_text(encoding="utf-8")
+    held = (given.work / "made-seed0.trial" / "data" / "test.jsonl").read_text(encoding="utf-8")
     assert "label" not in json.loads(held.splitlines()[0]), "peers never see certify labels"
-    before = (given.results / "made--constant--seed0.json").stat().st_mtime_ns
+    path = given.results / "made--constant--seed0.trial.json"
+    before = path.read_bytes()
     bench.cell("made", "constant", 0, given, {})
-    assert (given.results / "made--constant--seed0.json").stat().st_mtime_ns == before
+    assert path.read_bytes() == before
+    # What was measured stays where the same fails today.
+    (given.work / "made-seed0.trial" / "peers" / "constant" / "train.json").unlink()
+    (bench.HERE / "peers" / "constant" / "run.py").write_text(BROKEN, encoding="utf-8")
+    bench.cell("made", "constant", 0, replace(given, again=True), {})
+    assert path.read_bytes() == before
+    assert f"{path.name} keeps what was measured before" in capsys.readouterr().out
+    # Nor does it stand beside another artifact.
+    manifest = given.work / "made-seed0.nw" / "manifest.json"
+    manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"made-seed0\.trial is of another made-seed0\.nw; delete the folder"):
+        bench.Shop("made", 0, given)
+
+
+def test_what_is_stopped_is_stopped_with_its_children(
+    bench: ModuleType, given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    shop = SimpleNamespace(name="made", seed=0, given=given, folder=given.work / "made")
+    one = bench.Peer("constant", shop)
+    monkeypatch.setattr(bench.Peer, "environment", dict(os.environ))
+    with pytest.raises(bench.Failed, match="train: not done after 2 s"):
+        one._shell([sys.executable, "-c", f"{script}; print(time.time(), flush=True); time.sleep(99)"], 2, "train")
+    group = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "import time; time.sleep(99)" not in group.replace(script, "")
+
+
+@dataclass
+class Clocked:
+    """A process whose requests take a time that is known: `cost(lengths of the texts in one batch)`."""
+
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    fixed: float
+    asked: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def ask(self, start: int, count: int, batch: int) -> Any:
+        if not batch:
+            return [self.fixed] * count
+        self.asked.append(count)
+        part = sorted(self.lengths[(start + i) % self.rows] for i in range(count))
+        cut = [part[i : i + batch] for i in range(0, count, batch)]
+        return sum(self.fixed + 1e-5 * len(rows) * rows[-1] for rows in cut)
+
+
+def test_the_pilot_finds_the_best_batch_of_a_round(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rounds  # type: ignore[import-not-found]
+
+    lengths = tuple(np.random.default_rng(0).integers(4, 100, 400).tolist())
+    made = Clocked(lengths, (1, 4, 16, 64), 1e-3)
+    monkeypatch.setattr(Clocked, "rate", rounds.Served.rate, raising=False)
+    monkeypatch.setattr(Clocked, "best", rounds.Served.best, raising=False)
+    alone = {batch: made.ask(0, 400, batch) for batch in made.batches}
+    assert made.best() == min(alone, key=lambda batch: alone[batch])
+    # Its first requests, of eight texts, would have said otherwise.
+    few = {batch: made.ask(0, 8, batch) for batch in made.batches}
+    assert min(few, key=lambda batch: few[batch]) != made.best()
+
+
+def test_turns_are_of_one_length(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rounds
+
+    for name in ("rate", "best"):
+        monkeypatch.setattr(Clocked, name, getattr(rounds.Served, name), raising=False)
+    fast, slow = Clocked((1,) * 50, (10,), 1e-3), Clocked((1,) * 50, (10,), 1.0)
+    found = rounds.interleaved({"fast": fast, "slow": slow})
+    for one in (fast, slow):
+        turns = one.asked[-rounds.ROUNDS :]
+        assert set(turns) == {50 if one is fast else 10}
+    assert found["slow"]["ratio"] == pytest.approx(found["fast"]["rows_per_second"] / found["slow"]["rows_per_second"])
+    assert found["fast"]["rows_per_second"] == pytest.approx(10 / 1.1e-3)
+    assert sum(fast.asked) > 7 * 5000, "a second of passes in each round"
 
 
 def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def onnx_predict(path: Path, options: Options) -> Predict:
         setting.intra_op_num_threads = threads
         setting.inter_op_num_threads = 1
         # Else idle workers would go on spinning while the other process has its turn.
-        setting.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        setting.add_session_config_entry("session.force_spinning_stop", "1")
         # The fused kernel of an addition and a norm is slower than the two (1.32, AVX-512): a fifth less time is taken
         # without it, as Netweight's engine does.
         skip = ["SkipLayerNormFusion"]
@@ -85,7 +85,10 @@ def onnx_predict(path: Path, options: Options) -> Predict:
             rows, inputs = part
             out[rows] = session.run(None, {k: v for k, v in inputs.items() if k in takes})[0]
 
-        list(pool.map(answer, reversed(batches)))
+        if len(batches) == 1:
+            answer(batches[0])
+        else:
+            list(pool.map(answer, reversed(batches)))
         return out
 
     return predict

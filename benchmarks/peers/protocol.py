@@ -12,8 +12,8 @@ model as it was loaded back, and last OUT/train.json (seconds, bytes, versions).
 `serve` loads the model and prints a line {"rows", "batches"}: how many distinct certify texts it holds, in an order
 that is the same for every peer, and the batch sizes that make sense. Then it answers each line {"start", "count",
 "batch"} with {"seconds"} for predicting that many texts from `start` on, going round, in batches of texts of about
-equal length; at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts; nothing is
-cached.
+equal length; at batch 0, each text is a request of its own and `seconds` is a list. Tokenization counts, and no answer
+is kept; what a library itself remembers of texts (Netweight the tokens of words that it has seen) is left to it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-BATCHES = (1, 8, 32, 128)
+BATCHES = (1, 4, 8, 16, 32, 128)
 MOST = 4000  # texts that are timed
 Scores = NDArray[np.float32]
 # Texts and a batch size to scores (n, labels).

@@ -1,7 +1,8 @@
 """The only source of numbers.
 
 Speeds of several engines are measured in one run: the rounds are interleaved, each engine works at its own best batch
-size, rows are distinct and tokenization counts. Nothing is cached between requests.
+size, rows are distinct and tokenization counts. No answer is kept between requests; an engine does keep the tokens of
+words that it has seen (`netweight.words`), in a benchmark as in production.
 """
 
 from __future__ import annotations

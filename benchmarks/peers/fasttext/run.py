@@ -54,12 +54,15 @@ def load(options: Options) -> Predict:
 
 
 def _predict(model: fasttext.FastText._FastText, width: int) -> Predict:
+    column = {f"__label__{k}": k for k in range(width)}
+
     def predict(texts: list[str], batch: int) -> Scores:
         labels, shares = model.predict([words(text) for text in texts])
         out = np.full((len(texts), width), -20.0, np.float32)
-        for i, (label, share) in enumerate(zip(labels, shares, strict=True)):
-            if label:  # a text without a known word has none
-                out[i, int(label[0].removeprefix("__label__"))] = np.log(max(float(share[0]), 1e-6))
+        # A text without a known word has no label.
+        rows = [i for i, label in enumerate(labels) if label]
+        said = [column[labels[i][0]] for i in rows]
+        out[rows, said] = np.log(np.maximum([shares[i][0] for i in rows], 1e-6))
         return out
 
     return predict
