@@ -86,7 +86,7 @@ def _fine(value: float, least: float) -> bool:
 def table() -> str:
     """The figures, each with what it is for every set and seed."""
     found = shops(peers.cells())
-    heavy, light, p50, p99, size = ({} for _ in range(5))
+    heavy, light, p50, p99, least, size = ({} for _ in range(6))
     for name, own, certified in found:
         if own["certificate"]["verdict"] != "certified":
             continue
@@ -99,6 +99,7 @@ def table() -> str:
         if others:
             quick = min(others, key=lambda p: others[p]["timing"][p]["p50"])
             p50[name], p99[name] = (_against(others[quick], quick, key) for key in ("p50", "p99"))
+            least[name] = max(_against(c, p, "p99") for p, c in others.items())
             size[name] = own["made"]["bytes"] / min(c["made"]["bytes"] for c in others.values())
     held = {name: value for name, value in heavy.items() if name not in _wider(found)}
     lost = [name for name, own, _ in found if own["certificate"]["verdict"] != "certified"]
@@ -115,6 +116,7 @@ def table() -> str:
             "{:.2f}",
         ),
         _line("p99 / that peer's p99", "1.0", -1, p99, "{:.2f}"),
+        _line("the same, whichever certified transformer peer it is worst against", "1.0", -1, least, "{:.2f}"),
         _line("bytes / smallest certified transformer peer", "0.25", -0.25, size, "{:.2f}"),
         _gap(
             "static tier's gap to the teacher on dev, mean; the better of `static` and `conv`", found, "static", "conv"
@@ -125,8 +127,8 @@ def table() -> str:
         _standard(),
         *_growth(),
     ]
-    said = f"\nNot certified, and so in none of the first six rows: {', '.join(lost)}.\n" if lost else ""
-    return "\n".join(lines) + "\n" + said + _wide(found, heavy)
+    said = f"\nNot certified, and so in none of the first seven rows: {', '.join(lost)}.\n" if lost else ""
+    return "\n".join(lines) + "\n" + said + _wide(found, heavy) + _left_out(found)
 
 
 def _gap(figure: str, found: list[Shop], *tiers: str) -> str:
@@ -157,6 +159,26 @@ def _wide(found: list[Shop], heavy: dict[str, float]) -> str:
         for name, c in held.items()
     )
     return f"\nAllowed in the first row, where `auto` asked for more than one point: {each}.\n"
+
+
+def _left_out(found: list[Shop]) -> str:
+    """What some rows lack, and which peers that might have been the best were not there to be."""
+    said = []
+    if alone := [name for name, _, certified in found if not _transformers(certified)]:
+        said.append(f"No transformer peer is certified, so that rows against one lack it: {', '.join(alone)}.")
+    if floor := [name for name, own, _ in found if not {"static", "conv"} & set(own["made"].get("points", ()))]:
+        said.append(f"The linear floor won and no static tier was made: {', '.join(floor)}.")
+    cells = peers.cells()
+    for peer, title in (("torch_pruning", "Torch-Pruning"), ("olive", "Olive"), ("setfit", "SetFit")):
+        without = [name for name, _, _ in found if "timing" not in cells.get((*_split(name), peer), {})]
+        if without and len(without) < len(found):
+            said.append(f"{title} was not measured on {', '.join(without)}.")
+    return "\nWhat the figures lack:\n\n" + "".join(f"- {one}\n" for one in said) if said else ""
+
+
+def _split(shop: str) -> tuple[str, int]:
+    name, _, seed = shop.rpartition(" ")
+    return name, int(seed)
 
 
 def _small(found: list[Shop]) -> str:

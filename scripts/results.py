@@ -91,7 +91,7 @@ def headline(language: str) -> str:
             f"{times} | {t['p50']:.2f} ms | {cell['made']['bytes'] / 1e6:.1f} MB |"
         )
     c, m = own["certificate"], own["machine"]
-    where = f"{m['cpu']}, {m['threads']} threads, {m['date']}, commit {m['commit']}"
+    where = f"{m['cpu']}, {m['threads']} threads, {m['date']}, Netweight's row of commit {m['commit']}"
     command, page = f"`make bench SET=banking77 SEED={seed}`", "[docs/results.md](docs/results.md)"
     if language == "zh":
         return "\n".join(
@@ -100,7 +100,7 @@ def headline(language: str) -> str:
                 "",
                 f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，最多下降 {100 * c['drop']['high']:.2f} 个百分点，允许 "
                 f"{c['margin']:g}。{len(found)} 个种子中按速度取中间的一个（seed {seed}）。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
-                f"{m['cpu']}，{m['threads']} 线程，{m['date']}，commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
+                f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
             ]
         )
     return "\n".join(
