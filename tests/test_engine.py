@@ -18,7 +18,6 @@ from conftest import BAD, GOOD, THINGS, many_rows, tiny_encoder, tiny_model
 from netweight.artifact import Tier
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
-from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs
 from netweight.engine.cascade import cascade, tier_engine
 from netweight.engine.exits import ExitsEngine, sure
@@ -118,52 +117,6 @@ def test_contract_of_a_cascade() -> None:
     said = {p.tier for p in engine.predict(rows.text)}
     assert said == {"cheap", "strong"}, "the case tests nothing unless both tiers answer"
     EngineContract(engine, rows.text).check()
-
-
-def tiers_of(paired: bool) -> Engine:
-    """Two static tiers and an encoder, each of which answers some rows."""
-    kind = ", pairs" if paired else ""
-    model, cheap, table = tier_of(f"static{kind}")
-    _, strong, onnx = tier_of(f"onnx int8{kind}")
-    first, second = (tier_engine(cheap, table, 0, 1) for _ in range(2))
-    tiers = [
-        (replace(cheap, name="first", threshold=0.6), first),
-        (replace(cheap, name="second", threshold=0.58, temperature=0.8, before=0.1), second),
-        (replace(strong, name="strong", before=0.5), tier_engine(strong, onnx, 0, 2)),
-    ]
-    return Engine(model.task, model.encoder, tiers, "three")
-
-
-@pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("n", [1023, 1024, 1700])
-def test_encoders_at_work_while_texts_are_read_say_the_same(
-    paired: bool, n: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, rows = tiers_of(paired), mixed_rows(n, paired)
-    texts, pairs = list(rows.text), None if rows.pair is None else list(rows.pair)
-    blocks: list[int] = []
-    taken = Tokens.joined
-    monkeypatch.setattr(Tokens, "joined", lambda *parts: blocks.append(sum(map(len, parts))) or taken(*parts))
-    found = engine.outputs(texts, pairs)
-    assert sum(blocks) == (0 if n < 1024 else (found.tier == 2).sum())
-    assert all(size >= 256 for size in blocks[:-1])
-    wanted = engine.run(engine.encoder.encode(texts, pairs))
-    assert set(wanted.tier.tolist()) == {0, 1, 2}
-    assert (found.tier == wanted.tier).all()
-    assert (found.logits.argmax(axis=1) == wanted.logits.argmax(axis=1)).all()
-    np.testing.assert_allclose(found.logits, wanted.logits, atol=1e-5)
-    np.testing.assert_allclose(found.confidence, wanted.confidence, atol=1e-6)
-    EngineContract(engine, rows.text, rows.pair).check()
-
-
-def test_a_row_that_cannot_be_read_ends_what_overlaps() -> None:
-    engine = tiers_of(paired=True)
-    texts = ["great zip"] * 1500
-    with pytest.raises(OptionError, match="texts must be strings"):
-        engine.outputs([*texts, None], [*texts, "lovely"])  # type: ignore[list-item]
-    for pairs in (texts[:-1], [*texts, "one more"], [*texts, *texts]):
-        with pytest.raises(OptionError, match="one pair text for each"):
-            engine.outputs(texts, pairs)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -72,11 +72,13 @@ class Tokens:
         )
         return Tokens(self.ids[where], self.types[where], offsets)
 
-    def joined(self, *others: Tokens) -> Tokens:
+    def joined(self, other: Tokens) -> Tokens:
         """These rows, and the other ones behind them."""
-        parts = (self, *others)
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
-        return Tokens(np.concatenate([p.ids for p in parts]), np.concatenate([p.types for p in parts]), offsets)
+        return Tokens(
+            np.concatenate([self.ids, other.ids]),
+            np.concatenate([self.types, other.types]),
+            np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+        )
 
     def stretch(self, first: int, last: int) -> Tokens:
         """The rows from `first` up to, not including, `last`."""

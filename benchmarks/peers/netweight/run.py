@@ -22,7 +22,7 @@ def load(options: Options) -> Predict:
     engine.warm()
 
     def predict(texts: list[str], batch: int) -> Scores:
-        return np.asarray(engine.outputs(texts, batch=batch).logits)
+        return np.asarray(engine.run(engine.encoder.encode(texts), batch).logits)
 
     return predict
 

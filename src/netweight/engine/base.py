@@ -40,7 +40,3 @@ class Outputs:
     logits: NDArray[np.float32]
     confidence: NDArray[np.float64]
     tier: NDArray[np.int64]
-
-    def fill(self, rows: NDArray[np.int64], found: Outputs) -> None:
-        """Put what was found of some rows at their places."""
-        self.logits[rows], self.confidence[rows], self.tier[rows] = found.logits, found.confidence, found.tier

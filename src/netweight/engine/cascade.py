@@ -6,8 +6,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +25,6 @@ from netweight.task import Floats, Prediction, ScorePrediction, Task
 # Rows that a tier takes at a time: larger batches leave the cache, and those of a transformer pad more.
 _BATCH = 32  # engines may take fewer
 _STATIC = 128
-# Texts that are read before encoders are asked again, and rows that they are asked about at least: of fewer, batches of
-# rows of about one length pad more.
-_PART, _BLOCK = 512, 256
 
 
 class Engine:
@@ -46,8 +41,6 @@ class Engine:
         self.tiers = tuple(tier for tier, _ in tiers)
         self._engines = [engine for _, engine in tiers]
         self.version = ""
-        # How many tiers, from the first on, compute in the thread that asks.
-        self._cheap = next((i for i, tier in enumerate(self.tiers) if tier.engine != "static"), len(tiers))
         self.paired: bool | None = None  # whether rows are pairs of texts, where that is known
 
     def predict(
@@ -64,50 +57,15 @@ class Engine:
         """Logits, confidence and tier of texts. Raises OptionError for pairs where it was made for single texts, and
         the other way round: answers would look as good as any."""
         expect(self.paired, pairs is not None, self.name)
-        if 0 < self._cheap < len(self.tiers) and _many(texts) and (pairs is None or len(pairs) == len(texts)):
-            return self._overlapped(texts, pairs, batch)
         return self.run(self.encoder.encode(texts, pairs), batch)
-
-    def _overlapped(self, texts: Sequence[str], pairs: Sequence[str] | None, batch: int | None) -> Outputs:
-        """Encoders answer what was handed over while the next texts are read: words and static tiers take one core, and
-        that under Python's lock, which an encoder does not need."""
-        n, cheap = len(texts), self.tiers[: self._cheap]
-        out = Outputs(np.zeros((n, self.task.outputs), np.float32), np.zeros(n), np.zeros(n, np.int64))
-        waiting: list[tuple[NDArray[np.int64], Tokens]] = []
-        asked: list[tuple[NDArray[np.int64], Future[Outputs]]] = []
-
-        def ask(behind: Executor) -> None:
-            if not waiting:
-                return
-            rows = np.concatenate([rows for rows, _ in waiting])
-            first, *others = [tokens for _, tokens in waiting]
-            tokens = first.joined(*others)
-            waiting.clear()
-            answer = partial(self._answer, tokens, batch)
-            strong = partial(cascade, self.task, self.tiers, len(rows), answer, self._cheap, out.logits[rows])
-            asked.append((rows, behind.submit(strong)))
-
-        with ThreadPoolExecutor(1) as behind:
-            for start in range(0, n, _PART):
-                part = slice(start, start + _PART)
-                tokens = self.encoder.encode(texts[part], None if pairs is None else pairs[part])
-                found = cascade(self.task, cheap, len(tokens), partial(self._answer, tokens, batch))
-                out.fill(np.arange(start, start + len(tokens)), found)
-                unsure = np.flatnonzero((found.tier == len(cheap) - 1) & (found.confidence < cheap[-1].threshold))
-                waiting.append((start + unsure, tokens.take(unsure)))
-                if sum(len(rows) for rows, _ in waiting) >= _BLOCK:
-                    ask(behind)
-            ask(behind)
-        for rows, job in asked:
-            out.fill(rows, job.result())
-        return out
 
     def run(self, tokens: Tokens, batch: int | None = None) -> Outputs:
         """Logits, confidence and tier of rows that this engine's encoder encoded."""
-        return cascade(self.task, self.tiers, len(tokens), partial(self._answer, tokens, batch))
 
-    def _answer(self, tokens: Tokens, batch: int | None, tier: int, rows: NDArray[np.int64]) -> Floats:
-        return self.logits(tier, tokens if len(rows) == len(tokens) else tokens.take(rows), batch)
+        def answer(i: int, rows: NDArray[np.int64]) -> Floats:
+            return self.logits(i, tokens if len(rows) == len(tokens) else tokens.take(rows), batch)
+
+        return cascade(self.task, self.tiers, len(tokens), answer)
 
     def logits(self, tier: int, tokens: Tokens, batch: int | None = None) -> Floats:
         """What one tier says of encoded rows (n, outputs)."""
@@ -126,11 +84,6 @@ class Engine:
         return len(self.run(self.encoder.encode(["ok"])).tier) == 1
 
 
-def _many(texts: Sequence[str]) -> bool:
-    """Whether they are enough for two at work. What is no list is looked at as a whole, by the encoder."""
-    return isinstance(texts, list | tuple) and len(texts) >= 2 * _PART
-
-
 def expect(paired: bool | None, pairs: bool, name: str) -> None:
     """Raises OptionError where rows are not of the kind that the artifact answers, pairs of texts or single ones."""
     if paired is not None and paired != pairs:
@@ -142,23 +95,15 @@ def expect(paired: bool | None, pairs: bool, name: str) -> None:
         raise OptionError(f"{name} {told}.")
 
 
-def cascade(
-    task: Task,
-    tiers: Sequence[Tier],
-    n: int,
-    answer: Callable[[int, NDArray[np.int64]], Floats],
-    first: int = 0,
-    before: Floats | None = None,
-) -> Outputs:
-    """Ask each tier, from the `first` on, about the rows that the tiers before it were not sure of.
+def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, NDArray[np.int64]], Floats]) -> Outputs:
+    """Ask each tier about the rows that the tiers before it were not sure of.
 
-    `answer(i, rows)` gives tier i's own logits (len(rows), outputs) of the rows at these positions of n; `before`
-    (n, outputs) are those that they were handed over with to the first.
+    `answer(i, rows)` gives tier i's own logits (len(rows), outputs) of the rows at these positions of n.
     """
-    logits = np.zeros((n, task.outputs), np.float32) if before is None else before.copy()
+    logits = np.zeros((n, task.outputs), np.float32)
     confidence, answered = np.zeros(n), np.zeros(n, np.int64)
     rows = np.arange(n)
-    for i, tier in enumerate(tiers[first:], first):
+    for i, tier in enumerate(tiers):
         if not len(rows):
             break
         found = together(answer(i, rows), tier.before, logits[rows])
