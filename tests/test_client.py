@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from netweight import client as clients
@@ -81,6 +82,16 @@ def test_texts_are_sent_in_parts_and_come_back_in_order(monkeypatch: pytest.Monk
     assert [path for _, path, _ in asked] == ["/v1/models/m/predict"] * 2
 
 
+def test_columns_of_other_libraries_are_lists_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for texts in (np.array(["x", "y"]), np.array(["x", "y"], object), iter(["x", "y"]), ("x", "y")):
+        handle, asked = answering(labelled("a", "b"))
+        client = Client("http://shop")
+        client._http = httpx.Client(transport=httpx.MockTransport(handle))
+        assert [p.label for p in client.predict("m", texts)] == ["a", "b"]  # type: ignore[arg-type]
+        assert asked[0].content == b'{"texts":["x","y"],"scores":false}'
+    assert both(monkeypatch, (labelled("a"),), lambda c: c.predict("m", np.array([], str)))[0] == []
+
+
 def test_models_and_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert both(monkeypatch, ({"models": [{"name": "m"}]},), lambda c: c.models())[0] == [{"name": "m"}]
     result, asked, _ = both(monkeypatch, (labelled("a"),), lambda c: c.predict("m", pairs=[("l", "r")], scores=True))
@@ -121,4 +132,13 @@ def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     said, asked, _ = both(monkeypatch, (labelled("a"),), lambda c: c.predict("m"))
     assert said == "give texts or pairs, and not both."
     assert not asked
+    for given, text in (
+        ({"texts": "zip broke"}, "texts is one string; pass a list of strings."),
+        ({"texts": {"review": ["zip broke"]}}, "texts is a table; pass one column, for example df['review']."),
+        ({"pairs": "zip"}, "pairs is one string; pass two texts for each row."),
+        ({"pairs": 3}, "pairs is of type int; pass two texts for each row."),
+    ):
+        said, asked, _ = both(monkeypatch, (labelled("a"),), lambda c, given=given: c.predict("m", **given))
+        assert said == text
+        assert not asked
     assert "key" not in repr(clients._Core("http://shop", "key"))

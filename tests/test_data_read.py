@@ -107,6 +107,7 @@ def test_a_label_that_is_written_otherwise_is_named() -> None:
 
 def test_a_slice_that_is_named_twice_is_one() -> None:
     assert Columns("text", "label", slices=("a", "b", "a")).slices == ("a", "b")
+    assert Columns("text", "label", slices="shop").slices == ("shop",)  # type: ignore[arg-type]
 
 
 def test_byte_order_mark_blank_lines_and_old_line_ends(tmp_path: Path) -> None:
@@ -316,6 +317,10 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read(tmp_path / "no" / "such.csv", COLUMNS)
     with pytest.raises(DataError, match="is a folder; name one table in it"):
         read(tmp_path, COLUMNS)
+    with pytest.raises(
+        DataError, match=r"a table is read from a path or from hf:NAME, and what came is of type dict; "
+    ):
+        read({"text": ["a"], "label": ["b"]}, COLUMNS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])

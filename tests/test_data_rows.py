@@ -6,7 +6,9 @@ import pickle
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,6 +77,69 @@ def test_keys_of_pairs_cannot_run_together() -> None:
 def test_lengths_must_agree() -> None:
     with pytest.raises(DataError, match="must have one length; these have text 2, label 1, number 2"):
         Rows(("a", "b"), ("x",))
+
+
+class Series:
+    """Like one of pandas, shuffled: walked through by place, but indexed by label."""
+
+    def __init__(self, **cells: object) -> None:
+        self.cells = cells
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(self.cells.values())
+
+    def __getitem__(self, label: str) -> object:
+        return self.cells[label]
+
+
+def test_any_sequence_is_a_column_and_cells_are_what_a_table_has() -> None:
+    made = Rows(
+        Series(b="A b", a="c", c="d"),  # type: ignore[arg-type]
+        np.array(["x", "y", "x"]),  # type: ignore[arg-type]
+        ["p", "q", "r"],  # type: ignore[arg-type]
+        [1, 1, None],  # type: ignore[arg-type]
+        np.array([1, 0.5, 2]),  # type: ignore[arg-type]
+        {"text": np.array(["s", "t", "u"], object)},  # type: ignore[dict-item]
+        np.array([3, 5, 9]),  # type: ignore[arg-type]
+    )
+    assert made == FULL
+    assert made.fingerprint() == FULL.fingerprint()
+    assert all(type(cell) is str for column in (made.text, made.label, made.slices["text"]) for cell in column or ())
+    assert made.take([2]).text == ("d",)
+    labels = Rows(("a",) * 5, [1, 2.5, True, np.int64(3), np.bool_(False)])  # type: ignore[arg-type]
+    assert labels.label == ("1", "2.5", "true", "3", "false")
+    with pytest.raises(AttributeError):
+        made.text = ()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"text": "ab"}, "text of rows is one string; pass a list of strings."),
+        ({"text": {"review": ["a", "b"]}}, r"text of rows is a table; pass one column, for example df\['review'\]."),
+        ({"label": "xy"}, "label of rows is one string"),
+        ({"slices": {"shop": "xy"}}, "slice shop of rows is one string"),
+        (
+            {"text": ("a", None)},
+            r"text of row 2 is None, of type NoneType; pass a string \(str\(\) makes one\), or leave",
+        ),
+        ({"text": ("a", 3)}, "text of row 2 is 3, of type int"),
+        ({"pair": (b"a", "b"), "number": (7, 8)}, "pair of row 7 is b'a', of type bytes"),
+        ({"label": ("x", float("nan"))}, "label of row 2 is nan, of type float"),
+        ({"label": ("x", ["y"])}, r"label of row 2 is \['y'\], of type list"),
+        ({"group": ("x", {})}, r"group of row 2 is {}, of type dict"),
+        ({"slices": {"shop": ("x", b"")}}, "slice shop of row 2 is b'', of type bytes"),
+        ({"weight": (1, -1)}, "weight of row 2 is -1, of type int; pass a number of at least 0, or leave the row out."),
+        ({"weight": (1.0, float("inf"))}, "weight of row 2 is inf"),
+        ({"weight": (None, 1.0)}, "weight of row 1 is None"),
+    ],
+)
+def test_cells_that_cannot_be_used_are_named(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        Rows(**{"text": ("a", "b"), **given})
 
 
 def test_rows_are_numbered_from_one() -> None:

@@ -408,6 +408,10 @@ def test_refused_options(technique: Distill, said: str, model: Model, dataset: D
         technique(model, Local(dataset), PLAN)
 
 
+def test_one_teacher_will_do(model: Model) -> None:
+    assert Distill(teachers=model) == Distill(teachers=(model,))  # type: ignore[arg-type]
+
+
 def test_refused_models(model: Model, dataset: Dataset) -> None:
     run = Local(dataset)
     plain = replace(QUICK, layers=None)

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,8 +208,22 @@ def test_errors_say_what_came() -> None:
     engine = engine_of("static")
     with pytest.raises(OptionError, match="texts is one string"):
         engine.predict("great")
-    with pytest.raises(OptionError, match="texts must be strings of valid Unicode"):
-        engine.predict([3])  # type: ignore[list-item]
+    with pytest.raises(OptionError, match=r"texts\[1\] is of type int; pass a string for every row"):
+        engine.predict(["great", 3])  # type: ignore[list-item]
+    # Python 3.12 takes a slice for a key, and some tokenizers take a list of two strings for a pair.
+    for row in ({"text": "great"}, ["great", "zip"], None, float("nan"), b"great"):
+        with pytest.raises(OptionError, match=r"texts\[0\] is of type"):
+            engine.predict([row])  # type: ignore[list-item]
+    with pytest.raises(OptionError, match="texts is of type NoneType; pass a list of strings"):
+        engine.predict(None)  # type: ignore[arg-type]
+    for table in ({"review": ["great"]}, SimpleNamespace(columns=["review"])):
+        with pytest.raises(OptionError, match=r"texts is a table; pass one column, for example df\['review'\]"):
+            engine.predict(table)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="pairs is one string"):
+        engine.predict(["a", "b"], "cd")
+    with pytest.raises(OptionError, match=r"pairs\[1\] is of type NoneType"):
+        engine.predict(["a", "b"], ["c", None])  # type: ignore[list-item]
+    assert engine.predict(np.array(["great"], object)) == engine.predict(["great"])  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="valid Unicode"):
         engine.predict(["\ud800"])
     with pytest.raises(OptionError, match="one pair text for each"):

@@ -154,6 +154,7 @@ def test_refusals(dataset: Dataset) -> None:
         EarlyExit()(tiny_model(family="gpt2"), run, PLAN)
     with pytest.raises(ModelError, match="a score has no confidence to exit by"):
         EarlyExit()(tiny_model(Score()), run, PLAN)
+    assert EarlyExit(1) == EarlyExit((1,))  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="an exit after layer 2 of 2 is none"):
         EarlyExit((2,))(tiny_model(), run, PLAN)
     with pytest.raises(OptionError, match=r"exits after layers \(\): name some"):

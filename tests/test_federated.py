@@ -179,7 +179,7 @@ def test_a_killed_server_goes_on_to_the_same_weights(
     whole = fitted(Federated(shops(3), **options, privacy=None), model, plan)  # type: ignore[arg-type]
     killer = Killer(shops(3, tmp_path), at=2)
     with pytest.raises(Killed):
-        fitted(Federated(killer, folder=tmp_path, **options, privacy=None), model, plan)  # type: ignore[arg-type]
+        fitted(Federated(killer, folder=str(tmp_path), **options, privacy=None), model, plan)  # type: ignore[arg-type]
     killer = Killer(shops(3, tmp_path), at=-1)
     assert fitted(Federated(killer, folder=tmp_path, **options, privacy=None), model, plan).digest == whole.digest  # type: ignore[arg-type]
     assert killer.seen == [2, 3]

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from conftest import KIND, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows
 from netweight.data import Dataset, Rows
+from netweight.data.rows import Sealed
 from netweight.engine import load
 from netweight.errors import ModelError
 from netweight.federate.kinds import STATISTICS
+from netweight.job import Budget, Job, Options, Tables
 from netweight.loss import Loss, short_row
 from netweight.model import Model
-from netweight.pipeline import optimize
+from netweight.pipeline import optimize, run
 from netweight.run import Local
 from netweight.run.base import Statistic
 from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
@@ -34,7 +36,7 @@ from netweight.techniques import (
 from netweight.techniques.finetune import Moments
 from netweight.techniques.prune import Gradients
 from netweight.testing import TechniqueContract
-from netweight.train import Plan
+from netweight.train import Plan, Silent
 from quick import LORA, TECHNIQUES, VARIANTS, some
 
 PLAN = Plan(batch_size=16, precision="fp32")
@@ -131,3 +133,29 @@ def test_a_federated_model_is_searched_certified_and_saved(tmp_path: Path, monke
     assert {"fine-tune"} < {report.label for report in reports}
     assert all(len(report.standings) == 3 and report.worst for report in reports)
     assert len(load(tmp_path / "made.nw", threads=1).predict(["the zip was late"])) == 1
+
+
+def test_a_private_simulation_is_a_job_without_rows_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/federated.md has it: clients train the head with noise, all else is made of the pool."""
+    quick_measuring(monkeypatch)
+    rows = many_rows(1100, noise=0.02)
+    mine, dev, certify, pool = (rows.take(range(a, b)) for a, b in ((0, 400), (400, 600), (600, 900), (900, 1100)))
+    none = mine.take([])
+    clients = [
+        Client(name, Dataset(mine.take(range(i, 400, 2)), none, none, Sealed(none)), str(tmp_path / name))
+        for i, name in enumerate(("north", "south"))
+    ]
+    teacher = Finetune(epochs=4, train="head", probe=False, learning_rate=1e-2)
+    options = Options(model=str(tiny_base(tmp_path / "base")), threads=1, finetune=teacher)
+    job = Job(Tables(None, dev=dev, certify=certify, pool=pool.unlabelled()), Budget(5.0), options, "2 rounds, private")
+    made: list[Federated] = []
+
+    def shops(data: Dataset, folder: Path) -> Federated:
+        made.append(Federated(clients, data, str(folder), rounds=Rounds(2)))
+        return made[-1]
+
+    result = run(job, tmp_path / "made.nw", Silent(), shops)
+    (report,) = made[0].reports
+    assert report.label == "fine-tune"
+    assert 0 < (report.epsilon or 0) <= 8
+    assert result.certificate.verdict in ("certified", "not certified", "worse")

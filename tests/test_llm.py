@@ -154,7 +154,7 @@ WANTED = tuple("good" if i % 3 == 0 else "bad" for i in range(6))
 
 @pytest.mark.parametrize("model", ["plain", "words", "flaky", "dropped", "torn", "patient", "uncounted"])
 def test_rows_are_labelled(served: Served, model: str, tmp_path: Path) -> None:
-    done = label_pool(pool(), TASK, teacher(served, model), tmp_path / "new" / "cache.jsonl", limit=10)
+    done = label_pool(pool(), TASK, teacher(served, model), str(tmp_path / "new" / "cache.jsonl"), limit=10)
     assert done.labels == done.rows.label == WANTED
     assert (done.asked, done.known, done.abstained, done.left) == (6, 0, 0, 0)
     assert served.texts().total() == 6 * {"flaky": 3, "dropped": 2, "torn": 2, "patient": 2}.get(model, 1)
@@ -469,3 +469,5 @@ def test_the_code_of_the_page_runs(served: Served, tmp_path: Path, monkeypatch: 
     assert names["right"] == 1.0
     assert names["more"].label == WANTED[:4] + WANTED
     assert names["said"].known == 4
+    exec(code.replace("limit=300", "limit=2"), names)
+    assert (names["check"].left, names["right"]) == (2, 1.0)

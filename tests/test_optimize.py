@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_measurements_are_of_what_ships(shop: Shop) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_finished_job_gives_the_same_look_and_the_same_artifact(shop: Shop, copied: Path) -> None:
-    result = again(shop, copied)
+    result = again(shop, copied, model=Path(shop.options["model"]), seed=np.int64(0))
     assert result.certificate == shop.result.certificate
     assert result.manifest.digest == shop.result.manifest.digest
     assert journal(copied) == journal(shop.folder)
@@ -111,10 +112,22 @@ def test_another_budget_is_another_look(shop: Shop, copied: Path) -> None:
     result = again(shop, copied, max_drop=4.0)
     assert result.certificate.registration.look == 2
     assert result.certificate.registration.level == pytest.approx(0.0125)
-    assert again(shop, copied).certificate.registration.look == 1, "the first question was asked before"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the verdict on")
+        assert again(shop, copied).certificate.registration.look == 1, "the first question was asked before"
     assert len(looks(copied)) == 2
     made = {key: value for key, value in journal(shop.folder).items() if key.startswith(("model", "point"))}
     assert {key: journal(copied)[key] for key in made} == made, "nothing was trained again"
+
+
+@pytest.mark.usefixtures("quick")
+def test_who_asked_without_a_reporter_is_warned_where_nothing_passed(shop: Shop, copied: Path) -> None:
+    with pytest.warns(UserWarning, match=r"the verdict on .* is 'not certified': no candidate passed, and .* ships"):
+        result = again(shop, copied, max_drop=0.1)
+    assert result.certificate.verdict == "not certified"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the verdict on")
+        again(shop, copied, max_drop=0.1, reporter=Silent())
 
 
 @pytest.mark.usefixtures("quick")
@@ -534,12 +547,30 @@ def test_an_artifact_that_answers_otherwise_is_not_certified(
         (lambda: Budget(confidence=1.0), "confidence is 1.0; use 0.5 up to"),
         (lambda: Budget(minimise="fame"), "minimise is 'fame'; use cost, latency or size"),  # type: ignore[arg-type]
         (lambda: Options(threads=0), "threads is 0; use 1 or more"),
+        (lambda: Options(seed=1.5), "seed is 1.5; use a whole number"),  # type: ignore[arg-type]
+        (lambda: Options(max_length="128"), "max_length is '128'; use a whole number"),  # type: ignore[arg-type]
         (lambda: Options(seconds=9), "the time limit is 9 s; use at least 10 s"),
     ],
 )
 def test_options_are_refused(make: Callable[[], object], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         make()
+
+
+def test_options_are_plain_values() -> None:
+    given: dict[str, Any] = {
+        "model": Path("base"),
+        "max_length": np.int64(64),
+        "threads": np.int32(2),
+        "seed": np.int64(1),
+    }
+    options = Options(**given)
+    assert json.loads(json.dumps({name: getattr(options, name) for name in given})) == {
+        "model": "base",
+        "max_length": 64,
+        "threads": 2,
+        "seed": 1,
+    }
 
 
 _NAMES = """

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import netweight.model
-from conftest import Shop, many_rows
+from conftest import Shop, many_rows, tiny_base
 from netweight.cli import app
 from netweight.data import Rows
 
@@ -44,6 +44,18 @@ def test_the_code_runs(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         exec(compile(block, "README.md", "exec"), scope)
     assert scope["engine"].predict(["great"])[0].label in ("good", "bad")
     assert scope["result"].certificate.verdict in ("certified", "not certified", "worse")
+
+
+def test_the_code_of_the_techniques_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base(tmp_path / "base")
+    monkeypatch.setattr(netweight.model, "_folder", lambda name: base)
+    reviews(tmp_path / "reviews.csv", many_rows(600))
+    (block,) = code((ROOT / "docs" / "techniques" / "README.md").read_text(encoding="utf-8"))
+    scope: dict[str, Any] = {}
+    exec(compile(block.replace("Static()", "Static(width=8, buckets=64, epochs=1)"), "README.md", "exec"), scope)
+    assert 0.5 < scope["run"].quality(scope["model"]) <= 1
+    assert 0 <= scope["run"].quality(scope["student"]) <= 1
 
 
 def test_both_languages_show_the_same_code() -> None:

@@ -258,7 +258,7 @@ def test_labels_of_spliced_rows_are_shared_by_fits(
 
 
 def test_outputs_that_are_damaged_are_asked_for_again(model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    said = Local(dataset, tmp_path).outputs(model)
+    said = Local(dataset, str(tmp_path)).outputs(model)
     (kept,) = tmp_path.glob("outputs-*")
     whole = kept.read_bytes()
     for left in (b"", whole[:40]):

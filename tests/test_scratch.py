@@ -106,6 +106,10 @@ def test_a_vocabulary_is_never_larger_than_asked_and_repeats(texts: list[str], s
     assert one.to_str() == two.to_str()
 
 
+def test_texts_may_come_one_by_one() -> None:
+    assert scratch(iter(TEXTS), TASK, **_SMALL).digest == small().digest  # type: ignore[arg-type]
+
+
 def test_ties_between_merges_are_broken_alike() -> None:
     texts = many_rows(300).text
     assert len({word_pieces(texts, 250).to_str() for _ in range(5)}) == 1
@@ -181,6 +185,10 @@ def test_refusals() -> None:
         scratch(TEXTS, TASK, vocabulary=100)
     with pytest.raises(OptionError, match="max_length is 2; use 4 to 8192"):
         scratch(TEXTS, TASK, max_length=2)
+    with pytest.raises(OptionError, match="texts is one string; pass a list of strings"):
+        scratch("great zip", TASK)
+    with pytest.raises(OptionError, match=r"texts\[1\] is of type NoneType"):
+        scratch(["great", None], TASK)  # type: ignore[list-item]
     for texts in ((), ("", "  ")):
         with pytest.raises(DataError, match="cannot be trained without texts"):
             scratch(texts, TASK)

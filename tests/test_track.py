@@ -111,6 +111,8 @@ def test_without_its_package_a_tracker_names_the_extra(
 def test_an_unknown_tracker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="no tracker 'mlfow'; use tensorboard, wandb, mlflow. Did you mean 'mlflow'"):
         trackers(["mlfow"], tmp_path)  # type: ignore[list-item]
+    with pytest.raises(OptionError, match="no tracker 'mlfow'"):
+        trackers("mlfow", tmp_path)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="no tracker 'neptune'"):
         optimize(many_rows(20), out=tmp_path / "o.nw", track=["neptune"])  # type: ignore[list-item]
 

@@ -30,8 +30,8 @@ class Answers:
     What was cut off at `room` tokens is known for as many only: with more the text is asked again.
     """
 
-    def __init__(self, path: Path, room: int) -> None:
-        self.room = room
+    def __init__(self, path: str | Path, room: int) -> None:
+        self.room, path = room, Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from netweight.errors import EndpointError, MissingExtra
+from netweight.errors import EndpointError, MissingExtra, no_list
 
 try:
     import httpx
@@ -88,7 +88,8 @@ class _Core:
     ) -> Generator[_Step, _Met, list[Prediction]]:
         if (texts is None) == (pairs is None):
             raise EndpointError("give texts or pairs, and not both.")
-        name, rows = ("texts", list(texts or ())) if texts is not None else ("pairs", list(pairs or ()))
+        name = "texts" if pairs is None else "pairs"
+        rows = _listed(texts, name) if pairs is None else _listed(pairs, name, "pass two texts for each row")
         found: list[Prediction] = []
         for start in range(0, len(rows), self.part):
             body = {name: rows[start : start + self.part], "scores": scores}
@@ -121,6 +122,12 @@ class _Core:
             wait = float(named) if named.isdigit() else 0.1 * 2**attempt
             yield _Sleep(min(_LONGEST, wait) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
+
+
+def _listed(given: Any, name: str, instead: str = "") -> list[Any]:
+    if why := no_list(given, name, instead):
+        raise EndpointError(why)
+    return list(given)
 
 
 def _passing(response: httpx.Response) -> bool:

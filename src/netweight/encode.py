@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from netweight.errors import ModelError, OptionError
+from netweight.errors import ModelError, OptionError, no_list
 from netweight.words import Words, around
 
 # Characters read per token of `max_length`: bounds the work that one huge text can cause. No word piece of the
@@ -183,15 +183,14 @@ class TextEncoder:
         return names
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
-        """Token ids of the texts, or of (text, pair) rows. Raises OptionError for anything but strings."""
+        """Token ids of the texts, or of (text, pair) rows. Raises OptionError for anything but lists of strings."""
         limit = self.max_length * _CHARACTERS_PER_TOKEN
-        if isinstance(texts, str):
-            raise OptionError("texts is one string; pass a list of strings.")
+        first = listed(texts, "texts", limit)
+        second = None if pairs is None else listed(pairs, "pairs", limit)
         try:
-            rows: list[Any] = [text[:limit] for text in texts]
-            if pairs is None:
-                return self._alone(rows)
-            rows = list(zip(rows, (text[:limit] for text in pairs), strict=True))
+            if second is None:
+                return self._alone(first)
+            rows: list[Any] = list(zip(first, second, strict=True))
             found = self._tokenizer.encode_batch_fast(rows)
         except (TypeError, ValueError, UnicodeEncodeError) as problem:
             raise OptionError(f"texts must be strings of valid Unicode, one pair text for each: {problem}") from problem
@@ -214,3 +213,15 @@ class TextEncoder:
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1])), offsets
+
+
+def listed(texts: Iterable[str], name: str, limit: int | None = None) -> list[str]:
+    """The texts, at most `limit` characters of each. Raises OptionError for what is no list, or holds anything but
+    strings: some tokenizers would take a list of two strings for a pair."""
+    if why := no_list(texts, name):
+        raise OptionError(why)
+    return [text[:limit] if isinstance(text, str) else _refuse(text, f"{name}[{i}]") for i, text in enumerate(texts)]
+
+
+def _refuse(text: object, name: str) -> NoReturn:
+    raise OptionError(f"{name} is of type {type(text).__name__}; pass a string for every row.")

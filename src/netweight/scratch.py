@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModel
 
-from netweight.encode import TextEncoder, Tokens
+from netweight.encode import TextEncoder, Tokens, listed
 from netweight.errors import DataError, OptionError
 from netweight.model import Base, Model
 from netweight.network import Transformer, causal
@@ -31,7 +31,7 @@ _SMOOTHED = 0.75
 
 
 def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call names them one by one)
-    texts: Sequence[str],
+    texts: Iterable[str],
     task: Task,
     *,
     family: Family = "bert",
@@ -56,7 +56,7 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
         max_length: tokens kept per row.
 
     Raises:
-        OptionError: an unknown family, or sizes that do not go together.
+        OptionError: an unknown family, sizes that do not go together, or texts that are no strings.
         DataError: there is no text.
     """
     if family not in get_args(Family):
@@ -68,6 +68,7 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
         )
     if vocabulary < _LEAST:
         raise OptionError(f"a vocabulary of {vocabulary} is too small; use {_LEAST} tokens or more.")
+    texts = listed(texts, "texts")
     if not any(text.strip() for text in texts):
         raise DataError("a tokenizer cannot be trained without texts; all of them are empty.")
     config = AutoConfig.for_model(family, **_sizes(family, layers, hidden, heads, max_length))

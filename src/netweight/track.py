@@ -58,8 +58,10 @@ class Tracked:
         self._reporter.note(message)
 
 
-def trackers(names: Sequence[Name], folder: Path) -> list[Tracker]:
-    """Trackers that write below `folder`, each in a folder of its name. Raises OptionError or MissingExtra."""
+def trackers(names: Name | Sequence[Name], folder: Path) -> list[Tracker]:
+    """Trackers that write below `folder`, each in a folder of its name; one name will do. Raises OptionError or
+    MissingExtra."""
+    names = (names,) if isinstance(names, str) else names
     made: dict[str, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
     for name in names:
         if name not in made:

@@ -66,6 +66,10 @@ class Silent:
 class Plan:
     """The options of one fit.
 
+    A technique puts its own options in the place of the plan's: each that trains `epochs` and `learning_rate`, some
+    `token_dropout`, `splice` or `batch_size` too. A plan that is given to a technique says the rest, so write
+    `Finetune(epochs=2)(model, run, Plan(seed=1))`.
+
     `learning_rate` is for full fine-tuning of a pretrained encoder: pretraining used 1e-4 to 1e-3, this is 10 to
     100 times lower on large batches; techniques state their own where that differs. `token_dropout` hides that
     share of each row's tokens (augmentation). `splice` adds that many synthetic rows for each real one, made of the

@@ -17,6 +17,7 @@ from netweight.data.table import CELL_LIMIT, CELL_TOO_LONG, Record, Table
 from netweight.errors import ColumnError, OptionError
 
 _SHOWN = 200  # characters of a cell that the quarantine file keeps
+_MISSING = ("NAType", "NaTType")  # pandas' own, which need not be installed
 # What other tools write for a value that is missing: pandas, MySQL (the client and INTO OUTFILE), Excel. A label may be
 # called none or NA, and a text may say null; these are not taken for missing.
 _NO_TEXT = ("NULL", "\\N")
@@ -28,7 +29,7 @@ class Columns:
     """Which column of a table plays which part. An empty `text` asks for a suggestion in the error.
 
     `group` names rows that belong together (a customer, a product): a group never spans splits.
-    `slices` are further columns by which the report breaks quality down.
+    `slices` are further columns by which the report breaks quality down; one name will do.
     """
 
     text: str = ""
@@ -42,7 +43,8 @@ class Columns:
         used = [name for name in (self.text, self.label, self.pair, self.weight) if name]
         if len(set(used)) < len(used):
             raise OptionError(f"text, label, pair and weight must be different columns; given were {', '.join(used)}.")
-        object.__setattr__(self, "slices", tuple(dict.fromkeys(self.slices)))
+        given: Any = self.slices
+        object.__setattr__(self, "slices", tuple(dict.fromkeys((given,) if isinstance(given, str) else given)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,8 @@ class Check:
         wanted: list[tuple[str, str | None, Callable[[Any], Any]]] = [
             ("text", columns.text, lambda cell: _required(cell, "text is empty")),
             ("pair", columns.pair, lambda cell: _required(cell, "pair is empty")),
-            ("label", None if optional else columns.label, _label),
-            ("weight", None if optional else columns.weight, _weight),
+            ("label", None if optional else columns.label, cell_label),
+            ("weight", None if optional else columns.weight, cell_weight),
             ("group", columns.group, lambda cell: cell_text(cell).strip()),
         ]
         wanted += [(f"slice {name}", name, lambda cell: cell_text(cell).strip()) for name in columns.slices]
@@ -97,7 +99,7 @@ class Check:
 
 
 def cell_text(cell: object) -> str:
-    """A cell as text: None and NaN are "", True is "true", 1 is "1", 1.0 is "1.0", dates are ISO 8601.
+    """A cell as text: None, NaN and pandas' own are "", True is "true", 1 is "1", 1.0 is "1.0", dates are ISO 8601.
 
     Raises Unusable for lists, objects and bytes, for a cell that is too long, and for half a surrogate pair,
     which no tokenizer takes.
@@ -105,7 +107,7 @@ def cell_text(cell: object) -> str:
     if isinstance(cell, np.generic):
         cell = cell.item()
     if not isinstance(cell, str):
-        if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        if cell is None or (isinstance(cell, float) and math.isnan(cell)) or type(cell).__name__ in _MISSING:
             return ""
         if isinstance(cell, bool):
             return "true" if cell else "false"
@@ -129,7 +131,8 @@ def _required(cell: object, reason: str) -> str:
     return text
 
 
-def _label(cell: object) -> str:
+def cell_label(cell: object) -> str:
+    """A cell as a label. Raises Unusable where there is none."""
     label = cell_text(cell).strip()
     if not label or label.lower() in _NO_LABEL:
         raise Unusable("label is missing")
@@ -151,7 +154,8 @@ def _number(label: str) -> float | None:
         return None
 
 
-def _weight(cell: object) -> float:
+def cell_weight(cell: object) -> float:
+    """A cell as a weight. Raises Unusable for anything but a number of at least 0."""
     try:
         weight = float(cell_text(cell))
     except ValueError:

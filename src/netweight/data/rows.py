@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from netweight.errors import CertificateError, DataError
+from netweight.data.check import Unusable, cell_label, cell_text, cell_weight
+from netweight.errors import CertificateError, DataError, no_list
 
 # Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
 _PAIR = "\x1f"
@@ -33,7 +35,11 @@ class Rows:
     `label` stays text: the task turns it into targets. `slices` holds further columns for the slice table. `drawn`
     numbers what was cut from a table as a whole, where rows were: those with one number all came, or none did.
     `number` is the row's number in its source (1 is the first row under the header), for messages; without it
-    rows are numbered from 1. Raises DataError where the lengths differ.
+    rows are numbered from 1.
+
+    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Other
+    labels, groups, slices and weights become what they would be in a table: 1 is "1", True is "true". Raises DataError
+    where that cannot be, or where the lengths differ.
     """
 
     text: tuple[str, ...]
@@ -46,12 +52,22 @@ class Rows:
     drawn: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name, column in self.columns():
+            if not name.startswith("slice "):
+                object.__setattr__(self, name, _tuple(name, column))
+        slices = {name: _tuple(f"slice {name}", column) for name, column in self.slices.items()}
+        object.__setattr__(self, "slices", slices)
         if not self.number:
             object.__setattr__(self, "number", tuple(range(1, len(self.text) + 1)))
         lengths = {name: len(column) for name, column in self.columns()}
         if len(set(lengths.values())) > 1:
             said = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise DataError(f"the columns of rows must have one length; these have {said}.")
+        for name in ("text", "label", "pair", "group", "weight"):
+            if (column := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _checked(name, column, self.number))
+        for name, column in slices.items():
+            slices[name] = _checked(f"slice {name}", column, self.number)
 
     def __len__(self) -> int:
         return len(self.text)
@@ -60,8 +76,7 @@ class Rows:
         """The rows at these 0-based positions, in this order; an integer array will do."""
         at = [int(i) for i in indices]
         taken = {name: tuple([column[i] for i in at]) for name, column in self.columns()}
-        slices = {name: taken.pop(f"slice {name}") for name in self.slices}
-        rows = Rows(**taken, slices=slices)
+        rows = _of(taken)
         if "_keys" in self.__dict__:
             # Normalising is the slowest part of a split; what is known already is handed on.
             rows.__dict__["_keys"] = tuple([self._keys[i] for i in at])
@@ -111,8 +126,56 @@ def concat(first: Rows, second: Rows) -> Rows:
     if one.keys() != two.keys():
         raise DataError(f"rows with the columns {', '.join(one)} cannot be joined with rows of {', '.join(two)}.")
     joined = {name: (*column, *two[name]) for name, column in one.items()}
-    slices = {name: joined.pop(f"slice {name}") for name in first.slices}
-    return Rows(**joined, slices=slices)
+    return _of(joined)
+
+
+def _of(columns: Mapping[str, tuple[Any, ...]]) -> Rows:
+    """Rows of columns that are checked already, named as `Rows.columns` names them: a table may have millions of
+    cells, and a split takes them apart many times."""
+    rows = object.__new__(Rows)
+    own = {name: column for name, column in columns.items() if not name.startswith("slice ")}
+    slices = {name.removeprefix("slice "): column for name, column in columns.items() if name not in own}
+    rows.__dict__.update(own, slices=slices)
+    return rows
+
+
+def _tuple(name: str, column: Any) -> tuple[Any, ...]:
+    if isinstance(column, tuple):
+        return column
+    if why := no_list(column, f"{name} of rows"):
+        raise DataError(why)
+    return tuple(column.tolist() if hasattr(column, "tolist") else column)
+
+
+def _checked(name: str, column: tuple[Any, ...], numbers: tuple[int, ...]) -> tuple[Any, ...]:
+    """The cells of one column as what they must be. Raises DataError, with the row's number."""
+    if name == "weight":
+        if set(map(type, column)) <= {float} and all(map(math.isfinite, column)) and min(column, default=0.0) >= 0:
+            return column
+    elif set(map(type, column)) <= {str}:
+        return column
+    found = []
+    for cell, number in zip(column, numbers, strict=True):
+        try:
+            found.append(_cell(name, cell))
+        except Unusable:
+            wanted = "a number of at least 0" if name == "weight" else "a string (str() makes one)"
+            raise DataError(
+                f"{name} of row {number} is {repr(cell)[:80]}, of type {type(cell).__name__}; pass {wanted}, or leave "
+                "the row out."
+            ) from None
+    return tuple(found)
+
+
+def _cell(name: str, cell: Any) -> str | float:
+    """One cell as what a column of this name holds. Raises Unusable."""
+    if name == "weight":
+        return cell_weight(cell)
+    if isinstance(cell, str):
+        return str(cell)
+    if name in ("text", "pair"):
+        raise Unusable
+    return cell_label(cell) if name == "label" else cell_text(cell).strip()
 
 
 class Sealed:

@@ -51,6 +51,12 @@ def open_table(source: str | Path) -> Table:
 
     Raises DataError for a source that is missing, empty, of another format, or not readable as a whole.
     """
+    given: Any = source
+    if not isinstance(given, str | Path):
+        raise DataError(
+            f"a table is read from a path or from hf:NAME, and what came is of type {type(given).__name__}; pass one "
+            "of these, or, for training, Rows of its columns, such as Rows(df['text'], df['label'])."
+        )
     if source == "-":
         return LinesTable()
     if isinstance(source, str) and source.startswith("hf:"):

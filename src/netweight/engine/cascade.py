@@ -88,9 +88,10 @@ def expect(paired: bool | None, pairs: bool, name: str) -> None:
     """Raises OptionError where rows are not of the kind that the artifact answers, pairs of texts or single ones."""
     if paired is not None and paired != pairs:
         told = (
-            "answers pairs of texts; give the second text of each too (--pair COLUMN, or pairs over HTTP)"
+            "answers pairs of texts; give the second text of each too (--pair COLUMN, pairs= in Python, "
+            "or pairs over HTTP)"
             if paired
-            else "answers single texts; give no second one (no --pair, and texts over HTTP)"
+            else "answers single texts; give no second one (no --pair, no pairs= in Python, and texts over HTTP)"
         )
         raise OptionError(f"{name} {told}.")
 

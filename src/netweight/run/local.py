@@ -45,9 +45,9 @@ class Local:
         seams: where other runs step into the loop; None: one process alone, on a graphics card where there is one.
     """
 
-    def __init__(self, data: Dataset, folder: Path | None = None, seams: Seams | None = None) -> None:
+    def __init__(self, data: Dataset, folder: str | Path | None = None, seams: Seams | None = None) -> None:
         self.data = data
-        self.folder = folder
+        self.folder = None if folder is None else Path(folder)
         self.seams = seams or Seams(device_of(0))
         self._tokens: dict[tuple[str, bool], Tokens] = {}
 

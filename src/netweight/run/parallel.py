@@ -59,7 +59,7 @@ class Parallel:
         data: Dataset,
         processes: int | None = None,
         strategy: Strategy = "ddp",
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         threads: int = 1,
         setup: Setup | None = None,
         pool: Crew[Any] | None = None,
@@ -67,6 +67,7 @@ class Parallel:
     ) -> None:
         if strategy not in get_args(Strategy):
             raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
+        folder = None if folder is None else Path(folder)
         self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
         self._local: Local | None = None
         self._number = -1

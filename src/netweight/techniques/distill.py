@@ -33,9 +33,9 @@ class Distill:
 
     The token tables stay frozen. `splice` is the plan's: synthetic rows that the teacher labels.
 
-    `teachers` are other models than the given one, for the same task; `layers=None` then trains the given model as it
-    is, however it was made: cut narrower, or from scratch. Several are combined by the mean of their logits, or
-    weighted in each row by their "confidence" (after Kwon et al., ICASSP 2020, who weigh by entropy).
+    `teachers` are other models than the given one, or one such model, for the same task; `layers=None` then trains the
+    given model as it is, however it was made: cut narrower, or from scratch. Several are combined by the mean of their
+    logits, or weighted in each row by their "confidence" (after Kwon et al., ICASSP 2020, who weigh by entropy).
 
     `match` says what is matched, one or several: the teacher's outputs ("logits"), its hidden states, attention maps,
     or relations (`netweight.matching.Matching` has the formulas). `match_weight` scales all but the first, `layer_map`
@@ -59,6 +59,10 @@ class Distill:
     teachers: tuple[Model, ...] = field(default=(), repr=False)
     combine: Literal["mean", "confidence"] = "mean"
     freeze_embeddings: bool | None = None
+
+    def __post_init__(self) -> None:
+        given: Any = self.teachers
+        object.__setattr__(self, "teachers", (given,) if isinstance(given, Model) else tuple(given))
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         given, teachers = transformer(model, "Distill"), self.teachers or (model,)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -29,7 +30,8 @@ FAMILIES = ("bert", "roberta", "xlm-roberta", "distilbert")
 class EarlyExit:
     """Add exits after the layers `after` and train all of it to match the model, which must classify.
 
-    The exit thresholds are no matter of training: they are fitted on dev when the model becomes a tier.
+    The exit thresholds are no matter of training: they are fitted on dev when the model becomes a tier. For a single
+    exit its number will do.
     """
 
     after: tuple[int, ...] = (2,)
@@ -39,6 +41,10 @@ class EarlyExit:
     hard: float = 0.1
     token_dropout: float = 0.1
     splice: float = 4.0
+
+    def __post_init__(self) -> None:
+        given: Any = self.after
+        object.__setattr__(self, "after", (given,) if isinstance(given, int) else tuple(given))
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "EarlyExit")

@@ -65,12 +65,13 @@ class Client:
         self,
         name: str,
         data: Dataset,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         expects: Manifest | None = None,
         limit: float | None = None,
         said: Callable[[str], None] | None = None,
     ) -> None:
         self.name, self.data, self.expects, self.limit = name, data, expects, limit
+        folder = None if folder is None else Path(folder)
         self._local = Local(data, folder and folder / "work")
         self._kept = Kept(folder)
         self._guard = Guard(name, folder, limit)

@@ -81,7 +81,7 @@ class Federated:
         self,
         clients: Sequence[Client] | Channel,
         data: Dataset | None = None,
-        folder: Path | None = None,
+        folder: str | Path | None = None,
         *,
         rounds: Rounds | None = None,
         algorithm: Algorithm | None = None,
@@ -89,7 +89,7 @@ class Federated:
         privacy: Automatic | Privacy | None = _PRIVATE,
     ) -> None:
         self.channel: Channel = InProcess(clients) if isinstance(clients, Sequence) else clients
-        self.held_out, self.folder = data, folder
+        self.held_out, self.folder = data, None if folder is None else Path(folder)
         self.rounds = rounds or Rounds()
         self.algorithm: Algorithm = algorithm or FedAvg()
         self.travel = travel or Travel()
