@@ -250,6 +250,12 @@ def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.Monk
     assert f"| fastText | {peers.NOT_RUN} |" in page, "a trial is no result"
     assert "1,234" in page
     assert list(peers.tables()[1]) == ["peers-banking77-seed0.svg"]
+    ours = cell | {"peer": "netweight", "timing": {"netweight": timing}}
+    for allowed, said in ((2.1, "| not certified; would be at 2.1 |"), (2.0, "| not certified |")):
+        own = ours | {"certificate": cell["certificate"] | {"margin": allowed, "verdict": "certified"}}  # type: ignore[operator]
+        (tmp_path / "cells" / "netweight.json").write_text(json.dumps(own))
+        (line,) = [line for line in "\n".join(peers.tables()[0]).splitlines() if line.startswith("| TF-IDF")]
+        assert said in line
 
 
 def test_every_peer_has_a_script_a_title_and_pinned_requirements(bench: ModuleType) -> None:
