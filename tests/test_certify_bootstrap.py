@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from scipy.optimize import minimize_scalar
 
 from netweight.certify import calibrated, fit_temperature
 from netweight.certify.bootstrap import Bootstrap, Sample, interval
-from netweight.certify.compare import Pairs, compare, require
+from netweight.certify.compare import Pairs, compare, extended, require
 from netweight.certify.slices import _drop, columns, script
+from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.data.rows import Rows
 from netweight.errors import CertificateError
 from netweight.task import Classify, Score, softmax
@@ -114,6 +116,19 @@ def test_groups_in_which_nothing_differs_have_no_interval() -> None:
     assert alone is not None
     assert alone.low < 0 < alone.high
     assert _drop(same.task, same.reference, same.candidate, same.groups, 0.025) is not None
+    lost = np.stack([1 - same.reference[:, 1], same.reference[:, 1]], axis=1)
+    assert _drop(same.task, same.reference[:, [1, 1]], lost, same.groups, 0.025) is None, "nor where all differ"
+
+
+@pytest.mark.parametrize("metric", ["spearman", "mae"])
+def test_scores_that_do_not_differ_have_no_interval(metric: str) -> None:
+    task = Score(metric=metric)  # type: ignore[arg-type]
+    found = random_pairs(task, 60)
+    assert _drop(task, found.reference, found.reference, None, 0.025) is None
+    assert _drop(task, found.reference, found.candidate, None, 0.025) is not None
+    found.reference[:, 1] = found.candidate[:, 1] = 2.0
+    defined = _drop(task, found.reference, found.candidate, None, 0.025) is not None
+    assert defined == (metric == "mae"), "no correlation with scores that are all equal"
 
 
 def test_groups_that_matter_widen_the_interval() -> None:
@@ -158,6 +173,36 @@ def test_classes_and_groups_must_be_large_enough() -> None:
     require(task, np.vstack([rows, rows[-1:]]), None)
     with pytest.raises(CertificateError, match="form 29 groups; at least 30"):
         require(Classify(("a", "b")), rows, np.arange(74) % 29)
+    scores = np.stack([np.arange(30.0), np.full(30, 3.0)], axis=1)
+    with pytest.raises(CertificateError, match=r"scores need at least 30 certify rows .*; there are 29\. Give more"):
+        require(Score(), scores[:29], None)
+    for metric in ("spearman", "mae"):
+        with pytest.raises(
+            CertificateError, match="all 30 rows of certify have the score 3, so that .* whose scores differ"
+        ):
+            require(Score(metric=metric), scores, None)  # type: ignore[arg-type]
+    scores[0, 1] = 4
+    require(Score(), scores, None)
+
+
+@pytest.mark.parametrize(
+    ("metric", "rows", "rarest", "within"),
+    [("accuracy", 900, 300, 0.1), ("macro-f1", 500, 30, 0.2), ("spearman", 500, 0, 0.35), ("mae", 500, 0, 0.35)],
+)
+def test_plans_know_what_the_test_adds_where_nothing_differs(
+    metric: str, rows: int, rarest: int, within: float
+) -> None:
+    """The upper bound of a candidate that answers as its reference does, which without it would be 0."""
+    if metric in Score.metrics:
+        task: Classify | Score = Score(metric=metric)  # type: ignore[arg-type]
+        reference = random_pairs(task, rows).reference
+    else:
+        task = Classify(("a", "b", "c"), metric)  # type: ignore[arg-type]
+        true = np.repeat([0.0, 1.0, 2.0], [(rows - rarest) // 2, rows - rarest - (rows - rarest) // 2, rarest])
+        reference = np.stack([true, true], axis=1)
+    moved, added = extended(task, reference, 0.025)
+    found = compare(Pairs(task, reference, reference), 1.0, 0.025, 0)
+    assert moved + normal_quantile(0.025) * added == pytest.approx(found.drop.high, rel=within)
 
 
 def test_temperature_is_that_of_largest_likelihood() -> None:
@@ -246,6 +291,22 @@ def test_the_benchmark_remembers_the_boundary_of_the_test() -> None:
     for b in range(16):
         for c in range(8):
             assert module.exact_pass(b, c, 900) == module.exact.passes(b, c, 900, 0.01, 0.025)
+
+
+def test_the_benchmark_sees_a_level_that_is_twice_what_was_promised() -> None:
+    module = benchmark()
+
+    def line(method: str, simulations: int, false: float) -> bool:
+        limits = binomial_bounds(round(false * simulations), simulations, 0.01)
+        return bool(module.Line("", method, 900, simulations, false, false, *limits, 0.0).holds)
+
+    assert line("exact", 10_000, 0.0261)
+    assert not line("exact", 10_000, 0.05)
+    assert line("exact", 500, 0.03), "so few scatter"
+    assert line("BCa", 225, 11 / 225)
+    assert not line("BCa", 1_000, 0.05)
+    stored = json.loads((BENCHMARK.parent / "results" / "certificate.json").read_text())
+    assert all(module.Line(**line).holds for line in stored)
 
 
 @pytest.mark.slow

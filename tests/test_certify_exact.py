@@ -151,11 +151,27 @@ def test_rows_needed_have_the_chance_and_one_less_has_not() -> None:
     assert normal_power(0.004 * np.sqrt(3000 / rows), 0.0, 0.01, 0.025) == pytest.approx(0.8, abs=1e-3)
 
 
+def test_the_more_a_candidate_gains_the_fewer_rows_are_needed() -> None:
+    """Also beyond a gain of the margin."""
+    gains = (0.0, 0.005, 0.0099, 0.01, 0.0101, 0.02, 0.05, 0.08)
+    rows = [binary_rows(0.08, -gain, 0.01, 0.025) or 0 for gain in gains]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[2] - rows[4] < 0.03 * rows[3], "nothing happens at the margin itself"
+    assert rows[-1] > 16
+    wanted = (normal_quantile(0.025) + normal_quantile(0.2)) ** 2 * (0.08 - 0.02**2) / 0.03**2
+    assert rows[5] == pytest.approx(wanted, rel=0.1)
+    powers = [binary_power(0.08, -0.02, n, 0.01, 0.025) for n in (50, 200, 700, 2000)]
+    assert powers == sorted(powers)
+    assert powers[0] < 0.5 < powers[-1] <= 1
+
+
 def test_power_at_its_ends() -> None:
-    assert binary_power(0.0, 0.0, 381, 0.01, 0.025) == 1.0
-    assert binary_power(0.0, 0.0, 380, 0.01, 0.025) == 0.0
+    assert binary_power(0.0, 0.0, 369, 0.01, 0.025) == 1.0
+    assert binary_power(0.0, 0.0, 368, 0.01, 0.025) == 0.0
+    assert binary_rows(0.0, 0.0, 0.01, 0.025) == 369
     assert binary_power(0.1, 0.02, 5000, 0.01, 0.025) == 0.0
-    assert binary_power(0.1, -0.02, 5000, 0.01, 0.025) == 1.0
+    assert binary_power(0.1, -0.02, 5000, 0.01, 0.025) == pytest.approx(1.0)
+    assert binary_power(0.1, 0.0, 5000, 1.0, 0.025) == 1.0
     assert binary_power(0.05, 0.0, 200_000, 0.01, 0.025) == pytest.approx(1.0)
     assert normal_power(0.0, 0.0, 0.01, 0.025) == 1.0
     assert normal_power(0.0, 0.01, 0.01, 0.025) == 0.0

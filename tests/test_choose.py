@@ -24,6 +24,7 @@ from netweight.anatomy import blocks
 from netweight.artifact import Tier
 from netweight.build import Builder, _telling
 from netweight.certify import fit_temperature
+from netweight.certify.compare import Pairs, compare
 from netweight.certify.power import binary_power
 from netweight.choose import (
     FIRST,
@@ -407,11 +408,17 @@ def alone(logits: np.ndarray, cost: float = 1.0) -> Choice:
 def test_the_reference_itself_passes_where_the_rows_suffice() -> None:
     _, strong, targets = two()
     # On no row of dev do they differ, so on one row in N at most: error sqrt(1 / (N * rows)).
-    least = NormalDist().inv_cdf(0.975) / math.sqrt(N * 900)
+    least = NormalDist().inv_cdf(0.975) * math.hypot(1 / math.sqrt(N * 900), added(900))
     for margin, wanted in ((1.01 * least, 1.0), (0.99 * least, 0.0)):
         (found,) = judged([alone(strong.logits)], strong.logits, targets, TASK, margin, 900, 0.025)
         assert found.drop == 0
         assert found.chance == wanted
+
+
+def added(rows: int) -> float:
+    """The standard error of the two lost and two gained rows that a test at 2.5 or 5 % adds to so many, known from N
+    rows of dev, to which they were added."""
+    return 2 / (N + 1) * N / rows
 
 
 def wrong_on(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -433,7 +440,8 @@ def expected(drop: float, apart: float, rate: float, margin: float, rows: int) -
     own = (rate * apart / choose._KNOWN) ** 2 / ((rate * apart / choose._KNOWN) ** 2 + dev**2)
     likely = own * max(drop, 0) + (1 - own) * rate * apart
     spread = math.hypot(math.sqrt(own) * dev, certify)
-    return NormalDist().cdf((margin - likely - NormalDist().inv_cdf(0.95) * certify) / spread)
+    bound = NormalDist().inv_cdf(0.95) * math.hypot(certify, added(rows))
+    return NormalDist().cdf((margin - likely - bound) / spread)
 
 
 @pytest.mark.parametrize("rows", [300, 1500])
@@ -479,9 +487,8 @@ def test_a_cascade_may_be_better_than_its_reference() -> None:
     trust = spread**2 / (spread**2 + luck**2)
     certify = math.sqrt((luck**2 + 1 / N**2) * N / 600)
     likely = -trust * 30 / N  # shrunk towards nothing, not towards what the other cascade or the student loses
-    chance = NormalDist().cdf(
-        (margin - likely - NormalDist().inv_cdf(0.95) * certify) / math.hypot(math.sqrt(trust) * luck, certify)
-    )
+    bound = NormalDist().inv_cdf(0.95) * math.hypot(certify, added(600))
+    chance = NormalDist().cdf((margin - likely - bound) / math.hypot(math.sqrt(trust) * luck, certify))
     assert better.chance == pytest.approx(chance, abs=0.05)
     assert better.chance > same.chance + 0.1
 
@@ -647,6 +654,34 @@ def test_plans_count_copies_that_were_cut_together_once() -> None:
     assert _telling(rows) == 100, "drawn one by one, each tells something"
     # Ten texts of four copies and sixty of one: 100^2 / (10 * 16 + 60).
     assert _telling(replace(rows, drawn=tuple(i // 4 if i < 40 else i for i in range(100)))) == 45
+    # So are rows of one user in a table that was given; an empty cell is nobody.
+    users = Rows(rows.text, group=tuple(f"user {i // 20}" for i in range(100)))
+    assert _telling(users) == 5
+    assert _telling(replace(users, group=tuple("" if i < 40 else f"{i // 20}" for i in range(100)))) == 8
+
+
+def test_a_planned_margin_is_one_that_rows_in_groups_can_show() -> None:
+    """1,200 rows of 60 users: the bound of a candidate that changes nothing is not that of 1,200 independent rows."""
+    reference, _, targets = wrong_on(0)
+    rows = Rows(tuple(f"text {i}" for i in range(1200)), group=tuple(f"user {i // 20}" for i in range(1200)))
+    (found,) = judged([alone(reference)], reference, targets, TASK, 0.01, _telling(rows), 0.025)
+    outcomes = np.zeros((1200, 2))
+    tested = compare(Pairs(TASK, outcomes, outcomes, np.arange(1200) // 20), 1.0, 0.025, 0)
+    assert tested.drop.high > 0.05
+    assert found.needs == pytest.approx(tested.drop.high, rel=0.15)
+    assert found.chance == 0.0
+
+
+def test_scores_of_dev_must_differ_and_those_of_certify_suffice() -> None:
+    def builder(dev: tuple[str, ...], certify: int) -> Builder:
+        data = SimpleNamespace(dev=Rows(("text",) * len(dev), dev), certify=range(certify))
+        return Builder(None, data, Score(), None, None, None, None)  # type: ignore[arg-type]
+
+    builder(("1", "2"), 30)
+    with pytest.raises(CertificateError, match="all 2 rows of dev have the score 1, .* give rows of dev whose scores"):
+        builder(("1", "1"), 30)
+    with pytest.raises(CertificateError, match="at least 30 certify rows .*; there are 29"):
+        builder(("1", "2"), 29)
 
 
 def test_groups_that_are_too_few_are_refused_before_anything_is_trained(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from netweight.model import Model
 from netweight.network import Exits
 from netweight.run import Local
 from netweight.store import DEV, JOURNAL, Store
-from netweight.task import Score
+from netweight.task import Classify, Score
 from netweight.techniques import EarlyExit, Quantize, Recipe, describe
 from netweight.train import Plan
 
@@ -276,6 +276,17 @@ def test_an_error_and_a_correlation_in_a_matrix() -> None:
 def test_a_part_with_equal_scores_has_no_correlation() -> None:
     engine = SimpleNamespace(task=Score(3.0, 1.0))
     assert math.isnan(_quality(engine, ("a", "b"), None, ("4", "4")))  # type: ignore[arg-type]
+
+
+def test_a_label_that_is_only_predicted_does_not_halve_a_cell() -> None:
+    task = Classify(("neg", "pos"), "macro-f1")
+    said = np.eye(2)[[0] + [1] * 999]
+    engine = SimpleNamespace(task=task, outputs=lambda text, pair: SimpleNamespace(logits=said))
+    rows = ("a text",) * 1000
+    assert _quality(engine, rows, None, ("pos",) * 1000) == pytest.approx(2 * 999 / 1999)  # type: ignore[arg-type]
+    # Where it also occurs as truth, it counts.
+    both = _quality(engine, rows, None, ("neg", "neg", *("pos",) * 998))  # type: ignore[arg-type]
+    assert both == pytest.approx((2 / 3 + 2 * 998 / 1997) / 2)
 
 
 def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> None:

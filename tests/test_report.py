@@ -308,6 +308,26 @@ def test_each_verdict_says_what_was_shown() -> None:
         "Accuracy drops by more than the allowed 1.0 point: 3,075 rows that no search saw show it with 97.5 %" in worse
     )
     assert "certified:" not in worse.lower()
+    assert "each bound is missed with a chance of at most 1.25 %" in certified
+    assert "so that 97.5 % holds over all looks" in certified
+
+
+def test_what_a_bootstrap_shows_is_about_what_it_says() -> None:
+    manifest, certificate, measured, outcomes = CASES["certified"]
+    grouped = replace(outcomes, groups=tuple(i // 2 for i in range(len(outcomes))))
+    for page in (PAGES["macro-f1"], render(manifest, certificate, measured, grouped)):
+        said = text(page)
+        assert "with about 97.5 % confidence on 3,075 rows" in said
+        assert "each bound is missed with a chance of about 1.25 %: it is a bootstrap's" in said
+        assert "so that about 97.5 % holds over all looks" in said
+        assert "at most 1.25 %" not in said
+
+
+def test_an_interval_without_a_width_tells_nothing() -> None:
+    manifest, certificate, measured, outcomes = CASES["spearman"]
+    flat = tuple(replace(s, drop=Estimate(0.0, 0.0, 0.0)) for s in certificate.slices)
+    said = text(render(manifest, replace(certificate, slices=flat), measured, outcomes))
+    assert said.count("too little to say –") == len(flat)
 
 
 def test_tiers_show_their_numbers() -> None:
@@ -333,7 +353,7 @@ def test_what_is_missing_is_named() -> None:
     assert "No column to slice by was given" in bare
     assert "scores carry no confidence" in text(PAGES["score, nothing measured"])
     assert "One model, static-256, answers every row" in text(PAGES["one tier"])
-    assert "too few rows to say" in text(PAGES["certified"])
+    assert "too little to say" in text(PAGES["certified"])
 
 
 def test_what_a_page_leaves_out_is_said_and_a_threshold_near_1_is_not_1() -> None:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from netweight import measure
 from netweight.artifact import READS, Tier
 from netweight.certify import fit_temperature
+from netweight.certify.compare import require_scores
+from netweight.certify.decide import groups_of
 from netweight.data import Dataset, Rows
-from netweight.data.cluster import numbered
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
@@ -31,7 +32,7 @@ from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
 from netweight.store import TRIALS, Store
-from netweight.task import Task
+from netweight.task import Score, Task
 from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, Vocab, describe
 from netweight.techniques.base import read
 from netweight.train import Plan, Reporter, fit_digest
@@ -75,12 +76,10 @@ def last_share(recipe: Recipe) -> float:
 
 
 def _telling(rows: Rows) -> int:
-    """Certify rows that say something of their own: copies that were cut together all say the same. n^2 over the sum of
-    squared numbers of copies (Kish, Survey Sampling, 1965)."""
-    if rows.drawn is None:
-        return len(rows)
-    copies = np.bincount(numbered(rows.keys()))
-    return round(len(rows) ** 2 / int((copies**2).sum()))
+    """Certify rows that say something of their own. What is resampled as a whole is taken to say the same, as copies
+    do and rows of one author may: n^2 over the sum of squared sizes of groups (Kish, Survey Sampling, 1965)."""
+    groups = groups_of(rows)
+    return len(rows) if groups is None else round(len(rows) ** 2 / int((np.bincount(groups) ** 2).sum()))
 
 
 class Clock:
@@ -118,6 +117,9 @@ class Builder:
 
     def __post_init__(self) -> None:
         self.rungs: dict[str, Rung] = {}
+        if isinstance(self.task, Score):
+            # The labels of certify are sealed; how many there are is not.
+            require_scores(self.dev_targets, len(self.data.certify), "dev")
 
     @cached_property
     def dev_targets(self) -> NDArray[Any]:

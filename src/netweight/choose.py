@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.certify import fit_temperature
+from netweight.certify.compare import extended
 from netweight.certify.power import CHANCE
 from netweight.engine.cascade import together
 from netweight.engine.exits import between
@@ -250,7 +251,8 @@ def judged(
     drop of a single model below zero counts as zero: no student is better than its reference by more than luck. That of
     a cascade stands, since its tiers answer together; but cascades are not taken to gain by what they are. What dev
     cannot know is imagined by bootstrapping its n rows (paired, seeded): how far the true drop lies from the shrunk
-    one, and how far certify's lies from the true one, a variance n / rows times as large as that of dev.
+    one, and how far certify's lies from the true one, a variance n / rows times as large as that of dev. The test's
+    bound also has what it adds for what no row showed.
     """
     n = len(targets)
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _SIMULATIONS).astype(np.float64)
@@ -265,6 +267,7 @@ def judged(
     single, several = (_rate(drops[kind], apart[kind]) for kind in (~cascades, cascades))
     usual = np.where(cascades, several, single) * apart
     spreads = _rate(lost, apart) * apart / _KNOWN
+    moved, added = (part * n / rows for part in extended(task, base, level))
     z = NormalDist().inv_cdf(1 - level)
     result = []
     for i, choice in enumerate(found):
@@ -274,9 +277,10 @@ def judged(
         # Two models that agree on all of dev may still differ on one row in n.
         error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
         imagined = likely + luck * math.sqrt(trust + n / rows)
-        needs = (z + NormalDist().inv_cdf(CHANCE)) * error
+        beyond = moved + z * math.hypot(error, added)
+        needs = beyond + NormalDist().inv_cdf(CHANCE) * error
         quality = float(qualities[i])
-        result.append(Planned(choice, quality, at - quality, margin, needs, imagined + z * error))
+        result.append(Planned(choice, quality, at - quality, margin, needs, imagined + beyond))
     return result
 
 

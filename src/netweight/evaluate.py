@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from netweight.data import Columns, Rows, read
 from netweight.engine import Engine, load
 from netweight.errors import OptionError
@@ -31,7 +33,8 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cell:
-    """Quality of one artifact in one scenario; NaN for a correlation with scores that are all equal."""
+    """Quality of one artifact in one scenario; NaN for a correlation with scores that are all equal. A macro-F1 is the
+    mean over the labels that the scenario's rows have."""
 
     artifact: str
     scenario: str
@@ -146,5 +149,9 @@ def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, la
     targets = engine.task.targets(tuple(label))
     if engine.task.metric == "spearman" and (targets == targets[0]).all():
         return math.nan  # nothing to be in line with
-    out = engine.outputs(text, pair)
-    return float(engine.task.quality(engine.task.outcomes(out.logits, targets)))
+    outcomes = engine.task.outcomes(engine.outputs(text, pair).logits, targets)
+    found = float(engine.task.quality(outcomes))
+    if engine.task.metric == "macro-f1":
+        # A label that is only predicted has an F1 of 0: one such row would halve the mean of a shop with one label.
+        found *= len(np.unique(outcomes)) / len(np.unique(outcomes[:, 1]))
+    return found

@@ -98,8 +98,8 @@ class Tested:
 
 @dataclass(frozen=True)
 class Slice:
-    """Quality on one value of one column. Without `drop` there are too few rows to say, or they come in groups
-    and both are right on the same."""
+    """Quality on one value of one column. Without `drop` there are too few rows to say, or what was drawn again never
+    differed: groups in which both are right on the same rows, scores of which each pair is equal."""
 
     column: str
     value: str

@@ -17,6 +17,7 @@ from netweight.task import Classify, Task
 
 CLASS_ROWS = 25  # certify rows of each class, below which a macro-F1 is not tested
 GROUPS = 30  # groups, below which their spread is not known well enough
+SCORES = 30  # certify rows with scores, likewise
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,11 @@ def absolute(task: Task, outcomes: Floats, groups: Ints | None, level: float, se
 
 
 def require(task: Task, reference: Floats, groups: Ints | None) -> None:
-    """Raise CertificateError where rows are too few: 25 in each class for macro-F1, 30 groups where rows have them."""
+    """Raise CertificateError where rows are too few: 25 in each class for macro-F1, 30 with scores that are not all
+    equal, 30 groups where rows have them."""
     require_groups(groups)
+    if not isinstance(task, Classify):
+        require_scores(reference[:, 1], len(reference))
     if not isinstance(task, Classify) or task.metric != "macro-f1":
         return
     counts = np.bincount(reference[:, 1].astype(int), minlength=task.outputs)
@@ -93,6 +97,21 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         raise CertificateError(
             f"macro-F1 needs at least {CLASS_ROWS} certify rows in each class; {named}. Merge such classes, give more "
             "labelled rows, or use --metric accuracy."
+        )
+
+
+def require_scores(true: Floats, rows: int, where: str = "certify") -> None:
+    """Raise CertificateError for fewer than 30 certify rows, or where the true scores (n,) of `where` are all equal."""
+    if rows < SCORES:
+        raise CertificateError(
+            f"scores need at least {SCORES} certify rows to see how much errors differ; there are {rows:,}. Give more "
+            "labelled rows."
+        )
+    if (true == true[0]).all():
+        # Every correlation with them counts as 0, and no error can be seen that would be a gross one.
+        raise CertificateError(
+            f"all {len(true):,} rows of {where} have the score {true[0]:g}, so that a model that reads nothing looks "
+            f"as good as any; give rows of {where} whose scores differ."
         )
 
 
@@ -166,6 +185,17 @@ def _unseen(pairs: Pairs, level: float) -> Floats:
     lost = _heaviest(pairs) if isinstance(pairs.task, Classify) else _gross(pairs)
     more = 2 if pairs.task.metric == "spearman" else 1
     return np.array([lost] * (more * count) + [lost[::-1]] * count, np.float64)
+
+
+def extended(task: Task, outcomes: Floats, level: float) -> tuple[float, float]:
+    """What `_unseen` rows do to the drop of a candidate that answers these rows as its reference does, outcomes (n, 2):
+    how far they move it, and the standard error that they add. For plans; the exact test, which adds no rows, asks
+    for nearly as much. Both fall with n."""
+    falls = [
+        task.quality(np.vstack([outcomes, row[:2]])) - task.quality(np.vstack([outcomes, row[[2, 1]]]))
+        for row in _unseen(Pairs(task, outcomes, outcomes), level)
+    ]
+    return float(sum(falls)), math.sqrt(sum(float(fall) ** 2 for fall in falls))
 
 
 def _gross(pairs: Pairs) -> list[float]:

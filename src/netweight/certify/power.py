@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from netweight.certify.exact import lost_at_most, most_lost, plausible_totals
+from netweight.certify.exact import lost_at_most, most_lost, passes, plausible_totals
 from netweight.certify.tails import binomial_pmf, normal_quantile, normal_tail
 
 CHANCE = 0.8
@@ -20,24 +20,22 @@ def binary_power(discordant: float, drop: float, n: int, margin: float, level: f
     """Chance that a candidate passes with n independent rows, if it differs (right against wrong) on a share
     `discordant` of them and its true drop is `drop`.
 
-    Sums the tables that Tango's score test accepts; the exact test accepts nearly the same.
+    Sums the tables that Tango's score test accepts; the exact test accepts nearly the same, but for the table in which
+    nothing differs, of which it is asked itself.
     """
-    if not abs(drop) < margin < 1:
-        return 0.0 if drop >= margin else 1.0
+    if drop >= margin:
+        return 0.0
+    if margin >= 1:
+        return 1.0
     discordant = min(1.0, max(discordant, abs(drop)))
+    if discordant == 0:
+        return float(passes(0, 0, n, margin, level))
     if n > _SUMMED:
         return normal_power(math.sqrt((discordant - drop * drop) / n), drop, margin, level)
-    if discordant == 0:
-        return float(-normal_quantile(level) >= _score_of_none(n, margin))
     totals = plausible_totals(discordant, discordant, n)
     most = most_lost(totals, n, margin, -normal_quantile(level))
     share = np.array([(discordant + drop) / (2 * discordant)])
     return float(np.clip((binomial_pmf(totals, n, discordant) * lost_at_most(most, totals, share)[0]).sum(), 0, 1))
-
-
-def _score_of_none(n: int, margin: float) -> float:
-    """Tango's statistic where no pair is discordant."""
-    return -math.sqrt(n * margin / (1 - margin))
 
 
 def binary_rows(discordant: float, drop: float, margin: float, level: float) -> int | None:

@@ -15,6 +15,7 @@ from netweight.data.rows import Rows
 from netweight.task import Classify, Task
 
 ROWS = 30  # rows, or groups of them, below which no interval is given
+_WIDTH = 1e-9  # below it an interval has none: what is drawn again never differs, which does not say that it cannot
 VALUES = 30  # of a column, by number of rows
 # Scripts that begin so in Unicode's names; the first word of a letter's name tells its script.
 _HAN = ("CJK", "KANGXI")
@@ -100,11 +101,15 @@ def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None,
         right, still = task.correct(reference), task.correct(candidate)
         b, c, n = int((right & ~still).sum()), int((still & ~right).sum()), len(right)
         return Estimate((b - c) / n, *tango(b, c, n, normal_quantile(level)))
-    if isinstance(task, Classify) and not (task.correct(reference) ^ task.correct(candidate)).any():
-        return None  # resampling what does not differ would say that nothing can
     sample = Sample.of(np.concatenate([reference, candidate[:, :1]], axis=1), groups, seed=0)
 
     def drop(weights: Floats) -> Floats:
         return np.asarray(task.quality(sample.rows[:, :2], weights) - task.quality(sample.rows[:, [2, 1]], weights))
 
-    return interval(sample, drop, level)
+    found = interval(sample, drop, level)
+    return found if tells(found) else None
+
+
+def tells(found: Estimate) -> bool:
+    """Whether an interval has a width."""
+    return found.high - found.low > _WIDTH

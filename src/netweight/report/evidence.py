@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from netweight.certify.certificate import Certificate, Slice
-from netweight.certify.slices import VALUES
+from netweight.certify.slices import VALUES, tells
 from netweight.report.format import Scale, count, fixed, level, percent, probability
 from netweight.report.html import Html, code, cut, element, figure, section, source, table
 from netweight.report.intervals import intervals
@@ -60,7 +60,8 @@ def calibration_section(certificate: Certificate) -> Html:
 
 def slices_section(certificate: Certificate, scale: Scale) -> Html:
     """Quality in parts of the data."""
-    slices = certificate.slices
+    # Older certificates give an interval without a width where nothing differed.
+    slices = [s if s.drop is None or tells(s.drop) else replace(s, drop=None) for s in certificate.slices]
     if not slices:
         return section("slices", "Slices", element("p", "No column to slice by was given."))
     # Slices of any classification are scored by the share of right rows: macro-F1 within one label says nothing.
@@ -72,7 +73,7 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
             count(s.rows),
             own.quality(s.reference),
             own.quality(s.quality),
-            "too few rows to say" if s.drop is None else own.drop(s.drop),
+            "too little to say" if s.drop is None else own.drop(s.drop),
             _reading(s, margin),
         )
         for s in slices[:_SLICES]

@@ -36,7 +36,7 @@ def render(
     command = str(manifest.provenance.get("command", "netweight optimize ..."))
     scale = Scale(certificate.registration.task, certificate.reference.value)
     parts = [
-        verdict_section(certificate, scale),
+        verdict_section(certificate, outcomes, scale),
         costs_section(measurements, command),
         candidates_section(measurements, scale, command),
         tiers_section(manifest, measurements, scale, command),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from netweight.certify.certificate import Certificate, Tested
+from netweight.certify.certificate import Certificate, Outcomes, Tested
 from netweight.report.format import Scale, count, level, percent
 from netweight.report.html import Html, code, definitions, element, figure, join, section
 from netweight.report.intervals import intervals
@@ -28,11 +28,16 @@ def headline(certificate: Certificate) -> Html:
     return element("h1", words)
 
 
-def sentence(certificate: Certificate, scale: Scale) -> str:
+def exact(certificate: Certificate, outcomes: Outcomes) -> bool:
+    """Whether the test is false in at most its level; else it is a bootstrap, and about that often."""
+    return certificate.registration.task.paired_binary and outcomes.groups is None
+
+
+def sentence(certificate: Certificate, outcomes: Outcomes, scale: Scale) -> str:
     """What was shown."""
     final, rows = certificate.final, count(certificate.registration.rows)
     fact = f"{scale.name} {scale.falls} by less than {scale.allowed(final.margin)}"
-    sure = f"with {confidence(certificate)} confidence"
+    sure = f"with {'' if exact(certificate, outcomes) else 'about '}{confidence(certificate)} confidence"
     if certificate.verdict == "certified":
         return f"{_capital(fact)} {sure} on {rows} rows that no search saw."
     if certificate.verdict == "worse":
@@ -41,7 +46,7 @@ def sentence(certificate: Certificate, scale: Scale) -> str:
     return f"It is not shown {sure} that {fact}, on {rows} rows that no search saw."
 
 
-def verdict_section(certificate: Certificate, scale: Scale) -> Html:
+def verdict_section(certificate: Certificate, outcomes: Outcomes, scale: Scale) -> Html:
     """The first section: sentence, interval, both scores, power, rows needed."""
     final = certificate.final
     kind = _KIND[certificate.verdict]
@@ -50,14 +55,14 @@ def verdict_section(certificate: Certificate, scale: Scale) -> Html:
         "verdict",
         "What was shown",
         element("p", badge),
-        element("p", sentence(certificate, scale), kind="lead"),
+        element("p", sentence(certificate, outcomes, scale), kind="lead"),
         join(element("p", words) for words in _consequences(certificate, scale)),
         figure(
             intervals("drop-plot", [final], scale),
             f"Observed drop of {final.candidate.name} with its interval: {scale.drop(final.drop)}. It passes where the "
             f"whole interval lies left of the margin of {scale.allowed(final.margin)}. {_capital(scale.explained)}.",
         ),
-        _facts(certificate, scale),
+        _facts(certificate, outcomes, scale),
         element(
             "p",
             "From the certify rows; ",
@@ -89,8 +94,15 @@ def _consequences(certificate: Certificate, scale: Scale) -> list[str]:
     return found
 
 
-def _facts(certificate: Certificate, scale: Scale) -> Html:
+def _facts(certificate: Certificate, outcomes: Outcomes, scale: Scale) -> Html:
     final, registration = certificate.final, certificate.registration
+    sure = exact(certificate, outcomes)
+    missed = (
+        f"each bound is missed with a chance of at most {level(registration.level)}"
+        if sure
+        else f"each bound is missed with a chance of about {level(registration.level)}: it is a bootstrap's, whose "
+        "errors were simulated and are not bounded"
+    )
     facts = [
         (f"Reference ({registration.reference.name})", scale.estimate(certificate.reference)),
         (f"Shipped ({final.candidate.name})", scale.estimate(final.quality)),
@@ -101,9 +113,9 @@ def _facts(certificate: Certificate, scale: Scale) -> Html:
         (
             "Looks at these rows",
             f"{count(registration.look)}; this one was tested at a level of {level(registration.level)}, so "
-            f"that {confidence(certificate)} holds over all looks together",
+            f"that {'' if sure else 'about '}{confidence(certificate)} holds over all looks together",
         ),
-        ("Intervals", f"each bound is missed with a chance of at most {level(registration.level)}"),
+        ("Intervals", missed),
     ]
     if certificate.verdict == "certified" and certificate.rows_needed[0] is not None:
         needed = f"{count(certificate.rows_needed[0])} for a chance of 80 % to pass, if the true drop were 0"
