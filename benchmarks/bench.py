@@ -38,8 +38,9 @@ from safetensors.numpy import save_file
 
 from netweight.artifact import CERTIFICATE, MEASUREMENTS, read_file, read_manifest
 from netweight.certify import Answers, Candidate, Certificate, certify, register
-from netweight.certify.compare import Pairs
-from netweight.certify.power import CHANCE, binary_power, normal_power
+from netweight.certify.compare import Pairs, extended
+from netweight.certify.power import CHANCE, binary_power
+from netweight.certify.tails import normal_quantile, normal_tail
 from netweight.data import Columns, Dataset
 from netweight.export import export
 from netweight.job import Job, Options, Tables, prepare
@@ -315,7 +316,10 @@ def margin_of(task: Task, dev: Pairs, rows: int, level: float) -> float:
         weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 500).astype(np.float64)
         spread = float((task.quality(dev.reference, weights) - task.quality(dev.candidate, weights)).std())
         error = float(np.sqrt((spread**2 + 1 / n**2) * n / rows))
-        power = lambda margin: normal_power(error, 0.0, margin, level)  # noqa: E731
+        # As `auto` counts it: with the rows by which the test extends the sample.
+        moved, added = (part * n / rows for part in extended(task, dev.reference, level))
+        most = moved + normal_quantile(level) * float(np.hypot(error, added))
+        power = lambda margin: normal_tail((most - margin) / error)  # noqa: E731
     tenths = next((t for t in range(10, 500) if power(t / 1000) >= CHANCE), 500)
     return max(LEAST_POINTS, tenths / 10)
 

@@ -208,6 +208,22 @@ def test_one_large_group_goes_to_train() -> None:
     assert len(data.certify) >= 50
 
 
+def test_a_text_with_too_many_copies_for_certify_is_told_of() -> None:
+    """With a fifth of 300 rows of "a" to be cut, 123 copies are never taken, and 120 may be."""
+
+    def table(copies: int) -> Rows:
+        cells = [(f"row {i}", "b") for i in range(300)] + [(f"more {i}", "a") for i in range(300 - copies)]
+        return rows(*cells, *[("the same", "a")] * copies)
+
+    for copies, told in ((123, 123), (120, 0)):
+        data = split(table(copies))
+        assert counted(data, "train share a text or group with so many others of their label that they are") == told
+    data = split(table(123))
+    assert data.train.text.count("the same") == 123
+    assert any("(first: row 478); the certificate says nothing of them." in note for note in data.notes)
+    assert split(table(123), certify=many(40, prefix="given")).notes[0].endswith("stratified, with seed 0.")
+
+
 def test_given_tables_are_kept_and_train_is_cleaned() -> None:
     train = rows(*((f"Row {i}", "ab"[i % 2]) for i in range(100)))
     certify = rows(("row 1", "a"), ("ROW  2", "b"), ("new 1", "a"), ("new 1", "b"))

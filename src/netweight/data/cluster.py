@@ -72,6 +72,13 @@ def cut(parts: Clusters, share: float, allowed: Bools) -> Bools:
     return taken[parts.of]
 
 
+def oversized(parts: Clusters, share: float) -> Bools:
+    """Mark the rows (n,) of clusters that `cut` never takes, whatever their rank: half of one is more than the share
+    of its stratum and all that may be carried over to it."""
+    most = share * np.bincount(parts.stratum, parts.size) + 1
+    return cast(Bools, (parts.size / 2 > most[parts.stratum])[parts.of])
+
+
 def one_for_each(parts: Clusters, strata: Ints, counted: Bools) -> Bools:
     """Mark one cluster (k,) for each stratum that has `counted` rows (n,): the one of highest rank among theirs."""
     rows = np.flatnonzero(counted)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.data.check import BadRow, alike, write_quarantine
-from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each
+from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
 from netweight.data.rows import Dataset, Rows, Sealed
 from netweight.errors import DataError, LabelError, OptionError
 
@@ -66,7 +66,7 @@ def split(
             leaks |= _shared(train, "train", other, name, notes, but=leaks)
     train, strata, minority = _pick(train, ~leaks), strata[~leaks], minority[~leaks]
 
-    to_certify, to_dev = _cuts(train, strata, minority, certify is None, dev is None, seed)
+    to_certify, to_dev = _cuts(train, strata, minority, certify is None, dev is None, seed, notes)
     if certify is None:
         certify = _pick(train, to_certify)
         notes.append(f"{_rows(to_certify.sum())} cut from train for certify, stratified, with seed {seed}.")
@@ -246,9 +246,10 @@ def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Row
 
 
 def _cuts(
-    train: Rows, strata: Ints, minority: Bools, want_certify: bool, want_dev: bool, seed: int
+    train: Rows, strata: Ints, minority: Bools, want_certify: bool, want_dev: bool, seed: int, notes: list[str]
 ) -> tuple[Bools, Bools]:
-    """Rows of train (n,) for certify and for dev; none where they are not wanted."""
+    """Rows of train (n,) for certify and for dev; none where they are not wanted. A note tells of rows that certify
+    cannot have."""
     nothing = np.zeros(len(train), bool)
     if not len(train):
         return nothing, nothing
@@ -257,7 +258,14 @@ def _cuts(
     lost = minority & ~np.isin(strata, strata[~minority])
     allowed = ~one_for_each(parts, strata, ~minority)
     allowed[parts.of[lost]] = False
-    certify = cut(parts, min(CERTIFY_SHARE, CERTIFY_MOST / len(train)), allowed) if want_certify else nothing
+    share = min(CERTIFY_SHARE, CERTIFY_MOST / len(train))
+    certify = cut(parts, share, allowed) if want_certify else nothing
+    if want_certify and (large := oversized(parts, share)).any():
+        notes.append(
+            f"{_rows(large.sum())} of train share a text or group with so many others of their label that they are "
+            f"never cut for certify (first: row {train.number[int(large.argmax())]:,}); the certificate says nothing "
+            "of them."
+        )
     allowed[parts.of[certify]] = False
     return certify, cut(parts, min(DEV_SHARE, DEV_MOST / len(train)), allowed) if want_dev else nothing
 
