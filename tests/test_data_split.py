@@ -217,7 +217,7 @@ def test_a_text_with_too_many_copies_for_certify_is_told_of() -> None:
 
     for copies, told in ((123, 123), (120, 0)):
         data = split(table(copies))
-        assert counted(data, "train share a text or group with so many others of their label that they are") == told
+        assert counted(data, "train share a text or group with so many others of their kind that they are") == told
     data = split(table(123))
     assert data.train.text.count("the same") == 123
     assert any("(first: row 478); the certificate says nothing of them." in note for note in data.notes)

@@ -111,7 +111,8 @@ def no_list(given: object, name: str, instead: str = "") -> str:
     One string would be a row for each character, and a table (of pandas, a mapping) one for each name of a column.
     `instead` is what to do, where that is not the usual.
     """
-    if isinstance(given, Mapping) or hasattr(given, "columns"):
+    # A column of pandas may have a row of that name.
+    if isinstance(given, Mapping) or (hasattr(given, "columns") and getattr(given, "ndim", 2) == 2):
         usual = "pass one column, for example df['review']"
         return f"{name} is a table; {instead or usual}."
     if isinstance(given, str) or not isinstance(given, Iterable):

@@ -76,7 +76,7 @@ def oversized(parts: Clusters, share: float) -> Bools:
     """Mark the rows (n,) of clusters that `cut` never takes, whatever their rank: half of one is more than the share
     of its stratum and all that may be carried over to it."""
     most = share * np.bincount(parts.stratum, parts.size) + 1
-    return cast(Bools, (parts.size / 2 > most[parts.stratum])[parts.of])
+    return (parts.size / 2 > most[parts.stratum])[parts.of]
 
 
 def one_for_each(parts: Clusters, strata: Ints, counted: Bools) -> Bools:

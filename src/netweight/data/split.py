@@ -262,7 +262,7 @@ def _cuts(
     certify = cut(parts, share, allowed) if want_certify else nothing
     if want_certify and (large := oversized(parts, share)).any():
         notes.append(
-            f"{_rows(large.sum())} of train share a text or group with so many others of their label that they are "
+            f"{_rows(large.sum())} of train share a text or group with so many others of their kind that they are "
             f"never cut for certify (first: row {train.number[int(large.argmax())]:,}); the certificate says nothing "
             "of them."
         )

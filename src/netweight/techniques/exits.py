@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -44,7 +45,7 @@ class EarlyExit:
 
     def __post_init__(self) -> None:
         given: Any = self.after
-        object.__setattr__(self, "after", (given,) if isinstance(given, int) else tuple(given))
+        object.__setattr__(self, "after", (given,) if isinstance(given, Integral) else tuple(given))
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = transformer(model, "EarlyExit")
