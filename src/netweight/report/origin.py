@@ -38,8 +38,8 @@ def origin_section(manifest: Manifest, certificate: Certificate, measured: Measu
     return section(
         "origin",
         "Where the numbers come from",
+        join((element("h3", "Notes"), notes, element("h3", "Facts"))) if notes else "",
         definitions(facts),
-        join((element("h3", "Notes"), notes)) if notes else "",
         element("h3", "To get them again"),
         table("DIR is the artifact's folder.", ("what", "command"), [(what, code(line)) for what, line in again]),
         element(
