@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -202,13 +203,17 @@ def _growth() -> list[str]:
     lines = []
     for what in ("predict", "optimize"):
         path = peers.RESULTS / f"scaling-{what}.json"
-        grown = {}
+        grown, beyond = dict[str, float](), dict[str, float]()
         if path.exists():
             steps = sorted(json.loads(path.read_text(encoding="utf-8"))["steps"], key=lambda s: int(s["rows"]))
             first, last = steps[0], steps[-1]
             # Above 1 where a row of many costs more than one of few.
             grown = {what: last["seconds"] * first["rows"] / (first["seconds"] * last["rows"])}
+            # Without what every run pays: a row more among many over a row more among few.
+            more = [(b["seconds"] - a["seconds"]) / (b["rows"] - a["rows"]) for a, b in pairwise(steps)]
+            beyond = {what: more[-1] / more[0]} if len(more) > 1 else {}
         lines.append(_line(f"seconds a row in `{what}`, ten times the rows / few", "1.0, below is better", -1, grown))
+        lines.append(_line("the same of each row more, last step / first", "1.0, below is better", -1, beyond))
     return lines
 
 

@@ -289,7 +289,7 @@ def test_figures_take_the_best_certified_peer(
 
     (tmp_path / "cells").mkdir()
     monkeypatch.setattr(peers, "RESULTS", tmp_path)
-    assert figures.table().count(peers.NOT_RUN) == 14
+    assert figures.table().count(peers.NOT_RUN) == 16
     own = {"rows_per_second": 1000.0, "ratio": 1.0, "p50": 1.0, "p99": 8.0}
 
     def cell(name: str, peer: str, verdict: str, ratio: float, p50: float, size: int, margin: float = 1.0) -> None:
@@ -351,3 +351,7 @@ def test_figures_take_the_best_certified_peer(
     steps = [{"rows": 400, "seconds": 20.0}, {"rows": 40, "seconds": 1.0}]
     (tmp_path / "scaling-predict.json").write_text(json.dumps({"steps": steps}))
     assert "ten times the rows / few | 1.0, below is better | 2.00x | **missed** |" in figures.table()
+    steps.append({"rows": 80, "seconds": 2.0})
+    (tmp_path / "scaling-predict.json").write_text(json.dumps({"steps": steps}))
+    # A row costs 1 / 40 s from 40 to 80 rows, and 18 / 320 s from there on.
+    assert "of each row more, last step / first | 1.0, below is better | 2.25x | **missed** |" in figures.table()
