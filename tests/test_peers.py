@@ -202,6 +202,8 @@ def test_the_pilot_finds_the_best_batch_of_a_round(bench: ModuleType, monkeypatc
     monkeypatch.setattr(Clocked, "best", rounds.Served.best, raising=False)
     alone = {batch: made.ask(0, 400, batch) for batch in made.batches}
     assert made.best() == min(alone, key=lambda batch: alone[batch])
+    for batch, seconds in alone.items():
+        assert made.rate(batch) == pytest.approx(400 / seconds, rel=0.02)
     # Its first requests, of eight texts, would have said otherwise.
     few = {batch: made.ask(0, 8, batch) for batch in made.batches}
     assert min(few, key=lambda batch: few[batch]) != made.best()
