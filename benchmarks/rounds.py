@@ -53,11 +53,11 @@ class Served:
     def rate(self, batch: int) -> float:
         """Rows a second, roughly: of the longest of requests that double. Few texts are of many lengths, so that their
         batches pad more than those of a round, and the larger the batch, the more."""
-        count, start, spent, longest = max(batch, 8), 0, 0.0, list[float]()
+        count, last, start, spent, longest = max(batch, 8), 0, 0, 0.0, list[float]()
         while spent < _PILOT:
-            if count < self.rows:
-                longest = []
             count = min(count, self.rows)
+            if count > last:
+                longest = []
             longest.append(self.ask(start, count, batch))
             spent, start, last = spent + longest[-1], start + count, count
             count *= 2
