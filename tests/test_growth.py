@@ -140,7 +140,8 @@ def test_examples_of_techniques_are_made_once_and_timed_together(
     assert int8["agreement"] > 0.9
     assert int8["bytes"] < teacher["bytes"]
     assert int8["recipe"] == [repr(Quantize(rows=64))]
-    assert few["quality"] > 0.4
+    assert [one.partition("(")[0] for one in few["recipe"]] == ["Finetune", "SelfTrain"]
+    assert few["agreement"] < 1
     assert all(e["row"] > 0 for e in first["examples"])
     monkeypatch.setattr(techniques, "make", lambda *_: pytest.fail("an example was made twice"))
     techniques.main()
