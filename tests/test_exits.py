@@ -14,7 +14,7 @@ from conftest import tiny_model
 from netweight.artifact import Tier
 from netweight.data import Dataset
 from netweight.engine.cascade import tier_engine
-from netweight.engine.exits import ExitsEngine, sure, thresholds
+from netweight.engine.exits import ExitsEngine, leaves, sure, thresholds
 from netweight.errors import CorruptArtifact, ModelError, OptionError
 from netweight.export import export
 from netweight.loss import SoftTargets
@@ -75,6 +75,7 @@ def test_rows_leave_where_they_are_sure(dataset: Dataset) -> None:
     middle = float(np.median(sure(first)))
     tier = Tier("exits", "exits", "", {"thresholds": [middle]})
     wanted = np.where((sure(first) >= middle)[:, None], first, last)
+    assert (leaves([first, last], [middle]) == (sure(first) < middle)).all()
     for batch, threads in ((1, 1), (7, 1), (64, 1), (64, 3)):
         engine = tier_engine(tier, exported.data, model.encoder.pad, threads)
         np.testing.assert_allclose(engine.logits(tokens, batch), wanted, atol=1e-5)

@@ -23,7 +23,7 @@ from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Cell, Evaluation, Scenario, _quality, evaluate, suite
-from netweight.explain import Explanation, Step, Tried, _times, _why, explain
+from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, explain
 from netweight.export import export
 from netweight.model import Model
 from netweight.network import Exits
@@ -120,6 +120,7 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     contents[artifact.CERTIFICATE] = certified().to_json().encode()
     contents[artifact.OUTCOMES] = Outcomes((), np.zeros((0, 2)), {}, np.zeros(0)).to_json().encode()
     encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}, "measured": "costs of these"}
+    provenance |= {"command": "optimize --effort standard", "shares": {"small": [*([1.0] * (len(steps) - 1)), 0.083]}}
     artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
     return folder
 
@@ -139,6 +140,9 @@ def test_rows_leave_early_as_they_do_in_what_ships(tmp_path: Path) -> None:
     folder = made_of(tmp_path / "made.nw", "exits", {"thresholds": [0.9]}, recipe, models)
     found = explain(folder, 1)
     assert [step.quality for step in found.steps[1:]] == [5 / 9, 5 / 9]
+    first, last = (step.done for step in found.steps[1:])
+    assert "time limit" not in first
+    assert last.endswith("; 8.3 % of its epochs fit into the time limit)")
 
 
 @pytest.mark.usefixtures("quick")
@@ -184,8 +188,10 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         store.put("trial trial", {})
         store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
         store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
-        store.put("left out third", "half, which is larger, would hardly pass")
-        store.put("left out conv", "the time limit was near; a later run made it")
+        command = artifact.read_manifest(folder).provenance["command"]
+        store.put("left out third", ["half, which is larger, would hardly pass", command])
+        store.put("left out fourth", ["static will hardly fail", "optimize, asked for with another margin"])
+        store.put("left out conv", ["the time limit was near; a later run made it", command])
     found = explain(folder, 1)
     assert {t.name: t.why for t in found.tried} == {
         "full": "passed, at a higher cost",
@@ -196,6 +202,11 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
     }
+    manifest = artifact.read_manifest(folder)
+    with Store(store_of(folder), None) as store:
+        quick = replace(manifest, provenance=manifest.provenance | {"command": "optimize"})
+        tried = {t.name: t.why for t in _tried(store, quick, certified(), targets)}
+    assert tried["trial"] == tried["for-bytes"], "a job that walks the ladder looks at no trial"
     assert [s for s in found.sentences if s.startswith(("Candidate", "Not made"))] == [
         "Candidate full passed, and so did small, which costs less.",
         "Candidate half > small (20 %) failed: on 500 certify rows it loses 1.25 points, and 2.25 at most with 97.5 % "

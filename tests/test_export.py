@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load
 
 from conftest import tiny_encoder, tiny_model, tiny_rows
 from netweight.artifact import Tier
@@ -21,7 +22,7 @@ from netweight.encode import Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
 from netweight.engine.onnx import OnnxEngine
-from netweight.export import Exported, _int8, export, lowered
+from netweight.export import Exported, _int8, export, lowered, work
 from netweight.model import Model
 from netweight.run import Local
 from netweight.run.local import logits_of
@@ -162,6 +163,16 @@ def test_tables_are_packed_and_say_the_same() -> None:
         for options, file in ((exported.options, exported.data), (rest, exported.plain))
     ]
     np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("options", [{}, {"buckets": 0}, {"filters": 8, "reach": 3}, {"hidden": 5}, {"width": 1}])
+def test_work_of_a_table_is_what_its_engine_adds_up_for_a_token(options: dict[str, int], dataset: Dataset) -> None:
+    shape = {"width": 8, "buckets": 64, "epochs": 0.1, "splice": 0.0} | options
+    model = Static(**shape)(tiny_model(), Local(dataset), Plan())  # type: ignore[arg-type]
+    exported = export(model)
+    held = load(exported.plain)
+    features, filters = (2 if shape["buckets"] else 1), held.get("windows.bias", np.zeros(0))
+    assert work(model) == features * held["table"].shape[1] + len(filters) * options.get("reach", 0)
 
 
 def test_a_graph_does_not_say_where_it_comes_from() -> None:

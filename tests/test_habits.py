@@ -45,6 +45,7 @@ GROUPS = (
         "active",
         "store",
         "search",
+        "space",
         "trials",
         "choose",
         "job",

@@ -181,7 +181,8 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
     assert any("cut from train for certify" in note for note in result.notes)
     assert [point.name for point in result.measurements.candidates] == ["linear"], "no time went into anything else"
     held = journal(tmp_path / "made.nw")
-    assert held["left out static"] == "linear, which costs least, is as good as the teacher"
+    why = "linear, which costs least, is as good as the teacher"
+    assert held["left out static"] == [why, result.manifest.provenance["command"]]
     assert result.measurements.reference.name == "linear"
 
 
@@ -208,7 +209,7 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     assert {m.name for m in result.measurements.candidates} == {"linear", "full-int8", "static"}
     said = "the time limit was near; what follows it is not tried either"
     assert f"half-int8 is not made: {said}" in Notes.said
-    assert journal(copied)["left out half-int8"] == said
+    assert journal(copied)["left out half-int8"] == [said, result.manifest.provenance["command"]]
 
 
 @pytest.mark.usefixtures("quick")

@@ -7,7 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from types import SimpleNamespace
+from typing import cast, get_args
 
 import pytest
 import torch.distributed as dist
@@ -15,8 +16,10 @@ import torch.distributed as dist
 from conftest import Shop, again, journal, tiny_model
 from netweight.data import Dataset
 from netweight.errors import OptionError
+from netweight.job import Job
 from netweight.loss import Supervised
 from netweight.model import Model
+from netweight.pipeline import _here
 from netweight.run import Local, Parallel, Setup, named, roll
 from netweight.run.commands import Strategy
 from netweight.seams import Lost
@@ -200,8 +203,20 @@ def test_names_of_runs(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.Mon
         named("ddp:2")
 
 
+@pytest.mark.parametrize(("name", "here"), [("ddp:2", False), ("fsdp:2", True), ("pipeline:2", True)])
+def test_students_are_made_here_where_a_run_divides_layers(
+    name: str, here: bool, dataset: Dataset, tmp_path: Path
+) -> None:
+    job = cast(Job, SimpleNamespace(tables=SimpleNamespace(train="here")))
+    with cast(Parallel, named(name, threads=2)(dataset, tmp_path)) as run:
+        found = _here(job, dataset, tmp_path, run)
+    assert isinstance(found, Local) == here
+    assert not here or cast(Local, found).data is dataset
+
+
 @pytest.mark.slow
-def test_a_whole_job_on_two_processes(shop: Shop, tmp_path: Path, quick: None) -> None:
-    made = again(shop, tmp_path / "made.nw", runs=named("ddp:2", threads=2))
+@pytest.mark.parametrize("name", ["ddp:2", "fsdp:2"])
+def test_a_whole_job_on_two_processes(shop: Shop, tmp_path: Path, quick: None, name: str) -> None:
+    made = again(shop, tmp_path / "made.nw", runs=named(name, threads=2))
     assert made.certificate.shipped is not None
     assert set(journal(tmp_path / "made.nw")) == set(journal(shop.folder))

@@ -11,6 +11,8 @@ from typing import get_args
 import numpy as np
 import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import Shop, again, journal, store_of, tiny_dataset, tiny_model
 from netweight.build import Builder, last_share, part
@@ -18,7 +20,8 @@ from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.model import Model
 from netweight.run import Local, Run
-from netweight.search import Point, Rung, Search, ladder
+from netweight.search import FEW, Point, Rung, Search, ladder
+from netweight.space import ELSE, Kind, Trial, kinds, space, usual
 from netweight.store import MODELS, TRIALS, Store
 from netweight.task import Score
 from netweight.techniques import (
@@ -30,6 +33,7 @@ from netweight.techniques import (
     Prune,
     Quantize,
     QuantizeAware,
+    Recipe,
     Shrink,
     Static,
     SwapActivation,
@@ -39,19 +43,14 @@ from netweight.trials import (
     _FLAT,
     _FULL,
     _SHORT,
-    BYTES,
-    INSIDE,
     Effort,
-    Kind,
     Told,
-    Trial,
     Trials,
+    _beaten,
+    _by_gain,
     _flat,
     _most,
-    kinds,
-    space,
     undominated,
-    usual,
 )
 
 TEACHER = tiny_model(layers=6)
@@ -80,15 +79,29 @@ def objectives(point: Point) -> tuple[float, int]:
     return disagreement(point), point.bytes
 
 
+@dataclass
+class Pretended:
+    """A job of which nothing but numbers is made."""
+
+    left: float = 100.0
+    there: Sequence[tuple[Recipe, Plan]] = ()
+
+    def objectives(self, point: Point) -> tuple[float, int]:
+        return objectives(point)
+
+    def has(self, rung: Rung) -> bool:
+        return (rung.recipe, rung.plan) in self.there
+
+
 def trials(
     path: Path,
     effort: Effort,
     kept: Sequence[tuple[Trial, Point | None]] = (),
     seed: int = 0,
-    left: Callable[[], float] = lambda: 100.0,
-    without: Sequence[str] = (),
+    maker: Pretended | None = None,
+    bytes_count: bool = False,
 ) -> Trials:
-    return Trials(path, TEACHER, effort, seed, objectives, left, without, kept)
+    return Trials(path, TEACHER, effort, seed, maker or Pretended(), bytes_count, kept)
 
 
 def complete_of(path: Path, kind: Kind) -> list[optuna.trial.FrozenTrial]:
@@ -209,20 +222,46 @@ def test_what_was_begun_is_made_whatever_would_be_proposed_now(tmp_path: Path) -
 
 
 def test_full_trials_come_when_the_time_that_is_kept_for_them_begins(tmp_path: Path) -> None:
-    left = 100.0
-    driven = trials(tmp_path / TRIALS, "standard", left=lambda: left)
+    maker = Pretended()
+    driven = trials(tmp_path / TRIALS, "standard", maker=maker)
     found: list[tuple[Trial, Point]] = []
     while (rung := driven.ask()) is not None:
         assert driven.asked is not None
         found.append((driven.asked, made(rung)))
-        assert rung.share == pytest.approx(0.5 / (3 if driven.asked.short else 1))
+        took = rung.share * maker.left
+        assert took == pytest.approx(60 / 8 if driven.asked.short else 0.5 * maker.left), "short ones have equal time"
         driven.tell(found[-1][1])
-        left -= rung.share * left
-    assert [trial.short for trial, _ in found] == [True] * 6 + [False] * 4
-    assert [trial.kind for trial, _ in found[6:]] == list(kinds(TEACHER)), "the best of each kind, not all of the first"
+        maker.left = round(maker.left - took, 6)
+    assert [trial.short for trial, _ in found] == [True] * 8 + [False] * 4
+    assert [trial.kind for trial, _ in found[8:]] == list(kinds(TEACHER)), "the best of each kind, not all of the first"
     # One that was killed goes on with what it was at, though it has time again for short ones.
-    kept = [*found[:7], (found[7][0], None)]
-    assert trials(tmp_path / "again", "standard", kept).asked == found[7][0]
+    kept = [*found[:9], (found[9][0], None)]
+    assert trials(tmp_path / "again", "standard", kept).asked == found[9][0]
+
+
+def test_what_the_ladder_made_is_not_made_again(tmp_path: Path) -> None:
+    own = [(rung.recipe, rung.plan) for rung in ladder(TEACHER)]
+    first, other = (Trial("static", i + 1, True, params) for i, params in enumerate(usual("static", TEACHER)))
+    more = replace(other, number=3, params=other.params | {"filters": 128})
+    kept = [(trial, made(trial.rung(TEACHER))) for trial in (first, other, more)]
+    assert set(trials(tmp_path / "one", "thorough", kept).best("static")) == {0, 1, 2}
+    assert trials(tmp_path / "other", "thorough", kept, maker=Pretended(there=own)).best("static") == [2]
+
+
+def test_within_a_front_those_come_first_that_together_beat_most() -> None:
+    def told(wrong: float, size: int) -> Told:
+        return Told(Trial("encoder", 1, True, {}), wrong, size)
+
+    front = {0: told(0.02, 40), 1: told(0.021, 39), 2: told(0.05, 10)}
+    assert _by_gain(front, (0.1, 50)) == [2, 0, 1]
+    assert _by_gain({0: front[0], 2: front[2]}, (0.05, 40)) == [0, 2], "nothing is behind the corner: by disagreement"
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=6))
+def test_what_points_beat_is_an_area(points: list[tuple[int, int]]) -> None:
+    told = [Told(Trial("encoder", 1, True, {}), float(wrong), size) for wrong, size in points]
+    cells = [(x, y) for x in range(7) for y in range(7) if any(x >= a and y >= b for a, b in points)]
+    assert _beaten(told, (7.0, 7.0)) == len(cells)
 
 
 def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> None:
@@ -383,8 +422,8 @@ def test_a_static_student_with_filters_or_without() -> None:
 def test_options_that_a_job_does_not_search(tmp_path: Path) -> None:
     path = tmp_path / TRIALS
     kept: list[tuple[Trial, Point]] = []
-    for without in ([BYTES], [INSIDE], []):  # one after the other, as a store may see them
-        driven = trials(path, "thorough", kept, without=without)
+    for bytes_count in (True, False, True):  # one after the other, as a store may see them
+        driven = trials(path, "thorough", kept, bytes_count=bytes_count)
         for _ in range(4):
             rung = driven.ask()
             assert rung is not None
@@ -392,7 +431,29 @@ def test_options_that_a_job_does_not_search(tmp_path: Path) -> None:
             kept.append((driven.asked, made(rung)))
             driven.tell(kept[-1][1])
         asked = next(trial for trial, _ in kept[-4:] if trial.kind == "encoder")
-        assert {BYTES, INSIDE} - set(asked.params) == set(without)
+        assert ({"bits", "sparsity"} & set(asked.params) != set()) == bytes_count
+        assert ("mixed" in space("encoder", TEACHER, bytes_count)["quantize"].choices) == bytes_count  # type: ignore[attr-defined]
+
+
+def test_options_that_cannot_matter_are_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, whole = tiny_model(task=Score()), {kind: set(space(kind, TEACHER)) for kind in get_args(Kind)}
+    for kind in kinds(scores):
+        assert whole[kind] - set(space(kind, scores)) == {"temperature"}
+        assert Trial(kind, 1, True, usual(kind, scores)[0]).rung(scores)
+    monkeypatch.setattr("netweight.space.layers_of", lambda teacher: [])
+    assert whole["encoder"] - set(space("encoder", TEACHER)) == {"neurons", "heads", "activation", "match"}
+    assert Trial("encoder", 1, True, usual("encoder", TEACHER)[0]).rung(TEACHER)
+    assert all(set(held) <= whole[kind] for kind, held in ELSE.items())
+
+
+def test_few_bits_are_rounded_as_the_ladder_rounds_them() -> None:
+    for kind in ("encoder", "exits", "factored"):
+        (first,) = usual(kind, TEACHER, bytes_count=True)
+        last = Trial(kind, 1, True, first).rung(TEACHER).recipe[-1]
+        assert last == replace(FEW, table_bits=5), kind
+    (half,) = (rung for rung in ladder(TEACHER, bytes_count=True) if rung.name == "half-int4")
+    proposed = Trial("encoder", 1, False, usual("encoder", TEACHER, bytes_count=True)[0]).rung(TEACHER)
+    assert (proposed.recipe, proposed.plan) == (half.recipe, half.plan)
 
 
 @pytest.mark.parametrize("depth", [2, 3, 6])
@@ -442,6 +503,28 @@ def test_steps_of_a_recipe_divide_its_time(tmp_path: Path) -> None:
         builder.model("one", lambda: TEACHER, (Timed(0), Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
     assert given == {0: 1.0, 6: 60.0, 2: 20.0}
     assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
+
+
+def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Cut:
+        killed: bool
+        epochs: float = 2.0
+
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            plan.reporter.start("fit", 100 if self.killed else 25, 0 if self.killed else 10)
+            if self.killed:
+                raise KeyboardInterrupt
+            return model
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0))
+        builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        store.put("steps one", ["one"])
+        with pytest.raises(KeyboardInterrupt):
+            builder.model("one", lambda: TEACHER, (Cut(killed=True),), 80.0, Local(tiny_dataset()))
+        builder.model("one", lambda: TEACHER, (Cut(killed=False),), 80.0, Local(tiny_dataset()))
+        assert builder.shares("one") == [0.25]
 
 
 @pytest.mark.usefixtures("quick")

@@ -22,21 +22,24 @@ from netweight.data import Dataset, Rows
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
-from netweight.engine.exits import ExitsEngine, thresholds
+from netweight.engine.exits import ExitsEngine, leaves, thresholds
 from netweight.errors import ModelError, OptionError
-from netweight.export import export
+from netweight.export import export, work
 from netweight.job import Job
 from netweight.model import Model, pretrained
-from netweight.run import InOnePlace, Parallel, Run, Speaking
+from netweight.network import Exits
+from netweight.run import InOnePlace, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
+from netweight.space import Trial
 from netweight.store import TRIALS, Store
 from netweight.task import Score, Task
 from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, Vocab, describe
 from netweight.techniques.base import read
+from netweight.track import Boxed
 from netweight.train import Plan, Reporter, fit_digest
-from netweight.trials import BYTES, INSIDE, Trial, Trials, undominated
+from netweight.trials import Trials, undominated
 
 TEACHER = "teacher"
 TRIMMED = "trimmed"
@@ -262,25 +265,27 @@ class Builder:
         *first, last = recipe
         own = seconds * last_share(recipe)
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
-        plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=self.reporter)
+        planned = dict(self.store.get(f"planned {name}") or {})
+        told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
+        plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=told)
         model = last(model, run, plan)
         self.store.discard(name)
         model.save(folder)
         # What every later run loads is what was saved, whether this process was killed or not.
         model = Model.load(folder)
-        self.store.put(f"model {name}", {"digest": model.digest, "seconds": round(time.monotonic() - began, 1)})
+        took = {"seconds": round(time.monotonic() - began, 1), "share": round(told.share, 4)}
+        self.store.put(f"model {name}", {"digest": model.digest, **took})
         return model
 
     def point(self, rung: Rung) -> Point:
         """The rung's point: from the store, or made now."""
         name = rung.name
-        rung = replace(rung, recipe=tuple(self._reading(step) for step in rung.recipe))
-        self.rungs[name] = rung
+        self.rungs[name] = rung = self._reading(rung)
         known, recipe = self.store.get(f"point {name}"), part(rung.recipe, rung.plan)
         if self.store.get(f"recipe {name}") not in (None, recipe):
             # It was made, or begun, by a version of Netweight or a trial that had another one.
             self.reporter.note(f"{name} is made anew: its recipe is not the one in the run store")
-            for stale in ("point", "model"):
+            for stale in ("point", "model", "planned"):
                 self.store.put(f"{stale} {name}", None)
             known = None
         if known is None:
@@ -294,9 +299,10 @@ class Builder:
             model = self.model(name, lambda: self.source, rung.recipe, seconds, run, rung.plan)
             exported = export(model)
             self.store.write(f"points/{name}.bin", exported.data)
-            options = exported.options
-            if exported.kind == "exits":
-                options = {"thresholds": self.exit_thresholds(name, options)}
+            options, share = exported.options, 1.0
+            if isinstance(model.network, Exits):
+                found, share = self.exits(name, options, model.network)
+                options = {"thresholds": found}
             if model.encoder.max_length < self.reading.max_length:
                 options = {**options, READS: [model.encoder.max_length, model.encoder.closing]}
             engine = self.run_tier(name, exported.kind, options)
@@ -315,7 +321,7 @@ class Builder:
             }
             steps = [part(rung.recipe[:i], rung.plan) for i in range(1, len(rung.recipe))]
             self.store.put(f"steps {name}", [*steps, name])
-            self.store.put(f"weights {name}", model.bytes)
+            self.store.put(f"work {name}", round(work(model) * share))
             self.store.put(f"point {name}", known)
         point = Point(name, **known, logits=self.store.read_arrays(f"points/{name}")["logits"])
         self.reporter.note(
@@ -323,9 +329,22 @@ class Builder:
         )
         return point
 
-    def _reading(self, step: Technique) -> Technique:
-        """The step, reading as far as is worth while."""
-        return replace(step, reads=self.reads) if isinstance(step, LinearFloor | Static) else step
+    def _reading(self, rung: Rung) -> Rung:
+        """The rung, its steps reading as far as is worth while."""
+        far = [replace(s, reads=self.reads) if isinstance(s, LinearFloor | Static) else s for s in rung.recipe]
+        return replace(rung, recipe=tuple(far))
+
+    @property
+    def left(self) -> float:
+        """Seconds of the time box."""
+        return self.clock.left
+
+    def has(self, rung: Rung) -> bool:
+        """Whether another point was made by this rung's very recipe."""
+        rung = self._reading(rung)
+        recipe = part(rung.recipe, rung.plan)
+        names = [key.removeprefix("recipe ") for key in self.store.keys("recipe ")]
+        return any(self.store.get(f"recipe {n}") == recipe and self.made(n) for n in names if n != rung.name)
 
     def told(self, rungs: tuple[Rung, ...]) -> list[Point]:
         """The points that an earlier process finished."""
@@ -338,12 +357,7 @@ class Builder:
         kept = [Trial(**value) for value in self.store.values("trial ")]
         begun = [(t, self.point(t.rung(self.source)) if self.made(t.name) else None) for t in kept]
         path, options = self.store.folder / TRIALS, self.job.options
-        left = lambda: self.clock.left  # noqa: E731
-        without = [] if self.job.budget.minimise == "size" else [BYTES]
-        run = self.students or self.run
-        if isinstance(run, Parallel) and run.strategy in ("tensor", "pipeline"):
-            without.append(INSIDE)  # no process has all of a network
-        return Trials(path, self.source, options.effort, options.seed, self.objectives, left, without, begun)
+        return Trials(path, self.source, options.effort, options.seed, self, self.job.budget.minimise == "size", begun)
 
     def keep(self, trial: Trial) -> None:
         """Write down what a trial is before it is made."""
@@ -357,7 +371,7 @@ class Builder:
         def kept(size: Callable[[Point], int]) -> set[str]:
             return {p.name for p in undominated(points, lambda point: (self.disagreement(point), size(point)))}
 
-        good = kept(lambda point: point.bytes) | kept(self._weights)
+        good = kept(lambda point: point.bytes) | kept(self._work)
         steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
         beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
         needed = {model for name in steps if name not in beaten for model in steps[name]}
@@ -366,6 +380,11 @@ class Builder:
             if self.store.get(f"model {model}") is not None:
                 self.store.put(f"model {model}", None)
             self.store.discard(model)
+
+    def shares(self, name: str) -> list[float]:
+        """Of each step of a point's recipe, the share of its epochs that fit into the time box."""
+        made = [self.store.get(f"model {step}") or {} for step in self.store.get(f"steps {name}") or ()]
+        return [one.get("share", 1.0) for one in made]
 
     def made(self, name: str) -> bool:
         """Whether a point is there."""
@@ -377,12 +396,12 @@ class Builder:
 
     def size(self, point: Point) -> int:
         """What grows with a point's cost, as far as is known before it is timed: bytes of its file, or, where these are
-        not minimised, of its weights in fp32, since no engine is faster for fewer bits."""
-        return point.bytes if self.job.budget.minimise == "size" else self._weights(point)
+        not minimised, its work."""
+        return point.bytes if self.job.budget.minimise == "size" else self._work(point)
 
-    def _weights(self, point: Point) -> int:
-        """Bytes of a point's weights in fp32; of its file, where an older version made it."""
-        held = self.store.get(f"weights {point.name}")
+    def _work(self, point: Point) -> int:
+        """What a row's time grows with; bytes of the point's file, where an older version made it."""
+        held = self.store.get(f"work {point.name}")
         return point.bytes if held is None else int(held)
 
     def objectives(self, point: Point) -> tuple[float, int]:
@@ -407,13 +426,15 @@ class Builder:
             tier, self.store.read(f"points/{name}.bin"), self.source.encoder.pad, self.job.options.threads
         )
 
-    def exit_thresholds(self, name: str, options: Any) -> list[float]:
-        """Thresholds of an encoder's exits, from the calibrate rows."""
+    def exits(self, name: str, options: Any, network: Exits) -> tuple[list[float], float]:
+        """Thresholds of an encoder's exits, from the calibrate rows, and the share of its layers that dev runs."""
         engine = ExitsEngine(
             self.store.read(f"points/{name}.bin"), options, self.source.encoder.pad, self.job.options.threads
         )
         stages = engine.stages(self.source.encoder.cut(self.dev_tokens), 32)
-        return thresholds([stage[self.calibrate] for stage in stages], _EXIT_TOLERANCE)
+        found = thresholds([stage[self.calibrate] for stage in stages], _EXIT_TOLERANCE)
+        depth = len(network.layers())
+        return found, float(np.array([*network.after, depth])[leaves(stages, found)].mean() / depth)
 
     def with_engine(self, point: Point, engine: str) -> Point:
         """The same file under another engine: its own logits on dev."""

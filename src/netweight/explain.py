@@ -151,7 +151,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
             logits = e.outputs(rows.text, rows.pair).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
             steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
-        tried, left = _tried(store, manifest, certificate, targets), _left_out(store)
+        tried, left = _tried(store, manifest, certificate, targets), _left_out(store, manifest)
     return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left)
 
 
@@ -162,14 +162,14 @@ def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[t
         raise StoreError(
             f"{store.folder} does not say how tier {tier.name!r} was made; optimize again to have it explained."
         )
-    found = []
-    for name, step in zip(names, recipe, strict=True):
+    found, shares = [], manifest.provenance.get("shares", {}).get(tier.name) or [1.0] * len(names)
+    for name, step, share in zip(names, recipe, shares, strict=True):
         model = Model.load(store.model_folder(name))
         made = export(model)
         part = _as_shipped(tier, made)
         runs = tier_engine(part, made.data, manifest.pad, threads)
         engine = Engine(model.task, model.encoder, [(part, runs)], name)
-        found.append((tier.name, _words(step), engine, len(made.data)))
+        found.append((tier.name, _words(step, share), engine, len(made.data)))
     return found
 
 
@@ -180,10 +180,11 @@ def _as_shipped(tier: Tier, made: Exported) -> Tier:
     return Tier(tier.name, tier.engine if same else made.kind, "", tier.options if early else made.options)
 
 
-def _words(step: dict[str, Any]) -> str:
-    """A technique with its options, those that say nothing left out."""
+def _words(step: dict[str, Any], share: float) -> str:
+    """A technique with its options, those that say nothing left out, and what the time box left of its epochs."""
     options = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in step.items() if k != "technique" and v]
-    return f"{step['technique']} ({', '.join(options)})"
+    fit = f"; {100 * share:.2g} % of its epochs fit into the time limit" if share < 1 else ""
+    return f"{step['technique']} ({', '.join(options)}{fit})"
 
 
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
@@ -200,7 +201,9 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
     if measured is None:
         raise StoreError(f"{store.folder} does not say what was timed; optimize again to have it explained.")
     costs = _costs(store, measured, points, minimise)
-    trials = {name for name in names if store.get(f"trial {name}") is not None}
+    # A job that walked the ladder alone looked at no trial.
+    searched = "--effort" in manifest.provenance.get("command", "")
+    trials = {name for name in names if searched and store.get(f"trial {name}") is not None}
     return tuple(
         replace(p, why=_why(p, points, costs, trials, minimise, certificate)) for p in points if p.name not in shipped
     )
@@ -279,7 +282,9 @@ def _candidates(certificate: Certificate) -> tuple[Left, ...]:
     return tuple(found)
 
 
-def _left_out(store: Store) -> tuple[Left, ...]:
-    """Rungs that were not made, nor in a later run of the job."""
+def _left_out(store: Store, manifest: Manifest) -> tuple[Left, ...]:
+    """Rungs that this job did not make, nor another run of it."""
     names = [key.removeprefix("left out ") for key in store.keys("left out ")]
-    return tuple(Left(n, store.get(f"left out {n}")) for n in names if store.get(f"point {n}") is None)
+    held = {n: store.get(f"left out {n}") for n in names if store.get(f"point {n}") is None}
+    command = manifest.provenance.get("command")
+    return tuple(Left(n, said[0]) for n, said in held.items() if said == [said[0], command])

@@ -85,6 +85,25 @@ def export(model: Model) -> Exported:
     raise ModelError(f"no engine runs a {type(network).__name__}.")
 
 
+def work(model: Model) -> int:
+    """What a row's time grows with, to be compared within one engine: of tables, the numbers that are added up for each
+    token; of transformers, bytes of all weights in fp32, since no engine is faster for fewer bits."""
+    network = model.network
+    if not isinstance(network, Static | Linear):
+        return model.bytes
+    features = 2 if network.buckets else 1  # of a token: it, and with the next one
+    if isinstance(network, Linear):
+        return features * len(network.bias)
+    columns = network.head[-1].out_features if _folds(network) else network.width
+    return features * columns + network.filters * network.reach
+
+
+def _folds(network: Static) -> bool:
+    """Whether a linear head is multiplied into the table: where that makes its rows shorter."""
+    first = network.head[0]
+    return len(network.head) == 1 and not network.segments and first.out_features <= network.width
+
+
 def _small(kind: Kind, data: bytes, arrays: Iterable[tuple[int, NDArray[Any]]], options: dict[str, Any]) -> Exported:
     """A file as it is, or packed."""
     small = packed_file(data, list(arrays))
@@ -99,7 +118,7 @@ def _static(network: Static) -> Exported:
         weight = network.weight.exp()
         table = network.table * weight[:, None]
         layers = [(m.weight, m.bias) for m in network.head if isinstance(m, nn.Linear)]
-        if len(layers) == 1 and not network.segments and layers[0][0].shape[0] <= network.width:
+        if _folds(network):
             table, layers = table @ layers[0][0].T, [(torch.empty(0), layers[0][1])]
         norm = weight[: network.vocabulary]
     held = {"norm": norm.numpy().astype(np.float32)} | _int8(table)

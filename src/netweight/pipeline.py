@@ -17,7 +17,8 @@ from netweight.build import CUT, Builder, Clock
 from netweight.choose import Minimise, alone, judged, own
 from netweight.data import Columns, Dataset, Rows
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
-from netweight.run import InOnePlace, Local, Run, Runs
+from netweight.run import InOnePlace, Local, Parallel, Run, Runs
+from netweight.run.strategies import WHOLE
 from netweight.search import Point, Rung, Search, ladder
 from netweight.ship import Result, finish
 from netweight.store import DEV, Store, store_of
@@ -122,7 +123,7 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
     """Do the job; `runs` makes the run that trains. Waiting until that is there does not count as time of the job.
 
     Where training rows are elsewhere and there is a pool here, only the teacher is trained by it: its students need no
-    labels, so they are made here, of the pool.
+    labels, so they are made here, of the pool. Where it divides a network's layers, so are its students, of all rows.
     """
     clock = Clock(job.options.seconds)
     torch.set_num_threads(job.options.threads)
@@ -138,7 +139,7 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
         if isinstance(made, AbstractContextManager):
             with clock.stopped():
                 stack.enter_context(made)
-        builder = Builder(job, data, task, store, reporter, clock, made, _here(job, data, folder / "work"))
+        builder = Builder(job, data, task, store, reporter, clock, made, _here(job, data, folder / "work", made))
         search = climb(builder)
         # From here on nothing more is made: a clock that begins anew after a kill must not ask for another rung, and
         # with it for another look at certify.
@@ -149,8 +150,11 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
         return result
 
 
-def _here(job: Job, data: Dataset, folder: Path) -> Run | None:
-    """A run over the pool, where training rows are elsewhere."""
+def _here(job: Job, data: Dataset, folder: Path, made: Run) -> Run | None:
+    """A run of this process for students: over the pool, where training rows are elsewhere; over all rows, where `made`
+    divides the layers of a transformer, which most students do not have."""
+    if isinstance(made, Parallel) and made.strategy not in WHOLE:
+        return Local(data, folder)
     if job.tables.train is not None or data.pool is None:
         return None
     return Local(replace(data, train=data.pool, pool=None), folder)
@@ -211,8 +215,9 @@ def climb(builder: Builder) -> Search:
 def _left_out(builder: Builder, name: str, why: str) -> None:
     """Say that a rung is not made, and keep the reason for `netweight explain`."""
     builder.reporter.note(f"{name} is not made: {why}")
-    if builder.store.get(f"left out {name}") != why:
-        builder.store.put(f"left out {name}", why)
+    said = [why, builder.job.command]
+    if builder.store.get(f"left out {name}") != said:
+        builder.store.put(f"left out {name}", said)
 
 
 def _ladder(builder: Builder) -> tuple[Rung, ...]:

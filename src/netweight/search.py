@@ -113,8 +113,8 @@ def student(
 
 
 def quantized(bits: int) -> Quantize:
-    """int8 with weights of `bits` bits."""
-    return Quantize() if bits == 8 else replace(INT8, weight_bits=bits)
+    """As the ladder rounds weights of so many bits: those of few each for what its layer gives."""
+    return replace(FEW, weight_bits=bits, table_bits=5) if bits <= FEW.weight_bits else replace(INT8, weight_bits=bits)
 
 
 @dataclass(frozen=True)

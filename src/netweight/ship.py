@@ -308,6 +308,8 @@ def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence
         "tokens": {"known": builder.source.encoder.vocabulary, "teacher": builder.teacher.encoder.vocabulary},
         "recipes": {p.name: describe(builder.rungs[p.name].recipe) for p in shipped.planned.choice.points},
         "plans": {p.name: builder.rungs[p.name].plan.changed() for p in shipped.planned.choice.points},
+        # Of the epochs that recipes name, what fit into the time box.
+        "shares": {p.name: builder.shares(p.name) for p in shipped.planned.choice.points},
         "command": builder.job.command,
         "pairs": data.certify.rows.pair is not None,
         "seed": options.seed,

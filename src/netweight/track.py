@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -56,6 +57,38 @@ class Tracked:
     def note(self, message: str) -> None:
         """A sentence."""
         self._reporter.note(message)
+
+
+@dataclass
+class Boxed:
+    """A reporter that passes everything on, and counts what a time box leaves of fits: by label the steps that were
+    planned, which `keep` gets for whoever goes on after a kill, and those that fit."""
+
+    reporter: Reporter
+    planned: dict[str, int]
+    keep: Callable[[dict[str, int]], None]
+    fits: dict[str, int] = field(default_factory=dict)
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """A fit begins, or has another number of steps now."""
+        if label not in self.planned:
+            self.planned[label] = steps
+            self.keep(self.planned)
+        self.fits[label] = steps
+        self.reporter.start(label, steps, done)
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """One step was made."""
+        self.reporter.step(step, loss, rate)
+
+    def note(self, message: str) -> None:
+        """A sentence."""
+        self.reporter.note(message)
+
+    @property
+    def share(self) -> float:
+        """Of the planned steps, that of the fit of which least was left; 1 where nothing was fitted."""
+        return min((self.fits[label] / self.planned[label] for label in self.fits), default=1.0)
 
 
 def trackers(names: Name | Sequence[Name], folder: Path) -> list[Tracker]:

@@ -86,6 +86,12 @@ def sure(logits: Floats) -> NDArray[np.float64]:
     return np.asarray(1 / shifted.sum(axis=1))
 
 
+def leaves(stages: list[Floats], thresholds: list[float]) -> NDArray[np.int64]:
+    """The exit that each row takes (n,), of what every exit says of every row."""
+    early = [sure(stage) >= least for stage, least in zip(stages, thresholds, strict=False)]
+    return np.argmax([*early, np.ones(len(stages[-1]), bool)], axis=0)
+
+
 def between(above: float, below: float) -> float:
     """Halfway; never `below` itself, which two neighbours among the numbers of a computer may round to."""
     middle = (above + below) / 2
