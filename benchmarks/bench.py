@@ -145,12 +145,9 @@ class Shop:
 
     @property
     def seconds(self) -> float | None:
-        """What the job took, where that was measured: here, or by real.py."""
-        own, other = self.folder / "seconds.json", HERE / "results" / f"{self.name}-seed{self.seed}.json"
-        if own.exists():
-            return float(json.loads(own.read_text(encoding="utf-8")))
-        found = json.loads(other.read_text(encoding="utf-8"))["seconds"] if other.exists() else None
-        return None if found is None else float(found)
+        """What the job took; None for one that was resumed."""
+        path = self.folder / "seconds.json"
+        return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
     def _write_rows(self) -> None:
         """The job's own rows. Labels of certify rows are not written: no peer can read them."""

@@ -33,11 +33,6 @@ CHINESE = {
     "not certified": "未认证",
     "worse": "更差",
 }
-NAMES = {
-    "teacher": "fine-tuned MiniLM-L6, PyTorch",
-    "onnx-int8": "the same, ONNX Runtime dynamic int8",
-    "openvino-int8": "the same, OpenVINO + NNCF int8",
-}
 
 Run = dict[str, Any]
 
@@ -45,28 +40,6 @@ Run = dict[str, Any]
 def runs(name: str) -> list[Run]:
     """Stored runs of one table, by seed."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{name}-seed*.json"))]
-
-
-def measured(run: Run) -> dict[str, Run]:
-    """What `netweight bench` measured, by name; the artifact is "artifact"."""
-    first, *rest = run["bench"]["measured"]
-    return {"artifact": first} | {m["name"]: m for m in rest}
-
-
-def ratio(run: Run, name: str, key: str) -> float:
-    """The artifact's figure divided by a baseline's."""
-    found = measured(run)
-    return float(found["artifact"]["timing"][key] / found[name]["timing"][key])
-
-
-def verdict(run: Run) -> str:
-    """In words."""
-    said = run["inspect"]["certificate"]
-    drop = said["drop"]
-    return (
-        f"{said['verdict']}: drop {100 * drop['value']:.2f}, at most {100 * drop['high']:.2f} points, margin "
-        f"{said['max_drop']:g}; power {said['power']:.2f} if the true drop were 0"
-    )
 
 
 def headline(language: str) -> str:
@@ -120,55 +93,8 @@ def said(words: str, language: str) -> str:
     return CHINESE.get(words, words) if language == "zh" else words
 
 
-def targets() -> list[tuple[str, str, str, bool]]:
-    """(figure, target, what was reached for each seed, whether all seeds reached it)."""
-    found = runs("banking77")
-    rows: list[tuple[str, str, str, bool]] = []
-
-    def add(figure: str, target: str, values: list[float], fine: list[bool], form: str) -> None:
-        rows.append((figure, target, ", ".join(form.format(v) for v in values), all(fine)))
-
-    reference = [100 * run["inspect"]["certificate"]["reference"]["value"] for run in found]
-    add("reference accuracy on test", "93.0 %", reference, [v >= 93 for v in reference], "{:.2f}")
-    verdicts = [run["inspect"]["certificate"]["verdict"] for run in found]
-    power = ", ".join(
-        f"{v} (power {r['inspect']['certificate']['power']:.2f})" for v, r in zip(verdicts, found, strict=True)
-    )
-    rows.append(("verdict at --max-drop 1.0", "certified", power, all(v == "certified" for v in verdicts)))
-    for name, least in (("onnx-int8", 10.0), ("openvino-int8", 6.0)):
-        values = [ratio(run, name, "rows_per_second") for run in found]
-        add(f"throughput / {NAMES[name]}", f"{least:g}x", values, [v >= least for v in values], "{:.1f}x")
-    for key, most in (("p50", 0.2), ("p99", 1.0)):
-        values = [ratio(run, "onnx-int8", key) for run in found]
-        add(
-            f"{key} of single requests / ONNX Runtime dynamic int8's",
-            f"{most:g}",
-            values,
-            [v <= most for v in values],
-            "{:.2f}",
-        )
-    starts = [measured(run)["artifact"]["cold_start"] for run in found]
-    add(
-        "fresh process: import, load all tiers, first prediction",
-        "0.5 s",
-        starts,
-        [v <= 0.5 for v in starts],
-        "{:.2f} s",
-    )
-    sizes = [run["inspect"]["bytes"] / 1e6 for run in found]
-    add("artifact size", "30 MB", sizes, [v <= 30 for v in sizes], "{:.1f} MB")
-    return rows
-
-
-def extra(name: str) -> Run | None:
-    """A stored side result, such as the peer of the static tier."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
 def page() -> tuple[str, dict[str, str]]:
     """docs/results.md, and the plots that it shows by file name."""
-    found = runs("banking77")
     machines: dict[str, list[str]] = {}
     for name, own, _ in figures.shops(peers.cells()):
         m = own["machine"]
@@ -180,28 +106,6 @@ def page() -> tuple[str, dict[str, str]]:
         "numbers were read off the commands that they name.\n",
         f"Machines: {where}. Shared and noisy: trust ratios, which come from interleaved rounds of one run on one machine.\n",
     ]
-    earlier = [
-        "## Earlier runs, superseded\n\nOf 2026-11-25, with the targets of that day, from before most of what is above. They are "
-        "kept since nothing above says where a cascade's time goes.\n",
-        "### BANKING77\n\n    .venv/bin/python benchmarks/real.py banking77 FOLDER --seed 0      (and 1, 2)\n\n"
-        "train and dev optimize (7,653 and 991 rows), the official test certifies (3,075 rows after deduplication).\n",
-        f"| figure | target | reached, seeds {', '.join(str(r['seed']) for r in found)} | |\n|---|---|---|---|",
-    ]
-    earlier += [f"| {a} | {b} | {c} | {'reached' if fine else '**missed**'} |" for a, b, c, fine in targets()]
-    earlier += side_rows(found)
-    earlier.append("")
-    for run in found:
-        earlier.append(
-            f"Seed {run['seed']}, commit {run['bench']['machine']['commit']}: ships `{' > '.join(measured(run)['artifact']['tiers'])}`; {verdict(run)}.\n"
-        )
-        earlier.append(table(run))
-    for name, title in (("womens_clothing", "Womens Clothing reviews"), ("bitext_support", "Bitext support intents")):
-        for run in runs(name):
-            earlier.append(f"### {title}\n\n    .venv/bin/python benchmarks/real.py {name} FOLDER\n")
-            said = run["inspect"]["certificate"]
-            earlier.append(f"Metric {said['metric']}, {said['rows']:,} certify rows. {verdict(run)}.\n")
-            earlier.append(table(run))
-    earlier += [profile(found[0]), *_notes("earlier.md")]
     beside, plots = peers.tables()
     growth, more = peers.scaling()
     together, others = runs_section()
@@ -213,7 +117,8 @@ def page() -> tuple[str, dict[str, str]]:
         *growth,
         serving.section(),
         together,
-        *earlier,
+        profile(runs("banking77")[0]),
+        *_notes("profile.md"),
     ]
     return "\n".join(parts).rstrip() + "\n", plots | more | others
 
@@ -228,8 +133,9 @@ def profile(run: Run) -> str:
     """Where a cascade's time goes, from the job's own costs."""
     tiers, costs = run["inspect"]["tiers"], run["costs"]
     lines = [
-        "### Where the time goes\n",
-        f"Seed {run['seed']}, microseconds per row in batches, as the job measured its tiers:\n",
+        "## Where the time goes\n",
+        f"BANKING77, seed {run['seed']}, an artifact of 2026-11-25 (commit {run['bench']['machine']['commit']}): microseconds of a row in "
+        "batches, as the job measured its tiers.\n",
     ]
     lines += ["| part | alone | share of rows | together |", "|---|---|---|---|"]
     parts = [("tokenization", costs[""][0], 1.0)]
@@ -238,44 +144,6 @@ def profile(run: Run) -> str:
         parts.append((tier["name"], costs[f"{tier['name']} {tier['engine']}"][0], reached))
         reached -= tier["answered"]
     lines += [f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} |" for n, c, share in parts]
-    return "\n".join(lines) + "\n"
-
-
-def side_rows(found: list[Run]) -> list[str]:
-    """Rows of the table of targets that come from other scripts."""
-    rows = []
-    if peer := extra("static_tier"):
-        fine = peer["ratio"] >= 1 and peer["accuracy"] >= 0.915
-        said = f"{100 * peer['accuracy']:.2f} % (model2vec {100 * peer['peer_accuracy']:.2f} %); {peer['ratio']:.2f}x"
-        rows.append(
-            f"| static tier alone: accuracy; throughput / model2vec classifier's | 91.5 %; 1.0x | {said} | "
-            f"{'reached' if fine else '**missed**'} |"
-        )
-    if (usual := extra("finetune")) and all(run["seconds"] for run in found):
-        # Six epochs' time from as many as were run; quality only of a whole run.
-        six = 6 * usual["seconds"] / usual["epochs"]
-        how = f"{usual['epochs']:g} epochs timed" + (
-            f", {100 * usual['quality']:.2f} on dev" if usual["epochs"] >= 6 else ""
-        )
-        ratios = [run["seconds"] / six for run in found]
-        said = ", ".join(f"{r:.2f}x ({run['seconds']} s)" for r, run in zip(ratios, found, strict=True))
-        rows.append(
-            f"| `optimize` wall time / an ordinary 6-epoch full fine-tune ({six:.0f} s; {how}) | 2x | {said} | "
-            f"{'reached' if max(ratios) <= 2 else '**missed**'} |"
-        )
-    return rows
-
-
-def table(run: Run) -> str:
-    """One run's bench."""
-    head = "| | quality | agreement | rows/s | p50 | p95 | p99 | size | $ per million |\n|---|---|---|---|---|---|---|---|---|"
-    lines = [head]
-    for name, m in measured(run).items():
-        t = m["timing"]
-        lines.append(
-            f"| {name} | {100 * m['quality']:.2f} | {100 * m['agreement']:.2f} % | {t['rows_per_second']:,.0f} | {t['p50']:.2f} ms | "
-            f"{t['p95']:.2f} ms | {t['p99']:.2f} ms | {m['bytes'] / 1e6:.1f} MB | {m['dollars_per_million']:.4f} |"
-        )
     return "\n".join(lines) + "\n"
 
 

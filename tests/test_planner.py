@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from conftest import FAMILIES, tiny_base, tiny_model
 from netweight.cli import app
-from netweight.cli.plan import size
+from netweight.cli.shared import size
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.errors import ModelError, OptionError
@@ -200,6 +200,7 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="memory 'much' is no size"):
         size("much")
     assert (size("24GB"), size("0.5 g"), size("512MB")) == (24 * 10**9, 5 * 10**8, 512 * 10**6)
+    assert (size("2GiB"), size("512Mi")) == (2 * 2**30, 512 * 2**20)
     refused = {need.strategy: need.refused for need in needs(network, 3, Job(length=32))}
     assert "which 3 processes cannot divide evenly" in refused["tensor"]
     assert "2 layers cannot be divided into 3 stages" in refused["pipeline"]

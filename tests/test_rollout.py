@@ -174,7 +174,7 @@ def test_refusals(made: Path, tmp_path: Path, say: Say) -> None:
     said = say("serve", made, "--candidate", f"other={made}")
     assert "the candidate is for 'other', which is not served here; there are: made." in said.err
     assert "no artifact" in say("serve", made, "--candidate", f"made={tmp_path}").err
-    assert "an amount of memory is a number with K, M or G" in say("serve", made, "--memory", "2").err
+    assert "memory '2' is no size; write 24GB" in say("serve", made, "--memory", "2").err
 
 
 # --- models that sleep ---

@@ -191,6 +191,15 @@ class Exits(Transformer):
         return super().spec() | {"network": "exits", "after": list(self.after)}
 
 
+def _features(ids: Tensor, mask: Tensor, vocabulary: int, buckets: int) -> tuple[Tensor, Tensor]:
+    """Rows of a table for every token and, behind the vocabulary, every pair of neighbours (n, features), and whether
+    each is there."""
+    if not buckets:
+        return ids, mask
+    pairs = vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % buckets
+    return torch.cat([ids, pairs], dim=1), torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+
+
 class Static(Network):
     """A student without attention: a weighted mean of per-feature vectors, then a small head.
 
@@ -229,12 +238,7 @@ class Static(Network):
 
     def pool(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Weighted mean of the features' vectors (n, width); bigrams add to the sum but not to the norm."""
-        ids, mask = ids.long(), mask.to(self.table.dtype)
-        features, present = ids, mask
-        if self.buckets:
-            pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
-            features = torch.cat([ids, pairs], dim=1)
-            present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        features, present = _features(ids.long(), mask.to(self.table.dtype), self.vocabulary, self.buckets)
         weight = self.weight[features].exp() * present
         total = F.embedding_bag(
             features, self.table, mode="sum", per_sample_weights=weight, sparse=self.table.requires_grad
@@ -317,12 +321,7 @@ class Linear(Network):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
-        ids, mask = ids.long(), mask.to(self.table.dtype)
-        features, present = ids, mask
-        if self.buckets:
-            pairs = self.vocabulary + (ids[:, :-1] * BIGRAM_A + ids[:, 1:] * BIGRAM_B) % self.buckets
-            features = torch.cat([ids, pairs], dim=1)
-            present = torch.cat([mask, mask[:, :-1] * mask[:, 1:]], dim=1)
+        features, present = _features(ids.long(), mask.to(self.table.dtype), self.vocabulary, self.buckets)
         idf = self.weight[features] * present
         total = torch.einsum("nl,nld->nd", idf, self.table[features])
         return total / idf.square().sum(dim=1, keepdim=True).sqrt().clamp(min=1e-6) + self.bias

@@ -12,24 +12,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _EVERY = 20.0  # seconds between plain lines
 
 
+def _progress(console: Console, *also: TextColumn) -> Progress:
+    """What is done, how far, how long it took and how long it will take; gone when it ends."""
+    first = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *also)
+    last = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*first, *last, console=console, transient=True, disable=not console.is_terminal)
+
+
 class Bar:
     """A `Reporter` that draws one bar for each fit, with loss and time left; notes are printed above it."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
-        self._task = None if self._console.is_terminal else -1
+        self._progress = _progress(self._console, TextColumn("{task.fields[loss]}"))
         self._label, self._steps, self._said, self._began, self._done = "", 0, 0.0, 0.0, 0
 
     def __enter__(self) -> Bar:
@@ -73,17 +68,7 @@ class Parts:
 
     def __init__(self, what: str, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        self._progress = _progress(self._console)
         self._what, self._task = what, self._progress.add_task(what, total=None)
         self._began = self._said = time.monotonic()
         self._first: int | None = None

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from netweight.cli.shared import AsJson, app, print_table
-from netweight.errors import OptionError
-
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def size(text: str) -> int:
-    """Bytes of 24GB, 80G or 512MB. Raises OptionError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])b?\s*", text.lower())
-    if found is None or float(found[1]) <= 0:
-        raise OptionError(f"memory {text!r} is no size; write 24GB or 512MB.")
-    return int(float(found[1]) * _UNITS[found[2]])
+from netweight.cli.shared import AsJson, app, print_table, size
 
 
 @app.command()

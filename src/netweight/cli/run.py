@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from netweight.cli.shared import AsJson, Folder, MaybePair, Text, Threads, app
+from netweight.cli.shared import AsJson, Folder, MaybePair, Text, Threads, app, size
 from netweight.errors import OptionError
 
 
@@ -66,7 +65,7 @@ def serve(
     false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each model.")] = 0.1,
     webhook: Annotated[str | None, typer.Option(help="URL that alerts are posted to.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep texts worth labelling there. Customers' words!")] = None,
-    memory: Annotated[str | None, typer.Option(help="What models may take, such as 2G; else all stay awake.")] = None,
+    memory: Annotated[str | None, typer.Option(help="What models may take, such as 2GB; else all stay awake.")] = None,
     candidate: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]DIR", help="An artifact that may follow the model of its name.")
     ] = None,
@@ -106,7 +105,7 @@ def serve(
         false_alarms=false_alarms,
         webhook=webhook,
         keep=str(keep) if keep else None,
-        memory=_bytes(memory) if memory else None,
+        memory=size(memory) if memory else None,
         candidates=tuple(map(_candidate, candidate or ())),
         rollout=Rollout(mode, share, allowed),
     )
@@ -169,13 +168,8 @@ def monitor(
             post(alert)
 
 
-def _bytes(given: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG])", given.strip())
-    if not found:
-        raise OptionError(f"an amount of memory is a number with K, M or G, such as 2G; given was {given!r}.")
-    return int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
-
-
 def _candidate(given: str) -> tuple[str, str]:
+    from netweight.artifact import name_of
+
     name, equals, folder = given.partition("=")
-    return (name, folder) if equals else (Path(given).name.removesuffix(".nw"), given)
+    return (name, folder) if equals else (name_of(Path(given)), given)

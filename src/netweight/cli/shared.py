@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from netweight.errors import OptionError
 
 if TYPE_CHECKING:
     from netweight.data import Loaded, Rows
@@ -35,6 +38,14 @@ Metric = Annotated[
 Minimised = Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")]
 Tried = Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def size(text: str) -> int:
+    """Bytes of 24GB, 80G or 512MB, and, by powers of two, of 2GiB or 512Mi. Raises OptionError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?\s*", text.lower())
+    if found is None or float(found[1]) <= 0:
+        raise OptionError(f"memory {text!r} is no size; write 24GB, 512MB or 2GiB.")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("kmgt".index(found[2]) + 1))
 
 
 def noted(loaded: Loaded) -> Rows:
