@@ -134,6 +134,8 @@ def test_shares_are_stratified() -> None:
         "2,000 rows cut from train for certify, stratified, with seed 0.",
         "1,500 rows cut from train for dev, stratified, with seed 0.",
     )
+    assert data.counts == {"a": 1400, "b": 400, "c": 200}
+    assert split(many(100, "12"), kind="score").counts == {}
     assert content(split(many(10_000, "aaaaaaabbc"), seed=1)) != content(data)
 
 

@@ -214,7 +214,9 @@ class Sealed:
 class Dataset:
     """All splits of one job. `select` serves early stopping and choices, `calibrate` thresholds and temperatures.
 
-    `notes` says in sentences what splitting removed and why.
+    `counts`: certify rows of each label that train has, in alphabetical order; empty for scores, and where nobody cut
+    or counted. How many there are is no look: it says nothing of any prediction. `notes` says in sentences what
+    splitting removed and why.
     """
 
     train: Rows
@@ -223,6 +225,7 @@ class Dataset:
     certify: Sealed
     pool: Rows | None = None
     notes: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dev(self) -> Rows:

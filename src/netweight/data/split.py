@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -83,10 +84,11 @@ def split(
     if kind == "classify":
         others = {"dev": dev, "certify": certify}
         _known(train.label or (), others, "train does not have", "Add such rows to train, or remove them from")
+    counts = _counts(train.label or (), certify) if kind == "classify" else {}
     ordered = _in_order(certify)
     if to_certify.any():
         ordered = _drawn_together(ordered, notes)
-    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes))
+    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts)
 
 
 def without_train(
@@ -116,7 +118,8 @@ def without_train(
     select, calibrate = _halves(dev, kind, seed)
     parts = {"select": select, "calibrate": calibrate, "certify": certify}
     _enough(parts if pool is None else {**parts, "pool": pool})
-    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes))
+    counts = _counts(labels or dev.label or (), certify) if kind == "classify" else {}
+    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes), counts)
 
 
 def _require(parts: Mapping[str, Rows | None]) -> None:
@@ -307,6 +310,11 @@ def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advi
                 f"{_rows(len(unknown))} of {name} have labels that {problem}: {named} (first: row "
                 f"{unknown[0][1]:,}). {advice} {name}.{alike(dict(unknown), known)}"
             )
+
+
+def _counts(labels: Sequence[str], certify: Rows) -> dict[str, int]:
+    found = Counter(certify.label)
+    return {label: found[label] for label in sorted(set(labels))}
 
 
 def _enough(parts: dict[str, Rows]) -> None:
