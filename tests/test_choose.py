@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -666,6 +667,19 @@ def test_macro_f1_stays_where_certify_has_enough(tmp_path: Path) -> None:
     for metric in (None, "macro-f1"):
         _, task, _ = prepare(Job(tables, options=Options(metric=metric)), tmp_path)
         assert task.metric == "macro-f1"
+
+
+def test_a_drop_that_answers_without_reading_may_lose_is_told_of(tmp_path: Path) -> None:
+    def said(rows: Rows, **budget: Any) -> list[str]:
+        return [n for n in prepare(Job(Tables(rows), Budget(**budget)), tmp_path)[2] if n.startswith("Always")]
+
+    rare = labelled(1000, 3)
+    assert said(rare) == [
+        "Always answering 'a' loses at most 0.5 points, and 1 may be lost: the certificate cannot tell it from a model. "
+        "Give a lower --max-drop, or --certify with 25 rows of each label and --metric macro-f1."
+    ]
+    assert "and at least 1 may be lost" in said(rare, max_drop="auto")[0]
+    assert said(rare, max_drop=0.4) == said(labelled(1000, 400)) == []
 
 
 def test_plans_count_copies_that_were_cut_together_once() -> None:

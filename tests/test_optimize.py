@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
-from netweight.data import Rows
+from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import Outputs, load
@@ -93,6 +94,22 @@ def test_measurements_are_of_what_ships(shop: Shop) -> None:
     right = np.mean([teacher.task.labels[i] == y for i, y in zip(said, shop.dev.label or ())])  # type: ignore[union-attr]
     assert measured.reference.quality == pytest.approx(float(right))
     assert measured.reference.bytes == teacher.bytes
+
+
+def test_a_certificate_that_a_single_label_would_get_says_so(shop: Shop) -> None:
+    def said(good: int) -> list[str]:
+        counts = {"bad": len(shop.certify) - good, "good": good}
+        data = Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify), counts=counts)
+        builder = SimpleNamespace(run=None, data=data, teacher=SimpleNamespace(encoder=None), foreign=lambda _: "")
+        remarks = ship._remarks(builder, SimpleNamespace(floor_wins=False), shop.result.certificate)  # type: ignore[arg-type]
+        return [remark for remark in remarks if remark.startswith("Always")]
+
+    reference = 100 * shop.result.certificate.reference.value
+    assert said(497) == [
+        f"Always answering 'good' is right on 99.40 % of the certify rows, the reference on {reference:.2f} %, and 5 "
+        "points may be lost: this certificate cannot tell it from a model."
+    ]
+    assert said(250) == []
 
 
 # --- running again ---

@@ -202,6 +202,21 @@ def _too_few(data: Dataset) -> str:
     return said if few else ""
 
 
+def _unread(task: Task, data: Dataset, budget: Budget) -> tuple[str, ...]:
+    """A sentence where who reads no text may pass: accuracy hardly counts rare labels."""
+    if task.metric != "accuracy":
+        return ()
+    label, share = data.commonest
+    if share < 1 - task.margin(budget.points, 1.0):
+        return ()
+    least = "at least " if budget.max_drop == "auto" else ""
+    return (
+        f"Always answering {label!r} loses at most {100 * (1 - share):.2g} points, and {least}{budget.points:g} may be "
+        "lost: the certificate cannot tell it from a model. Give a lower --max-drop, or --certify with "
+        f"{CLASS_ROWS} rows of each label and --metric macro-f1.",
+    )
+
+
 def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
     """Read and split the tables; bad rows go to `folder`. Returns sentences about what was set aside as well."""
     tables, notes = job.tables, []
@@ -239,6 +254,7 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         notes.append(f"The metric is {task.metric}, {why}.")
     else:
         _refuse_macro_f1(task, data, tables, train)
+    notes += _unread(task, data, job.budget)
     require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)

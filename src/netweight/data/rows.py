@@ -233,6 +233,12 @@ class Dataset:
         return concat(self.select, self.calibrate)
 
     @property
+    def commonest(self) -> tuple[str, float]:
+        """The label of most certify rows, and its share of them."""
+        label = max(self.counts, key=self.counts.__getitem__)
+        return label, self.counts[label] / len(self.certify)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the fingerprints of all splits."""
         parts = [r.fingerprint() for r in (self.train, self.select, self.calibrate)] + [self.certify.fingerprint]
