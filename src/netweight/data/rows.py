@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -13,19 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from netweight.data.check import Unusable, cell_label, cell_text, cell_weight
+from netweight.data.check import Unusable, cell_label, cell_text, cell_weight, normalise
 from netweight.errors import CertificateError, DataError, no_list
 
 # Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
 _PAIR = "\x1f"
-
-
-def normalise(text: str) -> str:
-    """The form in which texts are compared: NFKC, case folded, white space collapsed and stripped."""
-    if not text.isascii():
-        # Folding can leave composable characters behind, so the form is taken again (Unicode 3.13, D146).
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
