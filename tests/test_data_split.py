@@ -140,6 +140,14 @@ def test_shares_are_stratified() -> None:
     assert content(split(many(10_000, "aaaaaaabbc"), seed=1)) != content(data)
 
 
+def test_slices_change_no_split() -> None:
+    table = rows(*[("same text", "a")] * 9, *zip(many(200).text, many(200).label or (), strict=True))
+    plain, sliced = split(table), split(replace(table, slices={"size": tuple("SML"[i % 3] for i in range(209))}))
+    assert set(sliced.certify.rows.slices["size"]) == set("SML")
+    assert sliced.certify.fingerprint == plain.certify.fingerprint
+    assert sliced.fingerprint == plain.fingerprint
+
+
 def test_labels_that_are_written_nearly_alike_are_named() -> None:
     several = {"spam": 900, "Spam": 40, "out of stock": 30, "out\u00a0of stock": 12, "1": 20, "1.0": 20, "other": 20}
     labels = [label for label, count in several.items() for _ in range(count)]

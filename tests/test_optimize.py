@@ -125,6 +125,17 @@ def test_a_finished_job_gives_the_same_look_and_the_same_artifact(shop: Shop, co
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_finished_job_with_further_slices_is_the_same_job_and_the_same_look(shop: Shop, copied: Path) -> None:
+    certify, size = shop.certify, tuple("SML"[i % 3] for i in range(len(shop.certify)))
+    result = again(replace(shop, certify=replace(certify, slices={"size": size})), copied)
+    assert result.certificate.registration == shop.result.certificate.registration
+    assert result.manifest.digest == shop.result.manifest.digest
+    assert "size" in {part.column for part in result.certificate.slices}
+    assert journal(copied) == journal(shop.folder), "nothing was trained again"
+    assert len(looks(copied)) == 1
+
+
+@pytest.mark.usefixtures("quick")
 def test_another_budget_is_another_look(shop: Shop, copied: Path) -> None:
     result = again(shop, copied, max_drop=4.0)
     assert result.certificate.registration.look == 2
@@ -525,7 +536,7 @@ def test_another_job_in_the_same_store_is_refused(shop: Shop, copied: Path) -> N
     before = journal(copied)
     with pytest.raises(StoreError, match=r"belongs to another job \(.*seed: 0 there, 3 now"):
         again(shop, copied, seed=3)
-    with pytest.raises(StoreError, match=r"data: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+    with pytest.raises(StoreError, match=r"data: '[0-9a-f.]{28}' there, '[0-9a-f.]{28}' now"):
         optimize(shop.train.take(range(299)), dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
     assert journal(copied) == before
 

@@ -78,7 +78,8 @@ class Rows:
         return self._keys
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all columns in order; row numbers do not count."""
+        """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
+        shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
         return self._fingerprint
 
     def unlabelled(self) -> Rows:
@@ -96,7 +97,7 @@ class Rows:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name, column in self.columns():
-            if name == "number":
+            if name == "number" or name.startswith("slice "):
                 continue
             cells = [str(cell).encode("utf-8", "surrogatepass") for cell in (name, *column)]
             # Lengths first: otherwise ("ab", "c") and ("a", "bc") would be the same bytes.
