@@ -10,8 +10,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -632,21 +632,54 @@ def test_a_candidate_that_fails_for_reasons_of_its_own_stands_in_nobodys_way() -
     assert [c.choice.cost for c in plan([first, same, last])] == [100.0, 12.0, 10.0]
 
 
-def test_macro_f1_gives_way_where_its_test_would_be_refused() -> None:
-    rare = Rows(tuple(f"text {i}" for i in range(200)), tuple("b" if i < 10 else "a" for i in range(200)))
-    job = Job(Tables(rare))
-    with TemporaryDirectory() as folder:
-        _, task, notes = prepare(job, Path(folder))
-        with pytest.raises(OptionError, match="the rarest can expect 2; merge such labels, give more labelled rows"):
-            prepare(Job(Tables(rare), options=Options(metric="macro-f1")), Path(folder))
-        # A certify table of one's own may hold enough of them.
-        given = Tables(rare, certify=Rows(tuple(f"row {i}" for i in range(60)), ("a", "b") * 30))
-        prepare(Job(given, options=Options(metric="macro-f1")), Path(folder))
-        # There may just be enough.
-        more = replace(rare, label=tuple("b" if i < 80 else "a" for i in range(200)))
-        _, asked, _ = prepare(Job(Tables(more), options=Options(metric="macro-f1")), Path(folder))
-    assert (task.metric, asked.metric) == ("accuracy", "macro-f1")
-    assert any("needs 25 certify rows of each label, and the rarest can expect 2" in note for note in notes)
+def labelled(n: int, rare: int, name: str = "text") -> Rows:
+    return Rows(tuple(f"{name} {i}" for i in range(n)), tuple("b" if i < rare else "a" for i in range(n)))
+
+
+@pytest.mark.parametrize(
+    ("tables", "said"),
+    [
+        (Tables(labelled(200, 10)), "'b' has 2. Merge such labels, give more labelled rows, or use --metric accuracy"),
+        # A cut is stratified: it has the share of each label, whatever chance would give.
+        (Tables(labelled(200, 80)), "'b' has 16. Merge such labels, give more labelled rows"),
+        (
+            Tables(labelled(25_000, 100)),
+            r"'b' has 20. .* give a certify table of your own \(at most 5,000 rows are cut",
+        ),
+        (Tables(labelled(200, 10), certify=labelled(60, 24, "row")), "'b' has 24. .* give certify more rows of them"),
+        # What train says of a given table is nothing.
+        (Tables(labelled(2000, 500), certify=labelled(500, 0, "row")), "'b' has 0. .* give certify more rows of them"),
+        (Tables(None, dev=labelled(60, 9), certify=labelled(60, 30, "row"), labels=("a", "b", "c")), "'c' has 0. "),
+    ],
+)
+def test_macro_f1_gives_way_where_its_test_would_be_refused(tables: Tables, said: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"needs 25 certify rows of each label, and {said}"):
+        prepare(Job(tables, options=Options(metric="macro-f1")), tmp_path)
+    _, task, notes = prepare(Job(tables), tmp_path)
+    assert task.metric == "accuracy"
+    balanced = "The metric is accuracy, by the balance of the labels." in notes
+    assert balanced or any("though labels are not balanced: the test of macro-F1 needs 25" in note for note in notes)
+    assert balanced == ("'b' has 16" in said)
+
+
+def test_macro_f1_stays_where_certify_has_enough(tmp_path: Path) -> None:
+    tables = Tables(labelled(200, 10), certify=labelled(60, 25, "row"))
+    for metric in (None, "macro-f1"):
+        _, task, _ = prepare(Job(tables, options=Options(metric=metric)), tmp_path)
+        assert task.metric == "macro-f1"
+
+
+def test_a_drop_that_answers_without_reading_may_lose_is_told_of(tmp_path: Path) -> None:
+    def said(rows: Rows, **budget: Any) -> list[str]:
+        return [n for n in prepare(Job(Tables(rows), Budget(**budget)), tmp_path)[2] if n.startswith("Always")]
+
+    rare = labelled(1000, 3)
+    assert said(rare) == [
+        "Always answering 'a' loses at most 0.5 points, and 1 may be lost: the certificate cannot tell it from a model. "
+        "Give a lower --max-drop, or --certify with 25 rows of each label and --metric macro-f1."
+    ]
+    assert "and at least 1 may be lost" in said(rare, max_drop="auto")[0]
+    assert said(rare, max_drop=0.4) == said(labelled(1000, 400)) == []
 
 
 def test_plans_count_copies_that_were_cut_together_once() -> None:

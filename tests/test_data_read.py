@@ -95,13 +95,16 @@ def test_values_that_are_not_text(
 
 def test_a_label_that_is_written_otherwise_is_named() -> None:
     """A column of whole numbers in which one is missing comes as fractions from other tools."""
-    assert alike(("3", "1"), ("1.0", "2.0")) == " '1' and '1.0' are one number: write it alike everywhere."
+    assert alike(("3", "1"), ("1.0", "2.0")) == " '1' and '1.0' look like one label: write it alike everywhere."
     assert alike(("3", "x"), ("1.0", "y")) == ""
-    with pytest.raises(LabelError, match=r"do not occur in training: '1'\. '1' and '1\.0' are one number"):
+    with pytest.raises(LabelError, match=r"do not occur in training: '1'\. '1' and '1\.0' look like one label"):
         Classify(("1.0", "2.0")).targets(("1", "2.0"))
     rows = Rows(tuple(f"text {i}" for i in range(40)), ("1.0", "2.0") * 20)
     dev, certify = (Rows(tuple(f"{name} {i}" for i in range(40)), ("1", "2") * 20) for name in ("dev", "certify"))
-    with pytest.raises(LabelError, match=r"Add such rows to train, or remove them from dev\. '1' and '1\.0' are one"):
+    assert alike(("x", "Out\u00a0of  STOCK"), ("out of stock", "y")).startswith(
+        r" 'Out\xa0of  STOCK' and 'out of stock' look"
+    )
+    with pytest.raises(LabelError, match=r"Add such rows to train, or remove them from dev\. '1' and '1\.0' look like"):
         split(rows, dev=dev, certify=certify)
 
 

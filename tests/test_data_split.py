@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def rows(*cells: tuple[str, str], start: int = 1, **more: Any) -> Rows:
     return Rows(text, label, number=tuple(range(start, start + len(cells))), **more)
 
 
-def many(n: int, labels: str = "ab", prefix: str = "row") -> Rows:
+def many(n: int, labels: Sequence[str] = "ab", prefix: str = "row") -> Rows:
     return rows(*((f"{prefix} {i}", labels[i % len(labels)]) for i in range(n)))
 
 
@@ -134,7 +135,37 @@ def test_shares_are_stratified() -> None:
         "2,000 rows cut from train for certify, stratified, with seed 0.",
         "1,500 rows cut from train for dev, stratified, with seed 0.",
     )
+    assert data.counts == {"a": 1400, "b": 400, "c": 200}
+    assert split(many(100, "12"), kind="score").counts == {}
     assert content(split(many(10_000, "aaaaaaabbc"), seed=1)) != content(data)
+
+
+def test_slices_change_no_split() -> None:
+    table = rows(*[("same text", "a")] * 9, *zip(many(200).text, many(200).label or (), strict=True))
+    plain, sliced = split(table), split(replace(table, slices={"size": tuple("SML"[i % 3] for i in range(209))}))
+    assert set(sliced.certify.rows.slices["size"]) == set("SML")
+    assert sliced.certify.fingerprint == plain.certify.fingerprint
+    assert sliced.fingerprint == plain.fingerprint
+
+
+def test_labels_that_are_written_nearly_alike_are_named() -> None:
+    several = {"spam": 900, "Spam": 40, "out of stock": 30, "out\u00a0of stock": 12, "1": 20, "1.0": 20, "other": 20}
+    labels = [label for label, count in several.items() for _ in range(count)]
+    cells = [(f"row {i}", label) for i, label in enumerate(labels)]
+    (said,) = (note for note in split(rows(*cells)).notes if note.startswith("Labels"))
+    assert said == (
+        "Labels that differ only in how they are written count as different ones: '1' (20 rows) and '1.0' (20 rows); "
+        r"'Spam' (40 rows) and 'spam' (900 rows); 'out of stock' (30 rows) and 'out\xa0of stock' (12 rows). "
+        "Write them alike if they are one."
+    )
+    assert not any(note.startswith("Labels") for note in split(many(100)).notes)
+    numbers = many(420, [f"{i}{end}" for i in range(7) for end in ("", ".0", ".00")])
+    (said,) = (note for note in without_train(numbers, many(30, "0", "certify")).notes if note.startswith("Labels"))
+    assert said.count(";") == 5
+    assert "; 2 more. " in said
+    certify = rows(*((f"certify {i}", "SPAM") for i in range(30)))
+    with pytest.raises(LabelError, match=r"remove them from certify\. 'SPAM' and 'spam' look like one label"):
+        split(rows(*cells[:900], *cells[-20:]), certify=certify)
 
 
 def test_cuts_stop_where_more_does_not_help() -> None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
-from netweight.data import Rows
+from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import Outputs, load
@@ -95,6 +96,22 @@ def test_measurements_are_of_what_ships(shop: Shop) -> None:
     assert measured.reference.bytes == teacher.bytes
 
 
+def test_a_certificate_that_a_single_label_would_get_says_so(shop: Shop) -> None:
+    def said(good: int) -> list[str]:
+        counts = {"bad": len(shop.certify) - good, "good": good}
+        data = Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify), counts=counts)
+        builder = SimpleNamespace(run=None, data=data, teacher=SimpleNamespace(encoder=None), foreign=lambda _: "")
+        remarks = ship._remarks(builder, SimpleNamespace(floor_wins=False), shop.result.certificate)  # type: ignore[arg-type]
+        return [remark for remark in remarks if remark.startswith("Always")]
+
+    reference = 100 * shop.result.certificate.reference.value
+    assert said(497) == [
+        f"Always answering 'good' is right on 99.40 % of the certify rows, the reference on {reference:.2f} %, and 5 "
+        "points may be lost: this certificate cannot tell it from a model."
+    ]
+    assert said(250) == []
+
+
 # --- running again ---
 
 
@@ -104,6 +121,17 @@ def test_a_finished_job_gives_the_same_look_and_the_same_artifact(shop: Shop, co
     assert result.certificate == shop.result.certificate
     assert result.manifest.digest == shop.result.manifest.digest
     assert journal(copied) == journal(shop.folder)
+    assert len(looks(copied)) == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_finished_job_with_further_slices_is_the_same_job_and_the_same_look(shop: Shop, copied: Path) -> None:
+    certify, size = shop.certify, tuple("SML"[i % 3] for i in range(len(shop.certify)))
+    result = again(replace(shop, certify=replace(certify, slices={"size": size})), copied)
+    assert result.certificate.registration == shop.result.certificate.registration
+    assert result.manifest.digest == shop.result.manifest.digest
+    assert "size" in {part.column for part in result.certificate.slices}
+    assert journal(copied) == journal(shop.folder), "nothing was trained again"
     assert len(looks(copied)) == 1
 
 
@@ -509,7 +537,7 @@ def test_another_job_in_the_same_store_is_refused(shop: Shop, copied: Path) -> N
     before = journal(copied)
     with pytest.raises(StoreError, match=r"belongs to another job \(.*seed: 0 there, 3 now"):
         again(shop, copied, seed=3)
-    with pytest.raises(StoreError, match=r"data: '[0-9a-f]{64}' there, '[0-9a-f]{64}' now"):
+    with pytest.raises(StoreError, match=r"data: '[0-9a-f.]{28}' there, '[0-9a-f.]{28}' now"):
         optimize(shop.train.take(range(299)), dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
     assert journal(copied) == before
 

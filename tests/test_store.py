@@ -68,6 +68,16 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None
     Store(tmp_path, JOB).close()  # the refusal left the lock and the journal alone
 
 
+def test_long_values_of_another_job_are_shortened_and_what_differs_in_them_named(tmp_path: Path) -> None:
+    labels = [f"label {i}" for i in range(1000)]
+    Store(tmp_path, {"data": "0" * 64, "task": {"labels": labels, "metric": "macro-f1"}}).close()
+    with pytest.raises(StoreError, match=r"another job \(task metric: 'macro-f1' there, 'accuracy' now\)\. Choose"):
+        Store(tmp_path, {"data": "0" * 64, "task": {"labels": labels, "metric": "accuracy"}})
+    with pytest.raises(StoreError, match=r"'000000.*\.\.\..*000000' there, '111111.*\.\.\..*111111' now") as refused:
+        Store(tmp_path, {"data": "1" * 64, "task": {"labels": ["x"] * 1000, "metric": "macro-f1"}})
+    assert len(str(refused.value)) < len(str(tmp_path)) + 400
+
+
 def test_a_folder_that_holds_no_job_has_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no run store"):
         Store(tmp_path / "none.run", None)

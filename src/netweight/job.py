@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
@@ -14,6 +12,7 @@ from netweight.certify.compare import CLASS_ROWS, require_groups
 from netweight.certify.decide import groups_of
 from netweight.choose import Minimise
 from netweight.data import Columns, Dataset, Rows, read, split, without_train
+from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
 from netweight.model import weights_digest
 from netweight.scratch import SCRATCH
@@ -176,31 +175,45 @@ class Job:
         return f"netweight {command} {' '.join(given)} --seed {options.seed} --threads {options.threads}"
 
 
-def _testable(task: Task, known: Rows, certify: int) -> tuple[Task, str]:
+def _testable(task: Task, data: Dataset) -> tuple[Task, str]:
     """Macro-F1 gives way to accuracy where its test would be refused: better said now than after hours of training."""
-    if task.metric == "macro-f1" and _expected(known, certify) < CLASS_ROWS:
-        return replace(task, metric="accuracy"), f"though labels are not balanced: {_too_few(known, certify)}"
+    if task.metric == "macro-f1" and (few := _too_few(data)):
+        return replace(task, metric="accuracy"), f"though labels are not balanced: {few}"
     return task, "by the balance of the labels"
 
 
-def _refuse_macro_f1(task: Task, known: Rows, certify: int) -> None:
-    """Raise OptionError where macro-F1 was asked for, and a certify that is cut from `known` has no chance to be
-    enough for it."""
-    expected = _expected(known, certify)
-    if task.metric == "macro-f1" and expected + 4 * math.sqrt(expected) < CLASS_ROWS:
-        said = _too_few(known, certify)
-        raise OptionError(f"{said}; merge such labels, give more labelled rows, or use --metric accuracy.")
+def _refuse_macro_f1(task: Task, data: Dataset, tables: Tables, train: Rows | None) -> None:
+    """Raise OptionError where macro-F1 was asked for, and certify will not do for it."""
+    if task.metric != "macro-f1" or not (few := _too_few(data)):
+        return
+    more = "give more labelled rows"
+    if tables.certify is not None:
+        more = "give certify more rows of them"
+    elif train is not None and len(train) * CERTIFY_SHARE >= CERTIFY_MOST:
+        more = f"give a certify table of your own (at most {CERTIFY_MOST:,} rows are cut from train)"
+    raise OptionError(f"{few}. Merge such labels, {more}, or use --metric accuracy.")
 
 
-def _expected(known: Rows, certify: int) -> float:
-    """Rows of the rarest label among so many that are drawn like the known ones."""
-    return min(Counter(known.label).values()) / len(known) * certify
+def _too_few(data: Dataset) -> str:
+    """Labels with too few certify rows for macro-F1; empty where there are none."""
+    few = [f"{label!r} has {count}" for label, count in data.counts.items() if count < CLASS_ROWS]
+    more = f" and {len(few) - 5:,} labels more have too few" if len(few) > 5 else ""
+    said = f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and {', '.join(few[:5])}{more}"
+    return said if few else ""
 
 
-def _too_few(known: Rows, certify: int) -> str:
+def _unread(task: Task, data: Dataset, budget: Budget) -> tuple[str, ...]:
+    """A sentence where who reads no text may pass: accuracy hardly counts rare labels."""
+    if task.metric != "accuracy":
+        return ()
+    label, share = data.commonest
+    if share < 1 - task.margin(budget.points, 1.0):
+        return ()
+    least = "at least " if budget.max_drop == "auto" else ""
     return (
-        f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and the rarest can expect "
-        f"{_expected(known, certify):.0f}"
+        f"Always answering {label!r} loses at most {100 * (1 - share):.2g} points, and {least}{budget.points:g} may be "
+        "lost: the certificate cannot tell it from a model. Give a lower --max-drop, or --certify with "
+        f"{CLASS_ROWS} rows of each label and --metric macro-f1.",
     )
 
 
@@ -237,10 +250,11 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
     known = data.dev if train is None else data.train
     task = task_for(known.label or (), options.task, options.metric)
     if options.metric is None:
-        task, why = _testable(task, known, len(data.certify))
+        task, why = _testable(task, data)
         notes.append(f"The metric is {task.metric}, {why}.")
-    elif tables.certify is None:
-        _refuse_macro_f1(task, known, len(data.certify))
+    else:
+        _refuse_macro_f1(task, data, tables, train)
+    notes += _unread(task, data, job.budget)
     require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)

@@ -21,6 +21,7 @@ from netweight.build import Builder
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
 from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
+from netweight.data import Dataset
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
@@ -280,9 +281,25 @@ def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tupl
         )
     else:
         said.append("Whether the reference is as good as an ordinary full fine-tune was not checked in this job.")
+    if unread := _unread(builder.data, certificate):
+        said.append(unread)
     if certificate.verdict != "certified":
         said.append("No candidate passed; what ships is the safest of them, not certified.")
     return tuple(said)
+
+
+def _unread(data: Dataset, certificate: Certificate) -> str:
+    """A sentence where one label for all rows is about as good as the certificate asks for."""
+    if not data.counts or certificate.registration.task.metric != "accuracy":
+        return ""
+    (label, share), reference = data.commonest, certificate.reference.value
+    if reference - share > certificate.final.margin:
+        return ""
+    return (
+        f"Always answering {label!r} is right on {100 * share:.2f} % of the certify rows, the reference on "
+        f"{100 * reference:.2f} %, and {certificate.registration.max_drop:g} points may be lost: this certificate "
+        "cannot tell it from a model."
+    )
 
 
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,6 +62,15 @@ def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
 def _paired(path: Path) -> bool:
     with path.open(encoding="utf-8") as file:
         return "pair" in json.loads(file.readline())
+
+
+def _differences(where: str, there: Any, now: Any) -> Iterator[str]:
+    """Each plain value that differs, shortened: a task may have thousands of labels."""
+    if isinstance(there, dict) and isinstance(now, dict):
+        for key in {**now, **there}:
+            yield from _differences(f"{where} {key}".strip(), there.get(key), now.get(key))
+    elif there != now:
+        yield f"{where}: {reprlib.repr(there)} there, {reprlib.repr(now)} now"
 
 
 class Store:
@@ -118,11 +128,8 @@ class Store:
         if known is None:
             self.put("job", wanted)
         elif known != wanted:
-            named = [(key, known.get(key), wanted.get(key)) for key in {**wanted, **known}]
-            differs = [f"{key}: {there!r} there, {now!r} now" for key, there, now in named if there != now]
-            raise StoreError(
-                f"{self.folder} belongs to another job ({'; '.join(differs)}). Choose another output, or delete it."
-            )
+            differs = "; ".join(_differences("", known, wanted))
+            raise StoreError(f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it.")
 
     def _sweep(self) -> None:
         """Remove what killed processes had begun to write; all of them worked under this lock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -142,16 +143,25 @@ def cell_label(cell: object) -> str:
 def alike(labels: Iterable[str], known: Iterable[str]) -> str:
     """A sentence where one of the labels is a known one that is written otherwise, as 1 and 1.0: tools write whole
     numbers as fractions where one of the column is missing."""
-    numbers = {number: label for label in known if (number := _number(label)) is not None}
-    twin = next(((label, numbers[n]) for label in labels if (n := _number(label)) in numbers), None)
-    return f" {twin[0]!r} and {twin[1]!r} are one number: write it alike everywhere." if twin else ""
+    spelled = {spelling(label): label for label in sorted(known)}
+    twin = next(((label, spelled[form]) for label in labels if (form := spelling(label)) in spelled), None)
+    return f" {twin[0]!r} and {twin[1]!r} look like one label: write it alike everywhere." if twin else ""
 
 
-def _number(label: str) -> float | None:
+def spelling(label: str) -> float | str:
+    """What labels share that may be one: as numbers their value, else the form in which texts are compared."""
     try:
         return float(label)
     except ValueError:
-        return None
+        return normalise(label)
+
+
+def normalise(text: str) -> str:
+    """The form in which texts are compared: NFKC, case folded, white space collapsed and stripped."""
+    if not text.isascii():
+        # Folding can leave composable characters behind, so the form is taken again (Unicode 3.13, D146).
+        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(text.casefold().split())
 
 
 def cell_weight(cell: object) -> float:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from netweight.data.check import BadRow, Check, Columns, Unusable, cell_text, reasons, write_quarantine
-from netweight.data.rows import Rows, normalise
+from netweight.data.check import BadRow, Check, Columns, Unusable, cell_text, normalise, reasons, write_quarantine
+from netweight.data.rows import Rows
 from netweight.data.table import Table, open_table
 from netweight.errors import DataError
 

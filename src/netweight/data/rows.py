@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -13,19 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from netweight.data.check import Unusable, cell_label, cell_text, cell_weight
+from netweight.data.check import Unusable, cell_label, cell_text, cell_weight, normalise
 from netweight.errors import CertificateError, DataError, no_list
 
 # Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
 _PAIR = "\x1f"
-
-
-def normalise(text: str) -> str:
-    """The form in which texts are compared: NFKC, case folded, white space collapsed and stripped."""
-    if not text.isascii():
-        # Folding can leave composable characters behind, so the form is taken again (Unicode 3.13, D146).
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(text.casefold().split())
 
 
 @dataclass(frozen=True)
@@ -87,7 +78,8 @@ class Rows:
         return self._keys
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all columns in order; row numbers do not count."""
+        """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
+        shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
         return self._fingerprint
 
     def unlabelled(self) -> Rows:
@@ -105,7 +97,7 @@ class Rows:
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for name, column in self.columns():
-            if name == "number":
+            if name == "number" or name.startswith("slice "):
                 continue
             cells = [str(cell).encode("utf-8", "surrogatepass") for cell in (name, *column)]
             # Lengths first: otherwise ("ab", "c") and ("a", "bc") would be the same bytes.
@@ -214,7 +206,9 @@ class Sealed:
 class Dataset:
     """All splits of one job. `select` serves early stopping and choices, `calibrate` thresholds and temperatures.
 
-    `notes` says in sentences what splitting removed and why.
+    `counts`: certify rows of each label that train has, in alphabetical order; empty for scores, and where nobody cut
+    or counted. How many there are is no look: it says nothing of any prediction. `notes` says in sentences what
+    splitting removed and why.
     """
 
     train: Rows
@@ -223,11 +217,18 @@ class Dataset:
     certify: Sealed
     pool: Rows | None = None
     notes: tuple[str, ...] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dev(self) -> Rows:
         """select and calibrate together."""
         return concat(self.select, self.calibrate)
+
+    @property
+    def commonest(self) -> tuple[str, float]:
+        """The label of most certify rows, and its share of them."""
+        label = max(self.counts, key=self.counts.__getitem__)
+        return label, self.counts[label] / len(self.certify)
 
     @property
     def fingerprint(self) -> str:

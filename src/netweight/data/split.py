@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from netweight.data.check import BadRow, alike, write_quarantine
+from netweight.data.check import BadRow, alike, spelling, write_quarantine
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
 from netweight.data.rows import Dataset, Rows, Sealed
 from netweight.errors import DataError, LabelError, OptionError
@@ -39,6 +40,7 @@ def split(
     - Dev is halved into select and calibrate by hash, stratified too.
     - Rows of dev that share a text or group with certify are removed; so are rows of train and pool that share one
       with dev or certify; never rows of certify. `notes` counts them.
+    - Labels that may be one, written in several ways, stay as they are; a note names them.
     - Classification: where one text of train has different labels, only the rows of its majority label stay (ties: the
       label more frequent in train, then the first in the alphabet). The others go to `quarantine`, with row numbers.
 
@@ -50,14 +52,15 @@ def split(
     if kind not in ("classify", "score"):
         raise OptionError(f"unknown task {kind!r}; use classify or score.")
     _require({"train": train, "dev": dev, "certify": certify, "pool": pool})
+    notes: list[str] = []
     if kind == "classify":
         strata = numbered_labels(train)
+        notes += _twins(train)
         minority = _minority(train, strata)
     else:
         strata = _bins(train, dev, certify)
         minority = np.zeros(len(train), bool)
 
-    notes: list[str] = []
     if dev is not None and certify is not None:
         dev = _pick(dev, ~_shared(dev, "dev", certify, "certify", notes))
     leaks = np.zeros(len(train), bool)
@@ -83,10 +86,11 @@ def split(
     if kind == "classify":
         others = {"dev": dev, "certify": certify}
         _known(train.label or (), others, "train does not have", "Add such rows to train, or remove them from")
+    counts = _counts(train.label or (), certify) if kind == "classify" else {}
     ordered = _in_order(certify)
     if to_certify.any():
         ordered = _drawn_together(ordered, notes)
-    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes))
+    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts)
 
 
 def without_train(
@@ -111,12 +115,14 @@ def without_train(
     else:
         _bins(dev, None, certify, called="dev")
     notes = ["Whether rows of clients share a text with dev or certify was not checked: nobody sees both."]
+    notes += _twins(dev) if kind == "classify" else []
     dev = _pick(dev, ~_shared(dev, "dev", certify, "certify", notes))
     pool = _apart(pool, dev, certify, notes)
     select, calibrate = _halves(dev, kind, seed)
     parts = {"select": select, "calibrate": calibrate, "certify": certify}
     _enough(parts if pool is None else {**parts, "pool": pool})
-    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes))
+    counts = _counts(labels or dev.label or (), certify) if kind == "classify" else {}
+    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes), counts)
 
 
 def _require(parts: Mapping[str, Rows | None]) -> None:
@@ -150,6 +156,23 @@ def numbered_labels(rows: Rows, called: str = "train") -> Ints:
             "Add rows, or merge or remove such labels; for numbers the task is score."
         )
     return numbers.astype(np.int64)
+
+
+def _twins(rows: Rows) -> list[str]:
+    """A sentence where labels of these rows may be one that is written in several ways."""
+    counts = Counter(rows.label)
+    forms: dict[float | str, list[str]] = {}
+    for label in sorted(counts):
+        forms.setdefault(spelling(label), []).append(f"{label!r} ({_rows(counts[label])})")
+    found = [_some(labels, " and ") for labels in forms.values() if len(labels) > 1]
+    said = f"Labels that differ only in how they are written count as different ones: {_some(found, '; ')}."
+    return [f"{said} Write them alike if they are one."] if found else []
+
+
+def _some(named: Sequence[str], between: str) -> str:
+    """The first five, and how many more there are."""
+    more = [f"{len(named) - 5:,} more"] if len(named) > 5 else []
+    return between.join([*named[:5], *more])
 
 
 def _scores(rows: Rows, name: str) -> NDArray[np.float64]:
@@ -307,6 +330,11 @@ def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advi
                 f"{_rows(len(unknown))} of {name} have labels that {problem}: {named} (first: row "
                 f"{unknown[0][1]:,}). {advice} {name}.{alike(dict(unknown), known)}"
             )
+
+
+def _counts(labels: Sequence[str], certify: Rows) -> dict[str, int]:
+    found = Counter(certify.label)
+    return {label: found[label] for label in sorted(set(labels))}
 
 
 def _enough(parts: dict[str, Rows]) -> None:
