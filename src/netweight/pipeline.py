@@ -153,6 +153,7 @@ def _here(job: Job, data: Dataset, folder: Path) -> Run | None:
     """A run over the pool, where training rows are elsewhere."""
     if job.tables.train is not None or data.pool is None:
         return None
+    data = data.taught()
     return Local(replace(data, train=data.pool, pool=None), folder)
 
 
