@@ -232,7 +232,8 @@ def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
     """That a point alone would pass the certificate against the teacher, as dev says; 1 where it is not there."""
     if name not in points:
         return 1.0
-    found = judged([alone(p) for p in points.values()], builder.teacher_dev, *builder.asked(builder.teacher_dev))
+    alones = [alone(point, builder.task, builder.dev_targets) for point in points.values()]
+    found = judged(alones, builder.teacher_dev, *builder.asked(builder.teacher_dev))
     chosen = next(p for p in found if p.choice.name == name)
     return (own(chosen) if builder.job.budget.max_drop == "auto" else chosen).chance
 
