@@ -340,7 +340,7 @@ def certified(shop: Shop, peer: str, said: Mapping[str, NDArray[np.float32]]) ->
         seed=shop.seed,
     )
     mine, base = (Answers(s, task.confidence(s)) for s in (said["test"], shop.said["test"]))
-    certificate, _ = certify(registration, shop.data.certify, base, {peer: mine})
+    certificate, outcomes = certify(registration, shop.data.certify, base, {peer: mine})
     final = certificate.final
     print(
         f"  {certificate.verdict}: drop {100 * final.drop.value:.2f}, at most {100 * final.drop.high:.2f}", flush=True
@@ -357,7 +357,7 @@ def certified(shop: Shop, peer: str, said: Mapping[str, NDArray[np.float32]]) ->
         "drop": asdict(final.drop),
         "lost": final.lost,
         "gained": final.gained,
-        "agreement": task.agreement(said["test"], shop.said["test"]),
+        "agreement": task.agreement(outcomes.candidates[peer], outcomes.reference),
         "dev": {"reference": float(task.quality(dev.reference)), "quality": float(task.quality(dev.candidate))},
     }
 

@@ -127,6 +127,23 @@ def test_at_most_so_many_rows_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(watched(many_rows(300))) == 7
 
 
+def test_of_a_large_pool_the_same_rows_are_looked_at_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, model = many_rows(60), tiny_model()
+    whole = select(model, rows, 9, method="margin")
+    monkeypatch.setattr("netweight.active._MOST", 20)
+    turned = rows.take(range(59, -1, -1))
+    n, said = len(distinct(rows)), []
+    for pool in (rows, turned):
+        with pytest.warns(UserWarning, match=f"chosen among 20 of {n} distinct ones, those whose texts have the sma"):
+            chosen = select(model, pool, 9, method="margin")
+        said.append({pool.keys()[i] for i in chosen})
+    assert said[0] == said[1]
+    assert said[0] <= {rows.keys()[i] for i in distinct(rows)[rows.take(distinct(rows)).sample(20)]}
+    assert said[0] != {rows.keys()[i] for i in whole}
+    with pytest.warns(UserWarning, match="20 of"), pytest.raises(OptionError, match="choose 1 to 20"):
+        select(model, rows, 21)
+
+
 def test_scores_have_no_rounds(tmp_path: Path) -> None:
     engine = SimpleNamespace(task=Score())
     with pytest.raises(OptionError, match="rounds are compared by their labels, and scores have none"):

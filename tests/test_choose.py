@@ -49,7 +49,7 @@ from netweight.measure import Cost
 from netweight.pipeline import climb
 from netweight.run import Local
 from netweight.search import Point, Search, ladder, quantized, student
-from netweight.task import Classify, Score, softmax
+from netweight.task import Classify, Score, Task, softmax
 from netweight.techniques import Distill, Quantize, QuantizeAware, Shrink
 from netweight.train import Plan
 
@@ -269,8 +269,8 @@ def test_thresholds_are_quantiles_of_confidence_on_calibrate() -> None:
         assert abs(float((sure[CALIBRATE] < threshold).mean()) - wanted) <= 1 / (N - SELECT)
         handed = sure < threshold
         assert cascade.answered == pytest.approx((1 - handed.mean(), handed.mean()))
-        assert (cascade.logits[handed] == both_of(cheap, strong)[handed]).all()
-        assert (cascade.logits[~handed] == cheap.logits[~handed]).all()
+        said = np.where(handed[:, None], both_of(cheap, strong), cheap.logits)
+        assert (cascade.outcomes == TASK.outcomes(said, targets)).all()
         assert cascade.name == f"cheap > strong ({100 * handed.mean():.0f} %)"
 
 
@@ -285,11 +285,12 @@ def test_tiers_answer_together() -> None:
     cascade = choices([cheap, strong], COSTS, TASK, CALIBRATE, targets, "cost")[2]
     handed = TASK.confidence(cheap.logits, cheap.temperature) < cascade.thresholds[0]
     one, other = (np.log(softmax(p.logits / p.temperature)) for p in (cheap, strong))
-    both = softmax(other + one / 2)[handed]
-    np.testing.assert_allclose(softmax(cascade.logits[handed] / strong.temperature), both, rtol=1e-4)
+    both = softmax(other + one / 2)
+    np.testing.assert_allclose(softmax(both_of(cheap, strong) / strong.temperature), both, rtol=1e-4)
+    assert (cascade.outcomes[handed, 0] == both[handed].argmax(axis=1)).all()
     assert cascade.before == (0.0, pytest.approx(0.5 * strong.temperature / cheap.temperature))
     likely = lambda said: float(np.log(said[np.arange(N), targets])[handed].mean())  # noqa: E731
-    assert likely(softmax(other + one / 2)) > max(likely(np.exp(one)), likely(np.exp(other))), "two know more than one"
+    assert likely(both) > max(likely(np.exp(one)), likely(np.exp(other))), "two know more than one"
 
 
 def test_thresholds_do_not_look_at_labels_nor_at_select() -> None:
@@ -373,7 +374,7 @@ def test_a_choice_answers_as_the_engine_will() -> None:
             for p, *numbers in zip(choice.points, choice.temperatures, choice.thresholds, choice.before)
         ]
         said = engine.cascade(TASK, tiers, N, lambda i, rows, choice=choice: choice.points[i].logits[rows])  # type: ignore[misc]
-        assert (said.logits == choice.logits).all()
+        assert (choice.outcomes == TASK.outcomes(said.logits, targets)).all()
         assert choice.answered == pytest.approx([(said.tier == i).mean() for i in range(len(tiers))])
         reach = np.cumsum(choice.answered[::-1])[::-1]
         assert choice.cost == pytest.approx(1 + sum(r * costs[p.name].row for r, p in zip(reach, choice.points)))
@@ -383,6 +384,14 @@ def test_a_choice_answers_as_the_engine_will() -> None:
     assert first.answered[0] == pytest.approx(1 - FIRST[0], abs=0.05)
     assert first.answered[2] == pytest.approx(FIRST[0] * SECOND[0], abs=0.05)
     assert first.name == f"p0 > p1 > p2 ({100 * (1 - first.answered[0]):.0f} %, {100 * first.answered[2]:.0f} %)"
+
+
+def test_no_cascade_holds_a_number_for_each_label() -> None:
+    """Hundreds of choices times thousands of rows times 1,500 labels are gigabytes."""
+    points, costs, targets = three()
+    for choice in choices(points, costs, TASK, CALIBRATE, targets, "cost"):
+        own = [value for name, value in vars(choice).items() if name != "points" and isinstance(value, np.ndarray)]
+        assert [value.shape for value in own] == [(N, 2)]
 
 
 def test_three_tiers_only_where_they_are_allowed() -> None:
@@ -401,8 +410,8 @@ def test_three_tiers_only_where_each_is_better_than_the_last() -> None:
 # --- judged ---
 
 
-def alone(logits: np.ndarray, cost: float = 1.0) -> Choice:
-    return Choice((point("p", logits),), (1.0,), (0.0,), (0.0,), (1.0,), cost, logits)
+def alone(logits: np.ndarray, targets: np.ndarray, cost: float = 1.0, task: Task = TASK) -> Choice:
+    return replace(choose.alone(point("p", logits), task, targets), cost=cost)
 
 
 def test_the_reference_itself_passes_where_the_rows_suffice() -> None:
@@ -410,7 +419,7 @@ def test_the_reference_itself_passes_where_the_rows_suffice() -> None:
     # On no row of dev do they differ, so on one row in N at most: error sqrt(1 / (N * rows)).
     least = NormalDist().inv_cdf(0.975) * math.hypot(1 / math.sqrt(N * 900), added(900))
     for margin, wanted in ((1.01 * least, 1.0), (0.99 * least, 0.0)):
-        (found,) = judged([alone(strong.logits)], strong.logits, targets, TASK, margin, 900, 0.025)
+        (found,) = judged([alone(strong.logits, targets)], strong.logits, targets, TASK, margin, 900, 0.025)
         assert found.drop == 0
         assert found.chance == wanted
 
@@ -448,7 +457,7 @@ def expected(drop: float, apart: float, rate: float, margin: float, rows: int) -
 @pytest.mark.parametrize("margin", [0.02, 0.06, 0.1])
 def test_the_chance_follows_the_normal_approximation(rows: int, margin: float) -> None:
     reference, worse, targets = wrong_on(36)
-    (found,) = judged([alone(worse)], reference, targets, TASK, margin, rows, 0.05)
+    (found,) = judged([alone(worse, targets)], reference, targets, TASK, margin, rows, 0.05)
     assert found.drop == pytest.approx(0.06)
     assert found.quality == pytest.approx(0.94)
     assert found.chance == pytest.approx(expected(0.06, 0.06, 1.0, margin, rows), abs=0.04)  # some hundred simulations
@@ -456,16 +465,18 @@ def test_the_chance_follows_the_normal_approximation(rows: int, margin: float) -
 
 def test_choices_are_imagined_on_the_same_rows() -> None:
     reference, worse, targets = wrong_on(36)
-    one, two = judged([alone(worse), alone(2 * worse)], reference, targets, TASK, 0.08, 900, 0.05)
+    both = [alone(worse, targets), alone(2 * worse, targets)]
+    one, two = judged(both, reference, targets, TASK, 0.08, 900, 0.05)
     assert 0.1 < one.chance < 0.9
     assert (one.passes == two.passes).all()
 
 
 def test_no_student_is_taken_for_better_than_its_reference() -> None:
     right, reference, targets = wrong_on(30)
-    better, worse = judged([alone(right), alone(np.roll(right, 1, axis=1))], reference, targets, TASK, 0.03, 600, 0.05)
+    found = [alone(right, targets), alone(np.roll(right, 1, axis=1), targets)]
+    better, worse = judged(found, reference, targets, TASK, 0.03, 600, 0.05)
     assert better.drop == pytest.approx(-30 / N)
-    apart = [float((c.choice.logits.argmax(1) != reference.argmax(1)).mean()) for c in (better, worse)]
+    apart = [float((c.choice.outcomes[:, 0] != reference.argmax(1)).mean()) for c in (better, worse)]
     rate = worse.drop / sum(apart)
     assert better.chance == pytest.approx(expected(better.drop, apart[0], rate, 0.03, 600), abs=0.05)
     assert worse.chance == 0
@@ -474,14 +485,15 @@ def test_no_student_is_taken_for_better_than_its_reference() -> None:
 def test_a_cascade_may_be_better_than_its_reference() -> None:
     right, reference, targets = wrong_on(30)
     cheap = point("cheap", right)
-    cascade = Choice((cheap, cheap), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.5, 0.5), 1.0, right)
-    alike = replace(cascade, logits=reference)
-    bad = alone(np.roll(right, 1, axis=1))
+    outcomes, base = TASK.outcomes(right, targets), TASK.outcomes(reference, targets)
+    cascade = Choice((cheap, cheap), (1.0, 1.0), (0.0, 0.0), (0.0, 0.0), (0.5, 0.5), 1.0, outcomes)
+    alike = replace(cascade, outcomes=base)
+    bad = alone(np.roll(right, 1, axis=1), targets)
     margin = -0.028  # at which chances are neither 0 nor 1
-    found = judged([cascade, alike, alone(right), bad], reference, targets, TASK, margin, 600, 0.05)
+    found = judged([cascade, alike, alone(right, targets), bad], reference, targets, TASK, margin, 600, 0.05)
     better, _, same, worse = found
     assert better.drop == same.drop == pytest.approx(-30 / N)
-    apart = np.array([1 - TASK.agreement(c.choice.logits, reference) for c in found])
+    apart = np.array([1 - TASK.agreement(c.choice.outcomes, base) for c in found])
     rate = worse.drop / apart.sum()
     spread, luck = rate * apart[0] / choose._KNOWN, math.sqrt(0.05 * 0.95 / N)
     trust = spread**2 / (spread**2 + luck**2)
@@ -504,9 +516,9 @@ def test_a_lucky_drop_is_shrunk_towards_what_disagreement_usually_costs() -> Non
 
     lucky = differing(slice(0, 18), right=True)
     lucky[100:118] = np.roll(lucky[100:118], 1, axis=1)  # loses as many rows as it gains
-    usual = [alone(differing(slice(100 + i, 136 + i), right=False)) for i in range(5)]
-    among, _, *_ = judged([alone(lucky), *usual], reference, targets, TASK, 0.03, 900, 0.05)
-    (by_itself,) = judged([alone(lucky)], reference, targets, TASK, 0.03, 900, 0.05)
+    usual = [alone(differing(slice(100 + i, 136 + i), right=False), targets) for i in range(5)]
+    among, _, *_ = judged([alone(lucky, targets), *usual], reference, targets, TASK, 0.03, 900, 0.05)
+    (by_itself,) = judged([alone(lucky, targets)], reference, targets, TASK, 0.03, 900, 0.05)
     assert by_itself.drop == among.drop == pytest.approx(0)
     assert by_itself.chance > among.chance + 0.15
 
@@ -515,14 +527,15 @@ def test_scores_are_judged_as_well() -> None:
     rng = np.random.default_rng(0)
     targets = rng.normal(size=N)
     good, bad = targets[:, None] + 0.1 * rng.normal(size=(N, 1)), rng.normal(size=(N, 1))
-    fine, hopeless = judged([alone(good), alone(bad)], good, targets, Score(), 0.02, 600, 0.05)
+    both = [alone(logits, targets, task=Score()) for logits in (good, bad)]
+    fine, hopeless = judged(both, good, targets, Score(), 0.02, 600, 0.05)
     assert fine.chance > 0.99
     assert hopeless.chance < 0.01
 
 
 def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:
     reference, worse, targets = wrong_on(36)
-    (found,) = judged([alone(worse)], reference, targets, TASK, 0.01, 900, 0.025)
+    (found,) = judged([alone(worse, targets)], reference, targets, TASK, 0.01, 900, 0.025)
     assert binary_power(0.06, 0.0, 900, found.needs, 0.025) == pytest.approx(0.8, abs=0.03)
     assert found.chance < 0.01
     assert own(found).margin == found.needs
@@ -546,7 +559,7 @@ def test_the_provable_margin_is_that_of_the_cheapest_promising_choice() -> None:
 
 
 def planned(cost: float, passes: np.ndarray) -> Planned:
-    return Planned(alone(np.zeros((1, 3)), cost), 0.9, 0.0, 0.5, 0.0, 1.0 - passes)
+    return Planned(alone(np.zeros((1, 3)), np.zeros(1), cost), 0.9, 0.0, 0.5, 0.0, 1.0 - passes)
 
 
 def named(found: Planned, name: str) -> Planned:
@@ -697,7 +710,7 @@ def test_a_planned_margin_is_one_that_rows_in_groups_can_show() -> None:
     """1,200 rows of 60 users: the bound of a candidate that changes nothing is not that of 1,200 independent rows."""
     reference, _, targets = wrong_on(0)
     rows = Rows(tuple(f"text {i}" for i in range(1200)), group=tuple(f"user {i // 20}" for i in range(1200)))
-    (found,) = judged([alone(reference)], reference, targets, TASK, 0.01, _telling(rows), 0.025)
+    (found,) = judged([alone(reference, targets)], reference, targets, TASK, 0.01, _telling(rows), 0.025)
     outcomes = np.zeros((1200, 2))
     tested = compare(Pairs(TASK, outcomes, outcomes, np.arange(1200) // 20), 1.0, 0.025, 0)
     assert tested.drop.high > 0.05
@@ -724,12 +737,13 @@ def test_groups_that_are_too_few_are_refused_before_anything_is_trained(tmp_path
 
 
 def test_choices_that_hand_over_nearly_the_same_have_names_of_their_own() -> None:
-    cheap, strong, _ = two()
+    cheap, strong, targets = two()
+    outcomes = TASK.outcomes(strong.logits, targets)
 
     def handing(share: float) -> Choice:
-        return Choice((cheap, strong), (1.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1 - share, share), 1.0, strong.logits)
+        return Choice((cheap, strong), (1.0, 1.0), (0.5, 0.0), (0.0, 0.5), (1 - share, share), 1.0, outcomes)
 
-    several = [choose.alone(strong), handing(0.032), handing(0.028), handing(0.01)]
+    several = [choose.alone(strong, TASK, targets), handing(0.032), handing(0.028), handing(0.01)]
     assert names(several) == ["strong", "cheap > strong (3.2 %)", "cheap > strong (2.8 %)", "cheap > strong (1.0 %)"]
     assert names(several[:2]) == ["strong", "cheap > strong (3 %)"]
     assert names([handing(0.03), handing(0.03)]) == ["cheap > strong (3.000 %), 1", "cheap > strong (3.000 %), 2"]

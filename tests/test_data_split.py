@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,25 @@ def test_given_groups_are_kept_apart_too() -> None:
     data = split(train, certify=certify)
     assert "3" not in (*(data.train.group or ()), *(data.dev.group or ()))
     assert data.notes[0].startswith("2 rows of train whose text or group occurs in certify were removed")
+
+
+def test_of_a_large_pool_teachers_label_the_same_rows_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("rows", "split"):
+        monkeypatch.setattr(import_module(f"netweight.data.{module}"), "MOST_TAUGHT", 5)
+    pool = many(12, prefix="pool").unlabelled()
+    data, turned = split(many(100), pool=pool), split(many(100), pool=pool.take(range(11, -1, -1)))
+    some, same = data.taught().pool, turned.taught().pool
+    assert some is not None
+    assert same is not None
+    assert len(some) == len(set(some.text)) == 5
+    assert set(some.text) == set(same.text)
+    assert some.number == tuple(sorted(some.number)), "in the order of the table"
+    assert data.pool == pool, "pretraining sees all"
+    (said,) = (note for note in data.notes if note.startswith("Teachers"))
+    assert said.startswith("Teachers label 5 of the 12 rows of pool, those whose texts have the smallest hashes")
+    few = split(many(100), pool=pool.take(range(5)))
+    assert few.taught() is few
+    assert not any(note.startswith("Teachers") for note in few.notes)
 
 
 def test_a_pool_does_not_hold_rows_that_were_cut() -> None:

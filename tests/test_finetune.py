@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import FAMILIES, net, tiny_model, tiny_rows
+from conftest import FAMILIES, Asked, net, tiny_model, tiny_rows
 from netweight.anatomy import blocks
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
@@ -53,6 +54,24 @@ def some(model: Model, targets: Tensor | None = None, weight: Tensor | None = No
     ids, mask, types = map(torch.from_numpy, tokens.padded(torch.arange(5).numpy(), 0))
     targets = torch.tensor([0, 1, 1, 0, 1]) if targets is None else targets
     return Batch(ids, mask, types, targets, torch.ones(5) if weight is None else weight)
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(2, 2000), (77, 7700), (1500, 10_000)])
+def test_a_probe_looks_at_so_many_rows_at_most_and_in_the_time_box(
+    labels: int, rows: int, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(Classify(("good", "bad", *map(str, range(2, labels)))))
+    run, now = Asked(dataset), [0.0]
+    monkeypatch.setattr("netweight.techniques.finetune.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def probed(*_: object) -> None:
+        now[0] += 30.0
+
+    monkeypatch.setattr("netweight.techniques.finetune.set_probe", probed)
+    for seconds in (None, 100.0, 20.0):
+        Finetune()(model, run, replace(PLAN, seconds=seconds))
+    assert run.limits == [rows] * 3
+    assert [plan.seconds for *_, plan in run.fits] == [None, 70.0, 1.0]
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=[] if w == "lora" else [pytest.mark.slow]) for w in WAYS])

@@ -65,3 +65,22 @@ def test_scores() -> None:
     known = Ridge(alpha=2.5).fit(matrix, (np.array(rows.label, float) - 2.5) / 1.5, rows.weight)
     said = logits_of(made, model.encoder.encode(rows.text)).numpy()[:, 0]
     np.testing.assert_allclose(said, known.predict(matrix), atol=1e-3)
+
+
+def test_where_labels_are_many_the_most_frequent_columns_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that holds 200 bytes of each weight takes all memory where texts and labels are many."""
+    labels = ("bad", "good", "so so")
+    model, rows = tiny_model(Classify(labels)), weighted(60, labels)
+    run = Local(data_of(rows))
+    whole = LinearFloor(buckets=64)(model, run, Plan()).network.state_dict()["table"].numpy()
+    monkeypatch.setattr("netweight.techniques.linear._MOST_WEIGHTS", 40)
+    table = LinearFloor(buckets=64)(model, run, Plan()).network.state_dict()["table"].numpy()
+    tokens = model.encoder.encode(rows.text)
+    columns, starts = features(tokens, model.encoder.vocabulary, 64)
+    rows_of = np.bincount(
+        np.concatenate([np.unique(row) for row in np.split(columns, starts[1:])]), minlength=len(table)
+    )
+    kept = np.flatnonzero(table.any(axis=1))
+    assert np.count_nonzero(whole.any(axis=1)) * len(labels) > 40
+    assert 0 < len(kept) * len(labels) <= 40
+    assert rows_of[kept].min() >= np.delete(rows_of, kept).max()

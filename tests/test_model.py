@@ -7,6 +7,7 @@ import pickle
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -203,6 +204,29 @@ def test_the_starter_is_checked(base: Path, tmp_path: Path, monkeypatch: pytest.
         pretrained("starter", TASK)
     monkeypatch.setattr(module, "_STARTER_SHA256", module._sha256(base / "model.safetensors"))
     assert pretrained("starter", TASK).base.name == "starter"
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_large_tables_are_tokenized_in_parts(paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each token `tokenizers` holds many bytes until all texts that it was given are done."""
+    texts = [f"the zip №{i} {'my ' * (i % 5)}" for i in range(10)]
+    given = (texts, texts[::-1]) if paired else (texts,)
+    wanted, encoder, asked = tiny_encoder().encode(*given), tiny_encoder(), list[int]()
+
+    class Spy:
+        def encode_batch_fast(self, rows: list[Any]) -> list[Any]:
+            asked.append(len(rows))
+            return tokenizer.encode_batch_fast(rows)
+
+    tokenizer = encoder._tokenizer
+    monkeypatch.setattr(encoder, "_tokenizer", Spy())
+    monkeypatch.setattr("netweight.encode._TEXTS", 4)
+    found = encoder.encode(*given)
+    assert asked == [4, 4, 2]
+    assert found.digest == wanted.digest
+    with pytest.raises(OptionError, match="one pair text for each"):
+        encoder.encode(texts[:8], texts)
+    assert len(encoder.encode([], [] if paired else None)) == 0
 
 
 def test_encoders_say_what_is_wrong() -> None:

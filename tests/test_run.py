@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Killed, Killer, tiny_model
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.encode import Tokens
 from netweight.errors import OptionError
 from netweight.features import BIGRAM_A, BIGRAM_B, features
-from netweight.loss import SoftTargets, Supervised
+from netweight.loss import Batch, SoftTargets, Supervised
 from netweight.model import Model
+from netweight.network import Network
 from netweight.run import Local, local
 from netweight.run.local import logits_of, spliced
 from netweight.task import Classify, Score
@@ -100,7 +102,7 @@ def test_spliced_rows_are_as_many_as_their_tokens_allow(
     long = replace(dataset, train=replace(dataset.train, text=tuple(t + " long" * 98 for t in dataset.train.text)))
     rows, loss = len(dataset.train), SoftTargets(model.task, (model,))
     run = Local(long)
-    whole = int(run._encoded(model.encoder.reading(512), False).lengths.max())
+    whole = int(run._encoded(model.encoder.reading(512), run.data, False).lengths.max())
     assert whole > 98 > model.encoder.max_length
     few = Plan(precision="fp32", splice=2.0, spliced_tokens=10 * model.encoder.max_length)
     run.fit(model, loss, few)
@@ -137,6 +139,33 @@ def test_spliced_rows_need_a_teacher_and_do_not_lengthen_a_fit(model: Model, dat
     assert counted == [10, pytest.approx(10, abs=1)], "as many tokens; spliced rows are a little shorter or longer"
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Rows."""
+
+    combine: Literal["sum", "max"] = "sum"
+
+    def __call__(self, network: Network, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"rows": torch.tensor(len(batch))}
+
+
+def test_of_a_large_pool_teachers_label_a_sample(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of millions of rows the first student would have to wait for hours; pretraining sees all."""
+    monkeypatch.setattr("netweight.data.rows.MOST_TAUGHT", 7)
+    pool, rows = Rows(tuple(f"zip {'my ' * i}coat" for i in range(20))), len(dataset.train)
+    run, shown = Local(replace(dataset, pool=pool), tmp_path), []
+    monkeypatch.setattr(local, "fit", lambda network, source, *_, **__: shown.append(len(source)))
+    assert len(run.outputs(model, unlabelled=True)) == rows + 7
+    loss = SoftTargets(model.task, (model,))
+    run.fit(model, loss, Plan(precision="fp32"))
+    run.fit(model, replace(loss, teachers=()), Plan(precision="fp32"))
+    assert shown == [rows + 7, rows + 20]
+    assert int(run.reduce(model, Counted(), unlabelled=True)["rows"]) == rows + 20
+    assert int(run.reduce(model, Counted())["rows"]) == rows
+
+
 def test_students_of_every_kind_share_what_the_teacher_says(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     """One file for the rows and one for those that were spliced: labelling them takes longer than a small student."""
     kinds = (
@@ -155,7 +184,7 @@ def test_students_may_read_farther_than_their_teachers(
     model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = replace(model, encoder=model.encoder.reading(6))
-    rows = Local(dataset)._encoded(model.encoder, False)
+    rows = Local(dataset)._encoded(model.encoder, dataset, False)
     assert int(rows.lengths.max()) > 6
     labelled, usual = [], local.logits_of
 

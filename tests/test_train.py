@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from netweight import train
@@ -371,6 +372,44 @@ def test_resuming_under_early_stopping(tmp_path: Path, stop: int) -> None:
     again = run(after, kept)
     assert again.weights == wanted.weights
     assert seen.losses[: stop - 1] + after.losses == whole.losses
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_checkpoints_leave_out_what_is_frozen(tmp_path: Path, stop: int) -> None:
+    """Of a model with a large vocabulary that is most bytes, each half minute."""
+
+    def run(reporter: Watcher, kept: tuple[Path, str] | None) -> Plane:
+        network = Plane(0.2)
+        network.register_parameter("still", nn.Parameter(torch.ones(2), requires_grad=False))
+        plan = plan_of(epochs=3, patience=1, checkpoint_every=0.0, reporter=reporter)
+        fit(network, Numbers(), Squares(), plan, evaluate=lambda: 0.5, checkpoint=kept)
+        return network
+
+    wanted, kept = run(Watcher(), None), (tmp_path / "fit.safetensors", "c" * 64)
+    with pytest.raises(KeyboardInterrupt):
+        run(Watcher(stop), kept)
+    with safe_open(kept[0], "pt") as file:
+        held = {name for name in file.keys() if not name.startswith("optimizer/")}  # noqa: SIM118
+    kinds = ("model", "best") if stop > 4 else ("model",)
+    assert held == {f"{kind}/head.{name}" for kind in kinds for name in ("weight", "bias")}
+    assert run(Watcher(), kept).weights == wanted.weights
+
+
+def test_checkpoints_that_take_long_are_far_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved = [0.0], list[float]()
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    class Slow(Seams):
+        def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            saved.append(now[0])
+            now[0] += 5.0
+            return super().gather(held)
+
+        def correct(self, network: nn.Module) -> None:
+            now[0] += 10.0
+
+    fit(Plane(), Numbers(), Squares(), plan_of(epochs=10), seams=Slow(), checkpoint=(tmp_path / "kept", "mine"))
+    assert saved == [40.0, 155.0, 270.0], "after 30 seconds, and then after twenty times what the last one took"
 
 
 def test_a_checkpoint_takes_no_copy_of_the_weights(tmp_path: Path) -> None:

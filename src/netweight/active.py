@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +36,7 @@ Floats = NDArray[np.float64]
 
 _WIDTH = 256
 _BUCKETS = 2**20
+_MOST = 500_000  # rows that are looked at: the features of so many take a gigabyte
 _WATCHED = 2000  # rows; Bloodgood and Vijay-Shanker (2009)
 _THRESHOLD, _WINDOW = 0.99, 3
 
@@ -43,7 +45,8 @@ def select(
     model: Model, rows: Rows, count: int, seed: int = 0, method: Method = "badge", labelled: Rows | None = None
 ) -> Indices:
     """Positions of `count` rows to label, the most wanted first; of equal texts only the first is taken, and none that
-    is `labelled` already. What those cover needs no other.
+    is `labelled` already. What those cover needs no other. Of more than 500,000 texts a sample is looked at, with a
+    warning.
 
     Coverage is over the encoder's pooled features. Raises OptionError, and ModelError for a network without any.
     """
@@ -88,6 +91,13 @@ def _candidates(rows: Rows, labelled: Rows | None) -> tuple[Indices, int, Rows]:
         raise OptionError("of the pool and the labelled rows, one has pairs of texts and the other has not.")
     taken, keys = set(there.keys()), rows.keys()
     at = np.array([i for i in distinct(rows) if keys[i] not in taken], np.int64)
+    if len(at) > _MOST:
+        warnings.warn(
+            f"rows to label are chosen among {_MOST:,} of {len(at):,} distinct ones, those whose texts have the "
+            "smallest hashes: more would take too much memory.",
+            stacklevel=3,
+        )
+        at = at[rows.take(at).sample(_MOST)]
     new = rows.take(at)
     pair = None if new.pair is None else (*(there.pair or ()), *new.pair)
     return at, len(there), Rows((*there.text, *new.text), pair=pair)
@@ -118,7 +128,9 @@ def hashed(encoder: TextEncoder, rows: Rows, width: int = _WIDTH) -> Floats:
     out = np.zeros((len(tokens), width))
     sign = 1.0 - 2.0 * (mixed >> np.uint64(63)).astype(np.float64)
     np.add.at(out, (row, ((mixed >> np.uint64(32)) % np.uint64(width)).astype(np.int64)), sign)
-    return np.asarray(out / np.linalg.norm(out, axis=1, keepdims=True).clip(min=1e-12))
+    # In place: of many rows this is gigabytes.
+    out /= np.sqrt(np.einsum("ij,ij->i", out, out)).clip(min=1e-12)[:, None]
+    return out
 
 
 def choose(
@@ -250,9 +262,8 @@ class Rounds:
 def watched(rows: Rows) -> Indices:
     """Positions of rows to set aside, a fifth of the distinct ones and at most 2,000: those whose texts have the
     smallest hashes, so that they stay the same while others leave the pool."""
-    at, keys = distinct(rows), rows.keys()
-    by_hash = sorted(at, key=lambda i: _hash(keys[i]))
-    return np.array(sorted(by_hash[: min(_WATCHED, len(at) // 5)]), np.int64)
+    at = distinct(rows)
+    return at[rows.take(at).sample(min(_WATCHED, len(at) // 5))]
 
 
 def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:

@@ -63,8 +63,8 @@ class Choice:
     """One way to answer: a point alone, or cheap points that hand their least confident rows to stronger ones.
 
     `temperatures`, `thresholds` and `before` (the weight of what the tiers before said) are per tier, `answered` the
-    share of dev that each answers, `cost` in seconds (of a row, or of a single request) or in bytes. logits (n,
-    outputs) are what it says on dev.
+    share of dev that each answers, `cost` in seconds (of a row, or of a single request) or in bytes. `outcomes` (n, 2)
+    are the task's of what it says on dev: the logits of hundreds of choices would be gigabytes where labels are many.
     """
 
     points: tuple[Point, ...]
@@ -73,7 +73,7 @@ class Choice:
     before: tuple[float, ...]
     answered: tuple[float, ...]
     cost: float
-    logits: NDArray[np.float32] = field(repr=False)
+    outcomes: NDArray[np.float64] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -98,9 +98,10 @@ def names(chosen: Sequence[Choice]) -> list[str]:
     return [f"{name}, {i}" for i, name in enumerate(found, 1)]
 
 
-def alone(point: Point) -> Choice:
+def alone(point: Point, task: Task, targets: Ints | Floats) -> Choice:
     """A point that answers every row, at no stated cost."""
-    return Choice((point,), (point.temperature,), (0.0,), (0.0,), (1.0,), 0.0, point.logits)
+    outcomes = task.outcomes(point.logits, targets)
+    return Choice((point,), (point.temperature,), (0.0,), (0.0,), (1.0,), 0.0, outcomes)
 
 
 def choices(
@@ -188,7 +189,8 @@ class _Composer:
             thresholds.append(threshold)
         answered = tuple(a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True))
         cost = _cost(points, reached, self.costs, self.minimise)
-        return Choice(points, tuple(temperatures), tuple(thresholds), tuple(before), answered, cost, logits)
+        outcomes = self.task.outcomes(logits, self.targets)
+        return Choice(points, tuple(temperatures), tuple(thresholds), tuple(before), answered, cost, outcomes)
 
 
 def _between(sure: Floats, share: float) -> float:
@@ -258,10 +260,10 @@ def judged(
     weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _SIMULATIONS).astype(np.float64)
     base = task.outcomes(reference, targets)
     at, spread = float(task.quality(base)), task.quality(base, weights)
-    outcomes = [task.outcomes(choice.logits, targets) for choice in found]
+    outcomes = [choice.outcomes for choice in found]
     qualities = np.array([float(task.quality(o)) for o in outcomes])
     lost = np.maximum(at - qualities, 0.0)
-    apart = np.array([1 - task.agreement(choice.logits, reference) for choice in found])
+    apart = np.array([1 - task.agreement(o, base) for o in outcomes])
     cascades = np.array([len(choice.points) > 1 for choice in found])
     drops = np.where(cascades, at - qualities, lost)
     single, several = (_rate(drops[kind], apart[kind]) for kind in (~cascades, cascades))

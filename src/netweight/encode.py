@@ -25,6 +25,8 @@ from netweight.words import Words, around
 # texts we measured needs half as many on average.
 _CHARACTERS_PER_TOKEN = 16
 MOST_TOKENS = 8192
+# Texts that are tokenized at a time: until all are done, `tokenizers` holds of each token many times an id's bytes.
+_TEXTS = 4096
 
 Int32 = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -72,12 +74,15 @@ class Tokens:
         )
         return Tokens(self.ids[where], self.types[where], offsets)
 
-    def joined(self, other: Tokens) -> Tokens:
+    def joined(self, *others: Tokens) -> Tokens:
         """These rows, and the other ones behind them."""
+        if not others:
+            return self
+        parts = (self, *others)
         return Tokens(
-            np.concatenate([self.ids, other.ids]),
-            np.concatenate([self.types, other.types]),
-            np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]]),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.types for part in parts]),
+            np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))]),
         )
 
     def stretch(self, first: int, last: int) -> Tokens:
@@ -188,12 +193,15 @@ class TextEncoder:
         first = listed(texts, "texts", limit)
         second = None if pairs is None else listed(pairs, "pairs", limit)
         try:
-            if second is None:
-                return self._alone(first)
-            rows: list[Any] = list(zip(first, second, strict=True))
-            found = self._tokenizer.encode_batch_fast(rows)
+            rows: list[Any] = first if second is None else list(zip(first, second, strict=True))
+            parts = (rows[at : at + _TEXTS] for at in range(0, max(len(rows), 1), _TEXTS))
+            start, *rest = map(self._alone if second is None else self._paired, parts)
         except (TypeError, ValueError, UnicodeEncodeError) as problem:
             raise OptionError(f"texts must be strings of valid Unicode, one pair text for each: {problem}") from problem
+        return start.joined(*rest)
+
+    def _paired(self, rows: list[Any]) -> Tokens:
+        found = self._tokenizer.encode_batch_fast(rows)
         ids, offsets = self._flat([row.ids for row in found])
         types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(ids))
         return Tokens(ids, types, offsets)

@@ -180,9 +180,11 @@ def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Float
     if len(logits) == 0:
         raise OptionError("quality needs at least one row.")
     distance = np.linalg.norm(np.asarray(logits, np.float64) - reference, axis=1).mean()
+    known: Ints | Floats = np.zeros(len(logits)) if targets is None else targets
+    outcomes = task.outcomes(logits, known)
     return (
-        float("nan") if targets is None else float(task.quality(task.outcomes(logits, targets))),
-        task.agreement(logits, reference),
+        float("nan") if targets is None else float(task.quality(outcomes)),
+        task.agreement(outcomes, task.outcomes(reference, known)),
         float(distance),
     )
 

@@ -157,6 +157,7 @@ def _here(job: Job, data: Dataset, folder: Path, made: Run) -> Run | None:
         return Local(data, folder)
     if job.tables.train is not None or data.pool is None:
         return None
+    data = data.taught()
     return Local(replace(data, train=data.pool, pool=None), folder)
 
 
@@ -236,7 +237,8 @@ def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
     """That a point alone would pass the certificate against the teacher, as dev says; 1 where it is not there."""
     if name not in points:
         return 1.0
-    found = judged([alone(p) for p in points.values()], builder.teacher_dev, *builder.asked(builder.teacher_dev))
+    alones = [alone(point, builder.task, builder.dev_targets) for point in points.values()]
+    found = judged(alones, builder.teacher_dev, *builder.asked(builder.teacher_dev))
     chosen = next(p for p in found if p.choice.name == name)
     return (own(chosen) if builder.job.budget.max_drop == "auto" else chosen).chance
 

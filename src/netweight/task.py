@@ -95,9 +95,9 @@ class Classify:
         """(n, 2): predicted and true label index of each row."""
         return np.stack([logits.argmax(axis=1), targets], axis=1).astype(np.float64)
 
-    def agreement(self, logits: Floats, reference: Floats) -> float:
-        """Share of rows on which two models give the same label."""
-        return float((logits.argmax(axis=1) == reference.argmax(axis=1)).mean())
+    def agreement(self, outcomes: Floats, reference: Floats) -> float:
+        """Share of rows on which the outcomes of two models have the same label."""
+        return float((outcomes[:, 0] == reference[:, 0]).mean())
 
     def correct(self, outcomes: Floats) -> NDArray[np.bool_]:
         """(n,): whether each row is right."""
@@ -190,9 +190,9 @@ class Score:
         """(n, 2): predicted and true value of each row."""
         return np.stack([self.values(logits), np.asarray(targets, np.float64)], axis=1)
 
-    def agreement(self, logits: Floats, reference: Floats) -> float:
-        """Spearman correlation of two models' predictions."""
-        both = np.stack([logits[:, 0], reference[:, 0]], axis=1).astype(np.float64)
+    def agreement(self, outcomes: Floats, reference: Floats) -> float:
+        """Spearman correlation of the predictions in two models' outcomes."""
+        both = np.stack([outcomes[:, 0], reference[:, 0]], axis=1)
         return float(_weighted_spearman(both, np.ones((1, len(both))))[0])
 
     def quality(self, outcomes: Floats, weights: Floats | None = None) -> NDArray[np.float64]:

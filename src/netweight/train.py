@@ -38,6 +38,8 @@ Precision = Literal["auto", "fp32", "bf16"]
 # kernels are chosen), steps on long and short rows differ by their lengths, and a machine that was busy for a moment
 # must not decide the whole fit. Behind the last of these, each time that four times as many are done.
 _LOOKS = (2, 8, 24, 96, 384)
+# Times what the last checkpoint took that a fit goes on before the next one: large models are written for a minute.
+_REST = 20
 _WORTH_SAYING = 0.05  # smaller changes of the number of epochs are let go
 
 
@@ -78,7 +80,8 @@ class Plan:
     `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
     of epochs becomes what fits, the plan's at most, and the schedule with it. `patience` counts epochs without a better
     select quality; None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's
-    schedule this fit runs, as shares of the whole: a federated run cuts one schedule into rounds.
+    schedule this fit runs, as shares of the whole: a federated run cuts one schedule into rounds. `checkpoint_every` so
+    many seconds a checkpoint is written (0: after each step), less often where that takes long.
     """
 
     epochs: float = 4.0
@@ -152,13 +155,15 @@ class _Progress:
 
 @dataclass
 class _Clock:
-    """Of one process: when the fit began, or went on, at which step; the last look, and the last checkpoint."""
+    """Of one process: when the fit began, or went on, at which step; the last look; the last checkpoint, and the
+    seconds that it took."""
 
     began: float
     first: int
     looked: float
     marked: int
     saved: float
+    saving: float = 0.0
 
 
 def fit(
@@ -211,6 +216,7 @@ class _Loop:
         self.wrapped = seams.prepare(network)
         # None in a process whose part of the network is frozen.
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
         self.kept = {name: p.detach() != 0 for name, p in self.trained.items() if name in pruned}
         self.optimizers = _optimizers(self.trained, network.sparse, plan)
         self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
@@ -241,7 +247,7 @@ class _Loop:
                 self.adopt(self.seams.regroup(self.state(), (self.progress.step, self.progress.judged)))
                 plan.reporter.start(label, self.steps, self.progress.step)
         if self.best:
-            self.network.load_state_dict(self.best)
+            self.put(self.best)
         self.seams.finish(self.network)
         self.network.eval()
         if self.checkpoint and self.seams.first:
@@ -275,9 +281,11 @@ class _Loop:
             if p.step - clock.first > _LOOKS[0]:
                 self.fit_into(plan.seconds - (now - clock.began), (now - clock.looked) / (p.step - clock.marked), label)
             clock.looked, clock.marked, p.timed = now, p.step, p.step - clock.first >= _LOOKS[-1]
-        if self.checkpoint and self.seams.agree(time.monotonic() - clock.saved) > plan.checkpoint_every:
+        if self.checkpoint and self.seams.agree(self.waits(clock)):
+            began = time.monotonic()
             self.save(*self.checkpoint)
             clock.saved = time.monotonic()
+            clock.saving = clock.saved - began
 
     def looks(self, steps: int, since: int) -> bool:
         """Whether so many steps in this process are a moment to look at the clock."""
@@ -287,6 +295,11 @@ class _Loop:
         while steps > _LOOKS[-1] and steps % 4 == 0:
             steps //= 4
         return steps in _LOOKS
+
+    def waits(self, clock: _Clock) -> bool:
+        """Whether the last checkpoint is long enough ago."""
+        every, since = self.plan.checkpoint_every, time.monotonic() - clock.saved
+        return since > (max(every, _REST * clock.saving) if every else 0.0)
 
     def update(self, groups: list[NDArray[np.int64]]) -> tuple[float, float]:
         """One optimizer step over `accumulate` batches; the loss is the mean of theirs, each weighing as its rows.
@@ -345,14 +358,23 @@ class _Loop:
         p.judged = p.step
         if quality > p.best:
             p.best, p.stale = quality, 0
-            self.best = {name: value.clone() for name, value in tensors(self.network).items()}
+            self.best = {name: value.clone() for name, value in self.moved().items()}
             return
         p.stale += 1
         p.stopped = p.stale > (self.plan.patience or 0)
 
+    def moved(self) -> dict[str, Tensor]:
+        """The network without what is frozen, which whoever goes on with this fit has: of many models most bytes."""
+        return {name: value for name, value in tensors(self.network).items() if name not in self.frozen}
+
+    def put(self, moved: dict[str, Tensor]) -> None:
+        """Inverse of `moved`."""
+        still = {name: value for name, value in tensors(self.network).items() if name in self.frozen}
+        self.network.load_state_dict(still | moved)
+
     def state(self) -> State:
         """This process's part of all that the fit goes on from."""
-        held = {f"model/{name}": value for name, value in tensors(self.network).items()}
+        held = {f"model/{name}": value for name, value in self.moved().items()}
         held |= {f"best/{name}": value for name, value in self.best.items()}
         for name, parameter in self.trained.items():
             for optimizer in self.optimizers:
@@ -388,7 +410,7 @@ class _Loop:
         """Go on from whole tensors, of a file or of another process."""
         self.progress = _Progress(**json.loads(state.progress))
         held = self.seams.scatter(state.tensors)
-        self.network.load_state_dict({n[6:]: t for n, t in held.items() if n.startswith("model/")})
+        self.put({n[6:]: t for n, t in held.items() if n.startswith("model/")})
         self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
         for name, parameter in self.trained.items():
             prefix = f"optimizer/{name}/"

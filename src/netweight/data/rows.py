@@ -11,9 +11,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from netweight.data.check import Unusable, cell_label, cell_text, cell_weight, normalise
 from netweight.errors import CertificateError, DataError, no_list
+
+# Rows of a pool that teachers label: millions would take hours, in which no student learns, and gigabytes of logits.
+MOST_TAUGHT = 200_000
 
 # Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
 _PAIR = "\x1f"
@@ -81,6 +85,15 @@ class Rows:
         """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
         shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
         return self._fingerprint
+
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Positions of so many rows (of all where there are fewer), in order: those whose texts have the smallest
+        hashes, so that they are the same ones in whatever order rows come."""
+        if len(self) <= count:
+            return np.arange(len(self))
+        digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in self.keys())
+        hashes = np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(self))
+        return np.sort(np.argsort(hashes, kind="stable")[:count])
 
     def unlabelled(self) -> Rows:
         """The same rows without labels."""
@@ -223,6 +236,12 @@ class Dataset:
     def dev(self) -> Rows:
         """select and calibrate together."""
         return concat(self.select, self.calibrate)
+
+    def taught(self) -> Dataset:
+        """The same, with a sample of the pool where it has more rows than teachers label."""
+        if self.pool is None or len(self.pool) <= MOST_TAUGHT:
+            return self
+        return replace(self, pool=self.pool.take(self.pool.sample(MOST_TAUGHT)))
 
     @property
     def commonest(self) -> tuple[str, float]:

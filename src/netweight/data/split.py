@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from netweight.data.check import BadRow, alike, spelling, write_quarantine
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
-from netweight.data.rows import Dataset, Rows, Sealed
+from netweight.data.rows import MOST_TAUGHT, Dataset, Rows, Sealed
 from netweight.errors import DataError, LabelError, OptionError
 
 # A larger certify split would hardly sharpen the certificate: at 5,000 rows, 1 point and 5 % discordant rows its
@@ -261,11 +261,17 @@ def _drawn_together(certify: Rows, notes: list[str]) -> Rows:
 
 
 def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Rows | None:
-    """The pool without labels, and without rows of dev and certify."""
+    """The pool without labels, and without rows of dev and certify. A note tells where teachers do not label all."""
     if pool is None:
         return None
     leaks = _shared(pool, "pool", certify, "certify", notes)
-    return _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+    kept = _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+    if len(kept) > MOST_TAUGHT:
+        notes.append(
+            f"Teachers label {MOST_TAUGHT:,} of the {len(kept):,} rows of pool, those whose texts have the smallest "
+            "hashes: with all of them no time would be left for students."
+        )
+    return kept
 
 
 def _cuts(

@@ -6,6 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class Local:
     """Trains and adds up in this process.
 
     Args:
-        data: train rows (labelled) and pool (not); `select` serves early stopping.
+        data: train rows (labelled) and pool (not), of which teachers label `Dataset.taught`; `select` serves early
+            stopping.
         folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
         seams: where other runs step into the loop; None: one process alone, on a graphics card where there is one.
     """
@@ -49,7 +51,12 @@ class Local:
         self.data = data
         self.folder = None if folder is None else Path(folder)
         self.seams = seams or Seams(device_of(0))
-        self._tokens: dict[tuple[str, bool], Tokens] = {}
+        self._tokens: dict[tuple[str, int], Tokens] = {}
+
+    @cached_property
+    def taught(self) -> Dataset:
+        """The rows that teachers label."""
+        return self.data.taught()
 
     def fit(self, model: Model, loss: Loss, plan: Plan, label: str = "fit") -> Model:
         """A trained copy of `model`. What teachers say of the rows is computed first, in the plan's precision, and
@@ -57,7 +64,8 @@ class Local:
         began = time.monotonic()
         new = model.copy()
         frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
-        tokens = self._encoded(model.encoder, loss.unlabelled)
+        data = self.taught if loss.teachers else self.data
+        tokens = self._encoded(model.encoder, data, loss.unlabelled)
         half = plan.precision != "fp32"
         teachers = tuple(self.outputs(teacher, loss.unlabelled, half) for teacher in loss.teachers)
         if plan.splice:
@@ -80,7 +88,7 @@ class Local:
                 "teachers": [t.digest for t in loss.teachers],
                 "plan": plan.describe(),
                 "frozen": frozen,
-                "data": self.data.fingerprint,
+                "data": data.fingerprint,
             }
         )
         if plan.seconds:
@@ -105,7 +113,7 @@ class Local:
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
     ) -> dict[str, Tensor]:
         """The statistic over the training rows and, with `unlabelled`, the pool (over `limit` rows, evenly spaced)."""
-        source = _Source(self._encoded(model.encoder, unlabelled), self.data.train, model, ())
+        source = _Source(self._encoded(model.encoder, self.data, unlabelled), self.data.train, model, ())
         n = len(source)
         chosen = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).astype(np.int64)
         chosen = chosen[np.argsort(source.tokens.lengths[chosen], kind="stable")]
@@ -122,7 +130,7 @@ class Local:
     def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
         """Logits of the training rows (and of the pool behind them), computed once per content of the model; with
         `half` in bf16 where that pays, which is good enough for what students learn from."""
-        return self._kept(model, self._encoded(model.encoder, unlabelled), unlabelled, half, {})
+        return self._kept(model, self._encoded(model.encoder, self.taught, unlabelled), unlabelled, half, {})
 
     def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
@@ -132,13 +140,13 @@ class Local:
             return spliced(tokens, 0, longest, plan.seed)
         # The whole texts, whatever this model reads of them, so that students of every kind share what is said.
         whole = int(tokens.lengths.max(initial=0)) < model.encoder.max_length
-        texts = tokens if whole else self._encoded(model.encoder.reading(MOST_TOKENS), loss.unlabelled)
+        texts = tokens if whole else self._encoded(model.encoder.reading(MOST_TOKENS), self.taught, loss.unlabelled)
         mean = float(np.minimum(texts.lengths, longest).mean())
         count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean))
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
         digests = [t.digest for t in loss.teachers]
-        named = {"model": model.digest, "teachers": digests, "plan": plan.describe(), "data": self.data.fingerprint}
+        named = {"model": model.digest, "teachers": digests, "plan": plan.describe(), "data": self.taught.fingerprint}
         kept = self.folder and self.folder / f"spliced-{fit_digest(named | {'longest': longest})[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1
         if (known := int(self.seams.agree(known))) >= 0:
@@ -180,7 +188,7 @@ class Local:
 
     def _file(self, model: Model, unlabelled: bool, half: bool, key: dict[str, Any]) -> Path | None:
         """Where the model's logits of the data's rows, or of those that `key` names, are kept."""
-        named = {"model": model.digest, "data": self.data.fingerprint, "pool": unlabelled, "half": half, **key}
+        named = {"model": model.digest, "data": self.taught.fingerprint, "pool": unlabelled, "half": half, **key}
         return self.folder and self.folder / f"outputs-{fit_digest(named)[:16]}.safetensors"
 
     def quality(self, model: Model) -> float:
@@ -195,13 +203,12 @@ class Local:
         part = logits_of(model.on(self.seams.device), tokens.take(mine) if len(mine) < len(tokens) else tokens, half)
         return torch.cat([found["logits"] for found in self.seams.collect({"logits": part})])
 
-    def _rows(self, unlabelled: bool) -> Rows:
-        return _with_pool(self.data) if unlabelled else self.data.train
-
-    def _encoded(self, encoder: TextEncoder, unlabelled: bool) -> Tokens:
-        key = (encoder.fingerprint, unlabelled)
+    def _encoded(self, encoder: TextEncoder, data: Dataset, unlabelled: bool) -> Tokens:
+        """The training rows of `data`, which is all of this run's or what of it teachers label; and the pool."""
+        pool = data.pool if unlabelled else None
+        key = (encoder.fingerprint, len(pool or ()))
         if key not in self._tokens:
-            rows = self._rows(unlabelled)
+            rows = _joined(data.train, pool)
             self._tokens[key] = encoder.encode(rows.text, rows.pair)
         return self._tokens[key]
 
@@ -263,12 +270,11 @@ def spliced(texts: Tokens, count: int, longest: int, seed: int) -> Tokens:
     return Tokens(ids, np.zeros(len(ids), np.uint8), offsets)
 
 
-def _with_pool(data: Dataset) -> Rows:
-    if data.pool is None or not len(data.pool):
-        return data.train
-    train = replace(data.train, label=None, group=None, weight=None, slices={})
-    pool = replace(data.pool, label=None, group=None, weight=None, slices={})
-    return concat(train, pool)
+def _joined(train: Rows, pool: Rows | None) -> Rows:
+    if not pool:
+        return train
+    one, other = (replace(rows, label=None, group=None, weight=None, slices={}) for rows in (train, pool))
+    return concat(one, other)
 
 
 class _Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -24,8 +25,9 @@ _GAP = 5.0
 # Least scatter within classes, as a share of the mean square of all features.
 _SCATTER = 1e-3
 
-# Rows that the probe is fitted on: enough for a common covariance, and for the means of many classes.
-_PROBE_ROWS, _PROBE_ROWS_PER_CLASS = 2000, 100
+# Rows that the probe is fitted on: enough for a common covariance, and for the means of many classes; and as many at
+# most, since all of them go through the encoder in fp32 before the first step.
+_PROBE_ROWS, _PROBE_ROWS_PER_CLASS, _PROBE_MOST = 2000, 100, 10_000
 
 
 Trained = Literal["full", "head", "lora"]
@@ -86,16 +88,19 @@ class Finetune:
             raise OptionError(f"train={self.train!r} keeps the weights that a penalty would shrink; leave penalty out.")
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        began = time.monotonic()
         new = model.with_network(model.copy().network)
         network = transformer(new, "Finetune")
         if self.train == "lora" and network.pruned:
             raise OptionError("what LoRA learns would fill the zeros of a pruned model; use train='full' or 'head'.")
         loss = penalized(self._loss(new, network, run), self.penalty, self.strength, network.linears())
         if self.probe:
-            rows = max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs)
+            rows = min(max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs), _PROBE_MOST)
             set_probe(network, run.reduce(new, Moments(model.task), rows), model.task)
         self._freeze(network, plan)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
+        if plan.seconds:
+            plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))
         new = run.fit(new, loss, plan, "fine-tune")
         trained = transformer(new, "Finetune")
         if self.train == "lora":

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from netweight.encode import Tokens
 from netweight.errors import ModelError
 from netweight.features import features
 from netweight.model import Model
@@ -17,11 +20,14 @@ from netweight.techniques.base import read
 from netweight.train import Plan
 
 _RIDGE = 10.0  # with the default strength, scikit-learn's own alpha of 1
+# That are fitted at most: of each, scikit-learn's L-BFGS holds some 25 numbers of 8 bytes. BANKING77 has 5 million.
+_MOST_WEIGHTS = 10_000_000
 
 
 @dataclass(frozen=True)
 class LinearFloor:
-    """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows.
+    """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows, where labels
+    are many on the most frequent ones: on 10 million weights at most.
 
     `strength` is the inverse of the L2 penalty: C of logistic regression; alpha of ridge regression is 10 / strength.
     `reads`: tokens of a text, where they are not as many as the model reads. Needs rows in one place: `Local` and
@@ -33,7 +39,6 @@ class LinearFloor:
     reads: int | None = None
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        from scipy.sparse import csr_matrix
         from sklearn.linear_model import LogisticRegression, Ridge
 
         if not isinstance(run, InOnePlace):
@@ -41,18 +46,8 @@ class LinearFloor:
         rows = run.data.train
         model = read(model, self.reads)
         tokens = model.encoder.encode(rows.text, rows.pair)
-        vocabulary, n = model.encoder.vocabulary, len(tokens)
-        columns, starts = features(tokens, vocabulary, self.buckets)
-        where = np.repeat(np.arange(n), np.diff(np.append(starts, len(columns))))
-        width = vocabulary + self.buckets
-        present = csr_matrix((np.ones(len(columns)), (where, columns)), (n, width))
-        documents = np.asarray((present > 0).sum(axis=0)).ravel()
-        idf = np.log((1 + n) / (1 + documents)) + 1
-        # Each occurrence counts by itself, in the sum and in the norm: the formula that the engine uses.
-        norm = np.sqrt(np.bincount(where, idf[columns] ** 2, minlength=n)).clip(min=1e-6)
-        # A column that no row has keeps the weight zero; left out, the solver's vectors are a fraction as long.
-        seen = np.flatnonzero(documents)
-        matrix = csr_matrix((idf[columns] / norm[where], (where, columns)), (n, width))[:, seen]
+        vocabulary = model.encoder.vocabulary
+        idf, kept, matrix = _table(tokens, vocabulary, self.buckets, _MOST_WEIGHTS // model.task.outputs)
         targets = model.task.targets(rows.label or ())
         if isinstance(model.task, Classify):
             fitted = LogisticRegression(C=self.strength, max_iter=60, tol=1e-3).fit(matrix, targets, rows.weight)
@@ -70,7 +65,33 @@ class LinearFloor:
         network = Linear(vocabulary, self.buckets, model.task.outputs)
         with torch.no_grad():
             network.table.zero_()
-            network.table[torch.from_numpy(seen)] = torch.from_numpy(coefficients.T.astype(np.float32))
+            network.table[torch.from_numpy(kept)] = torch.from_numpy(coefficients.T.astype(np.float32))
             network.weight.copy_(torch.from_numpy(idf))
             network.bias.copy_(torch.from_numpy(bias))
         return model.with_network(network)
+
+
+def _table(
+    tokens: Tokens, vocabulary: int, buckets: int, most: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64], Any]:
+    """The idf of each column; the columns to fit, at most so many; and a sparse matrix of them (rows, fitted)."""
+    from scipy.sparse import csr_matrix
+
+    found, starts = features(tokens, vocabulary, buckets)
+    columns, bounds = found.astype(np.int32), np.append(starts, len(found))
+    del found  # as long as the table, as what follows
+    n, width = len(tokens), vocabulary + buckets
+    there = csr_matrix((np.ones(len(columns), bool), columns, bounds), (n, width), copy=True)
+    there.sum_duplicates()
+    documents = np.bincount(there.indices, minlength=width)
+    del there
+    idf = np.log((1 + n) / (1 + documents)) + 1
+    # Each occurrence counts by itself, in the sum and in the norm: the formula that the engine uses.
+    values, where = idf[columns], np.repeat(np.arange(n), np.diff(bounds))
+    values /= np.sqrt(np.bincount(where, values**2, minlength=n)).clip(min=1e-6)[where]
+    matrix = csr_matrix((values, columns, bounds), (n, width))
+    matrix.sum_duplicates()
+    # A column that no row has keeps the weight zero; left out, the solver's vectors are a fraction as long.
+    common = np.argsort(-documents, kind="stable")[:most]
+    fitted = np.sort(common[documents[common] > 0])
+    return idf, fitted, matrix[:, fitted]

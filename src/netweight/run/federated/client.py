@@ -156,7 +156,8 @@ class Client:
         plain = self._local.seams
         seams = Correcting(model.network, task.proximal, task.variate, mine, plain.device)
         meter = Meter(task.plan.reporter)
-        pool = self.data.pool if task.loss.unlabelled else None
+        data = self._local.taught if task.loss.teachers else self.data
+        pool = data.pool if task.loss.unlabelled else None
         drawn = len(self.data.train) + len(pool or ())
         self._local.seams = self._guard.seams(task, drawn, seams)
         try:
