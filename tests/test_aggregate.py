@@ -14,7 +14,7 @@ from netweight.errors import OptionError
 from netweight.run.aggregate import Adam, Aggregator, Krum, Mean, Median, TrimmedMean, Updates
 from netweight.testing import AggregateContract
 
-ALL: list[Aggregator] = [Mean(), Median(), TrimmedMean(0.2), TrimmedMean(0.0), Krum(0), Krum(0, keep=3)]
+ALL: list[Aggregator] = [Mean(), Median(), TrimmedMean(0.2), TrimmedMean(0.0), Krum(0), Krum(0, keep=3), Krum(1)]
 
 
 def updates(n: int, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
@@ -60,11 +60,12 @@ def test_they_equal_numpy(n: int, seed: int) -> None:
     weights = rows(held)
     for name in ("a", "b"):
         values = stacked(held, name)
-        wanted = {
+        wanted: dict[Aggregator, np.ndarray] = {
             Mean(): np.average(values, axis=0, weights=[weights[c] for c in sorted(held)]),
             Median(): np.median(values, axis=0),
-            TrimmedMean(0.2): np.sort(values, axis=0)[int(0.2 * n) : n - int(0.2 * n)].mean(axis=0),
         }
+        if cut := int(0.2 * n):
+            wanted[TrimmedMean(0.2)] = np.sort(values, axis=0)[cut : n - cut].mean(axis=0)
         for aggregate, value in wanted.items():
             np.testing.assert_allclose(aggregate(held, weights)[name].numpy(), value, rtol=1e-6, atol=1e-7)
 
@@ -122,6 +123,18 @@ def test_refusals() -> None:
         TrimmedMean(0.5)
     with pytest.raises(OptionError, match="FedAdam has rate 0"):
         Adam(rate=0)
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.2, 5), (0.25, 4), (0.1, 10), (0.3, 4), (0.49, 3), (1 / 49, 50)])
+def test_a_trimmed_mean_that_would_leave_nobody_out_is_refused(share: float, least: int) -> None:
+    few, enough = updates(least - 1), updates(least)
+    with pytest.raises(
+        OptionError, match=rf"at both ends, which needs {least} updates, and {least - 1} came; .*Median"
+    ):
+        TrimmedMean(share)(few, rows(few))
+    enough["c00"] = {name: value + 1e6 for name, value in enough["c00"].items()}
+    assert float(TrimmedMean(share)(enough, rows(enough))["a"].abs().max()) < 1e3
+    assert TrimmedMean(0.0)(few, rows(few)).keys() == few["c00"].keys()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flwr") is None, reason="flwr is not installed")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from netweight.data import Columns, Loaded, Rows, read, split, suggest
 from netweight.data import files as data_files
 from netweight.data.check import alike
+from netweight.data.table import open_table
 from netweight.errors import ColumnError, DataError, LabelError, MissingExtra, OptionError
 from netweight.task import Classify
 
@@ -392,6 +393,28 @@ def test_parquet_damaged_inside(tmp_path: Path) -> None:
         read(path, COLUMNS)
 
 
+def test_columns_that_nobody_wants_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    usual = pq.ParquetFile.iter_batches
+
+    def noted(self: Any, *given: Any, columns: list[str], **options: Any) -> Any:
+        asked.append(columns)
+        return usual(self, *given, columns=columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", noted)
+    rows = [([0.5, 0.25], "bad", {"raw": 1}, "zip broke", "A"), ([0.5], "good", {"raw": 2}, " ", "B")]
+    path = write(tmp_path / "a.parquet", rows, ("vector", "label", "text", "text.raw", "shop"))
+    loaded = read(path, Columns("text.raw", "label", group="shop"))
+    assert (loaded.rows.text, loaded.rows.label, loaded.rows.group) == (("zip broke",), ("bad",), ("A",))
+    assert [(row.reason, row.cells) for row in loaded.bad] == [
+        ("text is empty", {"label": "good", "text.raw": " ", "shop": "B"})
+    ]
+    assert read(path, Columns("text.raw", "label", group="no"), label_required=False).rows.label is None
+    assert asked == [["label", "text.raw", "shop"], ["text.raw"]]
+    with pytest.raises(ColumnError, match="its columns are: vector, label, text, text.raw, shop"):
+        read(path, Columns("review", "label"))
+
+
 def test_parquet_needs_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "a.parquet", ROWS)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
@@ -438,6 +461,11 @@ def test_hub_datasets_give_names_of_classes(hub: Path) -> None:
     assert (loaded.rows.text, loaded.rows.label) == (("zip broke", "lovely"), ("bad", "good"))
     assert reasons(loaded) == [(3, "label is missing")]
     assert read(f"hf:{hub}:default@test", COLUMNS).rows.text == ("lovely",)
+    assert [record.cells for record in open_table(f"hf:{hub}").only(["label"]).records()] == [
+        ("bad",),
+        ("good",),
+        (None,),
+    ]
 
 
 def test_hub_errors(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

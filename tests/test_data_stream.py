@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import gzip
 import io
 import json
@@ -224,6 +225,31 @@ def test_nothing_appears_when_predicting_fails(tmp_path: Path, out: str) -> None
         fail()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", out]
     assert (tmp_path / out).read_text() == "before"
+
+
+def test_what_a_killed_process_left_of_the_output_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.csv", "text\na\n")
+    left = table(tmp_path / ".out.csv.1-deadbeef.part", "text,pred")
+    others = [tmp_path / name for name in (".other.csv.1-deadbeef.part", ".out.csv.mine.part", "out.csv.part")]
+    for other in others:
+        table(other, "text")
+    going = table(tmp_path / ".out.csv.2-deadbeef.part", "text,pred")
+    with going.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        predict(path, tmp_path / "out.csv")
+        assert not left.exists()
+        assert going.exists(), "another process writes it"
+    predict(path, tmp_path / "out.csv")
+    assert sorted(tmp_path.iterdir()) == sorted([path, tmp_path / "out.csv", *others])
+
+
+def test_two_processes_may_write_one_output(tmp_path: Path) -> None:
+    rows = stream(table(tmp_path / "a.csv", "text\na\n"), TEXT)
+    with Writer(tmp_path / "out.csv", rows, {"n": "text"}) as first:
+        predict(tmp_path / "a.csv", tmp_path / "out.csv")
+        first.write(next(iter(rows)), {"n": ["last"]})
+    assert (tmp_path / "out.csv").read_text() == "text,n\na,last\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "out.csv"]
 
 
 def test_a_value_that_parquet_cannot_take_leaves_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import KIND, MEAN, tiny_base, tiny_encoder, tiny_model, tiny_rows
 from netweight import model as module
 from netweight.encode import TextEncoder
 from netweight.errors import MissingExtra, ModelError, OptionError
-from netweight.model import Model, Range, pretrained
+from netweight.model import Model, Range, pretrained, skeleton
 from netweight.network import Transformer
 from netweight.run.local import logits_of
 from netweight.task import Classify, Score
@@ -164,6 +164,19 @@ def test_no_code_of_a_model_is_run(base: Path, tmp_path: Path) -> None:
             with pytest.raises(ModelError, match="cannot be loaded"):
                 pretrained(str(base), TASK)
         assert not mark.exists()
+
+
+@pytest.mark.parametrize(("family", "flag"), [("mt5", True), ("bart", True), ("t5", False)])
+def test_encoder_decoders_are_refused(base: Path, family: str, flag: bool) -> None:
+    stated = {"model_type": family, "is_encoder_decoder": flag}
+    (base / "config.json").write_text(json.dumps(stated), encoding="utf-8")
+    with pytest.raises(ModelError, match=rf"is an encoder-decoder \({family}\).*Name an encoder, .* or a decoder"):
+        pretrained(str(base), TASK)
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        skeleton(str(base))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="is an encoder-decoder"):
+        pretrained(str(base), TASK)  # and nobody is sent to convert weights first
 
 
 def test_names_that_lead_nowhere(tmp_path: Path) -> None:

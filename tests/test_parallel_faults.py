@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from netweight.data import Dataset
 from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
-from netweight.run import Local, Parallel, Pool, Setup, crew
+from netweight.run import Local, Parallel, Pool, Setup, crew, ddp
+from netweight.run.ddp import Ddp
 from netweight.run.group import Join, backend
 from netweight.seams import Lost, Seams, State
 from netweight.train import Silent
@@ -208,7 +210,33 @@ def test_machines_with_and_without_cards_take_the_same_backend(cards: tuple[bool
 
 def test_one_process_alone_does_not_recover() -> None:
     with pytest.raises(Lost, match="a process of this run is gone"):
-        Seams().regroup(State({}, "{}"), (0, 0))
+        Seams().regroup(State({}, "{}"), (0, 0, 1))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_processes_that_planned_fits_of_other_lengths_go_on_with_one(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All stand at one step, and the group broke after the first had heard how many fit into the time."""
+    at = [(8, 0, 12), (8, 0, 40), (8, 0, 40)]
+    held = [
+        State({"model/w": torch.tensor(float(i))}, f'{{"epochs": {steps / 10}}}') for i, (*_, steps) in enumerate(at)
+    ]
+
+    def told(mine: Mapping[str, Tensor], source: int) -> dict[str, Tensor]:
+        line = torch.tensor(list(held[source].progress.encode()), dtype=torch.uint8)
+        return {**held[source].tensors, "progress": line}
+
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(at))
+    monkeypatch.setattr(Ddp, "collect", lambda self, mine: [{"at": torch.tensor(one)} for one in at])
+    monkeypatch.setattr(ddp, "told", told)
+    seams = Ddp(rejoin=lambda lost: None)
+    assert seams.regroup(held[rank], at[rank]) == held[0], "the shorter one, which keeps within the time box"
+    at[1:] = at[0], (9, 0, 40)
+    assert seams.regroup(held[rank], at[rank]) == held[2], "the furthest has gone on already"
+    at[:] = [(8, 0, 12)] * 3
+    assert seams.regroup(held[rank], at[rank]) is held[rank], "nothing has to travel"
 
 
 # --- slow and lost processes; these end some of the pool's ---

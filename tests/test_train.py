@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from netweight.errors import OptionError, StoreError
 from netweight.loss import Batch
 from netweight.network import Network
 from netweight.progress import Bar
-from netweight.seams import Seams
+from netweight.seams import Lost, Seams, State
 from netweight.train import Plan, fit, fit_digest
 
 ROWS = 24
@@ -467,6 +469,33 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     fitted(plan_of(epochs=4, seconds=1e9, reporter=enough))
     assert len(enough.rates) == 12
     assert not enough.notes
+
+
+def test_a_group_that_breaks_at_a_look_at_the_clock_is_told_all_that_the_look_changed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
+
+    class Breaks(Seams):
+        """Its group breaks once, before this process has heard what the first says of the clock."""
+
+        def agree(self, value: float) -> float:
+            if not told:
+                raise Lost("a process is gone")
+            return 4.0
+
+        def regroup(self, mine: State, at: tuple[int, int, int]) -> State:
+            told.append((at, json.loads(mine.progress)))
+            return replace(mine, progress=json.dumps(told[0][1] | {"epochs": 4.0}))
+
+    monkeypatch.setattr(train, "_LOOKS", (1, 2))
+    seen = Watcher()
+    fitted(plan_of(epochs=100, seconds=1e9, reporter=seen), seams=Breaks())
+    (at, progress), *others = told
+    assert not others
+    assert at == (2, 0, 300)
+    assert progress["timed"], "as it is where the others were told in time"
+    assert len(seen.rates) == 12, "the length that all go on with"
 
 
 def test_evaluations_count_in_the_time_box(monkeypatch: pytest.MonkeyPatch) -> None:

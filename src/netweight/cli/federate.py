@@ -66,7 +66,8 @@ How = Annotated[
     Literal["fedavg", "fedprox", "fedadam", "scaffold"], typer.Option(help="How a round is made of its clients.")
 ]
 Aggregate = Annotated[
-    Literal["mean", "median", "trimmed-mean", "krum"], typer.Option(help="All but mean withstand false updates.")
+    Literal["mean", "median", "trimmed-mean", "krum"],
+    typer.Option(help="Against false updates: median of 3 clients or more; trimmed-mean or krum of 5."),
 ]
 Encoded = Annotated[Literal["full", "int8", "random-k", "top-k"], typer.Option(help="How updates are encoded.")]
 Private = Annotated[

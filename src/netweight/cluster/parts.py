@@ -9,18 +9,16 @@ A part appears under its name when it is complete (`data.files.atomic`), and its
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from netweight.data.files import existing, file_of
+from netweight.data.files import HALF, existing, file_of
 from netweight.errors import DataError, OptionError
 from netweight.store import Store
 
 STORE = "_netweight"
 _NAMED = 3  # in a sentence
-_HALF = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.part")  # as data.files.atomic calls what it writes
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def opened(out: Path, parts: Sequence[Part], version: str, text: str, pair: str 
 def sweep(out: Path) -> None:
     """Remove what workers that died left half-written. The store must be locked: nobody else writes here."""
     for path in out.rglob(".*.part"):
-        if _HALF.fullmatch(path.name):
+        if HALF.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

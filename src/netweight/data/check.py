@@ -65,11 +65,12 @@ class Check:
     """Turns records of one table into tuples of the wanted cells, in the order of `names`.
 
     Raises ColumnError for a column that the table lacks. With `optional`, columns other than text and pair
-    are used where the table has them and labels and weights are not read (a pool, or rows to predict).
+    are used where the table has them and labels and weights are not read (a pool, or rows to predict). With `lean`,
+    the records are those of `table`, which is without the columns that nobody wants: one of embeddings would be
+    decoded to a Python number for each of its values.
     """
 
-    def __init__(self, table: Table, columns: Columns, *, optional: bool = False) -> None:
-        self._columns = table.columns
+    def __init__(self, table: Table, columns: Columns, *, optional: bool = False, lean: bool = False) -> None:
         wanted: list[tuple[str, str | None, Callable[[Any], Any]]] = [
             ("text", columns.text, lambda cell: _required(cell, "text is empty")),
             ("pair", columns.pair, lambda cell: _required(cell, "pair is empty")),
@@ -81,7 +82,9 @@ class Check:
         for role, column, _ in wanted:
             if column is not None and column not in table.columns and (role in ("text", "pair") or not optional):
                 raise ColumnError(column, table.columns, table.name)
-        parts = [(role, table.columns.index(c), convert) for role, c, convert in wanted if c in table.columns]
+        self.table = table.only([c for _, c, _ in wanted if c in table.columns]) if lean else table
+        there = self.table.columns
+        parts = [(role, there.index(c), convert) for role, c, convert in wanted if c in there]
         self.names = tuple(role for role, _, _ in parts)
         self._parts = [(index, convert) for _, index, convert in parts]
 
@@ -94,8 +97,8 @@ class Check:
     def bad(self, record: Record, reason: str) -> BadRow:
         """The record for the quarantine file."""
         shown = [_shown(cell) for cell in record.cells]
-        whole = len(shown) == len(self._columns) and not record.broken
-        names: Iterable[str] = self._columns if whole else (f"cell {i}" for i in range(1, len(shown) + 1))
+        whole = len(shown) == len(self.table.columns) and not record.broken
+        names: Iterable[str] = self.table.columns if whole else (f"cell {i}" for i in range(1, len(shown) + 1))
         return BadRow(record.number, reason, dict(zip(names, shown, strict=True)))
 
 

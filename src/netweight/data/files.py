@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import fcntl
 import gzip
 import importlib
 import io
@@ -24,6 +25,7 @@ FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet")
 SUFFIXES = ".csv, .tsv, .jsonl (each also with .gz), .parquet"
 _AROUND = 1 << 15  # bytes on each side of a fault from which its encoding is guessed
 _SPREADSHEET = 'In Excel or WPS save it as "CSV UTF-8".'
+HALF = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.part")  # how `atomic` calls what it writes, around the name it will have
 _DAMAGED = 1000  # characters for each one that a guessed encoding may fail to read
 
 
@@ -150,15 +152,38 @@ def _encoding(start: bytes, sample: bytes) -> str | None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Bytes that appear under `path` at the end, all of them, or not at all."""
-    # Processes of several machines may share the folder, so a number of a process is not name enough.
-    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    """Bytes that appear under `path` at the end, all of them, or not at all. Until then they are locked: the lock ends
+    with the process, whatever ended that, and so tells `sweep` what is left of killed ones."""
+    part, out = _begun(path)
     try:
-        with part.open("wb") as out:
+        with out:
             yield out
-        replaced(part, path)
+            out.flush()
+            replaced(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _begun(path: Path) -> tuple[Path, BinaryIO]:
+    while True:
+        # Processes of several machines may share the folder, so a number of a process is not name enough.
+        part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+        out = part.open("wb")
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(out, fcntl.LOCK_EX)
+        if part.exists():
+            return part, out
+        out.close()  # another process swept it away before it was locked
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left half-written of `path`; what a process that lives writes is locked."""
+    for left in path.parent.glob(".*.part"):
+        half = HALF.fullmatch(left.name)
+        if half is not None and half[1] == path.name:
+            with suppress(OSError), left.open("r+b") as held:  # gone, or not ours, or locked
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 def append(file: int, data: bytes) -> None:

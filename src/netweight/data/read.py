@@ -52,11 +52,11 @@ def read(
     table = open_table(source)
     if not columns.text or (label_required and columns.label is None):
         raise DataError(ask(table, columns, label_required))
-    check = Check(table, columns, optional=not label_required)
+    check = Check(table, columns, optional=not label_required, lean=True)
     good: list[tuple[Any, ...]] = []
     numbers: list[int] = []
     bad: list[BadRow] = []
-    for record in table.records():
+    for record in check.table.records():
         try:
             good.append(check(record))
             numbers.append(record.number)

@@ -7,8 +7,8 @@ import csv
 import json
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
@@ -44,6 +44,8 @@ class Table(Protocol):
     @property
     def schema(self) -> Any: ...  # of pyarrow, where the source has one
     def records(self) -> Iterator[Record]: ...
+    def only(self, columns: Collection[str]) -> Table:
+        """The same rows for who needs no other columns: without them where they are stored apart, else with them."""
 
 
 def open_table(source: str | Path) -> Table:
@@ -97,6 +99,9 @@ class DelimitedTable:
                 missing = () if broken else ("",) * (width - len(cells))
                 yield Record(number, (*cells, *missing), broken)
 
+    def only(self, columns: Collection[str]) -> Table:
+        return self
+
 
 @dataclass(frozen=True)
 class JsonTable:
@@ -117,6 +122,9 @@ class JsonTable:
             else:
                 yield Record(number, tuple([row.get(column) for column in self.columns]))
 
+    def only(self, columns: Collection[str]) -> Table:
+        return self
+
 
 @dataclass(frozen=True)
 class LinesTable:
@@ -136,6 +144,9 @@ class LinesTable:
                     "pipe it through iconv -t utf-8 -f ENCODING first."
                 ) from None
             yield Record(number, (text,))
+
+    def only(self, columns: Collection[str]) -> Table:
+        return self
 
 
 @dataclass(frozen=True)
@@ -158,12 +169,18 @@ class ParquetTable:
         number = 0
         try:
             with parquet.ParquetFile(self.file.path) as stored:
-                for batch in stored.iter_batches(_BATCH):
-                    for cells in zip(*[column.to_pylist() for column in batch.columns], strict=True):
+                for batch in stored.iter_batches(_BATCH, columns=list(self.columns)):
+                    # By name: to pyarrow the column a.b may also be the field b of another.
+                    columns = [batch.column(name).to_pylist() for name in self.columns]
+                    for cells in zip(*columns, strict=True):
                         number += 1
                         yield Record(number, cells)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.name} is damaged after row {number:,}: {error}. Write or copy it again.") from None
+
+    def only(self, columns: Collection[str]) -> Table:
+        pa, _ = arrow("reading parquet")
+        return replace(self, schema=pa.schema([field for field in self.schema if field.name in columns]))
 
 
 @dataclass(frozen=True)
@@ -190,6 +207,9 @@ class HubTable:
             for cells in zip(*columns, strict=True):
                 number += 1
                 yield Record(number, cells)
+
+    def only(self, columns: Collection[str]) -> Table:
+        return replace(self, rows=self.rows.select_columns([name for name in self.columns if name in columns]))
 
 
 def _named(values: list[Any], names: list[str] | None) -> list[Any]:

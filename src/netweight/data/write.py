@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from netweight.data.check import Unusable, cell_text
-from netweight.data.files import File, Format, arrow, atomic, file_of
+from netweight.data.files import File, Format, arrow, atomic, file_of, sweep
 from netweight.data.rows import Rows
 from netweight.data.stream import Chunk, Stream
 from netweight.data.table import DelimitedTable, JsonTable, LinesTable, open_table
@@ -31,10 +31,11 @@ class Writer:
     """Writes chunks with added columns; used in a `with` block.
 
     `out` is a path (format by suffix, as for reading) or '-' for standard output (jsonl for jsonl, tsv for tsv and
-    lines, csv for others). A file appears only when the block ends without an error. `added` names the added
-    columns and whether each holds text or numbers; a name that the input already has is refused. A table that begins
-    with a byte order mark, as Excel's do, becomes another with one. A parquet input
-    keeps the types of its columns in a parquet output; columns of other inputs become strings there.
+    lines, csv for others). A file appears only when the block ends without an error; what killed processes left
+    half-written of it is removed when the block begins. `added` names the added columns and whether each holds text or
+    numbers; a name that the input already has is refused. A table that begins with a byte order mark, as Excel's do,
+    becomes another with one. A parquet input keeps the types of its columns in a parquet output; columns of other
+    inputs become strings there.
     Raises OptionError for such a name, a folder that does not exist, and an output that would replace the input.
     """
 
@@ -60,6 +61,8 @@ class Writer:
         self._stack = ExitStack()
 
     def __enter__(self) -> Writer:
+        if self._path is not None:
+            sweep(self._path)
         with ExitStack() as stack:
             raw = sys.stdout.buffer if self._path is None else stack.enter_context(atomic(self._path))
             if self._compressed:

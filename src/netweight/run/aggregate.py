@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import torch
@@ -59,7 +60,10 @@ class Median:
 @dataclass(frozen=True)
 class TrimmedMean:
     """The mean of each coordinate without the `share` of the values that are lowest and the same share that are
-    highest (Yin et al., ICML 2018). Weights do not count."""
+    highest (Yin et al., ICML 2018). Weights do not count.
+
+    Raises OptionError where the share of the clients is less than one: it would be a mean that leaves nobody out.
+    """
 
     share: float = 0.2
 
@@ -69,6 +73,12 @@ class TrimmedMean:
 
     def __call__(self, updates: Updates, weights: Shares) -> dict[str, Tensor]:
         cut = int(self.share * len(updates))
+        if self.share and not cut:
+            least = next(n for n in count(int(1 / self.share)) if int(self.share * n))
+            raise OptionError(
+                f"TrimmedMean cuts a share of {self.share} at both ends, which needs {least} updates, and "
+                f"{len(updates)} came; raise `minimum` of the rounds (--minimum) or `share`, or use Median."
+            )
         return {
             name: as_dtype(values[cut : len(values) - cut].mean(dim=0), dtype)
             for name, values, dtype in _ordered(updates)
@@ -102,7 +112,7 @@ class Krum:
         if self.faulty and n < 2 * self.faulty + 3:
             raise OptionError(
                 f"Krum against {self.faulty} faulty clients needs {2 * self.faulty + 3} updates, and {n} came; "
-                "lower `faulty`, or raise `minimum` of the rounds."
+                "lower `faulty`, or raise `minimum` of the rounds (--minimum)."
             )
         if n == 1:
             return clients

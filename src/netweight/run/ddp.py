@@ -139,7 +139,7 @@ class Ddp(Processes):
     def collect(self, mine: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         return [told(mine, source) for source in range(self.lanes)]
 
-    def regroup(self, mine: State, at: tuple[int, int]) -> State:
+    def regroup(self, mine: State, at: tuple[int, int, int]) -> State:
         lost = sys.exception()  # where the loop was when it was lost
         lost = lost if isinstance(lost, Lost) else Lost("a process is gone")
         if self.rejoin is None:
@@ -149,10 +149,11 @@ class Ddp(Processes):
             self._count()
             try:
                 found = [tuple(part["at"].tolist()) for part in self.collect({"at": torch.tensor(at)})]
-                if min(found) < (0, 0):
+                if min(found) < (0, 0, 0):
                     raise Again("some begin anew")
-                furthest = max(found)
-                if min(found) == furthest:
+                # Of several at one step that of the shortest fit: it keeps within the time box.
+                furthest = max(found, key=lambda one: (one[0], one[1], -one[2]))
+                if set(found) == {furthest}:
                     return mine
                 source = found.index(furthest)
                 line = torch.frombuffer(bytearray(mine.progress.encode()), dtype=torch.uint8)

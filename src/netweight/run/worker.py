@@ -139,7 +139,7 @@ class Worker:
                 continue
             except Lost:
                 try:
-                    seams.regroup(State({}, ""), (-1, -1))
+                    seams.regroup(State({}, ""), (-1, -1, -1))
                 except Again:
                     continue
 
