@@ -543,9 +543,10 @@ def claiming(**numbers: Any) -> Callable[[str, Task, Answer | Lost], Answer | Lo
 
 
 def test_numbers_that_cannot_be_are_refused_by_name(model: Model) -> None:
-    run = Federated(Changed(shops(4), claiming(rows=-60)), rounds=Rounds(1), privacy=None)
-    fitted(run, model)
-    assert run.report.notes == ("shop1 was refused: it says that it has -60 training rows.",)
+    for rows in (-60, 10**13):
+        run = Federated(Changed(shops(4), claiming(rows=rows)), rounds=Rounds(1), privacy=None)
+        fitted(run, model)
+        assert run.report.notes == (f"shop1 was refused: it says that it has {rows} training rows.",)
     run = Federated(Changed(shops(4), claiming(loss=math.nan)), rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert run.report.rounds[0].refused == (Lost("shop1", "it reports a loss of nan."),)

@@ -12,13 +12,14 @@ import torch
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
 from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Scored, Tensors
 
+_ROWS = 10**12  # that a client may claim: steps over many more are no numbers that privacy can be counted with
 _CUT = 60  # characters of a value in a message
 
 
 def differing(server: Manifest, client: Joined) -> str:
     """A sentence on the first field in which a client's manifest differs, or on what no client can have; empty where
     all fits."""
-    if client.rows < 0:
+    if not 0 <= client.rows <= _ROWS:
         return f"it says that it has {client.rows} training rows."
     for f in fields(Manifest):
         mine, theirs = getattr(server, f.name), getattr(client.manifest, f.name)
