@@ -298,6 +298,21 @@ def test_what_pack_would_not_have_made_is_refused(model: Model, change: Any, sai
 
 
 @pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("gpt2", "n_layer"), ("gpt2", "num_hidden_layers")),
+        *(("distilbert", "n_layers"), ("distilbert", "num_hidden_layers")),
+        *(("qwen3", "num_hidden_layers"), ("modernbert", "num_hidden_layers")),
+    ],
+)
+def test_more_layers_than_tensors_are_not_built_whatever_a_family_calls_them(family: str, name: str) -> None:
+    packed = WIRE.pack(ScoreTask(tiny_model(family=family)))
+    assert WIRE.unpack(packed).model.digest
+    with pytest.raises(WireError, match="a network of 300 layers came with"):
+        WIRE.unpack(forged(packed, lambda b, t: the_model(b)["network"]["config"].update({name: 300})))
+
+
+@pytest.mark.parametrize(
     ("message", "field", "number"),
     [
         (Joined(MANIFEST, 10, 2), "rows", 10**400),

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from netweight.encode import TextEncoder
 from netweight.errors import NetweightError, WireError
@@ -65,6 +66,7 @@ KINDS: tuple[type, ...] = (
 )
 _HEADER = 16 << 20  # characters of JSON; a tokenizer of 250,000 words takes 10 to 17 million, and travels beside it
 _DEPTH = 24
+_LAYERS = "num_hidden_layers"  # what transformers calls it; GPT-2 says n_layer, DistilBERT n_layers
 _WHOLE, _EXACT = 2**63, 2**53  # whole numbers lie below the one; those that a float holds exactly, up to the other
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -326,9 +328,9 @@ def _fits_spec(wire: Wire, spec: dict[str, Any], held: Mapping[str, Tensor]) -> 
     if unknown:
         raise WireError(f"a network with {', '.join(sorted(unknown))} came; this client does not know how to build it.")
     # An honest network has at least a tensor in each layer: building a billion of them ends here.
-    layers = spec["network"].get("config", {}).get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > len(held):
-        raise WireError(f"a network of {layers} layers came with {len(held)} tensors.")
+    for layers in _layers(spec["network"].get("config", {})):
+        if not isinstance(layers, int) or layers > len(held):
+            raise WireError(f"a network of {layers} layers came with {len(held)} tensors.")
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             wanted = {name: value.shape for name, value in _rebuilt(wire, spec).state_dict().items()}
@@ -340,6 +342,13 @@ def _fits_spec(wire: Wire, spec: dict[str, Any], held: Mapping[str, Tensor]) -> 
             f"{odd[0]} of a network is not as its description says ({len(odd)} tensor(s) differ): what was put into it "
             "cannot be rebuilt by a client, so it cannot be trained in a federated run."
         )
+
+
+def _layers(config: Mapping[str, Any]) -> list[Any]:
+    """What a configuration says of its number of layers, under each name that its family has for it. Of the text, not
+    of what is built: some configurations hold a list with an entry for each layer."""
+    known = CONFIG_MAPPING[config["model_type"]].attribute_map if config else {}
+    return [config[name] for name in {_LAYERS, known.get(_LAYERS, _LAYERS)} & set(config)]
 
 
 def fits(value: Any, hint: Any) -> bool:
