@@ -36,7 +36,18 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
-from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Reduced, ScoreTask, Task
+from netweight.run.federated.messages import (
+    Answer,
+    FitTask,
+    Fitted,
+    Join,
+    Joined,
+    Lost,
+    Reduced,
+    Scored,
+    ScoreTask,
+    Task,
+)
 from netweight.task import Score
 from netweight.techniques.finetune import Moments
 from netweight.train import Plan
@@ -422,6 +433,22 @@ def test_what_a_client_carries_is_of_the_last_answer_that_counted(
         made[how] = fitted(run, model).digest
         assert [len(r.took_part) for r in run.report.rounds] == [3, 2, 3]
     assert made["refused"] == made["late"] == made["away"]
+
+
+@pytest.mark.parametrize("fit", ["/../../other", "f" * 63, "F" * 64, "f" * 64 + "\n"])
+def test_a_fit_names_no_other_folder(fit: str, model: Model, tmp_path: Path) -> None:
+    other = tmp_path / "clients" / "other"
+    other.mkdir(parents=True)
+    (other / "3.safetensors").write_bytes(b"mine")
+    client = shops(1, tmp_path / "clients")[0]
+    (tmp_path / "clients" / "shop0" / "rounds-").mkdir(parents=True)
+    plan, codec = replace(PLAN, epochs=0.1), Int8()
+    tasks = (FitTask(fit, 0, model, Supervised(model.task), plan, codec=codec), ScoreTask(model, fit, 3))
+    for task in tasks:
+        with pytest.raises(OptionError, match="a fit is named by its SHA-256 in hexadecimal text, and '.* came"):
+            client.answer(task)
+    assert [path.name for path in other.iterdir()] == ["3.safetensors"]
+    assert isinstance(client.answer(ScoreTask(model)), Scored)
 
 
 def test_a_share_of_the_clients_takes_part_in_each_round(model: Model) -> None:
