@@ -71,9 +71,9 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Round:
-    """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
-    encoded as differences, the seed that clients share, how far from the median norm is too far, what they are
-    called, and a norm that is usual whatever the median."""
+    """What updates of a round must fit: how they are encoded, the tensors that they hold, the names of those that are
+    trained, the seed that clients share, how far from the median norm is too far, what they are called, and a norm
+    that is usual whatever the median."""
 
     codec: Codec
     old: Tensors
@@ -103,13 +103,10 @@ class Round:
         return kept, _in_order([*refused, *far.values()])
 
     def norm(self, update: Tensors) -> float:
-        """L2 norm of the change of the parameters; NaN or infinite where a value (of a buffer, too) is not finite."""
+        """L2 norm of the change of the parameters; NaN or infinite where a value is not finite."""
         total = 0.0
-        for name, old in self.old.items():
-            value = update[name]
-            if value.is_floating_point():
-                change = float(torch.linalg.vector_norm(value - old, dtype=torch.float64)) ** 2
-                total += change if name in self.differences or not math.isfinite(change) else 0.0
+        for name in sorted(self.differences & set(self.old)):
+            total += float(torch.linalg.vector_norm(update[name] - self.old[name], dtype=torch.float64)) ** 2
         return math.sqrt(total) if total >= 0 else math.nan
 
     def _misfit(self, sent: Tensors) -> str:
@@ -118,6 +115,10 @@ class Round:
             wanted |= parts_of(self.codec if name in self.differences else Full(), name, old)
         if problem := _differs(wanted, sent):
             return problem
+        for name in sorted(set(self.old) - self.differences):
+            # Nothing that is trained here moves a buffer, and no norm would tell what another one does.
+            if not torch.equal(sent[name], self.old[name]):
+                return f"another {name} than it was given, which training does not change."
         for name, (_, dtype) in wanted.items():
             got = sent[name]
             parameter = name.partition("/")[0]
