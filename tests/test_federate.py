@@ -192,6 +192,10 @@ def test_who_is_silent_away_or_odd_is_lost_with_the_reason(model: Model) -> None
     assert found["shop0"] == Lost("shop0", "no answer within 0.2 s.")
     assert isinstance(found["shop1"], Lost)
     assert "its answer cannot be read: a Flower message holds no message of ours" in found["shop1"].reason
+    grid.said["shop1"] = to_record(WIRE.pack(task))
+    assert over.exchange({"shop1": task})["shop1"] == Lost(
+        "shop1", "its answer cannot be read: an answer came with a model; clients send tensors only."
+    )
     grid.away = {"shop2"}
     assert over.clients() == ("shop0", "shop1")
     found = over.exchange({"shop2": task})

@@ -36,7 +36,18 @@ from netweight.run.federated import (
 )
 from netweight.run.federated.checks import Round
 from netweight.run.federated.client import Correcting, manifest_of
-from netweight.run.federated.messages import Answer, FitTask, Fitted, Join, Joined, Lost, Reduced, ScoreTask, Task
+from netweight.run.federated.messages import (
+    Answer,
+    FitTask,
+    Fitted,
+    Join,
+    Joined,
+    Lost,
+    Reduced,
+    Scored,
+    ScoreTask,
+    Task,
+)
 from netweight.task import Score
 from netweight.techniques.finetune import Moments
 from netweight.train import Plan
@@ -424,6 +435,22 @@ def test_what_a_client_carries_is_of_the_last_answer_that_counted(
     assert made["refused"] == made["late"] == made["away"]
 
 
+@pytest.mark.parametrize("fit", ["/../../other", "f" * 63, "F" * 64, "f" * 64 + "\n"])
+def test_a_fit_names_no_other_folder(fit: str, model: Model, tmp_path: Path) -> None:
+    other = tmp_path / "clients" / "other"
+    other.mkdir(parents=True)
+    (other / "3.safetensors").write_bytes(b"mine")
+    client = shops(1, tmp_path / "clients")[0]
+    (tmp_path / "clients" / "shop0" / "rounds-").mkdir(parents=True)
+    plan, codec = replace(PLAN, epochs=0.1), Int8()
+    tasks = (FitTask(fit, 0, model, Supervised(model.task), plan, codec=codec), ScoreTask(model, fit, 3))
+    for task in tasks:
+        with pytest.raises(OptionError, match="a fit is named by its SHA-256 in hexadecimal text, and '.* came"):
+            client.answer(task)
+    assert [path.name for path in other.iterdir()] == ["3.safetensors"]
+    assert isinstance(client.answer(ScoreTask(model)), Scored)
+
+
 def test_a_share_of_the_clients_takes_part_in_each_round(model: Model) -> None:
     asked = []
     for seed in (0, 0, 1):
@@ -543,9 +570,10 @@ def claiming(**numbers: Any) -> Callable[[str, Task, Answer | Lost], Answer | Lo
 
 
 def test_numbers_that_cannot_be_are_refused_by_name(model: Model) -> None:
-    run = Federated(Changed(shops(4), claiming(rows=-60)), rounds=Rounds(1), privacy=None)
-    fitted(run, model)
-    assert run.report.notes == ("shop1 was refused: it says that it has -60 training rows.",)
+    for rows in (-60, 10**13):
+        run = Federated(Changed(shops(4), claiming(rows=rows)), rounds=Rounds(1), privacy=None)
+        fitted(run, model)
+        assert run.report.notes == (f"shop1 was refused: it says that it has {rows} training rows.",)
     run = Federated(Changed(shops(4), claiming(loss=math.nan)), rounds=Rounds(1), privacy=None)
     fitted(run, model)
     assert run.report.rounds[0].refused == (Lost("shop1", "it reports a loss of nan."),)

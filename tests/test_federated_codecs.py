@@ -118,7 +118,9 @@ CASES: list[tuple[str, Codec, Any, str]] = [
     ("another shape", Full(), {"w": torch.zeros(7, 6)}, r"w as torch.float32 \(7, 6\), which should be torch.float32"),
     ("another dtype", Full(), {"w": torch.zeros(6, 7).double()}, "w as torch.float64"),
     ("NaN", Full(), {"w": torch.full((6, 7), float("nan"))}, "values that are not finite"),
-    ("NaN in a buffer", Full(), {"mean": torch.tensor([1, float("nan")])}, "values that are not finite"),
+    ("NaN in a buffer", Full(), {"mean": torch.tensor([1, float("nan")])}, "another mean than it was given"),
+    ("another buffer", Int8(), {"mean": torch.zeros(2)}, "another mean than it was given, which training does not"),
+    ("a buffer of whole numbers", Full(), {"count": torch.tensor(255)}, "another count than it was given"),
     ("infinite", Full(), {"b": torch.full((5,), float("inf"))}, "values that are not finite"),
     ("huge", Full(), {"w": torch.full((6, 7), 1e6)}, "a norm of .* more than 10 times .*, what is usual in the round"),
     ("NaN scale", Int8(), {"w/scale": torch.full((6,), float("nan"))}, "values that are not finite"),
@@ -141,7 +143,8 @@ CASES: list[tuple[str, Codec, Any, str]] = [
 @pytest.mark.parametrize(("codec", "changed", "said"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_a_poisoned_update_is_refused_and_named(codec: Codec, changed: Any, said: str) -> None:
     old = tensors(0)
-    sent = {f"c{i}": dict(encoded(codec, old, tensors(10 + i), BOTH, (7, i), {})[0]) for i in range(4)}
+    new = [{**old, **{name: tensors(10 + i)[name] for name in BOTH}} for i in range(4)]
+    sent = {f"c{i}": dict(encoded(codec, old, new[i], BOTH, (7, i), {})[0]) for i in range(4)}
     check = Round(codec, old, BOTH, 7, 10.0)
     assert sorted(check.accepted(sent)[0]) == ["c0", "c1", "c2", "c3"]
     sent["c2"] = {n: v for n, v in {**sent["c2"], **changed}.items() if v is not None}

@@ -497,10 +497,54 @@ def test_a_client_stops_when_its_budget_is_spent(tmp_path):
     assert 0 < costs[0] < costs[1] <= 8
     (again,) = shops(1, tmp_path)
     with pytest.raises(OptionError, match="one more round would cost the rows of shop0 epsilon .* 8 was promised"):
-        again.answer(replace(task, round=2))
+        again.answer(replace(task, round=0))
     other = again.answer(replace(task, fit="e" * 64))
     assert other.epsilon == pytest.approx(costs[0])
     assert other.in_all > other.epsilon
+
+
+@pytest.mark.parametrize("round_", [1, -1])
+def test_a_round_that_no_noise_is_planned_for_is_refused(round_):
+    """No rounds would be left to count, and a limit would count none."""
+    client = Client("shop0", shops(1)[0].data, limit=8.0)
+    privacy = RowLevel(epsilon=1e6).task(1, 1)
+    task = FitTask("f" * 64, round_, head_only(), Supervised(head_only().task), PLAN, privacy=privacy)
+    with pytest.raises(OptionError, match=f"shop0 was asked for round {round_} of a fit of 1, counted from 0; .*Begin"):
+        client.answer(task)
+    with pytest.raises(OptionError, match="the rows of shop0 would have cost epsilon .* and it allows 8"):
+        client.answer(replace(task, round=0))
+
+
+class Claiming(InProcess):
+    """Tells clients that others add noise, who are not there."""
+
+    def exchange(self, tasks, seconds=None):
+        given = {n: t for n, t in tasks.items() if isinstance(t, FitTask)}
+        claimed = {n: replace(t, privacy=replace(t.privacy, cohort=10**12)) for n, t in given.items()}
+        return super().exchange({**tasks, **claimed}, seconds)
+
+
+def test_a_limit_holds_for_a_share_of_noise_where_others_add_theirs():
+    def run(channel, **options):
+        clients = [Client(c.name, c.data, limit=41.0) for c in shops(3, rows=40)]
+        one = Federated(channel(clients), rounds=Rounds(1), privacy=ClientLevel(epsilon=40.0, **options))
+        fitted(one)
+        return one.report.epsilon
+
+    assert run(InProcess) == pytest.approx(40.0, rel=1e-3)
+    with pytest.raises(
+        ClientError, match="share of the noise of 1000000000000 clients, where the sum of 2 may be seen"
+    ):
+        run(Claiming)
+    with pytest.raises(
+        ClientError, match="share of the noise of 2 clients, where the sum of 1 may be seen; use row-level"
+    ):
+        run(InProcess, secure=False)
+    client = Client("shop0", shops(1)[0].data, limit=21.0)
+    client.answer(Advertise("f" * 64, 0, 10**12))
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, seat=Seat({}, {}, 2, 1.0, 100.0))
+    with pytest.raises(OptionError, match="the sum of 0 may be seen"):
+        client.answer(replace(task, privacy=ClientLevel().task(1, 10**12)))
 
 
 def test_a_time_box_that_stops_early_costs_less(tmp_path):

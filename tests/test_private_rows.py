@@ -125,6 +125,49 @@ def test_many_rows_are_worked_on_in_parts():
     compare(model, Supervised(model.task), batch_of(model, 70))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("train", ["full", "head"])
+def test_a_row_whose_gradient_is_no_number_adds_nothing(train, value):
+    """Else whoever makes a token's vector NaN sees, through any noise, whether a row has that token."""
+    model = prepared(train=train)
+    batch, loss = batch_of(model), Supervised(model.task)
+    there = (batch.ids == 4).any(dim=1)
+    assert 0 < int(there.sum()) < len(there)
+    others = replace(batch, weight=batch.weight * ~there)
+    wanted = clipped(model.network, loss, others, 0.1)
+    model.network.backbone.get_input_embeddings().weight.data[4] = value
+    assert not by_row(model.network, loss, batch)[1].norms()[there].isfinite().any()
+    for name, got in clipped(model.network, loss, batch, 0.1).items():
+        torch.testing.assert_close(got, wanted[name], msg=name)
+
+
+def test_what_is_tried_first_is_a_row_of_nobody():
+    """Whether the network is refused would else tell of a row."""
+    model, seen = prepared(train="head"), []
+
+    class Looking(Supervised):
+        def __call__(self, network, batch):
+            seen.append(batch)
+            return super().__call__(network, batch)
+
+    loss, batch = Looking(model.task), batch_of(model)
+    for rows in (batch.part(slice(0, 2)), batch.part(slice(5, 6))):
+        RowPrivate(0.0, 1.0, 8, seed=0).backward(model.network, loss, rows, 1.0)
+    first, again, real, other, _, last = seen
+    assert torch.equal(real.ids, batch.ids[:2])
+    assert torch.equal(last.ids, batch.ids[5:6])
+    for one in (first, again, other):
+        assert one.ids.tolist() == [list(range(1, 17))]
+        assert (one.targets.tolist(), one.weight.tolist()) == ([0], [1.0])
+
+
+def test_models_that_are_not_finite_are_refused():
+    model = prepared(train="head")
+    model.network.backbone.get_input_embeddings().weight.data[4] = torch.nan
+    with pytest.raises(OptionError, match="word_embeddings.weight of the model has values that are not finite; begin"):
+        require(model.network, Supervised(model.task), Plan())
+
+
 class Spy(RowPrivate):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)

@@ -23,6 +23,7 @@ from netweight.model import Model, Range, Weights
 from netweight.network import Transformer, tensors
 from netweight.objectives import Adversarial, CausalLM, Contrastive, MaskedLM, RDrop
 from netweight.run.federated.codecs import Full, Int8, RandomK, TopK
+from netweight.run.federated.membership import Membership
 from netweight.run.federated.messages import (
     FitTask,
     Fitted,
@@ -272,6 +273,8 @@ def the_model(body: Any) -> Any:
         (lambda b, t: the_model(b)["network"]["config"].update(num_hidden_layers=10**9), "layers came with"),
         (lambda b, t: the_model(b)["network"]["config"].update(intermediate_size=10**9), "is not as its description"),
         (lambda b, t: the_model(b)["network"]["config"].update(model_type="../x"), "cannot be read"),
+        (lambda b, t: the_model(b)["network"]["config"].update(num_attention_heads=0), "cannot be read: ZeroDivision"),
+        (lambda b, t: the_model(b)["network"].update(outputs=-1), "cannot be read: RuntimeError"),
         (lambda b, t: the_model(b)["patches"].update(shell=1), "does not know how to build"),
         (lambda b, t: the_model(b)["patches"].update(adapters="x"), "cannot be read"),
         (lambda b, t: the_model(b)["encoder"].__setitem__(0, "x"), "KeyError"),
@@ -292,6 +295,44 @@ def test_what_pack_would_not_have_made_is_refused(model: Model, change: Any, sai
     assert same(WIRE.unpack(forged(packed, lambda b, t: None)), ScoreTask(model))
     with pytest.raises(WireError, match=said):
         WIRE.unpack(forged(packed, change))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *(("gpt2", "n_layer"), ("gpt2", "num_hidden_layers")),
+        *(("distilbert", "n_layers"), ("distilbert", "num_hidden_layers")),
+        *(("qwen3", "num_hidden_layers"), ("modernbert", "num_hidden_layers")),
+    ],
+)
+def test_more_layers_than_tensors_are_not_built_whatever_a_family_calls_them(family: str, name: str) -> None:
+    packed = WIRE.pack(ScoreTask(tiny_model(family=family)))
+    assert WIRE.unpack(packed).model.digest
+    with pytest.raises(WireError, match="a network of 300 layers came with"):
+        WIRE.unpack(forged(packed, lambda b, t: the_model(b)["network"]["config"].update({name: 300})))
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "number"),
+    [
+        (Joined(MANIFEST, 10, 2), "rows", 10**400),
+        (Joined(MANIFEST, 10, 2), "labels", -(2**63)),
+        (Fitted({}, 10, 3, 0.5, 0.1), "epsilon", 10**400),
+        (Fitted({}, 10, 3, 0.5, 0.1), "loss", 2**53 + 1),
+        (Membership(0.5, 0.4, 0.6, 0.0, 10, 10), "auc", 10**400),
+    ],
+)
+def test_numbers_that_nothing_can_be_computed_with_are_refused(message: Any, field: str, number: int) -> None:
+    packed = WIRE.pack(message)
+    with pytest.raises(WireError, match=f"field {field} of a {type(message).__name__} is a int; expected: .*64 bits"):
+        WIRE.unpack(forged(packed, lambda b, t: b["message"]["fields"].update({field: number})))
+
+
+def test_an_answer_holds_no_model(model: Model) -> None:
+    packed = WIRE.pack(ScoreTask(model))
+    with pytest.raises(WireError, match="an answer came with a model; clients send tensors only"):
+        WIRE.unpack(packed, answer=True)
+    assert WIRE.unpack(WIRE.pack(Scored(0.5, 7)), answer=True) == Scored(0.5, 7)
 
 
 def test_damage_and_size_are_noticed(model: Model) -> None:
@@ -335,6 +376,12 @@ def test_noise_is_refused_with_a_sentence(text: str) -> None:
         (1, float, True),
         (True, float, False),
         ((1, "a"), tuple[int, str], True),
+        (2**63 - 1, int, True),
+        (2**63, int, False),
+        (2**53, float, True),
+        (-(2**53) - 1, float, False),
+        (1e300, float, True),
+        (1.0, int, False),
         ((1,), tuple[int, str], False),
         ([1], tuple[int, ...], False),
         ({"a": 1}, Mapping[str, int], True),

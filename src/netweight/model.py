@@ -233,7 +233,8 @@ def skeleton(name: str) -> Transformer:
             return network
         config = _configured(name, folder)
         with torch.device("meta"), _quiet():
-            return Transformer(AutoModel.from_config(config), 2, _pooling(folder, config))
+            backbone = AutoModel.from_config(config, trust_remote_code=False)
+            return Transformer(backbone, 2, _pooling(folder, config))
     except (OSError, ValueError, KeyError) as problem:
         raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
 

@@ -343,8 +343,9 @@ def build(spec: dict[str, Any]) -> Network:
     if spec.get("network") == "linear":
         return Linear(**options)
     if spec.get("network") in ("transformer", "exits"):
-        config = dict(options["config"])
-        backbone = AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+        given = dict(options["config"])
+        config = AutoConfig.for_model(given.pop("model_type"), **given)
+        backbone = AutoModel.from_config(config, trust_remote_code=False)
         network = Transformer(backbone, options["outputs"], options["pooling"])
         if spec["network"] == "exits":
             network = Exits(backbone, options["outputs"], options["pooling"], options["after"])

@@ -77,7 +77,8 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
     config.vocab_size = encoder.vocabulary
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = Transformer(AutoModel.from_config(config), task.outputs, "last" if causal(config) else "mean")
+        backbone = AutoModel.from_config(config, trust_remote_code=False)
+        network = Transformer(backbone, task.outputs, "last" if causal(config) else "mean")
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
     table = network.backbone.get_input_embeddings().weight.data  # type: ignore[operator]

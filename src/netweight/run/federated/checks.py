@@ -12,13 +12,14 @@ import torch
 from netweight.run.federated.codecs import Codec, Decoded, Full, parts_of
 from netweight.run.federated.messages import Fitted, Joined, Lost, Manifest, Scored, Tensors
 
+_ROWS = 10**12  # that a client may claim: steps over many more are no numbers that privacy can be counted with
 _CUT = 60  # characters of a value in a message
 
 
 def differing(server: Manifest, client: Joined) -> str:
     """A sentence on the first field in which a client's manifest differs, or on what no client can have; empty where
     all fits."""
-    if client.rows < 0:
+    if not 0 <= client.rows <= _ROWS:
         return f"it says that it has {client.rows} training rows."
     for f in fields(Manifest):
         mine, theirs = getattr(server, f.name), getattr(client.manifest, f.name)
@@ -70,9 +71,9 @@ def _short(value: object) -> str:
 
 @dataclass(frozen=True)
 class Round:
-    """What updates of a round must fit: how they are encoded, the tensors that they change, the names that are
-    encoded as differences, the seed that clients share, how far from the median norm is too far, what they are
-    called, and a norm that is usual whatever the median."""
+    """What updates of a round must fit: how they are encoded, the tensors that they hold, the names of those that are
+    trained, the seed that clients share, how far from the median norm is too far, what they are called, and a norm
+    that is usual whatever the median."""
 
     codec: Codec
     old: Tensors
@@ -102,13 +103,10 @@ class Round:
         return kept, _in_order([*refused, *far.values()])
 
     def norm(self, update: Tensors) -> float:
-        """L2 norm of the change of the parameters; NaN or infinite where a value (of a buffer, too) is not finite."""
+        """L2 norm of the change of the parameters; NaN or infinite where a value is not finite."""
         total = 0.0
-        for name, old in self.old.items():
-            value = update[name]
-            if value.is_floating_point():
-                change = float(torch.linalg.vector_norm(value - old, dtype=torch.float64)) ** 2
-                total += change if name in self.differences or not math.isfinite(change) else 0.0
+        for name in sorted(self.differences & set(self.old)):
+            total += float(torch.linalg.vector_norm(update[name] - self.old[name], dtype=torch.float64)) ** 2
         return math.sqrt(total) if total >= 0 else math.nan
 
     def _misfit(self, sent: Tensors) -> str:
@@ -117,6 +115,10 @@ class Round:
             wanted |= parts_of(self.codec if name in self.differences else Full(), name, old)
         if problem := _differs(wanted, sent):
             return problem
+        for name in sorted(set(self.old) - self.differences):
+            # Nothing that is trained here moves a buffer, and no norm would tell what another one does.
+            if not torch.equal(sent[name], self.old[name]):
+                return f"another {name} than it was given, which training does not change."
         for name, (_, dtype) in wanted.items():
             got = sent[name]
             parameter = name.partition("/")[0]

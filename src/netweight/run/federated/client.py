@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from netweight.data import Dataset, Rows
-from netweight.errors import DataError, LabelError
+from netweight.errors import DataError, LabelError, OptionError
 from netweight.model import Model
 from netweight.run.federated.codecs import encoded, put, seed_of, travelling
 from netweight.run.federated.guard import Guard
@@ -343,6 +344,8 @@ class Kept:
 
     def _path(self, fit: str, round_: int) -> Path:
         assert self.folder is not None
+        if not re.fullmatch("(?:[0-9a-f]{64})?", fit):  # it comes from a server, and could name any folder
+            raise OptionError(f"a fit is named by its SHA-256 in hexadecimal text, and {fit[:80]!r} came.")
         return self.folder / f"rounds-{fit[:16]}" / f"{round_}.safetensors"
 
     def _rounds(self, fit: str) -> list[int]:

@@ -17,7 +17,7 @@ from netweight.errors import NetweightError, WireError
 from netweight.quiet import flower
 from netweight.run.federated.client import Client
 from netweight.run.federated.messages import Answer, Lost, Task
-from netweight.run.federated.wire import Packed, Wire, raw, tensor
+from netweight.run.federated.wire import UNREADABLE, Packed, Wire, raw, tensor
 
 QUERY = "query"  # the one type of message: what is asked stands inside
 _LOOK = 0.05  # seconds between two looks for answers
@@ -145,7 +145,7 @@ class FlowerChannel:
         if said is not None:
             return Lost(name, str(said.get("text", ""))[:2000])
         try:
-            answer: Answer = self.wire.unpack(from_record(reply.content))
+            answer: Answer = self.wire.unpack(from_record(reply.content), answer=True)
             return answer
         except WireError as problem:
             return Lost(name, f"its answer cannot be read: {problem}")
@@ -275,7 +275,9 @@ def from_record(record: Any) -> Packed:
         header = record.config_records["header"]["json"]
         arrays = record.array_records["tensors"]
         held = {name: tensor(a.dtype, tuple(a.shape), a.data) for name, a in arrays.items() if a.stype == _STYPE}
-    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+    except WireError:
+        raise
+    except UNREADABLE as problem:
         raise WireError(f"a Flower message holds no message of ours: {type(problem).__name__}: {problem}") from problem
     if not isinstance(header, str) or len(held) < len(arrays):
         raise WireError("a Flower message holds no message of ours: its header is no text, or its arrays are others.")

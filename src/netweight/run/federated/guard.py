@@ -30,6 +30,7 @@ from netweight.run.federated.messages import (
     Tensors,
     Told,
     Unmask,
+    UpdateNoise,
 )
 from netweight.run.federated.privacy import planned, row_noise, two_thirds
 from netweight.seams import Seams
@@ -58,14 +59,25 @@ class Guard:
         self._members: dict[tuple[str, int], Member] = {}
 
     def admit(self, task: Task) -> None:
-        """Raises OptionError for a task that no noise hides, where there is a limit to what rows may cost."""
-        exact = isinstance(task, ReduceTask) or (isinstance(task, FitTask) and task.privacy is None)
-        if self.limit is not None and exact:
+        """Raises OptionError for a task that no noise hides, or a share of it, where there is a limit to what rows may
+        cost."""
+        if self.limit is None:
+            return
+        if isinstance(task, ReduceTask) or (isinstance(task, FitTask) and task.privacy is None):
             asked = "an exact sum over rows" if isinstance(task, ReduceTask) else "an update without noise"
             raise OptionError(
                 f"{self.name} allows its rows to cost epsilon {self.limit:g} in all, and was asked for {asked}, which "
                 "has no bound; turn privacy on, or start the client without a limit."
             )
+        if isinstance(task, FitTask) and isinstance(task.privacy, UpdateNoise):
+            # Who asks may name any number of clients; how many add their noise, secure aggregation knows.
+            sure = self._member((task.fit, task.round)).least if task.seat else 1
+            if not 0 < task.privacy.cohort <= sure:
+                raise OptionError(
+                    f"{self.name} allows its rows to cost epsilon {self.limit:g} in all, and was asked for its share "
+                    f"of the noise of {task.privacy.cohort} clients, where the sum of {sure} may be seen; use "
+                    "row-level privacy or secure aggregation, or start the client without a limit."
+                )
 
     def stated(self, task: FitTask) -> str:
         """What a fit promises of this client's rows, in a sentence."""
@@ -198,6 +210,11 @@ class Guard:
 
     def _afford(self, task: FitTask, rows: int) -> None:
         assert task.privacy is not None
+        if isinstance(task.privacy, RowNoise) and not 0 <= task.round < task.privacy.rounds:
+            raise OptionError(
+                f"{self.name} was asked for round {task.round} of a fit of {task.privacy.rounds}, counted from 0; "
+                "noise is planned for those alone. Begin another fit."
+            )
         after = epsilon([*self.ledger.of(task.fit), self._round(task, rows)], task.privacy.delta)
         if after > task.privacy.epsilon * _SLACK:
             raise OptionError(

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from netweight.errors import OptionError
 from netweight.loss import Batch, Loss, PseudoLabels, SoftTargets, Supervised
+from netweight.model import positions
 from netweight.objectives import CausalLM, MaskedLM, RDrop
 from netweight.seams import Ask, Seams, Source
 from netweight.train import Plan
 
 _AT_ONCE = 32  # rows whose activations are held together: 0.3 GB for a six-layer encoder of 64 tokens
+_TRIED = 16  # tokens of the row on which a network is tried
 _ALIKE = 1e-2  # relative difference of a norm taken in two ways that rounding may explain, also in bf16
 
 # Losses that are sums over rows, once what they are divided by is a constant.
@@ -69,12 +71,14 @@ class RowPrivate(Seams):
         self.expected = float(batch.everywhere(torch.ones(())))
         total = 0.0
         for part in parts(batch, _AT_ONCE):
-            if not self.checked and part.weight[0] > 0:
+            if not self.checked:
                 self._check(network, loss, part)
             value, rows = by_row(network, loss, part)
             total += value
             norms = rows.norms() * self.expected
-            rows.add((self.limit / norms.clamp(min=1e-12)).clamp(max=1.0) * self.expected)
+            scale = (self.limit / norms.clamp(min=1e-12)).clamp(max=1.0) * self.expected
+            # No noise hides a row that makes the whole sum NaN.
+            rows.add(torch.where(norms.isfinite(), scale, 0.0))
         return total
 
     def sync(self, network: nn.Module, value: float) -> float:
@@ -96,7 +100,7 @@ class RowPrivate(Seams):
     def _check(self, network: nn.Module, loss: Ask, batch: Batch) -> None:
         """A parameter that is used outside of its own layer would escape clipping: compare one row with autograd."""
         self.checked = True
-        one = next(parts(batch, 1))
+        one = nobodys(batch, min(_TRIED, positions(network.backbone) or _TRIED))
         trained = [p for p in network.parameters() if p.requires_grad]
         # Without dropout: clients in one process share the generator that it draws from.
         was, _ = network.training, network.eval()
@@ -110,7 +114,6 @@ class RowPrivate(Seams):
         network.train(was)
         theirs = float(torch.stack([g.norm() for g in found if g is not None]).norm())
         if abs(mine - theirs) > _ALIKE * theirs + 1e-9:
-            # No numbers: they are one row's, and this text reaches the server.
             raise OptionError(
                 "the gradient of a row is not what its layers account for: something that is trained is used "
                 "outside of its layer, where row-level privacy cannot reach it. Freeze it, train LoRA or the head, or "
@@ -121,8 +124,8 @@ class RowPrivate(Seams):
 def require(network: nn.Module, loss: Loss, plan: Plan) -> None:
     """Refuse what row-level privacy cannot hide.
 
-    Raises OptionError for a loss that is no sum over rows, a plan that mixes rows or splits steps, and trained
-    parameters of layers whose gradients by row are not known.
+    Raises OptionError for a loss that is no sum over rows, a plan that mixes rows or splits steps, values that are not
+    finite, and trained parameters of layers whose gradients by row are not known.
     """
     if not isinstance(loss, _BY_ROW):
         raise OptionError(
@@ -136,6 +139,8 @@ def require(network: nn.Module, loss: Loss, plan: Plan) -> None:
             f"accumulate={plan.accumulate}: a step with row-level privacy has one batch, of any size (its rows are "
             f"worked on {_AT_ONCE} at a time); use batch_size={plan.batch_size * plan.accumulate} and accumulate=1."
         )
+    if odd := [name for name, value in network.state_dict().items() if not value.isfinite().all()]:
+        raise OptionError(f"{odd[0]} of the model has values that are not finite; begin with another model.")
     for name, module in _owners(network):
         if _kind(module) is None:
             advice = (
@@ -153,6 +158,14 @@ def parts(batch: Batch, size: int) -> Iterator[Batch]:
         cut = slice(start, start + size)
         held = {f.name: getattr(batch, f.name)[cut] for f in fields(batch) if f.name not in ("teachers", "everywhere")}
         yield replace(batch, **held, teachers=tuple(t[cut] for t in batch.teachers))
+
+
+def nobodys(batch: Batch, length: int) -> Batch:
+    """A row that looks like those of a batch and has nothing of them: what is tried on it may be told."""
+    ids = torch.arange(1, length + 1, dtype=batch.ids.dtype, device=batch.ids.device)[None]
+    said = tuple(torch.arange(t.shape[1], dtype=t.dtype, device=t.device)[None] for t in batch.teachers)
+    one = replace(batch, ids=ids, mask=torch.ones_like(ids), types=torch.zeros_like(ids), teachers=said)
+    return replace(one, targets=torch.zeros_like(batch.targets[:1]), weight=torch.ones_like(batch.weight[:1]))
 
 
 @dataclass
@@ -195,17 +208,20 @@ class RowGradients:
         return total.sqrt()
 
     def add(self, scale: Tensor) -> None:
-        """Add the sum over rows of scale (n,) times each row's gradient to what the parameters hold."""
+        """Add the sum over rows of scale (n,) times each row's gradient to what the parameters hold. A row whose scale
+        is 0 adds nothing, whatever is in it: 0 times NaN would be NaN."""
+        scale = scale[:, None, None]
         for layer in self.seen:
             given, grad = layer.both()
-            grad = grad * scale[:, None, None]
+            grad = torch.where(scale > 0, grad * scale, 0.0)
             weight, bias = _own(layer.module)
             if bias is not None:
                 _add(bias, grad.sum(dim=(0, 1)))
             if weight is not None and weight.ndim == 2:
-                _add(weight, grad.flatten(0, 1).T @ given.flatten(0, 1))
+                _add(weight, grad.flatten(0, 1).T @ torch.where(scale > 0, given, 0.0).flatten(0, 1))
             elif weight is not None:
-                _add(weight, (grad * _normed(layer.module, given)).sum(dim=(0, 1)))
+                normed = torch.where(scale > 0, _normed(layer.module, given), 0.0)
+                _add(weight, (grad * normed).sum(dim=(0, 1)))
 
 
 def by_row(network: nn.Module, loss: Ask, batch: Batch) -> tuple[float, RowGradients]:

@@ -134,6 +134,11 @@ class Member:
         self._held: dict[str, bytes] = {}
         self._sent = self._told = False
 
+    @property
+    def least(self) -> int:
+        """How many clients' vectors a sum holds that can be seen; 0 before it is known who they are."""
+        return self.threshold if self._all else 0
+
     def advertise(self) -> Keys:
         """Round 1: this client's public keys."""
         return Keys(_public(self._seal), _public(self._mask))

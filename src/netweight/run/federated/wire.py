@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from netweight.encode import TextEncoder
 from netweight.errors import NetweightError, WireError
@@ -65,6 +66,8 @@ KINDS: tuple[type, ...] = (
 )
 _HEADER = 16 << 20  # characters of JSON; a tokenizer of 250,000 words takes 10 to 17 million, and travels beside it
 _DEPTH = 24
+_LAYERS = "num_hidden_layers"  # what transformers calls it; GPT-2 says n_layer, DistilBERT n_layers
+_WHOLE, _EXACT = 2**63, 2**53  # whole numbers lie below the one; those that a float holds exactly, up to the other
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -72,6 +75,11 @@ _DTYPES = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
+# What odd values may raise where a message, or a network that it describes, is made of them.
+UNREADABLE = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, ImportError),
+    NetweightError,
+)
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,9 @@ class Wire:
         text = json.dumps(body)
         return Packed(json.dumps({"sha256": digest(text, packing.tensors), "body": text}), packing.tensors)
 
-    def unpack(self, packed: Packed) -> Any:
-        """Inverse of `pack`. Raises WireError for everything that `pack` would not have made."""
+    def unpack(self, packed: Packed, answer: bool = False) -> Any:
+        """Inverse of `pack`. Raises WireError for everything that `pack` would not have made, and for models in what
+        is to be an `answer`: clients send none, so a server builds none."""
         try:
             size = packed.bytes
             if len(packed.header) > _HEADER or size > self.most:
@@ -139,9 +148,13 @@ class Wire:
             if outer["sha256"] != digest(text, packed.tensors):
                 raise WireError("a message was changed on its way: its hash does not hold.")
             body = json.loads(text)
+            if answer and body["models"]:
+                raise WireError("an answer came with a model; clients send tensors only.")
             reading = _Reading(self, packed.tensors, body["models"])
             message = reading.value(body["message"], 0)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as problem:
+        except WireError:
+            raise
+        except UNREADABLE as problem:
             raise WireError(f"a message cannot be read: {type(problem).__name__}: {problem}") from problem
         if type(message) not in MESSAGES:
             raise WireError(f"a {type(message).__name__} came where a message was expected.")
@@ -268,7 +281,10 @@ class _Reading:
             raise WireError(f"a {name} came with the fields {sorted(given)}; it has {sorted(hints)}.")
         for field, hint in hints.items():
             if not fits(given[field], hint):
-                raise WireError(f"field {field} of a {name} is a {type(given[field]).__name__}; expected: {hint}.")
+                raise WireError(
+                    f"field {field} of a {name} is a {type(given[field]).__name__}; expected: {hint}, of whole numbers "
+                    "those of 64 bits (53 where numbers may have a fraction)."
+                )
         try:
             return kind(**given)
         except NetweightError as problem:
@@ -312,9 +328,9 @@ def _fits_spec(wire: Wire, spec: dict[str, Any], held: Mapping[str, Tensor]) -> 
     if unknown:
         raise WireError(f"a network with {', '.join(sorted(unknown))} came; this client does not know how to build it.")
     # An honest network has at least a tensor in each layer: building a billion of them ends here.
-    layers = spec["network"].get("config", {}).get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > len(held):
-        raise WireError(f"a network of {layers} layers came with {len(held)} tensors.")
+    for layers in _layers(spec["network"].get("config", {})):
+        if not isinstance(layers, int) or layers > len(held):
+            raise WireError(f"a network of {layers} layers came with {len(held)} tensors.")
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             wanted = {name: value.shape for name, value in _rebuilt(wire, spec).state_dict().items()}
@@ -326,6 +342,13 @@ def _fits_spec(wire: Wire, spec: dict[str, Any], held: Mapping[str, Tensor]) -> 
             f"{odd[0]} of a network is not as its description says ({len(odd)} tensor(s) differ): what was put into it "
             "cannot be rebuilt by a client, so it cannot be trained in a federated run."
         )
+
+
+def _layers(config: Mapping[str, Any]) -> list[Any]:
+    """What a configuration says of its number of layers, under each name that its family has for it. Of the text, not
+    of what is built: some configurations hold a list with an entry for each layer."""
+    known = CONFIG_MAPPING[config["model_type"]].attribute_map if config else {}
+    return [config[name] for name in {_LAYERS, known.get(_LAYERS, _LAYERS)} & set(config)]
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -343,8 +366,8 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, dict) and all(fits(v, inner[1]) for v in value.values())
     if getattr(hint, "_is_protocol", False):
         return hasattr(type(value), "__dataclass_fields__")
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and (abs(value) < _WHOLE if hint is int else abs(value) <= _EXACT)
     return hint is Any or isinstance(value, hint)
 
 
