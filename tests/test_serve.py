@@ -18,11 +18,13 @@ import pytest
 
 from conftest import many_rows
 from netweight import artifact
+from netweight.artifact import Tier
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.errors import CorruptArtifact, OptionError
 from netweight.serve import hosted
 from netweight.serve import queue as queues
+from netweight.serve import server as processes
 from netweight.serve.app import application
 from netweight.serve.crowd import Crowd
 from netweight.serve.hosted import Models
@@ -497,3 +499,32 @@ def test_a_damaged_folder_is_refused_and_the_old_version_stays(server: Server, m
     assert server.post({"texts": ["a"]}).status_code == 200
     with pytest.raises(OptionError, match="cannot be called"):
         server.models.load(made, "a/b")
+
+
+def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
+    server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All hashes are right; what is raised is ONNX Runtime's own."""
+    monkeypatch.setattr(processes, "_LOOK", 0.01)
+    good, first = changed(made, tmp_path / "good.nw"), server.models["shop"].engine.version
+    manifest = artifact.read_manifest(made)
+    contents = {name: artifact.read_file(made, manifest, name) for name in manifest.files}
+    tiers = (Tier("encoder", "onnx", manifest.tiers[0].file),)
+    contents[manifest.tiers[0].file] = b"no network"
+
+    async def work() -> None:
+        following = asyncio.create_task(processes.follow(server.models))
+
+        async def until(true: Callable[[], bool]) -> None:
+            while not true():
+                assert not following.done(), following
+                await asyncio.sleep(0.01)
+
+        await asyncio.sleep(0)  # it has seen what is there
+        artifact.save(made, replace(manifest, tiers=tiers), contents)
+        await until(lambda: f"shop stays at version {first}" in caplog.text)
+        newer = load(changed(good, made), 1).version
+        await until(lambda: server.models["shop"].engine.version == newer)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
