@@ -166,6 +166,23 @@ def test_bad_bodies(server: Server, body: Any, status: int, code: str, text: str
     assert said["request_id"] == response.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(("verb", "body"), [("predict", {"texts": ["a"]}), ("explain", {"text": "a"})])
+def test_pages_of_other_sites_may_not_ask(server: Server, verb: str, body: Any) -> None:
+    """A browser sends the text of any page without asking first (`mode: "no-cors"`), and says whose page it is."""
+
+    async def work(client: Any) -> dict[str, Any]:
+        sites = ("cross-site", "same-site", "same-origin", "none")
+        headers = [{"Sec-Fetch-Site": site, "Content-Type": "text/plain"} for site in sites]
+        asks = [client.post(f"/v1/models/shop/{verb}", json=body, headers=h) for h in headers]
+        return dict(zip(sites, await asyncio.gather(*asks), strict=True))
+
+    said = server.run(work)
+    assert {site: one.status_code for site, one in said.items()} == {
+        "cross-site": 403, "same-site": 403, "same-origin": 200, "none": 200,
+    }  # fmt: skip
+    assert said["cross-site"].json()["code"] == said["same-site"].json()["code"] == "other-site"
+
+
 def test_wrong_places(server: Server) -> None:
     unknown = server.post({"texts": ["a"]}, model="other").json()
     assert unknown["code"] == "unknown-model"
