@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,11 @@ def test_scores_are_certified_and_recomputed() -> None:
         assert certificate.calibration is None
         verify(Certificate.from_json(certificate.to_json()), Outcomes.from_json(outcomes.to_json()))
         assert "all 400" in matches(certificate, outcomes, rows, safe)
+        for nothing in (np.nan, np.inf):
+            said = safe.logits.copy()
+            said[:3] = nothing
+            with pytest.raises(CertificateError, match="on 3 of 400 certify rows safe predicts otherwise"):
+                matches(certificate, outcomes, rows, Answers(said, np.ones(400)))
     # The margin of a mean absolute error is percent of the reference's.
     assert certificate.final.margin == pytest.approx(0.1 * float(np.abs(reference[:, 0] - true).mean()))
 
@@ -147,6 +153,10 @@ def test_a_changed_number_is_found_and_named() -> None:
         verify(changed, outcomes)
     with pytest.raises(CertificateError, match=r"verdict is 'worse' in the certificate, and 'certified'"):
         verify(replace(certificate, verdict="worse"), outcomes)
+    for bound in (-math.inf, math.inf, math.nan):
+        forged = replace(certificate.reference, low=bound)
+        with pytest.raises(CertificateError, match=r"reference.low is -?(inf|nan) in the certificate, and 0\.9"):
+            verify(Certificate.from_json(replace(certificate, reference=forged).to_json()), outcomes)
     better = outcomes.candidates["bad"].copy()
     better[20:, 0] = better[20:, 1]
     with pytest.raises(CertificateError, match="recomputed"):

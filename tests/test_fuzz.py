@@ -18,6 +18,8 @@ import httpx
 import pytest
 import schemathesis
 import uvicorn
+from starlette.responses import PlainTextResponse
+from uvicorn.server import ServerState
 
 from netweight.serve import body as bodies
 from netweight.serve.app import application
@@ -232,6 +234,42 @@ def test_a_wish_for_another_protocol_is_passed_over(listening: Listening) -> Non
         said = listening.talk(*parts, pause=0.05)
         assert said.startswith(b"HTTP/1.1 200"), said
     assert listening.talk(b"CONNECT else.where:443 HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+class Kept(asyncio.Transport):
+    """What is written is kept, and nothing is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = b""
+
+    def write(self, data: Any) -> None:
+        self.said += data
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None: ...
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+
+
+def test_many_wishes_at_once_are_answered() -> None:
+    """They come in one read, which is parsed as deep as one of them is."""
+    wish = b"GET / HTTP/1.1\r\nHost: fuzz\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+    async def work() -> bytes:
+        config = uvicorn.Config(PlainTextResponse("yes"), ws="none", log_config=None, access_log=False)
+        state, transport = ServerState(), Kept()
+        wire = Wire(config, state, {}, asyncio.get_running_loop())
+        wire.connection_made(transport)
+        wire.data_received(wish * 600)
+        while state.tasks:  # each starts the next
+            await asyncio.gather(*state.tasks)
+        wire.connection_lost(None)
+        return transport.said
+
+    assert asyncio.run(work()).count(b"HTTP/1.1 200 OK") == 600
 
 
 def test_clients_that_go_in_the_middle_are_no_fault_of_the_server(

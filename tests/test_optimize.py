@@ -21,6 +21,7 @@ import pytest
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
 from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
+from netweight.certify import Outcomes
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
 from netweight.data import Dataset, Rows
@@ -35,6 +36,7 @@ from netweight.pipeline import optimize, store_of
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL, Store
+from netweight.task import Score
 from netweight.techniques import Distill, EarlyExit, Quantize
 from netweight.train import Silent
 
@@ -567,6 +569,15 @@ def test_an_artifact_that_answers_otherwise_is_not_certified(
     with pytest.raises(CertificateError, match="answers 7 of 500 certify rows otherwise than the candidate"):
         again(shop, copied)
     assert artifact.check(copied) == before
+
+
+def test_an_artifact_that_says_no_number_is_not_what_was_tested() -> None:
+    rows = ("a", "b", "c")
+    builder: Any = SimpleNamespace(task=Score(), data=SimpleNamespace(certify=SimpleNamespace(rows=rows)))
+    tested = Outcomes(rows, np.zeros((3, 2)), {"one": np.zeros((3, 2))}, np.ones(3))
+    said = Outputs(np.array([[0.0], [np.nan], [np.nan]]), np.ones(3), np.zeros(3, np.int64))
+    with pytest.raises(CertificateError, match="answers 2 of 3 certify rows otherwise than the candidate"):
+        ship._held(builder, said, tested, "one")
 
 
 @pytest.mark.parametrize(

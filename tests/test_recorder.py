@@ -94,6 +94,19 @@ def test_texts_worth_labelling_are_kept_once(models: Models, tmp_path: Path) -> 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_kept_texts_are_for_their_owner_alone(models: Models, tmp_path: Path) -> None:
+    """In a file that was there already, and in the one that is begun anew where logrotate has moved it away."""
+    path = tmp_path / "rows.jsonl"
+    path.touch()
+    path.chmod(0o644)
+    outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), np.zeros(len(TEXTS)), np.zeros(len(TEXTS), np.int64))
+    keeper = Keeper(path)
+    path.rename(tmp_path / "rows.jsonl.1")
+    keeper(models["made"], TEXTS, None, outputs)
+    assert path.read_bytes()
+    assert [stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("rows.jsonl*")] == [0o600] * 2
+
+
 def test_half_a_line_that_a_kill_left_stops_nothing(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": "a', encoding="utf-8")

@@ -222,7 +222,9 @@ def test_one_model_is_always_awake(made: Path) -> None:
     assert models["a"].memory >= artifact.size(made, artifact.read_manifest(made))
 
 
-def test_a_model_that_cannot_be_woken_is_a_problem_of_the_moment(made: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_woken_is_a_problem_of_the_moment(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = changed(made, tmp_path / "gone.nw")
     models = Models(1, memory=1)
     models.load(folder, "gone")
@@ -232,6 +234,10 @@ def test_a_model_that_cannot_be_woken_is_a_problem_of_the_moment(made: Path, tmp
         asyncio.run(models.answer("gone", TEXTS[:1]))
     assert (caught.value.status, caught.value.headers["Retry-After"]) == (503, "5")
     (tmp_path / "manifest.json").rename(folder / artifact.MANIFEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(hosted, "load", lambda *_: 1 / 0)  # an engine's own error
+        with pytest.raises(Problem, match="model 'gone' cannot be loaded now"):
+            asyncio.run(models.answer("gone", TEXTS[:1]))
     assert asyncio.run(models.answer("gone", TEXTS[:1]))[0].name == "gone"
 
 

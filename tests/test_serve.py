@@ -18,11 +18,13 @@ import pytest
 
 from conftest import many_rows
 from netweight import artifact
+from netweight.artifact import Tier
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.errors import CorruptArtifact, OptionError
 from netweight.serve import hosted
 from netweight.serve import queue as queues
+from netweight.serve import server as processes
 from netweight.serve.app import application
 from netweight.serve.crowd import Crowd
 from netweight.serve.hosted import Models
@@ -162,6 +164,23 @@ def test_bad_bodies(server: Server, body: Any, status: int, code: str, text: str
     assert (response.status_code, said["status"], said["code"]) == (status, status, code)
     assert text in said["detail"]
     assert said["request_id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.parametrize(("verb", "body"), [("predict", {"texts": ["a"]}), ("explain", {"text": "a"})])
+def test_pages_of_other_sites_may_not_ask(server: Server, verb: str, body: Any) -> None:
+    """A browser sends the text of any page without asking first (`mode: "no-cors"`), and says whose page it is."""
+
+    async def work(client: Any) -> dict[str, Any]:
+        sites = ("cross-site", "same-site", "same-origin", "none")
+        headers = [{"Sec-Fetch-Site": site, "Content-Type": "text/plain"} for site in sites]
+        asks = [client.post(f"/v1/models/shop/{verb}", json=body, headers=h) for h in headers]
+        return dict(zip(sites, await asyncio.gather(*asks), strict=True))
+
+    said = server.run(work)
+    assert {site: one.status_code for site, one in said.items()} == {
+        "cross-site": 403, "same-site": 403, "same-origin": 200, "none": 200,
+    }  # fmt: skip
+    assert said["cross-site"].json()["code"] == said["same-site"].json()["code"] == "other-site"
 
 
 def test_wrong_places(server: Server) -> None:
@@ -497,3 +516,32 @@ def test_a_damaged_folder_is_refused_and_the_old_version_stays(server: Server, m
     assert server.post({"texts": ["a"]}).status_code == 200
     with pytest.raises(OptionError, match="cannot be called"):
         server.models.load(made, "a/b")
+
+
+def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
+    server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All hashes are right; what is raised is ONNX Runtime's own."""
+    monkeypatch.setattr(processes, "_LOOK", 0.01)
+    good, first = changed(made, tmp_path / "good.nw"), server.models["shop"].engine.version
+    manifest = artifact.read_manifest(made)
+    contents = {name: artifact.read_file(made, manifest, name) for name in manifest.files}
+    tiers = (Tier("encoder", "onnx", manifest.tiers[0].file),)
+    contents[manifest.tiers[0].file] = b"no network"
+
+    async def work() -> None:
+        following = asyncio.create_task(processes.follow(server.models))
+
+        async def until(true: Callable[[], bool]) -> None:
+            while not true():
+                assert not following.done(), following
+                await asyncio.sleep(0.01)
+
+        await asyncio.sleep(0)  # it has seen what is there
+        artifact.save(made, replace(manifest, tiers=tiers), contents)
+        await until(lambda: f"shop stays at version {first}" in caplog.text)
+        newer = load(changed(good, made), 1).version
+        await until(lambda: server.models["shop"].engine.version == newer)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 60))

@@ -223,7 +223,7 @@ def _held(builder: Builder, said: Outputs, outcomes: Outcomes, shipped: str) -> 
     rows = builder.data.certify.rows
     expected = outcomes.candidates[shipped][:, 0]
     now = builder.task.outcomes(said.logits, np.zeros(len(rows)))[:, 0]
-    differ = int((np.abs(now - expected) > 1e-4 * max(1.0, float(np.abs(expected).max()))).sum())
+    differ = int((~(np.abs(now - expected) <= 1e-4 * max(1.0, float(np.abs(expected).max())))).sum())  # NaN is far
     if differ:
         raise CertificateError(
             f"the saved artifact answers {differ:,} of {len(rows):,} certify rows otherwise than the candidate that "

@@ -186,7 +186,8 @@ def _difference(stored: Any, now: Any, where: str) -> tuple[str, Any, Any] | Non
     elif isinstance(stored, tuple) and isinstance(now, tuple) and len(stored) == len(now):
         steps = [(f"{where}[{i}]", one, two) for i, (one, two) in enumerate(zip(stored, now, strict=True))]
     elif isinstance(stored, float) and isinstance(now, float):
-        return None if abs(stored - now) <= 1e-6 * max(1.0, abs(stored)) else (where, stored, now)
+        near = math.isfinite(stored) and abs(stored - now) <= 1e-6 * max(1.0, abs(stored))
+        return None if near else (where, stored, now)
     else:
         return None if stored == now else (where, stored, now)
     return next((found for name, one, two in steps if (found := _difference(one, two, name))), None)

@@ -64,7 +64,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
     allowed = 0.0 if isinstance(task, Classify) else _SCORE_TOLERANCE * task.scale
     # Texts that are equal but for capitals or spaces have one key, and need not have one prediction.
     if differ := sum(
-        np.abs(now[found[key]] - said).min() > allowed for key, said in zip(outcomes.keys, then, strict=True)
+        not (np.abs(now[found[key]] - said) <= allowed).any() for key, said in zip(outcomes.keys, then, strict=True)
     ):
         raise CertificateError(
             f"on {differ:,} of {len(outcomes):,} certify rows {name} predicts otherwise than when it was certified; "

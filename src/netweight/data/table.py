@@ -6,7 +6,7 @@ import codecs
 import csv
 import json
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -274,8 +274,7 @@ def _objects(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 
 def _distinct(names: Iterable[str], table: str) -> None:
-    seen = list(names)
-    twice = sorted({name for name in seen if seen.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise DataError(f"{table} has more than one column named {', '.join(map(repr, twice))}; rename them.")
 

@@ -63,7 +63,7 @@ def application(
     @app.post(
         "/v1/models/{name}/predict",
         response_model=Reply,
-        responses=responses(400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
+        responses=responses(400, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}},
     )
     async def predict(name: str, request: Request) -> Response:

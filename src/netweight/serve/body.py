@@ -18,7 +18,15 @@ class Bodies:
 
     async def read(self, request: Request) -> bytes:
         """At most MOST_BYTES. Raises Problem."""
-        encoding = dict(request.scope["headers"]).get(b"content-encoding", b"identity")
+        headers = dict(request.scope["headers"])
+        # Browsers ask nobody before a page sends text elsewhere, and any page may send it to this machine.
+        if headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site"):
+            raise Problem(
+                403,
+                "other-site",
+                "a page of another site asks (Sec-Fetch-Site); ask from the page of this server, or outside a browser.",
+            )
+        encoding = headers.get(b"content-encoding", b"identity")
         if encoding.strip().lower() != b"identity":
             raise Problem(415, "encoded-body", "send the JSON as it is, without Content-Encoding.")
         parts, size = [], 0

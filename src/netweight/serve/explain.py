@@ -30,7 +30,7 @@ def explanations(app: FastAPI, models: Models, body: Body, ask: Ask) -> None:
     @app.post(
         "/v1/models/{name}/explain",
         response_model=WordsReply,
-        responses=responses(400, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
+        responses=responses(400, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504),
         openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _schema()}}}},
     )
     async def explain(name: str, request: Request) -> Response:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from netweight import artifact
 from netweight.engine import Engine, load
 from netweight.engine.cascade import expect
-from netweight.errors import ArtifactError, OptionError
+from netweight.errors import OptionError
 from netweight.monitor.log import read_fingerprint
 from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
@@ -141,7 +141,7 @@ class Models:
         with self._changing:
             try:
                 return self._hosted.get(name) or self._load(self._known[name][0], name)
-            except (ArtifactError, OSError) as problem:
+            except Exception as problem:  # every engine has errors of its own
                 log.exception("%s could not be woken", name)
                 raise Problem(
                     503, "not-ready", f"model {name!r} cannot be loaded now.", {"Retry-After": "5"}

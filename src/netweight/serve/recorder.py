@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +121,13 @@ class Recorder:
 class Keeper:
     """Keeps texts that the model is less sure of than of nearly all certified ones, each once, 10,000 at most.
 
-    The file is for its owner's eyes only: it holds what customers wrote.
+    The file is for its owner's eyes only, since it holds what customers wrote: one that was there already, and one
+    that is begun anew where it was moved away, as well.
     """
 
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)
+        path.chmod(0o600)
         self._path = path
         held = path.read_bytes()
         if not held.endswith(b"\n") and held:
@@ -159,5 +162,5 @@ class Keeper:
                 row["confidence"] = round(float(outputs.confidence[i]), 6)  # type: ignore[assignment]
                 lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if lines:
-            with self._path.open("a", encoding="utf-8") as file:
+            with open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
                 file.writelines(lines)

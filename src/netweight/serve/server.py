@@ -162,7 +162,7 @@ def written(options: Options, models: Models, metrics: Metrics) -> tuple[Recorde
 
 
 async def follow(models: Any) -> None:
-    """Load a model again when its folder was replaced. One that is damaged is refused, and the old one stays."""
+    """Load a model again when its folder was replaced. One that does not load is refused, and the old one stays."""
     seen = {hosted.name: _mark(hosted.folder) for hosted in models}
     while True:
         await asyncio.sleep(_LOOK)
@@ -176,6 +176,8 @@ async def follow(models: Any) -> None:
                 log.info("%s: version %s in the place of %s", hosted.name, newer.engine.version, hosted.engine.version)
             except (NetweightError, OSError) as problem:
                 log.error("%s stays at version %s: %s", hosted.name, hosted.engine.version, problem)
+            except Exception:  # whole files that no engine can load: every library has errors of its own
+                log.exception("%s stays at version %s", hosted.name, hosted.engine.version)
 
 
 def _mark(folder: Path) -> tuple[int, int] | None:

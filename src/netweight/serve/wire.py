@@ -44,12 +44,16 @@ class Wire(HttpToolsProtocol):
         """A head is counted after what came with its beginning: the parser would take any number of bytes."""
         self._unset_keepalive_if_required()
         self._head += len(data)
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as found:
-            self._stay(data[found.args[0] :])
-        except httptools.HttpParserError:
-            self.send_400_response("it cannot be parsed.")
+        waiting: list[bytes | memoryview] = [memoryview(data)]  # the last is next; hundreds may come at once
+        while waiting:
+            part = waiting.pop()
+            try:
+                self.parser.feed_data(part)
+            except httptools.HttpParserUpgrade as found:
+                waiting += self._stay(part[found.args[0] :])
+            except httptools.HttpParserError:
+                self.send_400_response("it cannot be parsed.")
+                break
         if self._in_head and self._head > self.HEAD_BYTES and not self.transport.is_closing():
             self._refuse(Problem(431, "head-too-large", f"path and headers may have {self.HEAD_BYTES:,} bytes."))
 
@@ -107,16 +111,16 @@ class Wire(HttpToolsProtocol):
 
         super()._start_asgi_task(cycle, careful)
 
-    def _stay(self, rest: bytes) -> None:
+    def _stay(self, rest: bytes | memoryview) -> list[bytes | memoryview]:
         """A client would rather speak another protocol, as Java's does with each first request. Its parser skips the
-        body of such a request, so the request is read again as one that does not ask."""
+        body of such a request, so the request is read again as one that does not ask: its head, before the rest."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             self.send_400_response("this is no proxy.")
-            return
+            return []
         kept = [b"%s: %s\r\n" % header for header in self.headers if header[0] not in (b"connection", b"upgrade")]
         self.parser = httptools.HttpRequestParser(self)
-        self.data_received(b"".join([method, b" ", self.url, b" HTTP/1.1\r\n", *kept, b"\r\n", rest]))
+        return [rest, b"".join([method, b" ", self.url, b" HTTP/1.1\r\n", *kept, b"\r\n"])]
 
     def _look(self) -> None:
         now = self.loop.time()
