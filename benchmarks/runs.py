@@ -34,11 +34,12 @@ from netweight.data.rows import Sealed
 from netweight.loss import Supervised
 from netweight.measure import machine
 from netweight.model import Model, pretrained
+from netweight.reporter import Silent
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.seams import Seams
 from netweight.task import Classify
 from netweight.techniques.finetune import freeze_embeddings
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 
 RESULTS = Path(__file__).parent / "results" / "runs.json"
 _TEXT = (

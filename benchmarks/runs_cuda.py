@@ -38,13 +38,14 @@ from netweight.loss import Supervised
 from netweight.measure import cores, machine
 from netweight.model import Model, pretrained
 from netweight.network import Transformer
+from netweight.reporter import Silent
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.group import device_of
 from netweight.run.planner import Job, needs
 from netweight.run.strategies import seams_of
 from netweight.seams import Seams
 from netweight.task import Classify
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 
 RESULTS = Path(__file__).parent / "results" / "runs-cuda.json"
 _FIRST = 4  # steps that are left out: memory is taken, kernels are chosen

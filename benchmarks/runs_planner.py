@@ -38,13 +38,14 @@ from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
 from netweight.loss import Supervised
 from netweight.model import Model, pretrained
+from netweight.reporter import Silent
 from netweight.run import Local, Parallel, Pool, Setup
 from netweight.run.commands import Strategy
 from netweight.run.planner import Job, needs
 from netweight.run.strategies import seams_of
 from netweight.seams import Seams
 from netweight.task import Classify
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 
 _MAPPED = (-3, 1 << 16)  # glibc's M_MMAP_THRESHOLD, bytes
 CELLS: tuple[tuple[Literal["local"] | Strategy, bool], ...] = (

@@ -14,10 +14,11 @@ from conftest import tiny_model
 from netweight.data import Dataset
 from netweight.errors import RunError
 from netweight.loss import Supervised
+from netweight.reporter import Silent
 from netweight.run.commands import Cancel, Do, Done, Failed, Fit, Give, Idle, Open, Result, Setup, Strategy, Told, Waits
 from netweight.run.crew import Crew
 from netweight.run.group import File, Join
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 
 GONE = None  # what a member that is lost says
 WAITS = Waits("the others are gone")

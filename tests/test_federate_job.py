@@ -26,6 +26,7 @@ from netweight.federate.start import REPORTS, Deployment, Place, kept_apart
 from netweight.job import Budget, Job, Options, Tables, prepare
 from netweight.loss import Supervised
 from netweight.model import Model
+from netweight.reporter import Silent
 from netweight.run import Local
 from netweight.run.federated import Automatic, Client, InProcess, Rounds
 from netweight.run.federated.messages import Answer, FitTask, Lost, ReduceTask, Task
@@ -34,7 +35,7 @@ from netweight.store import store_of
 from netweight.summary import verify
 from netweight.task import Classify, Score
 from netweight.techniques import Distill, Finetune, Quantize, Static
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 from test_federate import Federation, Joining, ended, free_port, waited
 from test_private_federated import shops
 

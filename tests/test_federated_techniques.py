@@ -20,6 +20,7 @@ from netweight.job import Budget, Job, Options, Tables
 from netweight.loss import Loss, short_row
 from netweight.model import Model
 from netweight.pipeline import optimize, run
+from netweight.reporter import Silent
 from netweight.run import Local
 from netweight.run.base import Statistic
 from netweight.run.federated import Client, Federated, Int8, Rounds, Travel
@@ -36,7 +37,7 @@ from netweight.techniques import (
 from netweight.techniques.finetune import Moments
 from netweight.techniques.prune import Gradients
 from netweight.testing import TechniqueContract
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 from quick import LORA, TECHNIQUES, VARIANTS, some
 
 PLAN = Plan(batch_size=16, precision="fp32")

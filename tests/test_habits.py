@@ -33,6 +33,7 @@ GROUPS = (
         "answers",
         "llm",
         "seams",
+        "reporter",
         "train",
         "track",
         "run",

@@ -33,12 +33,12 @@ from netweight.explain import explain
 from netweight.job import Budget, Options
 from netweight.model import Model, weights_digest
 from netweight.pipeline import optimize, store_of
+from netweight.reporter import Silent
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL, Store
 from netweight.task import Score
 from netweight.techniques import Distill, EarlyExit, Quantize
-from netweight.train import Silent
 
 # --- what comes out ---
 

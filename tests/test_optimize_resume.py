@@ -15,8 +15,8 @@ import pytest
 
 from conftest import Shop, again, journal, looks, store_of
 from netweight import artifact, summary
+from netweight.reporter import Silent
 from netweight.ship import Result
-from netweight.train import Silent
 from netweight.trials import _SHORT
 
 TESTS = Path(__file__).parent
@@ -97,7 +97,7 @@ from conftest import many_rows, quick_measuring, tiny_base, tiny_model
 from netweight.export import export
 from netweight.pipeline import optimize
 from netweight.techniques import Distill, Quantize
-from netweight.train import Silent
+from netweight.reporter import Silent
 
 folder, seed = Path(sys.argv[1]), int(sys.argv[3])
 quick_measuring(pytest.MonkeyPatch())

@@ -21,6 +21,7 @@ from netweight.encode import TextEncoder
 from netweight.errors import OptionError
 from netweight.job import Budget, Job, Options, Tables
 from netweight.model import Model
+from netweight.reporter import Silent
 from netweight.run import Local
 from netweight.scratch import scratch
 from netweight.search import Rung
@@ -28,7 +29,6 @@ from netweight.ship import _remarks
 from netweight.store import Store
 from netweight.task import Classify
 from netweight.techniques import Quantize, Recipe, Static
-from netweight.train import Silent
 
 SMALL = partial(scratch, vocabulary=600, layers=1, hidden=32, heads=2)
 

@@ -25,11 +25,11 @@ from netweight.data import Dataset
 from netweight.errors import MissingExtra, OptionError, RunError
 from netweight.loss import Batch, Supervised
 from netweight.model import Model
+from netweight.reporter import Silent
 from netweight.run import Local, Parallel, Pool, Setup, crew, ddp
 from netweight.run.ddp import Ddp
 from netweight.run.group import Join, backend
 from netweight.seams import Lost, Seams, State
-from netweight.train import Silent
 from test_parallel import PLAN, SAME, assert_equal, undropped
 
 
@@ -174,7 +174,7 @@ def test_options_of_a_parallel_run_are_checked(dataset: Dataset) -> None:
 def test_a_script_without_its_guard_is_told(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from netweight.run import Pool\nfrom netweight.train import Silent\nPool(1).do(0, None, Silent())\n"
+        "from netweight.run import Pool\nfrom netweight.reporter import Silent\nPool(1).do(0, None, Silent())\n"
     )
     said = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
     assert "rank 0" in said.stderr.splitlines()[-1]

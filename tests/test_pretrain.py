@@ -21,11 +21,12 @@ from netweight.layers import FactoredEmbedding
 from netweight.loss import Batch
 from netweight.model import Model
 from netweight.objectives import CausalLM, Contrastive, MaskedLM, hidden_states, pooled, vocabulary_logits
+from netweight.reporter import Silent
 from netweight.run import Local
 from netweight.techniques import Pretrain, Static
 from netweight.techniques.pretrain import Objective, special_ids
 from netweight.testing import TechniqueContract
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
 CAUSAL, WITHOUT_DROPOUT = ("gpt2", "qwen3"), ("modernbert", "qwen3")

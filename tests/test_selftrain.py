@@ -191,7 +191,7 @@ def test_refusals(pooled: Dataset, dataset: Dataset) -> None:
         ModelError, match="cannot start: the run showed no rows without labels; give the dataset a pool"
     ):
         QUICK(model, Local(dataset), PLAN)
-    with pytest.raises(ModelError, match=r"of 60 rows without labels none reaches the floor of 0\.999999"):
+    with pytest.raises(ModelError, match=r"of 60 rows without labels none reaches floor 0\.999999"):
         replace(QUICK, floor=0.999999, temperature=50.0)(model, Local(pooled), PLAN)
     with pytest.raises(OptionError, match="self-training needs labels; a task of kind score"):
         QUICK(tiny_model(Score(0.0, 1.0)), Local(pooled), PLAN)

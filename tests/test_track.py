@@ -173,7 +173,7 @@ def test_trackers_phone_nobody(name: Name, tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from netweight.track import Tracked, trackers
-from netweight.train import Silent
+from netweight.reporter import Silent
 with Tracked(Silent(), trackers([sys.argv[1]], Path(sys.argv[2]))) as reporter:
     reporter.start("fit", 1, 0)
     reporter.step(1, 0.5, 0.1)

@@ -19,6 +19,7 @@ from netweight.build import Builder, last_share, part
 from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.model import Model
+from netweight.reporter import Silent
 from netweight.run import Local, Run
 from netweight.search import FEW, Point, Rung, Search, ladder
 from netweight.space import ELSE, Kind, Trial, kinds, space, usual
@@ -38,7 +39,7 @@ from netweight.techniques import (
     Static,
     SwapActivation,
 )
-from netweight.train import Plan, Silent
+from netweight.train import Plan
 from netweight.trials import (
     _FLAT,
     _FULL,

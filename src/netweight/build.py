@@ -28,6 +28,7 @@ from netweight.export import export, work
 from netweight.job import Job
 from netweight.model import Model, pretrained
 from netweight.network import Exits
+from netweight.reporter import Reporter
 from netweight.run import InOnePlace, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
@@ -38,7 +39,7 @@ from netweight.task import Score, Task
 from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, Vocab, describe
 from netweight.techniques.base import read
 from netweight.track import Boxed
-from netweight.train import Plan, Reporter, fit_digest
+from netweight.train import Plan, fit_digest
 from netweight.trials import Trials, undominated
 
 TEACHER = "teacher"
@@ -265,7 +266,7 @@ class Builder:
         *first, last = recipe
         own = seconds * last_share(recipe)
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
-        planned = dict(self.store.get(f"planned {name}") or {})
+        planned = self.store.get(f"planned {name}") or {}
         told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
         plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=told)
         model = last(model, run, plan)

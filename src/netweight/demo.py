@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from netweight.pipeline import optimize
+from netweight.reporter import Reporter
 from netweight.samples import sample
 from netweight.ship import Result
-from netweight.train import Reporter
 
 # What two cores train on in minutes; the other labelled rows are left to the certificate, up to 5,000.
 TRAIN, DEV, CERTIFY, POOL = 3_000, 1_200, 5_000, 3_000

@@ -17,6 +17,7 @@ from netweight.build import CUT, Builder, Clock
 from netweight.choose import Minimise, alone, judged, own
 from netweight.data import Columns, Dataset, Rows
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
+from netweight.reporter import Reporter, Silent
 from netweight.run import InOnePlace, Local, Parallel, Run, Runs
 from netweight.run.strategies import WHOLE
 from netweight.search import Point, Rung, Search, ladder
@@ -25,7 +26,6 @@ from netweight.store import DEV, Store, store_of
 from netweight.techniques import LinearFloor
 from netweight.track import Name as Tracker
 from netweight.track import Tracked, trackers
-from netweight.train import Reporter, Silent
 from netweight.trials import Effort, undominated
 
 # A smaller student is made where the larger one's chance to pass alone is at least this.

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
 from netweight.errors import MissingExtra, OptionError, did_you_mean
-from netweight.train import Reporter
+from netweight.reporter import Passing, Reporter
 
 Name = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -30,11 +29,12 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-class Tracked:
+class Tracked(Passing):
     """A reporter that passes everything on, and every step's loss and learning rate to trackers as well."""
 
     def __init__(self, reporter: Reporter, trackers: Sequence[Tracker]) -> None:
-        self._reporter, self._trackers, self._label = reporter, tuple(trackers), ""
+        super().__init__(reporter)
+        self._trackers, self._label = tuple(trackers), ""
 
     def __enter__(self) -> Tracked:
         return self
@@ -46,28 +46,22 @@ class Tracked:
     def start(self, label: str, steps: int, done: int) -> None:
         """A fit begins."""
         self._label = label
-        self._reporter.start(label, steps, done)
+        super().start(label, steps, done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """One step was made."""
-        self._reporter.step(step, loss, rate)
+        super().step(step, loss, rate)
         for tracker in self._trackers:
             tracker.log(self._label, step, loss, rate)
 
-    def note(self, message: str) -> None:
-        """A sentence."""
-        self._reporter.note(message)
 
-
-@dataclass
-class Boxed:
+class Boxed(Passing):
     """A reporter that passes everything on, and counts what a time box leaves of fits: by label the steps that were
     planned, which `keep` gets for whoever goes on after a kill, and those that fit."""
 
-    reporter: Reporter
-    planned: dict[str, int]
-    keep: Callable[[dict[str, int]], None]
-    fits: dict[str, int] = field(default_factory=dict)
+    def __init__(self, reporter: Reporter, planned: Mapping[str, int], keep: Callable[[dict[str, int]], None]) -> None:
+        super().__init__(reporter)
+        self.planned, self.keep, self.fits = dict(planned), keep, dict[str, int]()
 
     def start(self, label: str, steps: int, done: int) -> None:
         """A fit begins, or has another number of steps now."""
@@ -75,15 +69,7 @@ class Boxed:
             self.planned[label] = steps
             self.keep(self.planned)
         self.fits[label] = steps
-        self.reporter.start(label, steps, done)
-
-    def step(self, step: int, loss: float, rate: float) -> None:
-        """One step was made."""
-        self.reporter.step(step, loss, rate)
-
-    def note(self, message: str) -> None:
-        """A sentence."""
-        self.reporter.note(message)
+        super().start(label, steps, done)
 
     @property
     def share(self) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from netweight.data.files import replaced
 from netweight.errors import OptionError, StoreError, within
 from netweight.loss import Batch, Loss
 from netweight.network import Network, tensors
+from netweight.reporter import Reporter, Silent
 from netweight.seams import Lost, Seams, Source, State
 
 Optimizer = Literal["adamw", "adam", "sgd", "rmsprop"]
@@ -41,27 +42,6 @@ _LOOKS = (2, 8, 24, 96, 384)
 # Times what the last checkpoint took that a fit goes on before the next one: large models are written for a minute.
 _REST = 20
 _WORTH_SAYING = 0.05  # smaller changes of the number of epochs are let go
-
-
-class Reporter(Protocol):
-    """Where a fit says how it goes: a progress bar, TensorBoard, a test."""
-
-    def start(self, label: str, steps: int, done: int) -> None: ...
-    def step(self, step: int, loss: float, rate: float) -> None: ...
-    def note(self, message: str) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def start(self, label: str, steps: int, done: int) -> None:
-        """Ignore."""
-
-    def step(self, step: int, loss: float, rate: float) -> None:
-        """Ignore."""
-
-    def note(self, message: str) -> None:
-        """Ignore."""
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,6 @@ def tango(b: float, c: float, n: float, z: float) -> tuple[float, float]:
     """Tango's score interval of P(b) - P(c) at +-z: the drops whose score statistic lies within +-z."""
 
     def upper(b: float, c: float) -> float:
-        inside = lambda drop: float(tango_score(b, c, n, drop)) > -z  # noqa: E731
-        return 1.0 if b >= n else bisect(inside, (b - c) / n, 1.0)
+        return 1.0 if b >= n else bisect(lambda drop: float(tango_score(b, c, n, drop)) > -z, (b - c) / n, 1.0)
 
     return -upper(c, b), upper(b, c)

@@ -9,10 +9,10 @@ from netweight.federate.options import Terms
 from netweight.federate.start import REPORTS, Deployment, Place, opened
 from netweight.job import Job
 from netweight.pipeline import run
+from netweight.reporter import Reporter
 from netweight.run.federated.report import in_words, read_reports
 from netweight.ship import Result
 from netweight.store import store_of
-from netweight.train import Reporter
 
 
 def optimize(place: Place, job: Job, terms: Terms, reporter: Reporter) -> Result:

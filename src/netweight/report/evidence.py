@@ -118,17 +118,11 @@ def sequence_section(certificate: Certificate, scale: Scale) -> Html:
     for i, candidate in enumerate(certificate.registration.candidates):
         t = tested.get(candidate)
         name = f"{i + 1}: {cut(candidate.name, 60)}{' (ships)' if candidate == certificate.shipped else ''}"
-        rows.append(
-            (
-                name,
-                scale.quality(t.quality.value),
-                scale.drop(t.drop),
-                probability(t.p_value),
-                "✓ passed" if t.passed else "✗ failed",
-            )
-            if t
-            else (name, "–", "–", "–", "not reached")
-        )
+        if t is None:
+            rows.append((name, "–", "–", "–", "not reached"))
+            continue
+        numbers = scale.quality(t.quality.value), scale.drop(t.drop), probability(t.p_value)
+        rows.append((name, *numbers, "✓ passed" if t.passed else "✗ failed"))
     margin = scale.allowed(certificate.final.margin)
     return section(
         "sequence",

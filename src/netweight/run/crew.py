@@ -14,6 +14,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from torch import Tensor
 
 from netweight.errors import NetweightError, OptionError
+from netweight.reporter import Reporter
 from netweight.run.commands import (
     Cancel,
     Close,
@@ -32,7 +33,6 @@ from netweight.run.commands import (
 from netweight.run.group import Join, Place, refused
 from netweight.run.strategies import WHOLE, workable
 from netweight.run.worker import error_of
-from netweight.train import Reporter
 
 _TRIES = 5  # groups that may fail one after the other though nobody is lost
 

@@ -6,7 +6,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +15,7 @@ from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.loss import Loss
 from netweight.model import Model
+from netweight.reporter import Reporter, Silent
 from netweight.run import group
 from netweight.run.base import Statistic
 from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
@@ -25,7 +26,7 @@ from netweight.run.raytrain import RayPool
 from netweight.run.roll import Noted, of_group, of_launcher
 from netweight.run.strategies import check, seams_of
 from netweight.seams import Lost, Seams
-from netweight.train import Plan, Reporter, Silent
+from netweight.train import Plan
 
 
 class Parallel:
@@ -48,9 +49,8 @@ class Parallel:
         cluster: a Ray cluster on which workers of Ray Train are the processes: `local`, `auto`, HOST:PORT or
             ray://HOST:PORT; None: this machine.
 
-    Raises OptionError for a strategy that is not known, and where the number of processes is not the one that
-    torchrun started.
-    Raises OptionError for an option of the setup that the strategy or the cluster does not have, and MissingExtra for a
+    Raises OptionError for a strategy that is not known, for an option of the setup that the strategy or the cluster
+    does not have, and where the number of processes is not the one that torchrun started, and MissingExtra for a
     cluster without Ray.
     """
 
@@ -65,8 +65,6 @@ class Parallel:
         pool: Crew[Any] | None = None,
         cluster: str | None = None,
     ) -> None:
-        if strategy not in get_args(Strategy):
-            raise OptionError(f"unknown strategy {strategy!r}; use {', '.join(get_args(Strategy))}.")
         folder = None if folder is None else Path(folder)
         self.data, self.folder, self.strategy, self.setup = data, folder, strategy, setup or Setup()
         self._local: Local | None = None

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+from netweight.reporter import Passing, Reporter
 from netweight.run.group import refused
 from netweight.seams import Lost
-from netweight.train import Reporter
 
 _SECONDS = 3.0  # that others have to note that they wait as well
 _POLL = 0.05
@@ -71,20 +71,18 @@ def of_group(problem: RuntimeError) -> bool:
     return isinstance(problem, dist.DistError) or "gloo" in str(problem).lower()
 
 
-class Noted:
+class Noted(Passing):
     """A reporter that also notes each step."""
 
     def __init__(self, roll: Roll, reporter: Reporter) -> None:
-        self._roll, self._reporter, self._label = roll, reporter, ""
+        super().__init__(reporter)
+        self._roll, self._label = roll, ""
 
     def start(self, label: str, steps: int, done: int) -> None:
         self._label = label
         self._roll.at(f"in {label}, after step {done}")
-        self._reporter.start(label, steps, done)
+        super().start(label, steps, done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         self._roll.at(f"in {self._label}, after step {step}")
-        self._reporter.step(step, loss, rate)
-
-    def note(self, message: str) -> None:
-        self._reporter.note(message)
+        super().step(step, loss, rate)

@@ -32,10 +32,8 @@ class SelfTrain:
     pseudo-labels together weigh at most `balance` times its share of the labels. `drift` guards against collapse:
     before the cap, the pseudo-labels' distribution may differ from the labels' by that total variation, half the sum
     of absolute differences; above it the first round is refused, and the student of a round is dropped for the model
-    that it was made from.
-
-    `soft` targets are the teacher's whole distribution. `student` is what each round starts from, such as a pretrained
-    base (Noisy Student); without it, the model itself goes on.
+    that it was made from. `soft` targets are the teacher's whole distribution. `student` is what each round starts
+    from, such as a pretrained base (Noisy Student); without it, the model itself goes on.
     """
 
     floor: float = 0.95
@@ -97,8 +95,7 @@ class SelfTrain:
         if not counts["unlabelled"]:
             return "the run showed no rows without labels; give the dataset a pool, and train where the run reads it."
         if not counts["pseudo"].sum():
-            rows = int(counts["unlabelled"])
-            return f"of {rows:,} rows without labels none reaches the floor of {self.floor}; lower it."
+            return f"of {int(counts['unlabelled']):,} rows without labels none reaches floor {self.floor}; lower it."
         return ""
 
     def _collapse(self, task: object, counts: dict[str, Tensor]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from netweight.data import Dataset, Rows
 from netweight.errors import DataError, LabelError, OptionError
 from netweight.model import Model
+from netweight.reporter import Passing, Reporter
 from netweight.run.federated.codecs import encoded, put, seed_of, travelling
 from netweight.run.federated.guard import Guard
 from netweight.run.federated.membership import membership
@@ -40,7 +41,6 @@ from netweight.run.federated.messages import (
 from netweight.run.local import Local
 from netweight.seams import Seams
 from netweight.task import Classify
-from netweight.train import Reporter
 
 _ATTACKED = 500  # rows of each kind in a membership check
 _SEEN = ("text", "pair", "label", "weight")  # columns that a model or its loss reads
@@ -278,11 +278,11 @@ def add(parameter: nn.Parameter, term: Tensor) -> None:
         grad += term
 
 
-class Meter:
+class Meter(Passing):
     """A reporter that keeps count of steps and the mean loss, and passes everything on."""
 
     def __init__(self, reporter: Reporter) -> None:
-        self.reporter = reporter
+        super().__init__(reporter)
         self.steps = 0
         self.at = 0  # the step that the fit has come to, with those before it was killed
         self.total = 0.0
@@ -295,18 +295,14 @@ class Meter:
     def start(self, label: str, steps: int, done: int) -> None:
         """Passed on."""
         self.at = done
-        self.reporter.start(label, steps, done)
+        super().start(label, steps, done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
         """Counted and passed on."""
         self.steps += 1
         self.at = step
         self.total += loss
-        self.reporter.step(step, loss, rate)
-
-    def note(self, message: str) -> None:
-        """Passed on."""
-        self.reporter.note(message)
+        super().step(step, loss, rate)
 
 
 class Kept:

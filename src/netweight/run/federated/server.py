@@ -17,6 +17,7 @@ from netweight.data import Dataset
 from netweight.errors import ModelError, OptionError
 from netweight.loss import Loss, short_row
 from netweight.model import Model
+from netweight.reporter import Silent
 from netweight.run.base import Statistic, merge
 from netweight.run.federated.checks import Round, capped, measured, missing, sound_parts, unlikely
 from netweight.run.federated.client import Client, manifest_of, trained
@@ -56,7 +57,7 @@ from netweight.run.federated.state import State, distance
 from netweight.run.federated.veiled import Veiled
 from netweight.run.local import Local
 from netweight.run.processes import shares
-from netweight.train import Plan, Silent, fit_digest
+from netweight.train import Plan, fit_digest
 
 T = TypeVar("T")
 _HEADS = ("head", "heads")

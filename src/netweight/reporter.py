@@ -1,0 +1,45 @@
+"""Where a fit says how it goes."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Reporter(Protocol):
+    """A progress bar, TensorBoard, a test."""
+
+    def start(self, label: str, steps: int, done: int) -> None: ...
+    def step(self, step: int, loss: float, rate: float) -> None: ...
+    def note(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """Ignore."""
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Ignore."""
+
+    def note(self, message: str) -> None:
+        """Ignore."""
+
+
+class Passing:
+    """A reporter that passes everything on, for those that also do something of their own."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def start(self, label: str, steps: int, done: int) -> None:
+        """A fit of so many steps, of which some were done before; said again where its steps are others."""
+        self.reporter.start(label, steps, done)
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """One step was made."""
+        self.reporter.step(step, loss, rate)
+
+    def note(self, message: str) -> None:
+        """A sentence."""
+        self.reporter.note(message)
