@@ -421,7 +421,7 @@ def test_refused_models(model: Model, dataset: Dataset) -> None:
         replace(plain, teachers=(tiny_model(Score(0.0, 1.0)),))(model, run, PLAN)
     with pytest.raises(ModelError, match="4 attention maps and its teacher layer 2"):
         replace(plain, teachers=(sized(32, 2),), match="attention")(model, run, PLAN)
-    with pytest.raises(ModelError, match="where one process holds all of a transformer"):
+    with pytest.raises(ModelError, match="this loss reads a transformer.s hidden states"):
         Matching(SoftTargets(model.task, (model,)), ("hidden",), (0,), 1, 1.0)(nn.Identity(), None)  # type: ignore[arg-type]
     static = Static(width=4, buckets=8, epochs=1)(model, run, PLAN)
     with pytest.raises(ModelError, match="inside works on a transformer"):

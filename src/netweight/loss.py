@@ -175,8 +175,7 @@ class Penalized:
         return self.loss.unlabelled
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        # A run may have wrapped the network, as DistributedDataParallel does.
-        held = {name.removeprefix("module."): parameter for name, parameter in network.named_parameters()}
+        held = dict(network.named_parameters())
         lacking = [name for name in self.names if name not in held]
         if lacking:
             raise ModelError(f"a penalty names {lacking[0]}, which the network does not have.")

@@ -1,6 +1,6 @@
 """Distillation from a teacher's inside: hidden states, attention maps, and relations of queries, keys and values.
 
-What a network computes inside is seen by hooks on its layers, so that it is called as always and a run may wrap it.
+What a network computes inside is seen by hooks on its layers, so that it is called as always.
 The teacher's inside is too large to keep, so it is computed beside the student's, without gradients, on the same batch.
 """
 
@@ -21,6 +21,7 @@ from netweight.errors import ModelError, OptionError
 from netweight.loss import Batch, Loss, Penalized, SoftTargets, mean, over_exits, supervised
 from netweight.model import Model
 from netweight.network import Transformer
+from netweight.objectives import inner
 
 Match = Literal["logits", "hidden", "attention", "relations"]
 LayerMap = Literal["uniform", "last"] | tuple[int, ...]
@@ -65,8 +66,8 @@ class Matching:
         return self.targets.unlabelled
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
-        student = _inner(network)
-        teacher = twin(_inner(self.teachers[0].network)).eval()
+        student = inner(network)
+        teacher = twin(inner(self.teachers[0].network)).eval()
         with torch.no_grad(), watched(teacher, self.match) as shown:
             teacher(batch.ids, batch.mask, batch.types)
         with watched(student, self.match) as seen:
@@ -200,16 +201,6 @@ def placed(loss: Loss, device: torch.device) -> Loss:
         first, *rest = loss.teachers
         return replace(loss, targets=replace(loss.targets, teachers=(first.on(device), *rest)))
     return loss
-
-
-def _inner(network: nn.Module) -> Transformer:
-    """The transformer, which a run may have wrapped."""
-    found = next((module for module in network.modules() if isinstance(module, Transformer)), None)
-    if found is None:
-        raise ModelError(
-            "the inside of a network can be matched where one process holds all of a transformer; here is none."
-        )
-    return found
 
 
 def mapped(layers: LayerMap, student: int, teacher: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Losses that look inside a network: language modelling, two views of a row, and perturbed embeddings.
 
-What is inside is read by hooks while the network's own forward runs, since a run may have wrapped it.
+What is inside is read by hooks while the network's own forward runs, whatever a run has done to its layers.
 """
 
 from __future__ import annotations
@@ -135,11 +135,10 @@ class Adversarial:
 
 
 def inner(network: nn.Module) -> Transformer:
-    """The transformer, under whatever a run wrapped around it. Raises ModelError where there is none."""
-    found = next((module for module in network.modules() if isinstance(module, Transformer)), None)
-    if found is None:
+    """The network as a transformer. Raises ModelError where it is none."""
+    if not isinstance(network, Transformer):
         raise ModelError(f"this loss reads a transformer's hidden states; {type(network).__name__} has none.")
-    return found
+    return network
 
 
 def hidden_states(network: nn.Module, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:

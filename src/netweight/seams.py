@@ -58,9 +58,9 @@ class Seams:
     def admit(self, loss: Loss) -> None:
         """Raise OptionError for a loss that cannot be evaluated this way."""
 
-    def prepare(self, network: nn.Module) -> nn.Module:
-        """Move, shard or wrap the network before the optimizer sees its parameters."""
-        return network.to(self.device)
+    def prepare(self, network: nn.Module) -> None:
+        """Move or divide the network, in place, before the optimizer sees its parameters."""
+        network.to(self.device)
 
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
         """This process's part of a global batch, on its device; what of it is a mean knows all parts."""

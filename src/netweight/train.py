@@ -193,7 +193,7 @@ class _Loop:
             raise OptionError("every parameter is frozen; there is nothing to fit.")
         seams.admit(loss)
         pruned = network.pruned
-        self.wrapped = seams.prepare(network)
+        seams.prepare(network)
         # None in a process whose part of the network is frozen.
         self.trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
@@ -301,7 +301,7 @@ class _Loop:
         total = 0.0
         for group in groups:
             batch = self.seams.share(self.source, group, rng, plan.token_dropout)
-            total += self.seams.backward(self.wrapped, self.ask, batch, len(group) / rows)
+            total += self.seams.backward(self.network, self.ask, batch, len(group) / rows)
         total = self.seams.sync(self.network, total)
         self.seams.correct(self.network)
         if plan.clip:

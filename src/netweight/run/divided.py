@@ -53,7 +53,7 @@ class Divided(Processes):
                 "use local or ddp."
             )
 
-    def prepare(self, network: nn.Module) -> nn.Module:
+    def prepare(self, network: nn.Module) -> None:
         if not isinstance(network, Transformer):
             raise OptionError(
                 f"{self.strategy} divides the layers of a transformer, and this network is a "
@@ -64,7 +64,6 @@ class Divided(Processes):
             for layer in network.layers():
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.divide(network)
-        return network
 
     def stretch(self, n: int) -> slice:
         # A network in parts answers only when all ask it the same.

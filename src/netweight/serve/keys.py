@@ -21,6 +21,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from netweight.data.files import replaced
 from netweight.errors import OptionError
 from netweight.serve.pages import PATHS
 from netweight.serve.problems import Problem
@@ -80,7 +81,7 @@ def _write(path: Path, keys: tuple[Key, ...]) -> None:
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.writelines(f"{json.dumps(asdict(key))}\n" for key in keys)
-    Path(new).replace(path)
+    replaced(Path(new), path)
 
 
 @dataclass(frozen=True)

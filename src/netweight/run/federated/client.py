@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import time
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from netweight.data import Dataset, Rows
+from netweight.data.files import replaced
 from netweight.errors import DataError, LabelError, OptionError
 from netweight.model import Model
 from netweight.reporter import Passing, Reporter
@@ -215,7 +217,7 @@ def manifest_of(model: Model, columns: tuple[str, ...]) -> Manifest:
         tuple(name for name in _SEEN if name in columns),
         f"{task.kind}, {task.metric}",
         task.labels if isinstance(task, Classify) else (),
-        model.encoder.fingerprint,
+        hashlib.sha256(model.encoder.definition.encode()).hexdigest(),
         model.encoder.max_length,
         model.base.digest or model.base.name,
         version("netweight"),
@@ -336,7 +338,7 @@ class Kept:
         path = self._path(fit, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(held, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        replaced(path.with_suffix(".new"), path)
 
     def _path(self, fit: str, round_: int) -> Path:
         assert self.folder is not None

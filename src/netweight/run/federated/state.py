@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from netweight.data.files import replaced
 from netweight.errors import StoreError
 from netweight.run.aggregate import Moments
 from netweight.run.federated.messages import Tensors
@@ -42,7 +43,7 @@ class State:
         about = {**plain, "rounds": [asdict(r) for r in self.rounds]}
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(held, path.with_suffix(".new"), {"fit": fit, "about": json.dumps(about)})
-        path.with_suffix(".new").replace(path)
+        replaced(path.with_suffix(".new"), path)
 
     @staticmethod
     def load(path: Path, fit: str) -> State:
