@@ -94,13 +94,13 @@ def work(model: Model) -> int:
     features = 2 if network.buckets else 1  # of a token: it, and with the next one
     if isinstance(network, Linear):
         return features * len(network.bias)
-    columns = network.head[-1].out_features if _folds(network) else network.width
+    columns = cast(nn.Linear, network.head[-1]).out_features if _folds(network) else network.width
     return features * columns + network.filters * network.reach
 
 
 def _folds(network: Static) -> bool:
     """Whether a linear head is multiplied into the table: where that makes its rows shorter."""
-    first = network.head[0]
+    first = cast(nn.Linear, network.head[0])
     return len(network.head) == 1 and not network.segments and first.out_features <= network.width
 
 

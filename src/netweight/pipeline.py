@@ -155,10 +155,10 @@ def _here(job: Job, data: Dataset, folder: Path, made: Run) -> Run | None:
     divides the layers of a transformer, which most students do not have."""
     if isinstance(made, Parallel) and made.strategy not in WHOLE:
         return Local(data, folder)
-    if job.tables.train is not None or data.pool is None:
+    pool = data.taught().pool
+    if job.tables.train is not None or pool is None:
         return None
-    data = data.taught()
-    return Local(replace(data, train=data.pool, pool=None), folder)
+    return Local(replace(data, train=pool, pool=None), folder)
 
 
 def _lines(rows: Rows) -> bytes:

@@ -126,8 +126,9 @@ class Trials:
 
     def _add(self, study: optuna.Study, one: Told) -> None:
         values, params = [one.disagreement, float(one.size)], dict(one.trial.params)
-        where = space(one.trial.kind, self.teacher)
-        if _proposed_still(one.trial, self.teacher):
+        # What this job does not search another one may have; of what it does, Optuna takes no other choices.
+        where = space(one.trial.kind, self.teacher) | space(one.trial.kind, self.teacher, self._bytes_count)
+        if _among(params, where):
             held = {name: where[name] for name in params}
             study.add_trial(create_trial(values=values, params=params, distributions=held))
 
@@ -210,8 +211,11 @@ class Trials:
 
 def _proposed_still(trial: Trial, teacher: Model) -> bool:
     """Whether its values are among those that this version proposes: a store may be of an earlier one."""
-    where = space(trial.kind, teacher)
-    return all(name in where and _within(where[name], value) for name, value in trial.params.items())
+    return _among(trial.params, space(trial.kind, teacher))
+
+
+def _among(params: Mapping[str, Any], where: Mapping[str, BaseDistribution]) -> bool:
+    return all(name in where and _within(where[name], value) for name, value in params.items())
 
 
 def _within(held: BaseDistribution, value: Any) -> bool:
