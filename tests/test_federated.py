@@ -20,7 +20,7 @@ from netweight.errors import OptionError
 from netweight.loss import Supervised
 from netweight.model import Model
 from netweight.run import Local
-from netweight.run.aggregate import Adam, Median
+from netweight.run.aggregate import Adam, Krum, Median, TrimmedMean
 from netweight.run.federated import (
     Client,
     FedAdam,
@@ -184,6 +184,15 @@ def test_a_killed_server_goes_on_to_the_same_weights(
     assert fitted(Federated(killer, folder=tmp_path, **options, privacy=None), model, plan).digest == whole.digest  # type: ignore[arg-type]
     assert killer.seen == [2, 3]
     assert not list(tmp_path.glob("rounds-*.safetensors"))
+
+
+@pytest.mark.parametrize("aggregate", [TrimmedMean(), Krum()])
+def test_an_aggregation_of_too_few_is_refused_before_they_train(aggregate: TrimmedMean | Krum, model: Model) -> None:
+    killer = Killer(shops(4), at=-1)
+    with pytest.raises(OptionError, match=r"needs 5 updates, and 4 came; .*--minimum"):
+        fitted(Federated(killer, rounds=Rounds(1), algorithm=FedAvg(aggregate), privacy=None), model)
+    assert killer.seen == []
+    assert fitted(Federated(shops(5), rounds=Rounds(1), algorithm=FedAvg(aggregate), privacy=None), model)
 
 
 def test_what_simulated_clients_send_waits_in_files(model: Model) -> None:

@@ -66,9 +66,10 @@ def naive(network, loss, batch, clip):
     return total, norms
 
 
-def clipped(network, loss, batch, clip):
+def clipped(network, loss, batch, clip, checked=False):
     network.zero_grad(set_to_none=True)
     seams = RowPrivate(0.0, clip, 8, seed=0)
+    seams.checked = checked
     seams.backward(network, loss, batch, 1.0)
     return {n: p.grad for n, p in network.named_parameters() if p.requires_grad}
 
@@ -137,8 +138,11 @@ def test_a_row_whose_gradient_is_no_number_adds_nothing(train, value):
     wanted = clipped(model.network, loss, others, 0.1)
     model.network.backbone.get_input_embeddings().weight.data[4] = value
     assert not by_row(model.network, loss, batch)[1].norms()[there].isfinite().any()
-    for name, got in clipped(model.network, loss, batch, 0.1).items():
+    for name, got in clipped(model.network, loss, batch, 0.1, checked=True).items():
         torch.testing.assert_close(got, wanted[name], msg=name)
+    # Nor is it trained with: what is tried first says so of any rows.
+    with pytest.raises(OptionError, match="not what its layers account for"):
+        clipped(model.network, loss, others, 0.1)
 
 
 def test_what_is_tried_first_is_a_row_of_nobody():

@@ -107,6 +107,15 @@ def test_kept_texts_are_for_their_owner_alone(models: Models, tmp_path: Path) ->
     assert [stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("rows.jsonl*")] == [0o600] * 2
 
 
+def test_a_file_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with pytest.raises(OptionError, match=r"rows.jsonl is somebody else's, who could read .*; name another file"):
+        Keeper(tmp_path / "rows.jsonl")
+
+
 def test_half_a_line_that_a_kill_left_stops_nothing(models: Models, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n{"text": "a', encoding="utf-8")

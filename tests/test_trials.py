@@ -133,9 +133,9 @@ def test_short_trials_first_then_the_best_in_full(tmp_path: Path, effort: Effort
         assert [trial.number - 1 for trial in full] == driven.best(kind)
         assert len(full) == min(_most(_FULL, effort, kind), len(told))
         first = full[0].number - 1
-        assert not any(
-            one.disagreement < told[first].disagreement and one.size <= told[first].size for one in told
-        ), "the first to be made in full is on the front"
+        assert not any(one.disagreement < told[first].disagreement and one.size <= told[first].size for one in told), (
+            "the first to be made in full is on the front"
+        )
         for trial in full:
             assert trial.params == told[trial.number - 1].trial.params
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from netweight.engine import Outputs
+from netweight.errors import OptionError
 from netweight.monitor.watch import Record
 from netweight.serve.hosted import Hosted
 from netweight.serve.steady import Said
@@ -127,7 +128,12 @@ class Keeper:
 
     def __init__(self, path: Path) -> None:
         path.touch(mode=0o600)
-        path.chmod(0o600)
+        try:
+            path.chmod(0o600)
+        except PermissionError:
+            raise OptionError(
+                f"{path} is somebody else's, who could read what customers write; name another file."
+            ) from None
         self._path = path
         held = path.read_bytes()
         if not held.endswith(b"\n") and held:

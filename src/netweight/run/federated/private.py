@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -100,7 +101,8 @@ class RowPrivate(Seams):
     def _check(self, network: nn.Module, loss: Ask, batch: Batch) -> None:
         """A parameter that is used outside of its own layer would escape clipping: compare one row with autograd."""
         self.checked = True
-        one = nobodys(batch, min(_TRIED, positions(network.backbone) or _TRIED))
+        length = min(_TRIED, positions(network.backbone) or _TRIED)
+        one = nobodys(batch, length, len(cast(Any, network.backbone).get_input_embeddings().weight))
         trained = [p for p in network.parameters() if p.requires_grad]
         # Without dropout: clients in one process share the generator that it draws from.
         was, _ = network.training, network.eval()
@@ -113,7 +115,7 @@ class RowPrivate(Seams):
             found = torch.autograd.grad(loss(network, one), trained, allow_unused=True)
         network.train(was)
         theirs = float(torch.stack([g.norm() for g in found if g is not None]).norm())
-        if abs(mine - theirs) > _ALIKE * theirs + 1e-9:
+        if not abs(mine - theirs) <= _ALIKE * theirs + 1e-9:
             raise OptionError(
                 "the gradient of a row is not what its layers account for: something that is trained is used "
                 "outside of its layer, where row-level privacy cannot reach it. Freeze it, train LoRA or the head, or "
@@ -160,9 +162,9 @@ def parts(batch: Batch, size: int) -> Iterator[Batch]:
         yield replace(batch, **held, teachers=tuple(t[cut] for t in batch.teachers))
 
 
-def nobodys(batch: Batch, length: int) -> Batch:
+def nobodys(batch: Batch, length: int, vocabulary: int) -> Batch:
     """A row that looks like those of a batch and has nothing of them: what is tried on it may be told."""
-    ids = torch.arange(1, length + 1, dtype=batch.ids.dtype, device=batch.ids.device)[None]
+    ids = torch.arange(1, length + 1, dtype=batch.ids.dtype, device=batch.ids.device)[None] % vocabulary
     said = tuple(torch.arange(t.shape[1], dtype=t.dtype, device=t.device)[None] for t in batch.teachers)
     one = replace(batch, ids=ids, mask=torch.ones_like(ids), types=torch.zeros_like(ids), teachers=said)
     return replace(one, targets=torch.zeros_like(batch.targets[:1]), weight=torch.ones_like(batch.weight[:1]))
@@ -210,18 +212,17 @@ class RowGradients:
     def add(self, scale: Tensor) -> None:
         """Add the sum over rows of scale (n,) times each row's gradient to what the parameters hold. A row whose scale
         is 0 adds nothing, whatever is in it: 0 times NaN would be NaN."""
-        scale = scale[:, None, None]
+        kept = torch.arange(self.rows, device=scale.device) if (scale > 0).all() else (scale > 0).nonzero()[:, 0]
         for layer in self.seen:
-            given, grad = layer.both()
-            grad = torch.where(scale > 0, grad * scale, 0.0)
+            given, grad = (part if len(kept) == self.rows else part[kept] for part in layer.both())
+            grad = grad * scale[kept, None, None]
             weight, bias = _own(layer.module)
             if bias is not None:
                 _add(bias, grad.sum(dim=(0, 1)))
             if weight is not None and weight.ndim == 2:
-                _add(weight, grad.flatten(0, 1).T @ torch.where(scale > 0, given, 0.0).flatten(0, 1))
+                _add(weight, grad.flatten(0, 1).T @ given.flatten(0, 1))
             elif weight is not None:
-                normed = torch.where(scale > 0, _normed(layer.module, given), 0.0)
-                _add(weight, (grad * normed).sum(dim=(0, 1)))
+                _add(weight, (grad * _normed(layer.module, given)).sum(dim=(0, 1)))
 
 
 def by_row(network: nn.Module, loss: Ask, batch: Batch) -> tuple[float, RowGradients]:

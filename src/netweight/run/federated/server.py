@@ -270,6 +270,8 @@ class _Fit:
     def _open(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates that the server sees one by one."""
         run = self.run_
+        # An aggregation that needs more of them says so before they train.
+        run.algorithm.aggregate({name: {} for name in chosen}, dict.fromkeys(chosen, 1.0))
         answers = run.channel.exchange(_told(task, state, chosen), run.rounds.seconds)
         fitted = {name: a for name, a in sorted(answers.items()) if isinstance(a, Fitted)}
         lost = tuple(missing(name, answers.get(name)) for name in chosen if name not in fitted)
