@@ -654,7 +654,7 @@ def labelled(n: int, rare: int, name: str = "text") -> Rows:
     [
         (Tables(labelled(200, 10)), "'b' has 2. Merge such labels, give more labelled rows, or use --metric accuracy"),
         # A cut is stratified: it has the share of each label, whatever chance would give.
-        (Tables(labelled(400, 80)), "'b' has 16. Merge such labels, give more labelled rows"),
+        (Tables(labelled(200, 80)), "'a' has 24, 'b' has 16. Merge such labels, give more labelled rows"),
         (
             Tables(labelled(25_000, 100)),
             r"'b' has 20. .* give a certify table of your own \(at most 5,000 rows are cut",

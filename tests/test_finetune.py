@@ -264,7 +264,7 @@ def test_adversarial_training_is_its_formula() -> None:
     network.head.requires_grad_(True)
     torch.testing.assert_close(Adversarial(base, 0.3)(network, batch), found)
     torch.testing.assert_close(base(network, batch), plain)
-    with embeddings_moved(torch.nn.Sequential(network)) as added:
+    with embeddings_moved(network) as added:
         assert not added
     assert not network.backbone.get_input_embeddings()._forward_hooks  # type: ignore[operator]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_args
@@ -288,9 +289,9 @@ def test_a_kind_begins_with_the_ladder_and_then_by_itself(tmp_path: Path) -> Non
 @pytest.mark.parametrize("depth", [1, 2, 3, 6])
 def test_what_comes_first_lies_in_the_space(depth: int) -> None:
     teacher = tiny_model(layers=depth)
-    for kind in kinds(teacher):
-        where = space(kind, teacher)
-        for options in usual(kind, teacher):
+    for kind, bytes_count in product(kinds(teacher), (False, True)):
+        where = space(kind, teacher, bytes_count)
+        for options in usual(kind, teacher, bytes_count):
             assert all(where[name]._contains(where[name].to_internal_repr(options[name])) for name in where)
 
 

@@ -89,7 +89,7 @@ def sure(logits: Floats) -> NDArray[np.float64]:
 def leaves(stages: list[Floats], thresholds: list[float]) -> NDArray[np.int64]:
     """The exit that each row takes (n,), of what every exit says of every row."""
     early = [sure(stage) >= least for stage, least in zip(stages, thresholds, strict=False)]
-    return np.argmax([*early, np.ones(len(stages[-1]), bool)], axis=0)
+    return np.asarray(np.argmax([*early, np.ones(len(stages[-1]), bool)], axis=0))
 
 
 def between(above: float, below: float) -> float:

@@ -77,9 +77,9 @@ class RowPrivate(Seams):
             value, rows = by_row(network, loss, part)
             total += value
             norms = rows.norms() * self.expected
-            scale = (self.limit / norms.clamp(min=1e-12)).clamp(max=1.0) * self.expected
+            shares = (self.limit / norms.clamp(min=1e-12)).clamp(max=1.0) * self.expected
             # No noise hides a row that makes the whole sum NaN.
-            rows.add(torch.where(norms.isfinite(), scale, 0.0))
+            rows.add(torch.where(norms.isfinite(), shares, 0.0))
         return total
 
     def sync(self, network: nn.Module, value: float) -> float:
