@@ -5,8 +5,8 @@
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz with the columns text and label; train and dev optimize, test
 certifies. Writes benchmarks/results/NAME-seedS.json (NAME-EFFORT-seedS.json with another effort than quick,
-NAME-size-seedS.json where bytes are minimised): wall seconds, `netweight inspect --json`, and `netweight bench --json`
-on the test rows beside the teacher, ONNX Runtime's dynamic int8 and OpenVINO with NNCF's int8.
+NAME-size-seedS.json where bytes are minimised): wall seconds, what `inspect` and `explain` say of the artifact, and
+what `bench` says of it on the test rows beside the teacher, ONNX Runtime's dynamic int8 and OpenVINO with NNCF's int8.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def main() -> None:
     found = {"name": given.name, "seed": int(given.seed), "seconds": seconds}
     for key, command in (
         ("inspect", ["inspect", str(out), "--json"]),
+        ("explain", ["explain", str(out), "--json"]),
         ("bench", ["bench", str(out), "--input", table["test"], *columns, *against, "--json"]),
     ):
         said = subprocess.run([*NETWEIGHT, *command], check=True, capture_output=True, text=True).stdout

@@ -1,12 +1,14 @@
 """What each technique does to one fine-tuned model: the measured examples of docs/techniques.
 
-    .venv/bin/python benchmarks/techniques.py FOLDER STORE [--seconds 60] [--work DIR] [--seed 0] [--results DIR]
+    .venv/bin/python benchmarks/techniques.py FOLDER STORE [--group techniques] [--seconds 60] [--work DIR]
+                                                           [--seed 0] [--results DIR]
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz (columns text, label); STORE is the run store of a finished job on
 them, whose teacher is taken. Every fit gets the same time box, so that a recipe of two fits has had twice the training
 of a recipe of one. Quality and agreement with the teacher are on dev: no label of test is read. Rows a second of all
 files are timed in turns, in one run. What is made stays in DIR: a run that was stopped goes on, and one that is
-repeated only times again. Writes techniques.json under benchmarks/results, or where --results says.
+repeated only times again. Writes GROUP.json under benchmarks/results, or where --results says; `recipes.py` has the
+groups, `techniques` and `further`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from recipes import FEW, GROUPS, PRETRAINED, TEACHER
 
 from netweight import measure
 from netweight.artifact import Tier
@@ -38,101 +41,10 @@ from netweight.measure import cores
 from netweight.model import Model, pretrained
 from netweight.progress import Bar
 from netweight.run import Local
-from netweight.techniques import (
-    Distill,
-    EarlyExit,
-    Factor,
-    FactorEmbedding,
-    Finetune,
-    Half,
-    LinearFloor,
-    MixedBits,
-    Pretrain,
-    Prune,
-    Quantize,
-    QuantizeAware,
-    Recipe,
-    SelfTrain,
-    Shrink,
-    Static,
-    SwapActivation,
-    Vocab,
-)
+from netweight.techniques import Recipe
 from netweight.train import Plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
-FEW = 10  # labelled rows of a class that the semi-supervised examples keep
-TEACHER, PRETRAINED = "teacher", "pretrained"
-ALONE: dict[str, Any] = {"weight_bits": 4, "granularity": "group", "group": 32, "activations": "none"}
-# Page, name, what it starts from, recipe; "few" has FEW labels a class and all other texts as its pool.
-EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
-    ("", "the teacher", TEACHER, ()),
-    ("finetune", "all weights, from a probe", PRETRAINED, (Finetune(),)),
-    ("finetune", "all weights, from a random head", PRETRAINED, (Finetune(probe=False),)),
-    ("finetune", "the head alone", PRETRAINED, (Finetune(train="head"),)),
-    ("finetune", "LoRA", PRETRAINED, (Finetune(train="lora"),)),
-    ("finetune", "R-Drop", PRETRAINED, (Finetune(regularizer="r-drop"),)),
-    ("finetune", "label smoothing", PRETRAINED, (Finetune(smoothing=0.1),)),
-    ("pretrain", "masked, then fine-tuned", PRETRAINED, (Pretrain(), Finetune())),
-    ("pretrain", "contrastive, then fine-tuned", PRETRAINED, (Pretrain(objective="contrastive"), Finetune())),
-    ("finetune", "adversarial", PRETRAINED, (Finetune(regularizer="adversarial"),)),
-    ("linear", "tokens and bigrams", TEACHER, (LinearFloor(),)),
-    ("static", "a mean of tokens", TEACHER, (Static(buckets=0),)),
-    ("static", "tokens and bigrams", TEACHER, (Static(),)),
-    ("static", "tokens, bigrams and windows of 5", TEACHER, (Static(filters=256, learning_rate=2e-3),)),
-    ("static", "windows of 3", TEACHER, (Static(filters=256, reach=3, learning_rate=2e-3),)),
-    ("distill", "3 of 6 layers, outputs", TEACHER, (Distill(3),)),
-    ("distill", "3 of 6 layers, outputs without spliced rows", TEACHER, (Distill(3, splice=0.0),)),
-    ("distill", "3 of 6 layers, outputs and hidden states", TEACHER, (Distill(3, match=("logits", "hidden")),)),
-    ("distill", "3 of 6 layers, outputs and relations", TEACHER, (Distill(3, match=("logits", "relations")),)),
-    ("distill", "3 of 6 layers, outputs and attention", TEACHER, (Distill(3, match=("logits", "attention")),)),
-    ("shrink", "half of the neurons", TEACHER, (Shrink(neurons=0.5),)),
-    ("shrink", "half of the heads", TEACHER, (Shrink(heads=0.5),)),
-    ("shrink", "half of the neurons, of all layers together", TEACHER, (Shrink(neurons=0.5, uniform=False),)),
-    ("shrink", "4 of 6 layers", TEACHER, (Shrink(layers=4),)),
-    ("shrink", "three quarters of the hidden width", TEACHER, (Shrink(hidden=0.75),)),
-    ("prune", "half of the weights, smallest, not healed", TEACHER, (Prune(sparsity=0.5, epochs=0),)),
-    ("prune", "the same, of each layer", TEACHER, (Prune(sparsity=0.5, scope="layer", epochs=0),)),
-    ("prune", "the same, Fisher", TEACHER, (Prune(sparsity=0.5, importance="fisher", epochs=0),)),
-    ("prune", "half of the weights, smallest", TEACHER, (Prune(sparsity=0.5),)),
-    ("prune", "80 %, Taylor, in stages", TEACHER, (Prune(sparsity=0.8, importance="taylor", schedule="cubic"),)),
-    ("prune", "2 of 4", TEACHER, (Prune(pattern=(2, 4)),)),
-    ("prune", "half of the weights, then fine-tuned", TEACHER, (Prune(sparsity=0.5, epochs=0), Finetune(probe=False))),
-    ("factor", "half of the parameters, plain, not healed", TEACHER, (Factor(budget=0.5, aware=False, epochs=0),)),
-    ("factor", "half of the parameters, aware, not healed", TEACHER, (Factor(budget=0.5, epochs=0),)),
-    ("factor", "95 % of the energy, aware, not healed", TEACHER, (Factor(energy=0.95, epochs=0),)),
-    ("factor", "half of the parameters, aware", TEACHER, (Factor(budget=0.5),)),
-    ("vocab", "tokens that occur", TEACHER, (Vocab(),)),
-    ("vocab", "tokens that occur and common ones", TEACHER, (Vocab(common=8000),)),
-    ("vocab", "tokens that occur, factored, int8", TEACHER, (Vocab(), FactorEmbedding(rank=128), Quantize())),
-    ("quantize", "int8", TEACHER, (Quantize(),)),
-    ("quantize", "int8, ranges from the extremes", TEACHER, (Quantize(method="minmax"),)),
-    ("quantize", "int8, ranges of least squared error", TEACHER, (Quantize(method="mse"),)),
-    ("quantize", "int8, ranges by entropy", TEACHER, (Quantize(method="entropy"),)),
-    ("quantize", "int8, one scale for each matrix", TEACHER, (Quantize(granularity="tensor"),)),
-    ("quantize", "int8, weights with zero points", TEACHER, (Quantize(symmetric=False),)),
-    ("quantize", "int8, mixed", TEACHER, (Quantize(activations="mixed"),)),
-    ("quantize", "int8, each token by its own range", TEACHER, (Quantize(activations="dynamic"),)),
-    ("quantize", "weights alone, 4 bits in groups of 32", TEACHER, (Quantize(**ALONE),)),
-    ("quantize", "weights alone, int8", TEACHER, (Quantize(activations="none"),)),
-    ("quantize", "fp16 storage", TEACHER, (Half(),)),
-    ("quantize", "4-bit weights, nearest", TEACHER, (Quantize(weight_bits=4),)),
-    ("quantize", "4-bit weights, least squares", TEACHER, (Quantize(weight_bits=4, weight_clip="mse"),)),
-    ("quantize", "4-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=4, weight_clip="mse", rounding="gptq"),)),
-    ("quantize", "5-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=5, weight_clip="mse", rounding="gptq"),)),
-    ("quantize", "3-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=3, weight_clip="mse", rounding="gptq"),)),
-    ("quantize", "4-bit weights, trained", TEACHER, (QuantizeAware(),)),
-    ("quantize", "3-bit weights, trained", TEACHER, (QuantizeAware(Quantize(weight_bits=3, weight_clip="mse")),)),
-    ("quantize", "4 bits in the mean, mixed", TEACHER, (MixedBits(mean_bits=4),)),
-    ("activation", "ReLU, not healed", TEACHER, (SwapActivation("relu", epochs=0), Quantize())),
-    ("activation", "ReLU", TEACHER, (SwapActivation("relu"), Quantize())),
-    ("activation", "ReLU6", TEACHER, (SwapActivation("relu6"), Quantize())),
-    ("activation", "hard swish", TEACHER, (SwapActivation("hardswish"), Quantize())),
-    ("exits", "an exit after layer 2", TEACHER, (EarlyExit(after=(2,)),)),
-    ("exits", "exits after layers 2 and 4", TEACHER, (EarlyExit(after=(2, 4)),)),
-    ("semi-supervised", f"{FEW} labels a class", "few", (Finetune(),)),
-    ("semi-supervised", f"{FEW} labels a class, then its own labels", "few", (Finetune(), SelfTrain())),
-)
 
 
 @dataclass(frozen=True)
@@ -186,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("store", type=Path)
+    parser.add_argument("--group", choices=sorted(GROUPS), default="techniques")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--work", type=Path, default=Path("runs/techniques"))
     parser.add_argument("--seed", type=int, default=0)
@@ -205,7 +118,7 @@ def main() -> None:
     targets = task.targets(data.dev.label or ())
     found, engines = {}, dict[str, TierEngine]()
     reference = None
-    for page, name, start, recipe in EXAMPLES:
+    for page, name, start, recipe in GROUPS[given.group]:
         rows, base = starts[start]
         asked = {"recipe": [repr(technique) for technique in recipe], "seconds": given.seconds, "seed": given.seed}
         kept = given.work / re.sub("[^a-z0-9]+", "-", f"{page}: {name}".lower())
@@ -239,7 +152,7 @@ def main() -> None:
         "machine": asdict(measure.machine(cores())),
         "examples": list(found.values()),
     }
-    (given.results / "techniques.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    (given.results / f"{given.group}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measured examples of docs/techniques, from benchmarks/results/techniques.json."""
+"""The measured examples of docs/techniques, from what `techniques.py` and `cascade.py` of benchmarks/ stored."""
 
 from __future__ import annotations
 
@@ -7,27 +7,31 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-STORED = ROOT / "benchmarks" / "results" / "techniques.json"
+RESULTS = ROOT / "benchmarks" / "results"
+STORED = tuple(RESULTS / name for name in ("techniques.json", "further.json"))
+CASCADE = RESULTS / "cascade.json"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 
 def pages() -> dict[Path, str]:
     """Every page that has a place for examples, with what belongs there."""
-    if not STORED.exists():
-        return {}
-    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    runs = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in STORED if path.exists()}
     found = {}
     for path in sorted((ROOT / "docs" / "techniques").glob("*.md")):
         text = path.read_text(encoding="utf-8")
         before, begin, rest = text.partition(BEGIN)
-        examples = [e for e in stored["examples"] if e["page"] == path.stem]
-        if begin and examples:
+        mine = {name: [e for e in run["examples"] if e["page"] == path.stem] for name, run in runs.items()}
+        parts = [_table(name, runs[name], some) for name, some in mine.items() if some]
+        if path.stem == "cascade" and CASCADE.exists():
+            parts.append(_tiers(json.loads(CASCADE.read_text(encoding="utf-8"))))
+        if begin and parts:
             behind = rest.partition(END)[2] if END in rest else rest
-            found[path] = f"{before}{BEGIN}\n{_table(stored, examples)}\n{END}{behind}"
+            body = "\n\n".join(parts)
+            found[path] = f"{before}{BEGIN}\n{body}\n{END}{behind}"
     return found
 
 
-def _table(stored: dict[str, Any], examples: list[dict[str, Any]]) -> str:
+def _table(group: str, stored: dict[str, Any], examples: list[dict[str, Any]]) -> str:
     teacher = stored["examples"][0]
     lines = [
         f"| on BANKING77's dev ({stored['rows']} rows) | {stored['metric']} | agreement with the teacher | file | µs a row | made in |",
@@ -44,7 +48,30 @@ def _table(stored: dict[str, Any], examples: list[dict[str, Any]]) -> str:
         [
             *lines,
             "",
-            f"`benchmarks/techniques.py`, at most {stored['seconds']:.0f} s for each fit; one run each, so a point is noise "
+            f"`benchmarks/techniques.py --group {group}`, at most {stored['seconds']:.0f} s for each fit; one run each, so a point is noise "
             f"({machine['cpu']}, {machine['threads']} threads, {machine['date']}, commit {machine['commit']}).",
+        ]
+    )
+
+
+def _tiers(stored: dict[str, Any]) -> str:
+    rows, machine = stored["rows"], stored["machine"]
+    lines = [
+        f"| may lose | tiers | the cheapest on BANKING77's dev | {stored['metric']} | agreement with the teacher | files | µs a row |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {e['lost']:g} | {e['tiers']} | `{e['name']}` | {100 * e['quality']:.1f} | {100 * e['agreement']:.1f} % | "
+        f"{e['bytes'] / 1e6:.1f} MB | {1e6 * e['row']:.0f} |"
+        for e in stored["examples"]
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"`benchmarks/cascade.py` on a finished job: chosen by points lost on the {rows['calibrate']} calibrate rows, shown on the "
+            f"{rows['select']} select rows, where the teacher has {100 * stored['teacher']:.1f}; times are sums of what the job measured, "
+            f"so that many choices were compared and a point is noise ({machine['cpu']}, {machine['threads']} threads, {machine['date']}, commit "
+            f"{machine['commit']}).",
         ]
     )

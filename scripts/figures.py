@@ -165,6 +165,9 @@ def _wide(found: list[Shop], heavy: dict[str, float]) -> str:
 def _left_out(found: list[Shop]) -> str:
     """What some rows lack, and which peers that might have been the best were not there to be."""
     said = []
+    jobs = [f"{name} {seed}" for name in peers.names_in("SETS") for seed in range(3)]
+    if missing := sorted(set(jobs) - {name for name, _, _ in found}):
+        said.append(f"Not measured at all: {', '.join(missing)}.")
     if alone := [name for name, _, certified in found if not _transformers(certified)]:
         said.append(f"No transformer peer is certified, so that rows against one lack it: {', '.join(alone)}.")
     if floor := [name for name, own, _ in found if not {"static", "conv"} & set(own["made"].get("points", ()))]:

@@ -119,6 +119,7 @@ def page() -> tuple[str, dict[str, str]]:
         together,
         profile(runs("banking77-standard")[0]),
         *_notes("profile.md"),
+        bought(runs("banking77-standard")[0]),
     ]
     return "\n".join(parts).rstrip() + "\n", plots | more | others
 
@@ -137,14 +138,37 @@ def profile(run: Run) -> str:
         f"BANKING77, seed {run['seed']}, the artifact of `--effort standard` (commit {run['bench']['machine']['commit']}, "
         f"{run['bench']['machine']['cpu']}): microseconds of a row in batches, as the job measured its tiers.\n",
     ]
-    lines += ["| part | alone | share of rows | together |", "|---|---|---|---|"]
-    parts = [("tokenization", costs[""][0], 1.0)]
+    lines += ["| part | alone | share of rows | together | size |", "|---|---|---|---|---|"]
+    parts = [("tokenization", costs[""][0], 1.0, "")]
     reached = 1.0
     for tier in tiers:
-        parts.append((tier["name"], costs[f"{tier['name']} {tier['engine']}"][0], reached))
+        size = f"{tier['bytes'] / 1e6:.1f} MB"
+        parts.append((tier["name"], costs[f"{tier['name']} {tier['engine']}"][0], reached, size))
         reached -= tier["answered"]
-    lines += [f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} |" for n, c, share in parts]
+    lines += [f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} | {size} |" for n, c, share, size in parts]
     return "\n".join(lines) + "\n"
+
+
+def bought(run: Run) -> str:
+    """What each step gave and what was not taken, by `netweight explain`."""
+    found = run["explain"]
+    lines = [
+        "## What each step bought\n",
+        f"`netweight explain` of that artifact: {found['rows']:,} dev rows, all timed in turns on {found['threads']} threads. "
+        "Each tier starts from the teacher again, and shows its files as they would ship.\n",
+        f"| tier | step | {found['metric']} | size | ms a row |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {s['tier']} | {s['done']} | {100 * s['quality']:.2f} | {s['bytes'] / 1e6:.1f} MB | {s['milliseconds']:.3f} |"
+        for s in found["steps"]
+    ]
+    others = [
+        *(f"- Candidate {c['name']} {c['why']}." for c in found["candidates"]),
+        *(f"- {t['name']} ({100 * t['quality']:.2f}, {t['bytes'] / 1e6:.1f} MB): {t['why']}." for t in found["tried"]),
+        *(f"- {r['name']} was not made: {r['why']}." for r in found["left_out"]),
+    ]
+    return "\n".join([*lines, "", "Tried and not taken:", "", *others]) + "\n"
 
 
 def main() -> int:

@@ -188,6 +188,9 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         store.put("trial trial", {})
         store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
         store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
+        store.put("trial late", {})
+        store.write_arrays("points/late", store.read_arrays("points/trial"))
+        store.put("point late", store.get("point trial"))
         command = artifact.read_manifest(folder).provenance["command"]
         store.put("left out third", ["half, which is larger, would hardly pass", command])
         store.put("left out fourth", ["static will hardly fail", "optimize, asked for with another margin"])
@@ -201,6 +204,7 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "large-but-fast": "the candidates that were registered promised more: they cost less, or are likelier to pass",
         "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
+        "late": "it was made after this artifact",
     }
     manifest = artifact.read_manifest(folder)
     with Store(store_of(folder), None) as store:
@@ -220,7 +224,7 @@ def test_where_the_linear_model_is_the_reference_that_is_why() -> None:
     certificate = certified()
     alone = replace(certificate.registration, reference=Candidate("linear", ""), candidates=(Candidate("linear", ""),))
     point = Tried("static", 0.9, 10, "")
-    said = _why(point, [point], {}, (), "cost", replace(certificate, registration=alone))
+    said = _why(point, [point], {}, (), (), "cost", replace(certificate, registration=alone))
     assert said == "the linear model is the reference, and nothing else was considered"
 
 
@@ -321,6 +325,7 @@ def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> No
         ("a = [", "cannot be read"),
         ("", r"has no \[\[scenario\]\]"),
         ('[[scenario]]\nname = "a"', "scenario 1 of .* needs name and data"),
+        ("scenario = [1]", "scenario 1 of .* is 1; write"),
         ('[[scenario]]\nname = "a"\ndata = "b"\ncolour = "c"', "has unknown colour"),
         ('[[scenario]]\nname = "a"\ndata = "b"\n[[scenario]]\nname = "a"\ndata = "b"', "two scenarios of one name"),
     ],

@@ -129,7 +129,7 @@ def test_examples_of_techniques_are_made_once_and_timed_together(
         ("quantize", "int8", techniques.TEACHER, (Quantize(rows=64),)),
         ("semi-supervised", "few, then its own", "few", (Finetune(1, 1e-3), SelfTrain(floor=0.6, epochs=1, drift=1.0))),
     )
-    monkeypatch.setattr(techniques, "EXAMPLES", examples)
+    monkeypatch.setitem(techniques.GROUPS, "techniques", examples)
     techniques.main()
     path = tmp_path / "techniques.json"
     first = json.loads(path.read_text(encoding="utf-8"))
@@ -147,6 +147,15 @@ def test_examples_of_techniques_are_made_once_and_timed_together(
     techniques.main()
     for before, after in zip(first["examples"], json.loads(path.read_text())["examples"], strict=True):
         assert {**after, "row": 0} == {**before, "row": 0}
+
+
+def test_every_example_has_a_place_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for group in script("recipes", monkeypatch).GROUPS.values():
+        assert group[0][3] == (), "what the others are held against"
+        assert len({(page, name) for page, name, _, _ in group}) == len(group)
+        for page in {page for page, *_ in group[1:]}:
+            text = (BENCHMARKS.parent / "docs" / "techniques" / f"{page}.md").read_text(encoding="utf-8")
+            assert "<!-- measured -->" in text, page
 
 
 def test_few_labels_of_each_class_and_the_rest_a_pool(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

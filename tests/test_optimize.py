@@ -417,7 +417,7 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     assert explained == {name: measured[name] for name in explained}
     firsts = [step for before, step in itertools.pairwise(steps) if step.tier and step.tier != before.tier]
     assert [(step.done, step.bytes < steps[0].bytes) for step in firsts] == [
-        ("Vocab, the tokens that occur", True) for _ in result.manifest.tiers
+        ("Vocab, the tokens that occur and common ones", True) for _ in result.manifest.tiers
     ]
     assert export(out, "onnx", tmp_path / "onnx").compared
     ours, teachers = bench(out, None, against=["teacher"], threads=1).measured

@@ -327,6 +327,8 @@ def test_figures_take_the_best_certified_peer(
     said = figures.table()
     assert "in none of the first seven rows: womens_clothing 0" in said
     assert "- No transformer peer is certified, so that rows against one lack it: womens_clothing 0.\n" in said
+    missing = ("bitext_support 1", "bitext_support 2", "online_shopping_10_cats 0")
+    assert ", ".join(missing) in said.split("- Not measured at all: ")[1].splitlines()[0]
     assert "Torch-Pruning was not" not in said, "a peer that was measured nowhere is in the tables"
     cell("amazon_multidomain", "netweight", "certified", 1.0, 1.0, 10, margin=3.3)
     cell("amazon_multidomain", "onnx_int8", "certified", 44.0, 10.0, 40)

@@ -184,6 +184,21 @@ def test_collapse_is_refused_or_ends_it(pooled: Dataset, monkeypatch: pytest.Mon
         assert len(notes.said) == 1
         assert notes.said[0].startswith("self-training keeps the model from before round 1: pseudo-labels differ")
 
+    class Unsure(Local):
+        """Each model that it fits is sure of nothing."""
+
+        def fit(self, *given: Any) -> Model:
+            model = sure_model()
+            assert isinstance(model.network, Transformer)
+            torch.nn.init.zeros_(model.network.head.weight)
+            return model
+
+    notes.said.clear()
+    made = replace(technique, rounds=1, floor=0.6)(start, Unsure(pooled), replace(PLAN, reporter=notes))
+    assert made.digest == start.digest, "a student that is sure of nothing takes no teacher's place"
+    (said,) = notes.said
+    assert said.endswith("none reaches floor 0.6; lower it.")
+
 
 def test_refusals(pooled: Dataset, dataset: Dataset) -> None:
     model = sure_model()

@@ -213,7 +213,8 @@ def badge(probabilities: Floats, features: Floats, count: int, seed: int, known:
 
 
 def kappa(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[Any]) -> float:
-    """Cohen's kappa of two models' labels on the same rows: agreement beyond that of chance."""
+    """Cohen's kappa of two models' labels on the same rows: agreement beyond that of chance; 0 where both know one
+    label only, since chance agrees as well."""
     one, two = np.asarray(first), np.asarray(second)
     if one.shape != two.shape or not one.size:
         raise OptionError(
@@ -221,7 +222,7 @@ def kappa(first: Sequence[Any] | NDArray[Any], second: Sequence[Any] | NDArray[A
         )
     agreed = float((one == two).mean())
     chance = sum(float((one == label).mean() * (two == label).mean()) for label in np.unique(one))
-    return 1.0 if chance >= 1 else (agreed - chance) / (1 - chance)
+    return 0.0 if chance >= 1 else (agreed - chance) / (1 - chance)
 
 
 def settled(rounds: Sequence[NDArray[Any]], threshold: float = _THRESHOLD, window: int = _WINDOW) -> bool:

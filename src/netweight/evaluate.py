@@ -104,6 +104,8 @@ def suite(path: Path) -> tuple[Scenario, ...]:
         raise OptionError(f"the suite {path} has no [[scenario]]; each needs a name and data.")
     found = []
     for i, entry in enumerate(given, 1):
+        if not isinstance(entry, dict):
+            raise OptionError(f"scenario {i} of {path} is {entry!r}; write [[scenario]], and name and data below it.")
         unknown = sorted(set(entry) - _KEYS)
         if unknown or not {"name", "data"} <= set(entry) or not all(isinstance(v, str) for v in entry.values()):
             what = f"has unknown {', '.join(unknown)}" if unknown else "needs name and data, as texts"

@@ -138,7 +138,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         if manifest.provenance.get("trimmed"):
             # All tiers are made of it, and have its tokenizer.
             fewer = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
-            first = [("Vocab, the tokens that occur", teacher_engine(fewer, count), fewer.bytes)]
+            first = [("Vocab, the tokens that occur and common ones", teacher_engine(fewer, count), fewer.bytes)]
         for tier in manifest.tiers:
             engines += [*((tier.name, *one) for one in first), *_steps(store, manifest, tier, count)]
         if len(manifest.tiers) > 1:
@@ -204,8 +204,13 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
     # A job that walked the ladder alone looked at no trial.
     searched = "--effort" in manifest.provenance.get("command", "")
     trials = {name for name in names if searched and store.get(f"trial {name}") is not None}
+    # A job that the clock ended goes on with its search when it is called again.
+    order = store.keys("")
+    later = {name for name in names if measured in order[: order.index(f"point {name}")]}
     return tuple(
-        replace(p, why=_why(p, points, costs, trials, minimise, certificate)) for p in points if p.name not in shipped
+        replace(p, why=_why(p, points, costs, later, trials, minimise, certificate))
+        for p in points
+        if p.name not in shipped
     )
 
 
@@ -225,6 +230,7 @@ def _why(
     point: Tried,
     points: Sequence[Tried],
     costs: Mapping[str, float],
+    later: Collection[str],
     trials: Collection[str],
     minimise: Minimise,
     certificate: Certificate,
@@ -241,6 +247,8 @@ def _why(
             return said if name == point.name else f"{name} {said}"
     if certificate.registration.reference.name == "linear":
         return "the linear model is the reference, and nothing else was considered"
+    if point.name in later and point.name not in costs:
+        return "it was made after this artifact"
     if point.name in trials and point.name not in costs:
         return "a trial that another one beats in agreement with the teacher and in size is not timed"
     if point.name not in costs:

@@ -55,9 +55,6 @@ class SelfTrain:
         if problem := self._nothing(counts) or self._collapse(model.task, counts):
             raise ModelError(f"self-training cannot start: {problem}")
         for number in range(1, self.rounds + 1):
-            if problem := self._nothing(counts):
-                plan.reporter.note(f"self-training ended before round {number}: {problem}")
-                break
             weights = capped(counts["pseudo"], counts["labels"], self.balance)
             loss = PseudoLabels(model.task, (model,), self.floor, weights, self.temperature, self.soft)  # type: ignore[arg-type]
             given = self.student or model
@@ -66,7 +63,7 @@ class SelfTrain:
             student = run.fit(start, loss, plan, f"self-training, round {number}")
             freeze_embeddings(transformer(student, "SelfTrain"), False)
             counts = self._counted(student, run)
-            if problem := self._collapse(student.task, counts):
+            if problem := self._nothing(counts) or self._collapse(student.task, counts):
                 plan.reporter.note(f"self-training keeps the model from before round {number}: {problem}")
                 break
             model = student
