@@ -238,7 +238,9 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
     artifact.save(tmp_path / "two.nw", replace(manifest, provenance={"pairs": True}), contents)
     with pytest.raises(OptionError, match="two.nw answers pairs of texts; give the second text of each too"):
         export(tmp_path / "two.nw", "onnx", tmp_path / "out", str(table))
-    with pytest.raises(OptionError, match="name columns of --input; without a table, leave them out"):
+    with pytest.raises(
+        OptionError, match="^--text and the like name columns of --input; without a table, leave them out"
+    ):
         export(made, "onnx", tmp_path / "out", text="words")
     with pytest.raises(StoreError, match="is not there: without the run store"):
         export(shutil.copytree(made, tmp_path / "alone.nw"), "onnx", tmp_path / "out")
