@@ -323,7 +323,7 @@ def test_missing_trackers_name_their_extra(say: Say, tmp_path: Path, monkeypatch
     for name in ("wandb", "mlflow", "tensorboard"):
         said = say("optimize", table, "--text", "text", "--label", "label", "--out", tmp_path / "o.nw", "--track", name)
         assert said.status == 1
-        assert "pip install 'netweight[track]'" in said.err
+        assert "pip install '.[track]'" in said.err
 
 
 def test_examples_of_scores(monkeypatch: pytest.MonkeyPatch, shop: Shop, tmp_path: Path) -> None:

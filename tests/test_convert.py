@@ -246,11 +246,14 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
         export(shutil.copytree(made, tmp_path / "alone.nw"), "onnx", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(
-        MissingExtra, match=r"exporting to OpenVINO needs an extra: pip install 'netweight\[openvino\]'"
+        MissingExtra,
+        match=r"exporting to OpenVINO needs an extra; in a clone of Netweight: pip install '\.\[openvino\]'",
     ):
         export(made, "openvino", tmp_path / "out", str(table))
     monkeypatch.setitem(sys.modules, "litert_torch", None)
-    with pytest.raises(MissingExtra, match=r"exporting to LiteRT needs an extra: pip install 'netweight\[litert\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"exporting to LiteRT needs an extra; in a clone of Netweight: pip install '\.\[litert\]'"
+    ):
         export(made, "litert", tmp_path / "out", str(table))
     assert not (tmp_path / "out").exists()
 
@@ -283,7 +286,7 @@ assert "torch" not in sys.modules
     )
     *counts, last = python(code, made, tmp_path / "out-", table).splitlines()
     assert set(counts) == {"2"}
-    assert last == "exporting to LiteRT needs an extra: pip install 'netweight[litert]'"
+    assert last == "exporting to LiteRT needs an extra; in a clone of Netweight: pip install '.[litert]'"
 
 
 def test_tables_of_pairs_and_of_tf_idf_say_their_maths(tmp_path: Path) -> None:
