@@ -40,7 +40,7 @@ setup: $(INSTALLED)
 # another build of it, with several gigabytes of CUDA. The starter model goes last and alone: the dependency that its
 # metadata names, sentence-transformers, is never imported. So does Flower with what it alone needs: its metadata asks for
 # older versions of the web libraries (fastapi, starlette, uvicorn, typer, rich) that its parts for gRPC and simulation
-# do not touch. `pip install 'netweight[federated]'` takes those that it asks for.
+# do not touch. `pip install '.[federated]'` takes those that it asks for.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit("Netweight needs Python 3.11 or newer; $(PYTHON) is " + v + ". Name another one: make setup PYTHON=python3.12")'
 	@echo "Installing into .venv (some minutes, once)"

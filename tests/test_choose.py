@@ -168,9 +168,11 @@ def climbed(
     reads: int | None = None,
     minimise: choose.Minimise = "cost",
     told: Sequence[Point] = (),
+    away: bool = False,
 ) -> tuple[Search, list[str]]:
     """A walk up the ladder where rungs are wrong on these shares of rows, and what was said on the way; a share of the
-    texts is `cut` by encoders, some tiers read `reads` tokens, and some points were `told` by an earlier process."""
+    texts is `cut` by encoders, some tiers read `reads` tokens, and some points were `told` by an earlier process; rows
+    to train on may be `away`."""
     teacher = tiny_model(layers=6)
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, N)
@@ -185,7 +187,7 @@ def climbed(
         cut=cut,
         reads=reads,
         beaten=lambda points: False,
-        job=Job(Tables(Rows((), ())), budget=Budget(minimise=minimise)),
+        job=Job(Tables(None, dev="d", certify="c") if away else Tables(Rows((), ())), Budget(minimise=minimise)),
         data=SimpleNamespace(certify=SimpleNamespace(rows=Rows(("",) * 3000))),
         run=SimpleNamespace(data=None),
         task=TASK,
@@ -240,6 +242,8 @@ def test_texts_that_were_cut_are_told_of(cut: float, said: bool) -> None:
         wanted = f"25 % of dev is longer than {most} tokens; encoders read no more (see --max-length){also}"
         assert (wanted in notes) == said
         assert any("is longer" in note for note in notes) == said
+    _, notes = climbed({"linear": 0.3}, cut, away=True)
+    assert (f"25 % of dev is longer than {most} tokens; encoders read no more" in notes) == said, "no such option there"
 
 
 def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone() -> None:

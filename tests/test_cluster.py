@@ -255,7 +255,7 @@ def test_options_of_the_command_line(made: Path, parted: Path, tmp_path: Path, s
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, made: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     for work in (connected("local"), deployed(Options((str(made),)), Scale())):
-        with pytest.raises(MissingExtra, match=r"pip install 'netweight\[ray\]'"), work:
+        with pytest.raises(MissingExtra, match=r"pip install '\.\[ray\]'"), work:
             pass
 
 
@@ -295,7 +295,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install '.[ray]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for who in ("REPLICA", "HANDLE"):  # so that a second replica is not waited for
@@ -488,7 +488,7 @@ def test_nothing_leaves_this_machine(nodes: Nodes) -> None:
 
 
 def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install '.[ray]'")
     assert ray is not None
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
 

@@ -238,17 +238,22 @@ def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: py
     artifact.save(tmp_path / "two.nw", replace(manifest, provenance={"pairs": True}), contents)
     with pytest.raises(OptionError, match="two.nw answers pairs of texts; give the second text of each too"):
         export(tmp_path / "two.nw", "onnx", tmp_path / "out", str(table))
-    with pytest.raises(OptionError, match="name columns of --input; without a table, leave them out"):
+    with pytest.raises(
+        OptionError, match="^--text and the like name columns of --input; without a table, leave them out"
+    ):
         export(made, "onnx", tmp_path / "out", text="words")
     with pytest.raises(StoreError, match="is not there: without the run store"):
         export(shutil.copytree(made, tmp_path / "alone.nw"), "onnx", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(
-        MissingExtra, match=r"exporting to OpenVINO needs an extra: pip install 'netweight\[openvino\]'"
+        MissingExtra,
+        match=r"exporting to OpenVINO needs an extra; in a clone of Netweight: pip install '\.\[openvino\]'",
     ):
         export(made, "openvino", tmp_path / "out", str(table))
     monkeypatch.setitem(sys.modules, "litert_torch", None)
-    with pytest.raises(MissingExtra, match=r"exporting to LiteRT needs an extra: pip install 'netweight\[litert\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"exporting to LiteRT needs an extra; in a clone of Netweight: pip install '\.\[litert\]'"
+    ):
         export(made, "litert", tmp_path / "out", str(table))
     assert not (tmp_path / "out").exists()
 
@@ -281,7 +286,7 @@ assert "torch" not in sys.modules
     )
     *counts, last = python(code, made, tmp_path / "out-", table).splitlines()
     assert set(counts) == {"2"}
-    assert last == "exporting to LiteRT needs an extra: pip install 'netweight[litert]'"
+    assert last == "exporting to LiteRT needs an extra; in a clone of Netweight: pip install '.[litert]'"
 
 
 def test_tables_of_pairs_and_of_tf_idf_say_their_maths(tmp_path: Path) -> None:

@@ -281,7 +281,10 @@ def test_writer_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         writer.write(next(iter(rows)), {"m": ["1"]})
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(MissingExtra, match="writing parquet needs an extra"), Writer(tmp_path / "o.parquet", rows, {}):
+    with (
+        pytest.raises(MissingExtra, match="writing parquet needs pyarrow: pip install pyarrow"),
+        Writer(tmp_path / "o.parquet", rows, {}),
+    ):
         pass
 
 

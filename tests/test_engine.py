@@ -303,7 +303,7 @@ def test_openvino_tiers_run_on_onnx_runtime_where_it_is_missing(monkeypatch: pyt
     rows = mixed_rows(60)
     usual = engine_of("onnx int8").predict(rows.text)
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(MissingExtra, match=r"netweight\[openvino\]"):
+    with pytest.raises(MissingExtra, match=r"'\.\[openvino\]'"):
         OpenvinoEngine(data, 0, 1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match=r"certified on OpenVINO, which is not installed; ONNX Runtime runs the same"):

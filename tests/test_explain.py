@@ -237,6 +237,11 @@ def test_a_store_that_does_not_know_cannot_explain(copied: Path) -> None:
         explain(copied, 1)
 
 
+def test_without_its_run_store_nothing_is_explained(made: Path) -> None:
+    with pytest.raises(StoreError, match=r"there is no run store .*made\.nw\.run; run `netweight optimize` with that"):
+        explain(made, 1)
+
+
 def written(folder: Path, shop: Shop) -> Path:
     write_table(folder / "dev.tsv", shop.dev)
     write_table(folder / "few.tsv", shop.certify.take(range(40)))

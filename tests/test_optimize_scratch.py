@@ -77,9 +77,11 @@ def test_a_model_of_another_language_is_told_of(
         monkeypatch.setattr(Builder, "teacher", model)
         passed = SimpleNamespace(verdict="certified")
         remarks = _remarks(builder, SimpleNamespace(floor_wins=False), passed)  # type: ignore[arg-type]
+        away = replace(builder, job=Job(Tables(None, dev=texts, certify=texts))).foreign(model.encoder)
     assert [remark for remark in remarks if "--model scratch" in remark] == notes
     assert [note[: len(start)] for note, start in zip(notes, told, strict=True)] == told
     assert all("--model scratch" in note for note in notes)
+    assert away == "".join(f"{start}it does not know this language; name a model that does." for start in told)
 
 
 @pytest.mark.parametrize(("few", "trimmed"), [(0.5, False), (0.99, True)])

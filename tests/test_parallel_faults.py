@@ -155,7 +155,7 @@ def test_errors_of_processes_are_those_of_the_program(rank: int, model: Model, d
     run, loss = Parallel(dataset, setup=SAME, pool=pool), Supervised(model.task)
     with pytest.raises(OptionError, match=r"^this loss wants another option\.$"):
         run.fit(model, Odd(loss, rank, "option"), PLAN)
-    with pytest.raises(MissingExtra, match=r"pip install 'netweight\[train\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[train\]'"):
         run.fit(model, Odd(loss, rank, "extra"), PLAN)
     with pytest.raises(RunError, match=rf"(?s)rank {max(rank, 0)} \(pid \d+\) failed with ZeroDivision.*raise Zero"):
         run.fit(model, Odd(loss, rank, "division"), PLAN)

@@ -60,7 +60,7 @@ def succeeded(process: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """A cluster of this machine with four CPUs, on loopback, to which this process is connected."""
-    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed: pip install '.[ray]'")
     with pytest.MonkeyPatch.context() as patch, _loopback():
         for name, value in environment().items():
             patch.setenv(name, value)
@@ -109,7 +109,7 @@ def test_options_of_a_cluster_are_checked(dataset: Dataset, monkeypatch: pytest.
     with pytest.raises(OptionError, match="0 processes of 1 threads are asked for"):
         RayPool("auto", 0)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'netweight\[ray\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install '\.\[ray\]'"):
         Parallel(dataset, cluster="auto")
 
 
@@ -294,5 +294,5 @@ def _machine_lost() -> None:
 @pytest.mark.slow
 def test_a_lost_machine(tmp_path: Path) -> None:
     """Its CPU counts as there until the cluster has missed its heartbeats, so the first new workers do not come."""
-    pytest.importorskip("ray", reason="the extra ray is not installed: pip install 'netweight[ray]'")
+    pytest.importorskip("ray", reason="the extra ray is not installed: pip install '.[ray]'")
     succeeded(program("import test_parallel_ray as t; t._machine_lost()"))

@@ -195,6 +195,8 @@ def test_what_cannot_be_planned(tmp_path: Path) -> None:
         Job(optimizer="lion")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="unknown device 'tpu'; use auto, cpu, cuda"):
         Job(device="tpu")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="unknown precision 'fp16'; use fp32, bf16"):
+        Job(precision="fp16")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="memory '24' is no size; write 24GB"):
         size("24")
     with pytest.raises(OptionError, match="memory 'much' is no size"):

@@ -289,7 +289,7 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 @pytest.fixture(scope="module")
 def running(shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
     """Servers of the shop's model, and of one whose label is markup."""
-    pytest.importorskip("selenium", reason="selenium is not installed: pip install 'netweight[dev]'")
+    pytest.importorskip("selenium", reason="selenium is not installed: pip install '.[dev]'")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("no Chromium here to show the page: apt-get install chromium chromium-driver")
     folder = tmp_path_factory.mktemp("playground")

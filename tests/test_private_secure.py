@@ -201,7 +201,9 @@ def test_who_deals_shares_of_another_seed_is_named():
 
 def test_without_the_package_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
-    with pytest.raises(MissingExtra, match=r"secure aggregation needs an extra: pip install 'netweight\[federated\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"secure aggregation needs an extra; in a clone of Netweight: pip install '\.\[federated\]'"
+    ):
         exec(compile(Path(secure.__file__).read_text(encoding="utf-8"), "secure", "exec"), {"__name__": "again"})
 
 

@@ -545,3 +545,32 @@ def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
         following.cancel()
 
     asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(
+    server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its manifest came before a tier: what was refused then, and told of once, is looked at again."""
+    monkeypatch.setattr(processes, "_LOOK", 0.01)
+    other, tier = changed(made, tmp_path / "other.nw"), made / artifact.read_manifest(made).tiers[0].file
+    newer = load(other, 1).version
+
+    async def work() -> None:
+        following = asyncio.create_task(processes.follow(server.models))
+
+        async def until(true: Callable[[], bool]) -> None:
+            while not true():
+                assert not following.done(), following
+                await asyncio.sleep(0.01)
+
+        await asyncio.sleep(0)  # it has seen what is there
+        tier.rename(tmp_path / "tier")
+        (other / "manifest.json").rename(made / "manifest.json")
+        await until(lambda: "shop stays at version" in caplog.text)
+        await asyncio.sleep(0.2)  # some more looks
+        assert caplog.text.count("stays at version") == 1
+        (tmp_path / "tier").rename(tier)
+        await until(lambda: server.models["shop"].engine.version == newer)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(work(), 60))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netweight.errors import StoreError
-from netweight.store import JOURNAL, Store
+from netweight.store import JOURNAL, LOOKS, Store
 
 JOB = {"data": "abc", "model": "starter", "seed": 0, "task": {"labels": ["a", "b"]}}
 
@@ -63,8 +63,12 @@ def test_a_store_cut_off_in_its_very_first_line_starts_over(tmp_path: Path) -> N
 
 def test_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None:
     Store(tmp_path, JOB).close()
-    with pytest.raises(StoreError, match=r"another job \(model: 'starter' there, 'other' now; seed: 0 there, 7 now\)"):
+    with pytest.raises(
+        StoreError, match=r"another job \(model: 'starter' there, 'other' now; seed: 0 there, 7 now\)\. .* delete it\.$"
+    ):
         Store(tmp_path, JOB | {"model": "other", "seed": 7})
+    with pytest.raises(StoreError, match=r"or delete it\. New rows need an --out of their own\.$"):
+        Store(tmp_path, JOB | {"data": "def"})
     Store(tmp_path, JOB).close()  # the refusal left the lock and the journal alone
 
 
@@ -90,8 +94,27 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
         store.put("x", 1)
     whole = (tmp_path / JOURNAL).read_bytes().splitlines()
     (tmp_path / JOURNAL).write_bytes(b"\n".join([whole[0], line, whole[1]]) + b"\n")
-    with pytest.raises(StoreError, match=r"line 2 of .*journal.jsonl is damaged; delete"):
+    with pytest.raises(StoreError, match=r"line 2 of .*journal.jsonl is damaged; to start over, delete"):
         Store(tmp_path, JOB)
+
+
+def test_who_starts_over_is_told_to_keep_the_looks_and_may(tmp_path: Path) -> None:
+    with Store(tmp_path, JOB) as store:
+        store.write(LOOKS, b"{}\n")
+        kept = rf"delete {tmp_path}, but keep its looks\.jsonl: looks at certify are counted there\.$"
+        with pytest.raises(StoreError, match=kept):
+            store.read("x.bin")
+        with pytest.raises(StoreError, match=kept):
+            store.read_arrays("x")
+    with pytest.raises(StoreError, match=r"delete it, but keep its looks\.jsonl: .* there\.$"):
+        Store(tmp_path, JOB | {"seed": 7})
+    (tmp_path / JOURNAL).write_bytes(b"{}\n")
+    with pytest.raises(StoreError, match=kept):
+        Store(tmp_path, JOB)
+    (tmp_path / JOURNAL).unlink()
+    with Store(tmp_path, JOB | {"seed": 7}) as store:
+        assert store.job["seed"] == 7
+        assert store.read(LOOKS) == b"{}\n"
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -119,7 +142,7 @@ def test_files_and_arrays(tmp_path: Path) -> None:
         values = np.arange(6, dtype=np.float32).reshape(2, 3)
         store.write_arrays("points/x", {"logits": values.T})
         assert (store.read_arrays("points/x")["logits"] == values.T).all()
-        with pytest.raises(StoreError, match=r"points/y.bin is missing; delete"):
+        with pytest.raises(StoreError, match=r"points/y.bin is missing; to start over, delete"):
             store.read("points/y.bin")
         with pytest.raises(StoreError, match=r"y.safetensors is missing or damaged"):
             store.read_arrays("y")

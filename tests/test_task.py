@@ -64,7 +64,7 @@ def test_margins() -> None:
 
 
 def test_errors_say_what_came() -> None:
-    with pytest.raises(LabelError, match="at least 2 labels"):
+    with pytest.raises(LabelError, match=r"at least 2 labels; given were \['one'\]\.$"):
         Classify(("one",))
     with pytest.raises(LabelError, match="distinct"):
         Classify(("a", "a"))

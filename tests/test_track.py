@@ -103,7 +103,9 @@ def test_without_its_package_a_tracker_names_the_extra(
     name: Name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, {"tensorboard": "torch.utils.tensorboard"}.get(name, name), None)
-    with pytest.raises(MissingExtra, match=r"tracking with .* needs an extra: pip install 'netweight\[track\]'"):
+    with pytest.raises(
+        MissingExtra, match=r"tracking with .* needs an extra; in a clone of Netweight: pip install '\.\[track\]'"
+    ):
         trackers([name], tmp_path)
     assert not list(tmp_path.iterdir())
 

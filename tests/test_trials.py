@@ -371,7 +371,10 @@ def test_refusals(tmp_path: Path) -> None:
     driven = trials(tmp_path / TRIALS, "standard")
     with pytest.raises(ValueError, match="static-9 was not asked for"):
         driven.tell(made(Rung("static-9", (Static(),), 0.5)))
-    with pytest.raises(OptionError, match="trial static-1 was proposed by another version"):
+    with pytest.raises(
+        OptionError,
+        match=r"trial static-1 was proposed by another version .* OUT\.run beside it, but keep its looks\.jsonl",
+    ):
         Trial("static", 1, False, {"width": 1}).rung(TEACHER)
     assert set(space("encoder", tiny_model(layers=1)))
 

@@ -166,9 +166,11 @@ class Builder:
         ids = encoder.encode(self.data.dev.text[:_LOOK]).ids
         share = float(np.mean(ids == encoder.unknown))
         name = self.job.options.model
+        # Words of training rows that are elsewhere cannot be learned.
+        other = ", or train one on these rows with --model scratch" if self.job.tables.train is not None else ""
         return (
             f"{100 * share:.0f} % of the tokens of dev are unknown to {name}: it does not know this language; name a "
-            "model that does, or train one on these rows with --model scratch."
+            f"model that does{other}."
             if share > _UNKNOWN
             else ""
         )

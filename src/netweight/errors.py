@@ -99,10 +99,12 @@ class CertificateError(NetweightError):
 
 
 class MissingExtra(NetweightError, ImportError):
-    """An optional dependency is not installed; the text has the pip command."""
+    """An optional dependency is not installed; the text has the pip command. `package`: where one will do instead of
+    all of an extra."""
 
-    def __init__(self, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs an extra: pip install 'netweight[{extra}]'")
+    def __init__(self, purpose: str, extra: str = "", package: str = "") -> None:
+        clone = f"an extra; in a clone of Netweight: pip install '.[{extra}]'"
+        super().__init__(f"{purpose} needs {f'{package}: pip install {package}' if package else clone}")
 
 
 def no_list(given: object, name: str, instead: str = "") -> str:

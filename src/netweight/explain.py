@@ -130,8 +130,8 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
     """
     count = threads or measure.cores()
     engine, manifest, (certificate, _) = load(folder, count), artifact.read_manifest(folder), certificate_of(folder)
-    rows = rows_of(folder, None, Columns()).rows
     with Store(store_of(folder), None) as store:
+        rows = rows_of(folder, None, Columns()).rows
         teacher = Model.load(store.model_folder(TEACHER))
         engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher, count), teacher.bytes)]
         first: list[tuple[str, Engine, int]] = []

@@ -177,7 +177,9 @@ def climb(builder: Builder) -> Search:
     if builder.cut > CUT:
         also = f", tiers without attention {builder.reads}" if builder.reads else ""
         said = f"{100 * builder.cut:.0f} % of dev is longer than {most} tokens; encoders read no more"
-        builder.reporter.note(f"{said} (see --max-length){also}")
+        # Where training rows are elsewhere, the command has no such option.
+        option = " (see --max-length)" if builder.job.tables.train is not None else ""
+        builder.reporter.note(f"{said}{option}{also}")
     rungs = _rungs(builder)
     for name in {rung.name for rung in _ladder(builder)} - {rung.name for rung in rungs}:
         _left_out(builder, name, "it needs labelled rows in one place")

@@ -54,7 +54,10 @@ class Trial:
         """What the proposal comes to. Raises OptionError where its options are not those of the search's space."""
         known, optional = set(space(self.kind, teacher)), ELSE[self.kind]
         if not known - set(optional) <= set(self.params) <= known | set(optional):
-            raise OptionError(f"trial {self.name} was proposed by another version of Netweight; delete the run store.")
+            raise OptionError(
+                f"trial {self.name} was proposed by another version of Netweight; choose another output, or delete "
+                "OUT.run beside it, but keep its looks.jsonl: looks at certify are counted there."
+            )
         given = optional | dict(self.params)
         part = 1 / SHORTENED if self.short else 1.0
         given["epochs"], share = given["epochs"] * part, SHARE * part

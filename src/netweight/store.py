@@ -49,7 +49,7 @@ def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
     if source is not None:
         return read(source, columns, label_required=columns.label is not None)
     if columns not in (Columns(), Columns("text")):
-        raise OptionError("--text, --label and --pair name columns of --input; without a table, leave them out.")
+        raise OptionError("--text and the like name columns of --input; without a table, leave them out.")
     path = store_of(folder) / DEV
     if not path.exists():
         raise StoreError(
@@ -117,7 +117,9 @@ class Store:
                 entry = json.loads(line)
                 held[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                raise StoreError(f"line {number} of {path} is damaged; delete {self.folder} to start over.") from None
+                raise StoreError(
+                    f"line {number} of {path} is damaged; to start over, delete {self.folder}{self._kept}."
+                ) from None
         return held
 
     def _claim(self, job: Mapping[str, Any] | None) -> None:
@@ -129,7 +131,17 @@ class Store:
             self.put("job", wanted)
         elif known != wanted:
             differs = "; ".join(_differences("", known, wanted))
-            raise StoreError(f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it.")
+            rows = " New rows need an --out of their own." if known.get("data") != wanted.get("data") else ""
+            raise StoreError(
+                f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it{self._kept}."
+                f"{rows}"
+            )
+
+    @property
+    def _kept(self) -> str:
+        """What who deletes the folder must keep: models can be made again, looks stay taken."""
+        there = (self.folder / LOOKS).exists()
+        return f", but keep its {LOOKS}: looks at certify are counted there" if there else ""
 
     def _sweep(self) -> None:
         """Remove what killed processes had begun to write; all of them worked under this lock."""
@@ -173,7 +185,9 @@ class Store:
         try:
             return (self.folder / name).read_bytes()
         except OSError:
-            raise StoreError(f"{self.folder / name} is missing; delete {self.folder} to start over.") from None
+            raise StoreError(
+                f"{self.folder / name} is missing; to start over, delete {self.folder}{self._kept}."
+            ) from None
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Named arrays, all or nothing."""
@@ -185,7 +199,9 @@ class Store:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as problem:
-            raise StoreError(f"{path} is missing or damaged ({problem}); delete {self.folder}.") from None
+            raise StoreError(
+                f"{path} is missing or damaged ({problem}); to start over, delete {self.folder}{self._kept}."
+            ) from None
 
     def model_folder(self, name: str) -> Path:
         """Where a model of this name is kept."""

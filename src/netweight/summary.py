@@ -168,7 +168,8 @@ def verify(
     said = [f"{len(manifest.files)} files have their recorded SHA-256."]
     if certificate.shipped.digest != manifest.digest:
         raise ArtifactError(
-            f"the certificate is for {certificate.shipped.digest[:12]}, the folder holds {manifest.digest[:12]}."
+            f"the certificate is for {certificate.shipped.digest[:12]}, the folder holds {manifest.digest[:12]}. "
+            "Files of two artifacts are mixed; copy the folder again."
         )
     recompute(certificate, outcomes)
     said.append(

@@ -57,7 +57,7 @@ class Classify:
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
-            raise LabelError(f"classification needs at least 2 labels; the data has {list(self.labels)}.")
+            raise LabelError(f"classification needs at least 2 labels; given were {list(self.labels)}.")
         if len(set(self.labels)) != len(self.labels):
             raise LabelError("the labels of a task must be distinct.")
         if self.metric not in self.metrics:

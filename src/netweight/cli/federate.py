@@ -22,6 +22,7 @@ from netweight.cli.shared import (
     Threads,
     Tried,
     app,
+    listed,
     noted,
     print_summary,
 )
@@ -41,14 +42,14 @@ def keys(
     """Make a certificate authority, the server's certificate, and a key pair for each client; or add clients."""
     from netweight.federate.keys import make_keys
 
-    for path in make_keys(folder, _names(clients), _names(hosts)):
+    for path in make_keys(folder, listed(clients), listed(hosts)):
         print(path)
 
 
 Keys = Annotated[Path, typer.Option(help="Folder with ca.crt, server.crt, server.key and clients/NAME.pub.")]
 Address = Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0:PORT for all.")]
 Start = Annotated[str, typer.Option(help="starter, a folder, or a Hub id.")]
-Labels = Annotated[str | None, typer.Option(help="The labels, with commas; else those of DEV.")]
+Labels = Annotated[str | None, typer.Option(help="The labels, with commas (, or ，); else those of DEV.")]
 Trained = Annotated[
     Literal["full", "lora", "head"] | None,
     typer.Option(help="What is trained, and travels.", show_default="head; full with --privacy off"),
@@ -117,7 +118,7 @@ def server(
 
     _use(threads)
     rows = noted(read(dev, Columns(text, label, pair))) if dev else None
-    base = pretrained(model, task_of(labels and _names(labels), rows, task), seed=seed)
+    base = pretrained(model, task_of(labels and listed(labels), rows, task), seed=seed)
     terms = terms_of(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),
         (algorithm, aggregate, travel),
@@ -167,7 +168,9 @@ def optimize(
     confidence: Confidence = 0.95,
     metric: Metric = None,
     minimise: Minimised = "cost",
-    time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h; waiting for clients does not count.")] = "1h",
+    time_limit: Annotated[
+        str, typer.Option(help="Such as 90s, 20m, 2h; a bare number is minutes; waiting for clients does not count.")
+    ] = "1h",
     effort: Tried = "quick",
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of training and of drawing clients.")] = 0,
@@ -198,7 +201,7 @@ def optimize(
         finetune=tuned(terms, epochs, learning_rate, train),
     )
     job = Job(
-        Tables(None, columns, dev, certify, pool, _names(labels or "")),
+        Tables(None, columns, dev, certify, pool, listed(labels or "")),
         Budget(points(max_drop), confidence, minimise),
         options,
     )
@@ -236,10 +239,6 @@ def client(
     _say(f"{name}: {len(data.train)} rows to train on, {len(data.select)} to measure quality. {loaded.note or ''}")
     with owned(folder):
         join(server, found, Client(name, data, folder, limit=epsilon, said=_say), patience, _say)
-
-
-def _names(given: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in given.split(",") if name.strip())
 
 
 def _say(sentence: str) -> None:

@@ -24,6 +24,7 @@ from netweight.cli.shared import (
     Threads,
     Tried,
     app,
+    listed,
     noted,
     print_summary,
 )
@@ -68,7 +69,7 @@ def optimize(
     confidence: Confidence = 0.95,
     metric: Metric = None,
     minimise: Minimised = "cost",
-    time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h.")] = "20m",
+    time_limit: Annotated[str, typer.Option(help="Such as 90s, 20m, 2h; a bare number is minutes.")] = "20m",
     effort: Tried = "quick",
     vocabulary: Annotated[
         Literal["trimmed", "whole"],
@@ -165,7 +166,7 @@ def label(
 
     file = rows_file(out, source)
     teacher = LLMTeacher(url, model, key_env, instructions, constrain, concurrency, answer_tokens=answer_tokens)
-    task = Classify(tuple(name.strip() for name in re.split("[,，]", labels) if name.strip()))
+    task = Classify(listed(labels))
     rows = noted(read(source, Columns(text, pair=pair), label_required=False))
     cache = out.with_name(f"{out.name}.cache.jsonl")
     done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)

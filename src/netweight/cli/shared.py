@@ -48,6 +48,11 @@ def size(text: str) -> int:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** ("kmgt".index(found[2]) + 1))
 
 
+def listed(given: str) -> tuple[str, ...]:
+    """Names with commas between them; that of Chinese keyboards is one too."""
+    return tuple(name.strip() for name in re.split("[,，]", given) if name.strip())
+
+
 def noted(loaded: Loaded) -> Rows:
     """The rows; what could not be used is said on standard error."""
     if loaded.note:

@@ -165,7 +165,8 @@ def encoder_engine(tier: Tier, data: bytes, pad: int, threads: int) -> OnnxEngin
     if tier.engine == "openvino":
         warnings.warn(
             f"tier {tier.name!r} was certified on OpenVINO, which is not installed; ONNX Runtime runs the same file, "
-            "more slowly, and a few labels may differ. To get what was certified: pip install 'netweight[openvino]'",
+            "more slowly, and a few labels may differ. To get what was certified, in a clone of Netweight: "
+            "pip install '.[openvino]'",
             stacklevel=2,
         )
     if tier.engine in ("onnx", "openvino"):

@@ -71,10 +71,15 @@ def lines(path: Path, stop: threading.Event | None = None, at: int = 0) -> Itera
             yield held.decode("utf-8", "replace")
 
 
-def replay(log: Iterable[str], monitor_of: Callable[[str, str], Monitor | None]) -> Iterator[Alert]:
-    """Alerts of a log, in order. `monitor_of` a model's name and version; rows that nobody watches are passed over.
+def replay(
+    log: Iterable[str],
+    monitor_of: Callable[[str, str], Monitor | None],
+    broken: Callable[[Exception], object] | None = None,
+) -> Iterator[Alert]:
+    """Alerts of a log, in order. `monitor_of` a model's name and version; rows that nobody watches are passed over, and
+    with `broken`, which is told why, lines that are no record.
 
-    Raises DataError with the number of a line that is no record.
+    Raises DataError with the number of a line that is no record, where nobody is told.
     """
     for number, line in enumerate(log, 1):
         if not line.strip():
@@ -82,7 +87,12 @@ def replay(log: Iterable[str], monitor_of: Callable[[str, str], Monitor | None])
         try:
             record = Record.from_line(line)
         except (ValueError, KeyError, TypeError) as problem:
-            raise DataError(f"line {number} of the log is no record of an answer: {problem!r}") from None
+            if broken is None:
+                raise DataError(
+                    f"line {number} of the log is no record of an answer ({problem!r}); remove that line."
+                ) from None
+            broken(problem)
+            continue
         monitor = monitor_of(record.model, record.version)
         if monitor is not None:
             yield from monitor.see(record)

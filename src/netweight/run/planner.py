@@ -22,9 +22,10 @@ from netweight.run.commands import Strategy
 from netweight.run.pipelined import owners
 from netweight.run.rehearsal import Kept, rehearse
 from netweight.run.tensor import cuts_of
-from netweight.train import Optimizer, Precision
+from netweight.train import Optimizer
 
 Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
 
 # Numbers that an optimizer keeps for each parameter.
 _STATE: dict[Optimizer, int] = {"adamw": 2, "adam": 2, "sgd": 1, "rmsprop": 1}
@@ -46,8 +47,8 @@ class Job:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name, given, allowed in (("optimizer", self.optimizer, Optimizer), ("device", self.device, Device)):
-            if given not in get_args(allowed):
+        for name, allowed in (("optimizer", Optimizer), ("precision", Precision), ("device", Device)):
+            if (given := getattr(self, name)) not in get_args(allowed):
                 raise OptionError(f"unknown {name} {given!r}; use {', '.join(get_args(allowed))}.")
         for name in ("batch", "length", "micro_batches"):
             if getattr(self, name) < 1:

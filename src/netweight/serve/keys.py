@@ -46,7 +46,10 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
         return tuple(Key(**json.loads(line)) for line in lines if line.strip())
     except (OSError, ValueError, TypeError) as problem:
-        raise OptionError(f"{path} is no file of keys ({problem}); make one with `netweight keys`.") from None
+        new = "FILE" if path.exists() else path
+        raise OptionError(
+            f"{path} is no file of keys ({problem}); make one with `netweight keys {new} --add NAME`."
+        ) from None
 
 
 def add_key(path: Path, name: str, per_minute: int | None = None) -> str:

@@ -162,22 +162,39 @@ def written(options: Options, models: Models, metrics: Metrics) -> tuple[Recorde
 
 
 async def follow(models: Any) -> None:
-    """Load a model again when its folder was replaced. One that does not load is refused, and the old one stays."""
+    """Load a model again when its folder was replaced. One that does not load is refused, and the old one stays; it is
+    tried again when its files change, since it may have been copied in place, and its manifest before its tiers."""
     seen = {hosted.name: _mark(hosted.folder) for hosted in models}
+    refused: dict[str, tuple[Any, str]] = {}  # the files that were there, and why they were not loaded
     while True:
         await asyncio.sleep(_LOOK)
         for hosted in models:
             now = _mark(hosted.folder)
             if now is None or now == seen.setdefault(hosted.name, now):  # one that woke has just been read
                 continue
-            seen[hosted.name] = now
+            files, (tried, told) = _files(hosted.folder), refused.get(hosted.name, (None, ""))
+            if files == tried:
+                continue
             try:
                 newer = await models.exchange(hosted.name)
+            except Exception as problem:  # whole files that no engine can load: every library has errors of its own
+                refused[hosted.name] = files, str(problem)
+                if str(problem) != told:
+                    ours = isinstance(problem, NetweightError | OSError)
+                    version = hosted.engine.version
+                    log.error("%s stays at version %s: %s", hosted.name, version, problem, exc_info=not ours)
+            else:
+                seen[hosted.name] = now
                 log.info("%s: version %s in the place of %s", hosted.name, newer.engine.version, hosted.engine.version)
-            except (NetweightError, OSError) as problem:
-                log.error("%s stays at version %s: %s", hosted.name, hosted.engine.version, problem)
-            except Exception:  # whole files that no engine can load: every library has errors of its own
-                log.exception("%s stays at version %s", hosted.name, hosted.engine.version)
+
+
+def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
+    found = {}
+    for path in (Path(where, name) for where, _, names in os.walk(folder) for name in names):
+        with contextlib.suppress(OSError):  # it is gone by now
+            held = path.stat()
+            found[str(path)] = held.st_ino, held.st_size, held.st_mtime_ns
+    return found
 
 
 def _mark(folder: Path) -> tuple[int, int] | None:

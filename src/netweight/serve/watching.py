@@ -57,13 +57,16 @@ class Watching:
                     self._stop.wait(5)
                     self._from = self._path.stat().st_size  # until here, another one looked
             try:
-                for alert in replay(lines(self._path, self._stop, self._from), self._watched):
+                for alert in replay(lines(self._path, self._stop, self._from), self._watched, self._broken):
                     log.warning("%s", alert)
                     self._metrics.alerts.labels(alert.model, alert.signal).inc()
                     if self._post is not None:
                         self._post(alert)
             except (NetweightError, OSError):
                 log.exception("rows are no longer watched")
+
+    def _broken(self, problem: Exception) -> None:
+        log.warning("a line of %s is no record of an answer, and is passed over: %r", self._path, problem)
 
     def _watched(self, name: str, version: str) -> Monitor | None:
         monitor = self.monitor(name, version)
