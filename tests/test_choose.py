@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -673,6 +674,17 @@ def test_macro_f1_gives_way_where_its_test_would_be_refused(tables: Tables, said
     balanced = "The metric is accuracy, by the balance of the labels." in notes
     assert balanced or any("though labels are not balanced: the test of macro-F1 needs 25" in note for note in notes)
     assert balanced == ("'b' has 16" in said)
+
+
+def test_rows_of_one_group_are_no_reason_for_macro_f1(tmp_path: Path) -> None:
+    users = tuple("one" if i < 100 else f"{i}" for i in range(200))
+    tables = Tables(labelled(200, 10), certify=replace(labelled(200, 100, "row"), group=users))
+    few = r"'b' has 1 \(rows of one group count once\)"
+    with pytest.raises(OptionError, match=f"{few}. Merge such labels, give certify more rows of them"):
+        prepare(Job(tables, options=Options(metric="macro-f1")), tmp_path)
+    _, task, notes = prepare(Job(tables), tmp_path)
+    assert task.metric == "accuracy"
+    assert any(re.search(f"though labels are not balanced: .*{few}", note) for note in notes)
 
 
 def test_macro_f1_stays_where_certify_has_enough(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from netweight.certify.compare import Pairs, absolute, chance, compare, require,
 from netweight.certify.match import Answers, row_keys
 from netweight.certify.slices import columns, slices_of
 from netweight.certify.tails import normal_quantile
-from netweight.data.rows import Rows, Sealed
+from netweight.data.rows import Sealed, groups_of
 from netweight.errors import CertificateError
 
 _DIGITS = 6  # of a confidence; rounded before calibration is computed, so that it can be recomputed
@@ -167,16 +167,6 @@ def _notes(registration: Registration, outcomes: Outcomes) -> tuple[str, ...]:
             "further look halves it."
         )
     return tuple(notes)
-
-
-def groups_of(rows: Rows) -> tuple[int, ...] | None:
-    """Numbers of what is resampled as a whole: what was cut together, else groups; a row without a group stands alone.
-    None where all rows do."""
-    found = rows.drawn
-    if found is None and rows.group is not None:
-        numbers: dict[str, int] = {}
-        found = tuple(numbers.setdefault(group or f"\x00{i}", len(numbers)) for i, group in enumerate(rows.group))
-    return found if found is not None and len(set(found)) < len(rows) else None
 
 
 def _difference(stored: Any, now: Any, where: str) -> tuple[str, Any, Any] | None:
