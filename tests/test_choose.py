@@ -637,6 +637,23 @@ def test_what_would_hardly_pass_stands_behind_the_rest() -> None:
     assert [c.chance for c in plan([*steps[:3], much])] == [1.0, 0.6, 0.3, 0.04]
 
 
+def test_where_none_can_pass_the_one_that_loses_least_stands_first() -> None:
+    """It ships, not certified: not the cheapest, which is just as unlikely to pass and points worse."""
+
+    def bounded(cost: float, usual: float, lucky: int = 0) -> Planned:
+        bounds = np.where(np.arange(50) < lucky, 0.0, usual)
+        return replace(planned(cost, np.zeros(50, bool)), margin=0.01, bounds=bounds)
+
+    def costs(*candidates: Planned) -> list[float]:
+        return [c.choice.cost for c in plan(candidates)]
+
+    cheap, middle, dear = bounded(1.0, 0.3), bounded(5.0, 0.02), bounded(10.0, 0.02)
+    assert costs(cheap, dear) == [10.0]
+    assert costs(dear, cheap, middle) == [5.0], "of equals the cheapest"
+    assert costs(bounded(1.0, 0.3, lucky=2), dear) == [10.0], "a chance of 4 % is none"
+    assert costs(bounded(1.0, 0.3, lucky=3), dear) == [1.0]
+
+
 def test_a_candidate_that_fails_for_reasons_of_its_own_stands_in_nobodys_way() -> None:
     safe, alike = nested(1.0, 0.6)
     stranger = np.roll(alike, 400)  # as likely to pass, but in other simulations

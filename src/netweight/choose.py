@@ -305,9 +305,10 @@ def provable(found: Sequence[Planned]) -> float:
 def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
     """The candidates to test, safest to cheapest.
 
-    The safest comes first. What follows maximises the logarithm of what the last one that passes is expected to save,
-    since testing stops at the first failure. The chance to pass after the candidate before has passed comes from the
-    imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
+    The safest comes first: the likeliest to pass, or, where none is likely to and the first ships uncertified, the one
+    with the least median bound. What follows maximises the logarithm of what the last one that passes is expected to
+    save, since testing stops at the first failure. The chance to pass after the candidate before has passed comes from
+    the imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
     dynamic programming). Behind them, by the same rule, stand those that would hardly pass: they are tested only where
     all others have passed, so dev was too careful, and a failure there takes nothing away.
     """
@@ -316,7 +317,9 @@ def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
         return ()
     costs = np.array([c.choice.cost for c in ordered])
     passes = np.array([c.passes for c in ordered], np.float64)
-    kept = [int(passes.mean(axis=1).argmax())]
+    chances = passes.mean(axis=1)
+    hopeful = chances.max() >= _HOPELESS
+    kept = [int(chances.argmax() if hopeful else np.argmin([np.median(c.bounds) for c in ordered]))]
     for least in (_HOPELESS, np.finfo(np.float64).tiny):
         following = _following(costs, passes, least)
         while (after := int(following[kept[-1]])) >= 0:
