@@ -534,6 +534,23 @@ def test_scores_are_judged_as_well() -> None:
     assert hopeless.chance < 0.01
 
 
+def test_plans_for_errors_do_not_hang_on_the_unit_of_labels() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=N)
+    reference = true[:, None] + 0.1 * rng.normal(size=(N, 1))
+    near = reference + 0.01 * rng.normal(size=(N, 1))
+
+    def held(scale: float) -> Planned:
+        task = Score(scale=scale, metric="mae")
+        margin = task.margin(10.0, float(task.quality(task.outcomes(reference, scale * true))))
+        (found,) = judged([alone(near, scale * true, task=task)], reference, scale * true, task, margin, 900, 0.05)
+        return found
+
+    whole, small = held(1.0), held(2.0**-10)
+    assert small.chance == whole.chance > 0.9
+    assert small.needs / small.margin == pytest.approx(whole.needs / whole.margin)
+
+
 def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:
     reference, worse, targets = wrong_on(36)
     (found,) = judged([alone(worse, targets)], reference, targets, TASK, 0.01, 900, 0.025)

@@ -276,8 +276,8 @@ def judged(
         luck = spread - task.quality(outcomes[i], weights) - (at - qualities[i])
         trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24)  # in dev's own drop
         likely = trust * drops[i] + (1 - trust) * usual[i]
-        # Two models that agree on all of dev may still differ on one row in n.
-        error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
+        # Two models that agree on all of dev may still differ on one row in n, scores by as much as labels do.
+        error = math.sqrt((luck.var() + (task.unit / n) ** 2) * n / rows)
         imagined = likely + luck * math.sqrt(trust + n / rows)
         beyond = moved + z * math.hypot(error, added)
         needs = beyond + NormalDist().inv_cdf(CHANCE) * error
