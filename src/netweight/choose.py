@@ -116,9 +116,10 @@ def choices(
     """Every point alone, every cascade of two at each share of `SHARES`, and, where three `tiers` are allowed, those of
     three points of the front; but no cascade that costs as much as its last tier alone.
 
-    Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it, so that they do not depend on
-    labels. A tier answers together with those before it (`engine.cascade.together`). The temperature of every tier but
-    the first is fitted on the calibrate rows that reach it; `targets` (n,) are for all dev.
+    Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it; labels move them only by the
+    temperatures that confidences are taken at. A tier answers together with those before it
+    (`engine.cascade.together`). The temperature of every tier but the first is fitted on the calibrate rows that reach
+    it; `targets` (n,) are for all dev.
     """
     compose = _Composer(costs, task, calibrate, targets, minimise)
     alone = [compose((p,), ()) for p in points]
