@@ -145,6 +145,26 @@ def test_scores_are_certified_and_recomputed() -> None:
     assert certificate.final.margin == pytest.approx(0.1 * float(np.abs(reference[:, 0] - true).mean()))
 
 
+def test_a_changed_number_is_found_whatever_the_unit_of_labels() -> None:
+    """With labels of a few thousandths a margin is a few millionths."""
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=400)
+    rows = Rows(tuple(f"text {i}" for i in range(400)), tuple(repr(float(t) / 1000) for t in true))
+    said = Answers((true + 0.3 * rng.normal(size=400))[:, None], np.ones(400))
+    registration = plan(rows, SAFE, task=Score(scale=1e-3, metric="mae"))
+    certificate, outcomes = certify(registration, Sealed(rows), said, {"safe": said})
+    again = Certificate.from_json(certificate.to_json())
+    verify(again, Outcomes.from_json(outcomes.to_json()))
+    (tested,) = again.tested
+    assert tested.margin < 3e-6
+    lower = replace(tested, drop=replace(tested.drop, high=tested.drop.high - 9e-7))
+    with pytest.raises(CertificateError, match=r"tested\[0\].drop.high is .* in the certificate, and .* recomputed"):
+        verify(replace(again, tested=(lower,)), outcomes)
+    shifted = replace(said, logits=said.logits + 0.05)
+    with pytest.raises(CertificateError, match="on 400 of 400 certify rows safe predicts otherwise"):
+        matches(certificate, outcomes, rows, shifted)
+
+
 def test_a_changed_number_is_found_and_named() -> None:
     certificate, outcomes = certified()
     first = certificate.tested[0]

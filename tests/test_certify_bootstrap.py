@@ -171,6 +171,11 @@ def test_classes_and_groups_must_be_large_enough() -> None:
     ):
         require(task, rows, None)
     require(task, np.vstack([rows, rows[-1:]]), None)
+    # A hundred rows of one user are one that tells; of 25 users, whatever else these say, as many.
+    users = np.stack([np.repeat([0.0, 1.0], [50, 100])] * 2, axis=1)
+    with pytest.raises(CertificateError, match=r"'b' has 1 \(rows of one group count once\)\. Merge such classes"):
+        require(task, users, np.concatenate([np.arange(50), np.full(100, 50)]))
+    require(task, users, np.concatenate([np.arange(50), np.arange(100) % 25]))
     with pytest.raises(CertificateError, match="form 29 groups; at least 30"):
         require(Classify(("a", "b")), rows, np.arange(74) % 29)
     scores = np.stack([np.arange(30.0), np.full(30, 3.0)], axis=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -537,6 +538,23 @@ def test_scores_are_judged_as_well() -> None:
     assert hopeless.chance < 0.01
 
 
+def test_plans_for_errors_do_not_hang_on_the_unit_of_labels() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=N)
+    reference = true[:, None] + 0.1 * rng.normal(size=(N, 1))
+    near = reference + 0.01 * rng.normal(size=(N, 1))
+
+    def held(scale: float) -> Planned:
+        task = Score(scale=scale, metric="mae")
+        margin = task.margin(10.0, float(task.quality(task.outcomes(reference, scale * true))))
+        (found,) = judged([alone(near, scale * true, task=task)], reference, scale * true, task, margin, 900, 0.05)
+        return found
+
+    whole, small = held(1.0), held(2.0**-10)
+    assert small.chance == whole.chance > 0.9
+    assert small.needs / small.margin == pytest.approx(whole.needs / whole.margin)
+
+
 def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:
     reference, worse, targets = wrong_on(36)
     (found,) = judged([alone(worse, targets)], reference, targets, TASK, 0.01, 900, 0.025)
@@ -640,6 +658,23 @@ def test_what_would_hardly_pass_stands_behind_the_rest() -> None:
     assert [c.chance for c in plan([*steps[:3], much])] == [1.0, 0.6, 0.3, 0.04]
 
 
+def test_where_none_can_pass_the_one_that_loses_least_stands_first() -> None:
+    """It ships, not certified: not the cheapest, which is just as unlikely to pass and points worse."""
+
+    def bounded(cost: float, usual: float, lucky: int = 0) -> Planned:
+        bounds = np.where(np.arange(50) < lucky, 0.0, usual)
+        return replace(planned(cost, np.zeros(50, bool)), margin=0.01, bounds=bounds)
+
+    def costs(*candidates: Planned) -> list[float]:
+        return [c.choice.cost for c in plan(candidates)]
+
+    cheap, middle, dear = bounded(1.0, 0.3), bounded(5.0, 0.02), bounded(10.0, 0.02)
+    assert costs(cheap, dear) == [10.0]
+    assert costs(dear, cheap, middle) == [5.0], "of equals the cheapest"
+    assert costs(bounded(1.0, 0.3, lucky=2), dear) == [10.0], "a chance of 4 % is none"
+    assert costs(bounded(1.0, 0.3, lucky=3), dear) == [1.0]
+
+
 def test_a_candidate_that_fails_for_reasons_of_its_own_stands_in_nobodys_way() -> None:
     safe, alike = nested(1.0, 0.6)
     stranger = np.roll(alike, 400)  # as likely to pass, but in other simulations
@@ -677,6 +712,17 @@ def test_macro_f1_gives_way_where_its_test_would_be_refused(tables: Tables, said
     balanced = "The metric is accuracy, by the balance of the labels." in notes
     assert balanced or any("though labels are not balanced: the test of macro-F1 needs 25" in note for note in notes)
     assert balanced == ("'b' has 16" in said)
+
+
+def test_rows_of_one_group_are_no_reason_for_macro_f1(tmp_path: Path) -> None:
+    users = tuple("one" if i < 100 else f"{i}" for i in range(200))
+    tables = Tables(labelled(200, 10), certify=replace(labelled(200, 100, "row"), group=users))
+    few = r"'b' has 1 \(rows of one group count once\)"
+    with pytest.raises(OptionError, match=f"{few}. Merge such labels, give certify more rows of them"):
+        prepare(Job(tables, options=Options(metric="macro-f1")), tmp_path)
+    _, task, notes = prepare(Job(tables), tmp_path)
+    assert task.metric == "accuracy"
+    assert any(re.search(f"though labels are not balanced: .*{few}", note) for note in notes)
 
 
 def test_macro_f1_stays_where_certify_has_enough(tmp_path: Path) -> None:

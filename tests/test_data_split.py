@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netweight.certify.decide import groups_of
 from netweight.certify.slices import columns
 from netweight.data import Dataset, Rows, split, without_train
+from netweight.data.rows import groups_of
 from netweight.errors import DataError, LabelError, OptionError
 
 OPEN = "0" * 64
@@ -219,12 +219,14 @@ def test_what_was_cut_together_is_known() -> None:
     assert certify.drawn is not None
     assert len(set(certify.drawn)) == len(set(zip(certify.text, certify.drawn, strict=True))) == len(copies)
     assert groups_of(certify) == certify.drawn
+    assert (sum(data.counts.values()), sum(data.units.values())) == (len(certify), len(copies))
     assert "group" not in columns(certify, {}), "it is no column of the shop's"
     together = sum(n == 3 for n in copies.values())
     assert f"{3 * together} rows of certify share a text or group with another one" in " ".join(data.notes)
     # Copies in a table that was given are copies that were drawn.
     given = split(many(100), certify=rows(*cells))
     assert given.certify.rows.drawn is None
+    assert given.units == given.counts
     assert split(many(600)).certify.rows.drawn is None
     # The shop's own groups stay what they are.
     joined = split(rows(*cells, group=tuple(f"{i}" for i in range(600))), seed=3).certify.rows

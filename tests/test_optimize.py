@@ -37,7 +37,7 @@ from netweight.reporter import Silent
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL, Store
-from netweight.task import Score
+from netweight.task import Classify, Score, Task
 from netweight.techniques import Distill, EarlyExit, Quantize
 
 # --- what comes out ---
@@ -578,6 +578,22 @@ def test_an_artifact_that_says_no_number_is_not_what_was_tested() -> None:
     said = Outputs(np.array([[0.0], [np.nan], [np.nan]]), np.ones(3), np.zeros(3, np.int64))
     with pytest.raises(CertificateError, match="answers 2 of 3 certify rows otherwise than the candidate"):
         ship._held(builder, said, tested, "one")
+
+
+@pytest.mark.parametrize(
+    ("task", "tested", "logits"),
+    [
+        (Score(scale=1e-3), 0.0, np.array([[1e-4], [0.05], [-0.05]])),  # by 5 % of the labels' spread
+        (Classify(tuple(map(str, range(20_000)))), 15_000.0, -abs(np.arange(-15_000.0, 5_000) - [[0], [1], [-1]])),
+    ],
+    ids=["small scores", "many labels"],
+)
+def test_what_is_held_is_the_label_or_a_score_in_its_own_unit(task: Task, tested: float, logits: np.ndarray) -> None:
+    rows = ("a", "b", "c")
+    builder: Any = SimpleNamespace(task=task, data=SimpleNamespace(certify=SimpleNamespace(rows=rows)))
+    outcomes = Outcomes(rows, np.zeros((3, 2)), {"one": np.array([[tested, 0.0]] * 3)}, np.ones(3))
+    with pytest.raises(CertificateError, match="answers 2 of 3 certify rows otherwise than the candidate"):
+        ship._held(builder, Outputs(logits, np.ones(3), np.zeros(3, np.int64)), outcomes, "one")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from netweight import measure
 from netweight.artifact import READS, Tier
 from netweight.certify import fit_temperature
 from netweight.certify.compare import require_scores
-from netweight.certify.decide import groups_of
 from netweight.data import Dataset, Rows
+from netweight.data.rows import groups_of
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine

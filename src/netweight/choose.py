@@ -116,9 +116,10 @@ def choices(
     """Every point alone, every cascade of two at each share of `SHARES`, and, where three `tiers` are allowed, those of
     three points of the front; but no cascade that costs as much as its last tier alone.
 
-    Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it, so that they do not depend on
-    labels. A tier answers together with those before it (`engine.cascade.together`). The temperature of every tier but
-    the first is fitted on the calibrate rows that reach it; `targets` (n,) are for all dev.
+    Thresholds are quantiles of a tier's confidence on the `calibrate` rows that reach it; labels move them only by the
+    temperatures that confidences are taken at. A tier answers together with those before it
+    (`engine.cascade.together`). The temperature of every tier but the first is fitted on the calibrate rows that reach
+    it; `targets` (n,) are for all dev.
     """
     compose = _Composer(costs, task, calibrate, targets, minimise)
     alone = [compose((p,), ()) for p in points]
@@ -276,8 +277,8 @@ def judged(
         luck = spread - task.quality(outcomes[i], weights) - (at - qualities[i])
         trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24)  # in dev's own drop
         likely = trust * drops[i] + (1 - trust) * usual[i]
-        # Two models that agree on all of dev may still differ on one row in n.
-        error = math.sqrt((luck.var() + 1 / n**2) * n / rows)
+        # Two models that agree on all of dev may still differ on one row in n, scores by as much as labels do.
+        error = math.sqrt((luck.var() + (task.unit / n) ** 2) * n / rows)
         imagined = likely + luck * math.sqrt(trust + n / rows)
         beyond = moved + z * math.hypot(error, added)
         needs = beyond + NormalDist().inv_cdf(CHANCE) * error
@@ -305,9 +306,10 @@ def provable(found: Sequence[Planned]) -> float:
 def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
     """The candidates to test, safest to cheapest.
 
-    The safest comes first. What follows maximises the logarithm of what the last one that passes is expected to save,
-    since testing stops at the first failure. The chance to pass after the candidate before has passed comes from the
-    imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
+    The safest comes first: the likeliest to pass, or, where none is likely to and the first ships uncertified, the one
+    with the least median bound. What follows maximises the logarithm of what the last one that passes is expected to
+    save, since testing stops at the first failure. The chance to pass after the candidate before has passed comes from
+    the imagined certificates; what came earlier is taken to add nothing to it (a Markov chain, solved from its end by
     dynamic programming). Behind them, by the same rule, stand those that would hardly pass: they are tested only where
     all others have passed, so dev was too careful, and a failure there takes nothing away.
     """
@@ -316,7 +318,9 @@ def plan(candidates: Sequence[Planned]) -> tuple[Planned, ...]:
         return ()
     costs = np.array([c.choice.cost for c in ordered])
     passes = np.array([c.passes for c in ordered], np.float64)
-    kept = [int(passes.mean(axis=1).argmax())]
+    chances = passes.mean(axis=1)
+    hopeful = chances.max() >= _HOPELESS
+    kept = [int(chances.argmax() if hopeful else np.argmin([np.median(c.bounds) for c in ordered]))]
     for least in (_HOPELESS, np.finfo(np.float64).tiny):
         following = _following(costs, passes, least)
         while (after := int(following[kept[-1]])) >= 0:

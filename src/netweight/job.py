@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from netweight.certify.compare import CLASS_ROWS, require_groups
-from netweight.certify.decide import groups_of
 from netweight.choose import Minimise
 from netweight.data import Columns, Dataset, Rows, read, split, without_train
+from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
 from netweight.model import weights_digest
@@ -196,8 +196,9 @@ def _refuse_macro_f1(task: Task, data: Dataset, tables: Tables, train: Rows | No
 
 def _too_few(data: Dataset) -> str:
     """Labels with too few certify rows for macro-F1; empty where there are none."""
-    few = [f"{label!r} has {count}" for label, count in data.counts.items() if count < CLASS_ROWS]
+    few = [f"{label!r} has {count}" for label, count in data.units.items() if count < CLASS_ROWS]
     more = f" and {len(few) - 5:,} labels more have too few" if len(few) > 5 else ""
+    more += " (rows of one group count once)" if data.units != data.counts else ""
     said = f"the test of macro-F1 needs {CLASS_ROWS} certify rows of each label, and {', '.join(few[:5])}{more}"
     return said if few else ""
 

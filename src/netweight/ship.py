@@ -20,6 +20,7 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
+from netweight.certify.match import tolerance
 from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
 from netweight.data import Dataset
 from netweight.encode import Tokens
@@ -223,7 +224,7 @@ def _held(builder: Builder, said: Outputs, outcomes: Outcomes, shipped: str) -> 
     rows = builder.data.certify.rows
     expected = outcomes.candidates[shipped][:, 0]
     now = builder.task.outcomes(said.logits, np.zeros(len(rows)))[:, 0]
-    differ = int((~(np.abs(now - expected) <= 1e-4 * max(1.0, float(np.abs(expected).max())))).sum())  # NaN is far
+    differ = int((~(np.abs(now - expected) <= tolerance(builder.task))).sum())  # NaN is far
     if differ:
         raise CertificateError(
             f"the saved artifact answers {differ:,} of {len(rows):,} certify rows otherwise than the candidate that "

@@ -54,6 +54,7 @@ class Classify:
     kind: ClassVar[str] = "classify"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro-f1")
     point: ClassVar[float] = 0.01
+    unit: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -165,6 +166,11 @@ class Score:
             raise LabelError("the values to predict must be finite and not all equal.")
         if self.metric not in self.metrics:
             raise OptionError(f"metric {self.metric!r} is not for scores; use {' or '.join(self.metrics)}.")
+
+    @property
+    def unit(self) -> float:
+        """By how much quality may differ on one row: errors by the labels' spread; correlations have no unit."""
+        return self.scale if self.metric == "mae" else 1.0
 
     def targets(self, labels: Sequence[str]) -> NDArray[np.float64]:
         """Label values (n,), in their own units. Raises LabelError for a label that is not a finite number."""

@@ -15,7 +15,7 @@ from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.errors import CertificateError
 from netweight.task import Classify, Task
 
-CLASS_ROWS = 25  # certify rows of each class, below which a macro-F1 is not tested
+CLASS_ROWS = 25  # certify rows of each class, those of one group counted once, below which a macro-F1 is not tested
 GROUPS = 30  # groups, below which their spread is not known well enough
 SCORES = 30  # certify rows with scores, likewise
 
@@ -83,17 +83,21 @@ def absolute(task: Task, outcomes: Floats, groups: Ints | None, level: float, se
 
 
 def require(task: Task, reference: Floats, groups: Ints | None) -> None:
-    """Raise CertificateError where rows are too few: 25 in each class for macro-F1, 30 with scores that are not all
-    equal, 30 groups where rows have them."""
+    """Raise CertificateError where rows are too few: 25 in each class for macro-F1 (of 25 groups, where rows have
+    them), 30 with scores that are not all equal, 30 groups where rows have them."""
     require_groups(groups)
     if not isinstance(task, Classify):
         require_scores(reference[:, 1], len(reference))
     if not isinstance(task, Classify) or task.metric != "macro-f1":
         return
-    counts = np.bincount(reference[:, 1].astype(int), minlength=task.outputs)
+    labels = reference[:, 1].astype(int)
+    # Groups are drawn as wholes: a thousand rows of one user tell nothing of another user.
+    units = labels if groups is None else np.unique(np.stack([groups, labels]), axis=1)[1]
+    counts = np.bincount(units, minlength=task.outputs)
     few = [(label, int(count)) for label, count in zip(task.labels, counts, strict=True) if count < CLASS_ROWS]
     if few:
         named = ", ".join(f"{label!r} has {count}" for label, count in few[:5])
+        named += " (rows of one group count once)" if len(units) < len(labels) else ""
         raise CertificateError(
             f"macro-F1 needs at least {CLASS_ROWS} certify rows in each class; {named}. Merge such classes, give more "
             "labelled rows, or use --metric accuracy."

@@ -15,8 +15,9 @@ from netweight.certify.compare import Pairs, absolute, chance, compare, require,
 from netweight.certify.match import Answers, row_keys
 from netweight.certify.slices import columns, slices_of
 from netweight.certify.tails import normal_quantile
-from netweight.data.rows import Rows, Sealed
+from netweight.data.rows import Sealed, groups_of
 from netweight.errors import CertificateError
+from netweight.task import Task
 
 _DIGITS = 6  # of a confidence; rounded before calibration is computed, so that it can be recomputed
 
@@ -78,7 +79,8 @@ def verify(certificate: Certificate, outcomes: Outcomes) -> None:
         has = ", ".join(sorted(outcomes.candidates))
         raise CertificateError(f"the certificate tested {', '.join(sorted(names))}; its outcomes are of {has}.")
     again = _conclude(registration, outcomes, _fixed_sequence(registration, outcomes))
-    if found := _difference(asdict(_as_now(certificate, again, outcomes)), asdict(again), ""):
+    least = _rounding(registration.task)
+    if found := _difference(asdict(_as_now(certificate, again, outcomes)), asdict(again), "", least):
         where, stored, now = found
         raise CertificateError(f"{where} is {stored!r} in the certificate, and {now!r} recomputed from its outcomes.")
 
@@ -100,13 +102,14 @@ def _as_now(stored: Certificate, now: Certificate, outcomes: Outcomes) -> Certif
     elif exact and final.drop.value <= -final.margin and needed[1:] == (2,):
         stored = replace(stored, rows_needed=(needed[0], now.rows_needed[1]))
     if len(slices) == len(now.slices):
-        slices = tuple(map(_without_flat, slices, now.slices))
+        least = _rounding(now.registration.task)
+        slices = tuple(_without_flat(one, other, least) for one, other in zip(slices, now.slices, strict=True))
     return replace(stored, slices=slices)
 
 
-def _without_flat(stored: Slice, now: Slice) -> Slice:
+def _without_flat(stored: Slice, now: Slice, least: float) -> Slice:
     drop = stored.drop
-    flat = now.drop is None and drop is not None and _difference(drop.low, drop.high, "") is None
+    flat = now.drop is None and drop is not None and _difference(drop.low, drop.high, "", least) is None
     return replace(stored, drop=None) if flat else stored
 
 
@@ -169,25 +172,21 @@ def _notes(registration: Registration, outcomes: Outcomes) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def groups_of(rows: Rows) -> tuple[int, ...] | None:
-    """Numbers of what is resampled as a whole: what was cut together, else groups; a row without a group stands alone.
-    None where all rows do."""
-    found = rows.drawn
-    if found is None and rows.group is not None:
-        numbers: dict[str, int] = {}
-        found = tuple(numbers.setdefault(group or f"\x00{i}", len(numbers)) for i, group in enumerate(rows.group))
-    return found if found is not None and len(set(found)) < len(rows) else None
+def _rounding(task: Task) -> float:
+    """By how much small numbers may differ: bounds are found by halving, and machines round as they please. Errors in a
+    small unit are small throughout, and so are their margins."""
+    return 1e-6 * min(1.0, task.unit)
 
 
-def _difference(stored: Any, now: Any, where: str) -> tuple[str, Any, Any] | None:
-    """Where two nested values first differ by more than rounding, and how."""
+def _difference(stored: Any, now: Any, where: str, least: float) -> tuple[str, Any, Any] | None:
+    """Where two nested values first differ by more than rounding, a millionth of them or `least`, and how."""
     if isinstance(stored, dict) and isinstance(now, dict):
         steps = [(f"{where}.{key}".lstrip("."), stored[key], now[key]) for key in stored]
     elif isinstance(stored, tuple) and isinstance(now, tuple) and len(stored) == len(now):
         steps = [(f"{where}[{i}]", one, two) for i, (one, two) in enumerate(zip(stored, now, strict=True))]
     elif isinstance(stored, float) and isinstance(now, float):
-        near = math.isfinite(stored) and abs(stored - now) <= 1e-6 * max(1.0, abs(stored))
+        near = math.isfinite(stored) and abs(stored - now) <= max(least, 1e-6 * abs(stored))
         return None if near else (where, stored, now)
     else:
         return None if stored == now else (where, stored, now)
-    return next((found for name, one, two in steps if (found := _difference(one, two, name))), None)
+    return next((found for name, one, two in steps if (found := _difference(one, two, name, least))), None)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from netweight.certify.certificate import Certificate, Outcomes
 from netweight.data.rows import Rows
 from netweight.errors import CertificateError
-from netweight.task import Classify
+from netweight.task import Classify, Task
 
 # Predicted scores of another machine may differ in their last digits: this share of the label's spread.
 _SCORE_TOLERANCE = 1e-3
@@ -29,6 +29,12 @@ class Answers:
 def row_keys(rows: Rows) -> tuple[str, ...]:
     """The first 64 bits of the SHA-256 of each normalised text, in hex."""
     return tuple(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16] for key in rows.keys())  # noqa: SIM118
+
+
+def tolerance(task: Task) -> float:
+    """How far apart two answers of one candidate to one row may lie: labels not at all, scores by a thousandth of the
+    label's spread."""
+    return 0.0 if isinstance(task, Classify) else _SCORE_TOLERANCE * task.scale
 
 
 def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: Answers) -> str:
@@ -61,7 +67,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
             "that was certified."
         )
     now, then = task.outcomes(answers.logits, np.zeros(len(rows)))[:, 0], outcomes.candidates[name][:, 0]
-    allowed = 0.0 if isinstance(task, Classify) else _SCORE_TOLERANCE * task.scale
+    allowed = tolerance(task)
     # Texts that are equal but for capitals or spaces have one key, and need not have one prediction.
     if differ := sum(
         not (np.abs(now[found[key]] - said) <= allowed).any() for key, said in zip(outcomes.keys, then, strict=True)

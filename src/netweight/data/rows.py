@@ -134,6 +134,16 @@ def concat(first: Rows, second: Rows) -> Rows:
     return _of(joined)
 
 
+def groups_of(rows: Rows) -> tuple[int, ...] | None:
+    """Numbers of what is resampled as a whole: what was cut together, else groups; a row without a group stands alone.
+    None where all rows do."""
+    found = rows.drawn
+    if found is None and rows.group is not None:
+        numbers: dict[str, int] = {}
+        found = tuple(numbers.setdefault(group or f"\x00{i}", len(numbers)) for i, group in enumerate(rows.group))
+    return found if found is not None and len(set(found)) < len(rows) else None
+
+
 def _of(columns: Mapping[str, tuple[Any, ...]]) -> Rows:
     """Rows of columns that are checked already, named as `Rows.columns` names them: a table may have millions of
     cells, and a split takes them apart many times."""
@@ -220,8 +230,8 @@ class Dataset:
     """All splits of one job. `select` serves early stopping and choices, `calibrate` thresholds and temperatures.
 
     `counts`: certify rows of each label that train has, in alphabetical order; empty for scores, and where nobody cut
-    or counted. How many there are is no look: it says nothing of any prediction. `notes` says in sentences what
-    splitting removed and why.
+    or counted. How many there are is no look: it says nothing of any prediction. `units`: the same, with those of one
+    group (`groups_of`) counted once. `notes` says in sentences what splitting removed and why.
     """
 
     train: Rows
@@ -231,6 +241,7 @@ class Dataset:
     pool: Rows | None = None
     notes: tuple[str, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    units: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dev(self) -> Rows:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from netweight.data.check import BadRow, alike, spelling, write_quarantine
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
-from netweight.data.rows import MOST_TAUGHT, Dataset, Rows, Sealed
+from netweight.data.rows import MOST_TAUGHT, Dataset, Rows, Sealed, groups_of
 from netweight.errors import DataError, LabelError, OptionError
 
 # A larger certify split would hardly sharpen the certificate: at 5,000 rows, 1 point and 5 % discordant rows its
@@ -86,11 +86,11 @@ def split(
     if kind == "classify":
         others = {"dev": dev, "certify": certify}
         _known(train.label or (), others, "train does not have", "Add such rows to train, or remove them from")
-    counts = _counts(train.label or (), certify) if kind == "classify" else {}
     ordered = _in_order(certify)
     if to_certify.any():
         ordered = _drawn_together(ordered, notes)
-    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts)
+    counts, units = _counts(train.label or (), ordered) if kind == "classify" else ({}, {})
+    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts, units)
 
 
 def without_train(
@@ -121,8 +121,8 @@ def without_train(
     select, calibrate = _halves(dev, kind, seed)
     parts = {"select": select, "calibrate": calibrate, "certify": certify}
     _enough(parts if pool is None else {**parts, "pool": pool})
-    counts = _counts(labels or dev.label or (), certify) if kind == "classify" else {}
-    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes), counts)
+    counts, units = _counts(labels or dev.label or (), certify) if kind == "classify" else ({}, {})
+    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes), counts, units)
 
 
 def _require(parts: Mapping[str, Rows | None]) -> None:
@@ -338,9 +338,13 @@ def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advi
             )
 
 
-def _counts(labels: Sequence[str], certify: Rows) -> dict[str, int]:
-    found = Counter(certify.label)
-    return {label: found[label] for label in sorted(set(labels))}
+def _counts(labels: Sequence[str], certify: Rows) -> tuple[dict[str, int], dict[str, int]]:
+    """How many certify rows each label has, and how many if those of one group count once."""
+    cells = certify.label or ()
+    rows = Counter(cells)
+    units = Counter(label for label, _ in set(zip(cells, groups_of(certify) or range(len(certify)), strict=True)))
+    known = sorted(set(labels))
+    return {label: rows[label] for label in known}, {label: units[label] for label in known}
 
 
 def _enough(parts: dict[str, Rows]) -> None:
