@@ -241,6 +241,17 @@ def test_the_end_of_an_agreement_is_seen() -> None:
     assert [(a.signal, a.before) for a in alerts] == [(AGREES, 1.0)]
 
 
+def test_a_log_keeps_every_digit() -> None:
+    """Rounded to six, all of these are 1, above each that was certified."""
+    rng = np.random.default_rng(7)
+    monitor = Monitor(watching("confidence", 1 - 10 ** -rng.uniform(7, 9, 400)))
+    for sure in 1 - 10 ** -rng.uniform(7, 9, 300):
+        record = Record(0.0, "shop", "v1", {"confidence": float(sure)})
+        read = Record.from_line(record.to_line())
+        assert read == record
+        assert not monitor.see(read)
+
+
 def test_a_log_replays_to_the_same_alerts(tmp_path: Path) -> None:
     records = stream(200, {"confidence": -1.5})
     log = tmp_path / "rows.log"
