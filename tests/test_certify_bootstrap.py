@@ -224,10 +224,25 @@ def test_temperature_is_that_of_largest_likelihood() -> None:
 
 def test_temperature_at_its_ends() -> None:
     task = Classify(("a", "b"))
-    assert fit_temperature(np.eye(2), np.array([0, 1]), task) == pytest.approx(0.05, rel=1e-3)
+    assert fit_temperature(np.eye(2) / 10, np.array([0, 1]), task) == pytest.approx(0.05, rel=1e-3)
     assert fit_temperature(np.eye(2), np.array([1, 0]), task) == pytest.approx(20, rel=1e-3)
     assert fit_temperature(np.empty((0, 2)), np.empty(0), task) == 1.0
     assert fit_temperature(np.ones((3, 1)), np.arange(3.0), Score()) == 1.0
+
+
+def test_temperature_of_rows_that_are_all_right_makes_none_certain() -> None:
+    task, logits = Classify(("a", "b")), np.tile([10.0, 0.0], (400, 1))
+    found = fit_temperature(logits, np.zeros(400), task)
+    assert task.confidence(logits[:1], found)[0] == pytest.approx(1 - 0.05 / 400.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("gap", [1.0, 10.0, 100.0])
+def test_temperature_of_any_scale_has_one_valley(gap: float) -> None:
+    """One row in 400 is wrong: the likelihood is largest where the confidence is 399 / 400."""
+    targets = np.zeros(400)
+    targets[7] = 1
+    found = fit_temperature(np.tile([gap, 0.0], (400, 1)), targets, Classify(("a", "b")))
+    assert found == pytest.approx(gap / np.log(399), rel=0.02)
 
 
 def test_calibration_error_of_a_calibrated_model_is_about_zero() -> None:

@@ -47,6 +47,18 @@ def test_every_value_falls_into_its_bin(values: np.ndarray) -> None:
     assert small >= 0.05, "at least the share that was asked for lies there"
 
 
+@pytest.mark.parametrize(
+    ("values", "other"),
+    [([1.0] * 400, 0.0), ([0.0] * 4 + [1.0] * 396, 0.0), ([0.0] * 200 + [1.0] * 4 + [2.0] * 196, 1.0)],
+)
+def test_a_value_of_many_rows_has_a_bin_of_its_own(values: list[float], other: float) -> None:
+    """Bins reach up to and including an edge: what lies beneath the only edge was taken for what lies on it."""
+    made = Histogram.of(np.array(values))
+    assert made.bin(other) < made.bin(values[-1])
+    assert made.counts[made.bin(values[-1])] == values.count(values[-1])
+    assert made.counts[made.bin(other)] == values.count(other)
+
+
 def test_projections_are_means_of_signs_that_belong_to_tokens() -> None:
     encoder = tiny_encoder()
     texts = list(many_rows(20).text)
@@ -193,6 +205,11 @@ def fingerprint(rows: int = 400) -> Fingerprint:
     return Fingerprint(rows, (0.0,) * 16, (1.0,) * 16, held)
 
 
+def watching(name: str, values: np.ndarray) -> Fingerprint:
+    """One of 400 rows, on which a signal had these values."""
+    return replace(fingerprint(), histograms={**fingerprint().histograms, name: Histogram.of(values)})
+
+
 def stream(count: int, shift: dict[str, float], start: float = 0.0, seed: int = 6) -> list[Record]:
     rng = np.random.default_rng(seed)
     return [
@@ -214,6 +231,25 @@ def test_the_signal_that_moved_is_named_once_a_month() -> None:
     assert not [a for r in stream(300, {}, start=2 * MONTH) for a in monitor.see(r)]
     with pytest.raises(OptionError, match="0 false alarms a month; use more than 0 and at most 1"):
         Monitor(fingerprint(), 0)
+
+
+def test_the_end_of_an_agreement_is_seen() -> None:
+    monitor = Monitor(watching(AGREES, np.ones(400)))
+    calm = [Record(i, "shop", "v1", {AGREES: float(i % 150 > 0)}) for i in range(1, 301)]
+    assert not [a for r in calm for a in monitor.see(r)], "one in 150 raises no alarm, though none was certified"
+    alerts = [a for i in range(60) for a in monitor.see(Record(301 + i, "shop", "v1", {AGREES: 0.0}))]
+    assert [(a.signal, a.before) for a in alerts] == [(AGREES, 1.0)]
+
+
+def test_a_log_keeps_every_digit() -> None:
+    """Rounded to six, all of these are 1, above each that was certified."""
+    rng = np.random.default_rng(7)
+    monitor = Monitor(watching("confidence", 1 - 10 ** -rng.uniform(7, 9, 400)))
+    for sure in 1 - 10 ** -rng.uniform(7, 9, 300):
+        record = Record(0.0, "shop", "v1", {"confidence": float(sure)})
+        read = Record.from_line(record.to_line())
+        assert read == record
+        assert not monitor.see(read)
 
 
 def test_a_log_replays_to_the_same_alerts(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from netweight.serve.hosted import Models
 from netweight.serve.recorder import Keeper, Recorder
 from netweight.serve.steady import answer
 from netweight.serve.watching import Watching
-from netweight.signals import AGREES, NAMES
+from netweight.signals import AGREES, NAMES, Histogram
 from test_serve import TEXTS, Server
 
 
@@ -92,6 +92,18 @@ def test_texts_worth_labelling_are_kept_once(models: Models, tmp_path: Path) -> 
         *((TEXTS[i], TEXTS[i]) for i in (3, 5)),
     ]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_where_nearly_all_are_sure_the_others_are_kept(models: Models, tmp_path: Path) -> None:
+    """Not all: the least confidence of 95 % of the certified rows is 1 as well."""
+    hosted, path = models["made"], tmp_path / "rows.jsonl"
+    assert hosted.fingerprint is not None
+    held = {**hosted.fingerprint.histograms, "confidence": Histogram.of(np.ones(hosted.fingerprint.rows))}
+    sure = np.ones(len(TEXTS))
+    sure[3] = 0.9
+    outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), sure, np.zeros(len(TEXTS), np.int64))
+    Keeper(path)(replace(hosted, fingerprint=replace(hosted.fingerprint, histograms=held)), TEXTS, None, outputs)
+    assert [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()] == [TEXTS[3]]
 
 
 def test_kept_texts_are_for_their_owner_alone(models: Models, tmp_path: Path) -> None:

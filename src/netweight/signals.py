@@ -22,6 +22,7 @@ NAMES = ("length", "unknown", "distance", "confidence", "tier")
 AGREES = "agrees"  # whether the strongest tier says the same; known of a sample only
 _WIDTH = 16
 _BINS = 50  # of about equal mass, fewer where values are few
+_NEAR = 1e-6  # a value and itself in another batch, whose sums differ in a last bit, are nearer
 
 Floats = NDArray[np.float64]
 Values = Mapping[str, Floats]
@@ -36,8 +37,11 @@ class Histogram:
 
     @staticmethod
     def of(values: Floats) -> Histogram:
-        """Bins of about equal mass."""
-        edges = np.unique(np.quantile(values, np.linspace(0, 1, _BINS + 1)[1:-1], method="inverted_cdf"))
+        """Bins of about equal mass. A value that many rows share has one of its own: what comes to lie beneath it must
+        not be taken for it, as where all rows agreed, and later none does."""
+        cuts = np.quantile(values, np.linspace(0, 1, _BINS + 1)[1:-1], method="inverted_cdf")
+        edges, times = np.unique(cuts, return_counts=True)
+        edges = np.union1d(edges, edges[times > 1] - _NEAR)
         found = np.searchsorted(edges, values, "left")
         return Histogram(tuple(edges.tolist()), tuple(np.bincount(found, minlength=len(edges) + 1).tolist()))
 

@@ -9,27 +9,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight.certify.certificate import Calibration, Floats, Outcomes
-from netweight.task import Classify, Task, softmax
+from netweight.task import Classify, Task
 
 _COLDEST, _HOTTEST = 0.05, 20.0
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _BINS, _BIN_ROWS = 10, 20
-_LEAST = 1e-12
+# A whole row would move the temperature of 400 rows of 77 labels, 85 of them wrong, by 7 %; this moves it by 0.7 %.
+_UNKNOWN = 0.1
 
 
 def fit_temperature(logits: NDArray[Any], targets: NDArray[Any], task: Task) -> float:
     """The number in [0.05, 20] by which to divide logits (n, outputs) so that their likelihood is largest.
 
-    Guo et al. (2017), section 4.2. The negative log-likelihood is convex in 1 / temperature, so it has one valley
-    and golden section finds it. Scores have no probabilities, and no rows no valley: 1.
+    Guo et al. (2017), section 4.2, with a tenth of a row more, which bears all labels alike (as Platt, 1999, smooths
+    them): where all rows are right, likelihood alone would call every answer certain. The negative log-likelihood is
+    convex in 1 / temperature, so it has one valley and golden section finds it. Scores have no probabilities, and no
+    rows no valley: 1.
     """
     if not isinstance(task, Classify) or not len(targets):
         return 1.0
-    rows, index = np.arange(len(targets)), np.asarray(targets, np.int64)
+    below = np.asarray(logits, np.float64)
+    below = below - below.max(axis=1, keepdims=True)
+    share = _UNKNOWN / len(targets)
+    told = below[np.arange(len(targets)), np.asarray(targets, np.int64)].mean() + share * below.mean()
 
     def loss(log_temperature: float) -> float:
-        right = softmax(np.asarray(logits, np.float64) / math.exp(log_temperature))[rows, index]
-        return float(-np.log(np.maximum(right, _LEAST)).mean())
+        temperature = math.exp(log_temperature)
+        return float((1 + share) * np.log(np.exp(below / temperature).sum(axis=1)).mean() - told / temperature)
 
     low, high = math.log(_COLDEST), math.log(_HOTTEST)
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)

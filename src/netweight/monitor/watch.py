@@ -37,9 +37,10 @@ class Record:
     values: Mapping[str, float]
 
     def to_line(self) -> str:
-        """One line of a log."""
+        """One line of a log. Numbers keep all digits: the edges of bins have them too, and many confidences may lie
+        between 0.9999995 and 1."""
         head = {"at": round(self.at, 3), "model": self.model, "version": self.version}
-        return json.dumps(head | {name: round(float(v), 6) for name, v in self.values.items()})
+        return json.dumps(head | {name: float(v) for name, v in self.values.items()})
 
     @staticmethod
     def from_line(line: str) -> Record:

@@ -159,7 +159,7 @@ class Keeper:
         assert hosted.fingerprint is not None
         limit = hosted.fingerprint.histograms["confidence"].quantile(_UNSURE)
         lines = []
-        for i in np.flatnonzero(outputs.confidence <= limit).tolist():
+        for i in np.flatnonzero(outputs.confidence < limit).tolist():
             pair = None if pairs is None else pairs[i]
             key = self._key(texts[i], pair)
             if key not in self._seen and len(self._seen) < _KEPT:
