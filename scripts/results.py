@@ -146,7 +146,9 @@ def profile(run: Run) -> str:
         size = f"{tier['bytes'] / 1e6:.1f} MB"
         parts.append((tier["name"], costs[f"{tier['name']} {tier['engine']}"][0], reached, size))
         reached -= tier["answered"]
-    lines += [f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} | {size} |" for n, c, share, size in parts]
+    lines += [
+        f"| {n} | {1e6 * c:.1f} | {100 * share:.0f} % | {1e6 * c * share:.1f} | {size} |" for n, c, share, size in parts
+    ]
     return "\n".join(lines) + "\n"
 
 
