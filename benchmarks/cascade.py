@@ -3,10 +3,11 @@
     .venv/bin/python benchmarks/cascade.py FOLDER ARTIFACT [--seed 0] [--results DIR]
 
 FOLDER holds train.csv.gz, dev.csv.gz and test.csv.gz (columns text, label); ARTIFACT is what a job with that seed made
-of them, its run store beside it. Every cascade of the points that the job timed is composed as the job does. Of each
-number of tiers the cheapest is taken that loses no more than so much on the calibrate rows, which thresholds and
-temperatures come from. What it reaches is of the select rows; its time is a sum of what the job measured. Nothing is
-trained or timed, and no label of test is read. Writes cascade.json under benchmarks/results, or where --results says.
+of them, its run store beside it. Every cascade of the points that the job timed is composed as the job does, from what
+they say in ONNX Runtime. Of each number of tiers the cheapest is taken that loses no more than so much on the calibrate
+rows, which thresholds and temperatures come from. What it reaches is of the select rows; its time is a sum of what the
+job measured. Nothing is trained or timed, and no label of test is read. Writes cascade.json under benchmarks/results,
+or where --results says.
 """
 
 from __future__ import annotations
@@ -53,11 +54,13 @@ def main() -> None:
     files = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
     tables = Tables(files["train"], Columns("text", "label"), files["dev"], files["test"])
     with TemporaryDirectory() as work:
-        data, task, _ = prepare(Job(tables, options=Options(seed=given.seed)), Path(work))
+        data, _, _ = prepare(Job(tables, options=Options(seed=given.seed)), Path(work))
+    manifest = artifact.read_manifest(given.artifact)
+    task = manifest.task
     targets, select = task.targets(data.dev.label or ()), slice(0, len(data.select))
     calibrate = slice(len(data.select), len(data.dev))
     with Store(store_of(given.artifact), None) as store:
-        points, costs = timed(store, artifact.read_manifest(given.artifact).provenance["measured"])
+        points, costs = timed(store, manifest.provenance["measured"])
         reference = task.outcomes(store.read_arrays("teacher-dev")["logits"], targets)
     found = choices(points, costs, task, calibrate, targets, "cost")
     least = float(task.quality(reference[calibrate]))

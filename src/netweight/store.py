@@ -131,7 +131,8 @@ class Store:
             self.put("job", wanted)
         elif known != wanted:
             differs = "; ".join(_differences("", known, wanted))
-            rows = " New rows need an --out of their own." if known.get("data") != wanted.get("data") else ""
+            other = {key for key in ("data", "seed") if known.get(key) != wanted.get(key)}  # a seed cuts other rows
+            rows = " New rows need an --out of their own." if other == {"data"} else ""
             raise StoreError(
                 f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it{self._kept}."
                 f"{rows}"

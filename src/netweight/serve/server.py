@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
@@ -178,8 +179,10 @@ async def follow(models: Any) -> None:
             try:
                 newer = await models.exchange(hosted.name)
             except Exception as problem:  # whole files that no engine can load: every library has errors of its own
-                refused[hosted.name] = files, str(problem)
-                if str(problem) != told:
+                # Half a file has another hash each time.
+                why = re.sub("[0-9a-f]{64}", "", str(problem))
+                refused[hosted.name] = files, why
+                if why != told:
                     ours = isinstance(problem, NetweightError | OSError)
                     version = hosted.engine.version
                     log.error("%s stays at version %s: %s", hosted.name, version, problem, exc_info=not ours)
