@@ -569,6 +569,12 @@ def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(
         await until(lambda: "shop stays at version" in caplog.text)
         await asyncio.sleep(0.2)  # some more looks
         assert caplog.text.count("stays at version") == 1
+        whole = (tmp_path / "tier").read_bytes()
+        tier.write_bytes(whole[: len(whole) // 3])
+        await until(lambda: caplog.text.count("stays at version") == 2)
+        tier.write_bytes(whole[: len(whole) // 2])
+        await asyncio.sleep(0.2)
+        assert caplog.text.count("stays at version") == 2, "half a file has another hash each time"
         (tmp_path / "tier").rename(tier)
         await until(lambda: server.models["shop"].engine.version == newer)
         following.cancel()

@@ -69,6 +69,8 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None
         Store(tmp_path, JOB | {"model": "other", "seed": 7})
     with pytest.raises(StoreError, match=r"or delete it\. New rows need an --out of their own\.$"):
         Store(tmp_path, JOB | {"data": "def"})
+    with pytest.raises(StoreError, match=r"or delete it\.$"):
+        Store(tmp_path, JOB | {"data": "def", "seed": 7})
     Store(tmp_path, JOB).close()  # the refusal left the lock and the journal alone
 
 
