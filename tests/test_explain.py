@@ -204,7 +204,7 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "large-but-fast": "the candidates that were registered promised more: they cost less, or are likelier to pass",
         "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
-        "late": "it was made after this artifact",
+        "late": "it was made after the points of this artifact were timed",
     }
     manifest = artifact.read_manifest(folder)
     with Store(store_of(folder), None) as store:

@@ -99,10 +99,10 @@ class CertificateError(NetweightError):
 
 
 class MissingExtra(NetweightError, ImportError):
-    """An optional dependency is not installed; the text has the pip command. `package`: where one will do instead of
-    all of an extra."""
+    """An optional dependency is not installed; the text has the pip command. `package`: one of the extra, where it
+    will do alone."""
 
-    def __init__(self, purpose: str, extra: str = "", package: str = "") -> None:
+    def __init__(self, purpose: str, extra: str, package: str = "") -> None:
         clone = f"an extra; in a clone of Netweight: pip install '.[{extra}]'"
         super().__init__(f"{purpose} needs {f'{package}: pip install {package}' if package else clone}")
 

@@ -248,7 +248,7 @@ def _why(
     if certificate.registration.reference.name == "linear":
         return "the linear model is the reference, and nothing else was considered"
     if point.name in later and point.name not in costs:
-        return "it was made after this artifact"
+        return "it was made after the points of this artifact were timed"
     if point.name in trials and point.name not in costs:
         return "a trial that another one beats in agreement with the teacher and in size is not timed"
     if point.name not in costs:

@@ -220,4 +220,4 @@ def arrow(purpose: str) -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise MissingExtra(purpose, package="pyarrow") from None
+        raise MissingExtra(purpose, "train", package="pyarrow") from None

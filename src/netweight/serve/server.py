@@ -188,6 +188,7 @@ async def follow(models: Any) -> None:
                     log.error("%s stays at version %s: %s", hosted.name, version, problem, exc_info=not ours)
             else:
                 seen[hosted.name] = now
+                refused.pop(hosted.name, None)
                 log.info("%s: version %s in the place of %s", hosted.name, newer.engine.version, hosted.engine.version)
 
 
