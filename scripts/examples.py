@@ -70,8 +70,8 @@ def _tiers(stored: dict[str, Any]) -> str:
             *lines,
             "",
             f"`benchmarks/cascade.py` on a finished job: chosen by points lost on the {rows['calibrate']} calibrate rows, shown on the "
-            f"{rows['select']} select rows, where the teacher has {100 * stored['teacher']:.1f}; times are sums of what the job measured, "
-            f"so that many choices were compared and a point is noise ({machine['cpu']}, {machine['threads']} threads, {machine['date']}, commit "
+            f"{rows['select']} select rows, where the teacher has {100 * stored['teacher']:.1f}; times are sums of what the job measured. "
+            f"Many choices were compared on few rows, so a point is noise: hence the certificate, on rows of its own ({machine['cpu']}, {machine['threads']} threads, {machine['date']}, commit "
             f"{machine['commit']}).",
         ]
     )
