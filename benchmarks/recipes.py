@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from netweight.bench import block_latency
 from netweight.measure import cores
@@ -117,17 +117,6 @@ class Faster:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """`Distill` from the given model and from another one, which was trained on from it with another seed."""
-
-    combine: Literal["mean", "confidence"]
-
-    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        other = ON(model, run, replace(plan, seed=plan.seed + 1))
-        return Distill(3, teachers=(model, other), combine=self.combine)(model, run, plan)
-
-
-@dataclass(frozen=True)
 class Narrower:
     """`Distill` from the given model into one of half its width, heads and neurons."""
 
@@ -152,8 +141,6 @@ FURTHER: tuple[tuple[str, str, str, Recipe], ...] = (
     ("shrink", "the same with a group lasso", TEACHER, (replace(ON, penalty="group", strength=5e-5), FEWER)),
     ("shrink", "1.5 times faster, by a latency table", TEACHER, (Faster(1.5),)),
     ("distill", "3 of 6 layers", TEACHER, (Distill(3),)),
-    ("distill", "the same, mean of two teachers", TEACHER, (Pair("mean"),)),
-    ("distill", "the same, two teachers by confidence", TEACHER, (Pair("confidence"),)),
     ("distill", "half of the width, heads and neurons", TEACHER, (Narrower(),)),
     ("quantize", "6-bit weights, least squares", TEACHER, (Quantize(weight_bits=6, weight_clip="mse"),)),
     ("quantize", "2-bit weights, GPTQ", TEACHER, (Quantize(weight_bits=2, weight_clip="mse", rounding="gptq"),)),
