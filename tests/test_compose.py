@@ -20,7 +20,7 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local
 from netweight.run.local import logits_of
-from netweight.techniques import Quantize, Shrink, Technique
+from netweight.techniques import MixedBits, Quantize, Shrink, Technique
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
 from quick import TECHNIQUES
@@ -75,6 +75,13 @@ def survives(technique: Technique, made: Model, folder: Path) -> None:
     contract.survives_export(made)
 
 
+def everywhere(technique: Technique) -> Technique:
+    """Without weights of 8 bits: sums of their products overflow on x86 without VNNI."""
+    if isinstance(technique, MixedBits):
+        return replace(technique, choices=(2, 3, 4, 6, 7))
+    return replace(technique, weight_bits=7) if isinstance(technique, Quantize) else technique
+
+
 def name(technique: Technique) -> str:
     return type(technique).__name__
 
@@ -116,7 +123,7 @@ def test_what_comes_of_a_pair_is_saved_and_exported(one: Technique, tmp_path: Pa
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "bert"])
 def test_every_family_takes_each_technique_once(family: str, tmp_path: Path) -> None:
     refused = {}
-    for technique in TECHNIQUES:
+    for technique in map(everywhere, TECHNIQUES):
         try:
             model = first(family, technique)
         except NetweightError as refusal:
