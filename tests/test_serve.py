@@ -518,6 +518,27 @@ def test_a_damaged_folder_is_refused_and_the_old_version_stays(server: Server, m
         server.models.load(made, "a/b")
 
 
+Until = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
+def while_following(server: Server, work: Callable[[Until], Awaitable[None]]) -> None:
+    """Work on folders that are followed meanwhile; it is given a way to wait."""
+
+    async def both() -> None:
+        following = asyncio.create_task(processes.follow(server.models))
+
+        async def until(true: Callable[[], bool]) -> None:
+            while not true():
+                assert not following.done(), following
+                await asyncio.sleep(0.01)
+
+        await asyncio.sleep(0)  # it has seen what is there
+        await work(until)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(both(), 60))
+
+
 def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
     server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -529,22 +550,13 @@ def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
     tiers = (Tier("encoder", "onnx", manifest.tiers[0].file),)
     contents[manifest.tiers[0].file] = b"no network"
 
-    async def work() -> None:
-        following = asyncio.create_task(processes.follow(server.models))
-
-        async def until(true: Callable[[], bool]) -> None:
-            while not true():
-                assert not following.done(), following
-                await asyncio.sleep(0.01)
-
-        await asyncio.sleep(0)  # it has seen what is there
+    async def work(until: Until) -> None:
         artifact.save(made, replace(manifest, tiers=tiers), contents)
         await until(lambda: f"shop stays at version {first}" in caplog.text)
         newer = load(changed(good, made), 1).version
         await until(lambda: server.models["shop"].engine.version == newer)
-        following.cancel()
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    while_following(server, work)
 
 
 def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(
@@ -555,15 +567,7 @@ def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(
     other, tier = changed(made, tmp_path / "other.nw"), made / artifact.read_manifest(made).tiers[0].file
     newer = load(other, 1).version
 
-    async def work() -> None:
-        following = asyncio.create_task(processes.follow(server.models))
-
-        async def until(true: Callable[[], bool]) -> None:
-            while not true():
-                assert not following.done(), following
-                await asyncio.sleep(0.01)
-
-        await asyncio.sleep(0)  # it has seen what is there
+    async def work(until: Until) -> None:
         tier.rename(tmp_path / "tier")
         (other / "manifest.json").rename(made / "manifest.json")
         await until(lambda: "shop stays at version" in caplog.text)
@@ -577,6 +581,5 @@ def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(
         assert caplog.text.count("stays at version") == 2, "half a file has another hash each time"
         (tmp_path / "tier").rename(tier)
         await until(lambda: server.models["shop"].engine.version == newer)
-        following.cancel()
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    while_following(server, work)
