@@ -34,6 +34,9 @@ from numpy.typing import NDArray
 
 BATCHES = (1, 4, 8, 16, 32, 128)
 MOST = 4000  # texts that are timed
+# Seconds that a peer may train for where steps of long texts would take longer: what a whole job of Netweight takes on
+# short ones, and more than its teacher gets on long ones.
+TRAINING = 900.0
 Scores = NDArray[np.float32]
 # Texts and a batch size to scores (n, labels).
 Predict = Callable[[list[str], int], Scores]

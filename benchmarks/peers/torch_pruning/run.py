@@ -4,19 +4,23 @@ ONNX and quantized by ONNX Runtime's dynamic int8, as one would deploy it."""
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch_pruning as tp
 from encoders import Encoder, keep_tokenizer, onnx_predict, overflows
+from numpy.typing import NDArray
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from protocol import Options, Predict, main
+from protocol import TRAINING, Options, Predict, main
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
-SHARE, EPOCHS, RATE, BATCH = 0.5, 3, 1e-4, 32
+SHARE, EPOCHS, RATE, BATCH, WARMUP = 0.5, 3, 1e-4, 32, 0.1
 
 
 class Classifier(nn.Module):
@@ -66,26 +70,39 @@ def _projections(layer: nn.Module) -> list[nn.Module]:
 
 
 def finetune(model: Classifier, options: Options) -> None:
-    """Cross-entropy on the labels."""
+    """Cross-entropy on the labels, in three epochs or what of them fits into the box; the rate falls to 0 with it."""
     assert options.teacher
     rows, encoder = options.rows("train"), Encoder(options.teacher)
     epochs = 1 if options.quick else EPOCHS
     rng, steps = np.random.default_rng(options.seed), epochs * -(-len(rows.text) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    optimizer, began, step = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True), time.monotonic(), 0
     model.train()
-    for _ in range(epochs):
-        order = rng.permutation(len(rows.text))
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            ((part, inputs),) = encoder.batches([rows.text[i] for i in chosen], BATCH)
-            logits = model(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["mask"]))
-            loss = nn.functional.cross_entropy(logits, torch.from_numpy(rows.label[chosen[part]]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for chosen in _batches(rng, len(rows.text), epochs):
+        done = max(step / steps, (time.monotonic() - began) / TRAINING)
+        if done >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = RATE * _schedule(done)
+        ((part, inputs),) = encoder.batches([rows.text[i] for i in chosen], BATCH)
+        logits = model(torch.from_numpy(inputs["ids"]), torch.from_numpy(inputs["mask"]))
+        loss = nn.functional.cross_entropy(logits, torch.from_numpy(rows.label[chosen[part]]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        step += 1
     model.eval()
+    print(f"{step} of {steps} steps of {epochs} epochs in {time.monotonic() - began:.0f} s")
+
+
+def _batches(rng: np.random.Generator, rows: int, epochs: int) -> Iterator[NDArray[np.int64]]:
+    for _ in range(epochs):
+        order = rng.permutation(rows)
+        yield from (order[start : start + BATCH] for start in range(0, rows, BATCH))
+
+
+def _schedule(done: float) -> float:
+    """Share of the rate: up in the first tenth, then down, both along a cosine."""
+    part = done / WARMUP if done < WARMUP else 1 - (done - WARMUP) / (1 - WARMUP)
+    return (1 - math.cos(math.pi * part)) / 2
 
 
 def train(options: Options) -> None:
