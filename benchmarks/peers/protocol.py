@@ -37,6 +37,7 @@ MOST = 4000  # texts that are timed
 # Seconds that a peer may train for where steps of long texts would take longer: what a whole job of Netweight takes on
 # short ones, and more than its teacher gets on long ones.
 TRAINING = 900.0
+MOST_LOST = 0.01  # of the teacher's quality on dev, for peers that choose between sizes or speeds
 Scores = NDArray[np.float32]
 # Texts and a batch size to scores (n, labels).
 Predict = Callable[[list[str], int], Scores]

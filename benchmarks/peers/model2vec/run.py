@@ -7,30 +7,40 @@ import torch
 from model2vec.distill import distill
 from model2vec.inference import StaticModelPipeline
 from model2vec.train import StaticModelForClassification
-from protocol import Options, Predict, Scores, main
+from protocol import Options, Predict, Scores, main, quality
 
 
 def train(options: Options) -> None:
-    """Its defaults; early stopping on dev."""
+    """Its defaults; early stopping on dev. Where rare labels count as much, with weights that say so or without, by
+    dev."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     rows, dev, labels = options.rows("train"), options.rows("dev"), options.labels
     static = distill(str(options.base), pca_dims=256)
-    classifier = StaticModelForClassification.from_static_model(model=static)
-    classifier.fit(
-        rows.text,
-        [labels[i] for i in rows.label],
-        X_val=dev.text,
-        y_val=[labels[i] for i in dev.label],
-        max_epochs=1 if options.quick else -1,
-    )
-    classifier.to_pipeline().save_pretrained(str(options.model))
+    metric, best = options.task["metric"], -1.0
+    for weight in (None,) if metric == "accuracy" else (None, "balanced"):
+        classifier = StaticModelForClassification.from_static_model(model=static)
+        classifier.fit(
+            rows.text,
+            [labels[i] for i in rows.label],
+            X_val=dev.text,
+            y_val=[labels[i] for i in dev.label],
+            max_epochs=1 if options.quick else -1,
+            class_weight=weight,
+            random_seed=options.seed,
+        )
+        pipeline = classifier.to_pipeline()
+        if (reached := quality(_predict(pipeline, labels)(dev.text, 128), dev.label, metric)) > best:
+            best, kept = reached, pipeline
+    kept.save_pretrained(str(options.model))
 
 
 def load(options: Options) -> Predict:
     """Its pipeline, without torch."""
-    pipeline = StaticModelPipeline.from_pretrained(options.model)
-    labels = options.labels
+    return _predict(StaticModelPipeline.from_pretrained(options.model), options.labels)
+
+
+def _predict(pipeline: StaticModelPipeline, labels: list[str]) -> Predict:
     columns = [labels.index(label) for label in pipeline.classes_]
 
     def predict(texts: list[str], batch: int) -> Scores:

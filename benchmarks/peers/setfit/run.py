@@ -50,9 +50,10 @@ def train(options: Options) -> None:
 
 
 def _trainer(options: Options, rows: Data, steps: int) -> Trainer:
-    model = SetFitModel.from_pretrained(
-        str(options.base), head_params={"max_iter": 1000, "random_state": options.seed}, device="cpu"
-    )
+    head = {"max_iter": 1000, "random_state": options.seed}
+    if options.task["metric"] != "accuracy":  # rare labels count as much
+        head["class_weight"] = "balanced"
+    model = SetFitModel.from_pretrained(str(options.base), head_params=head, device="cpu")
     model.model_body.max_seq_length = LENGTH
     arguments = TrainingArguments(
         output_dir=str(options.out / "checkpoints"),

@@ -1,7 +1,9 @@
-"""TF-IDF and logistic regression; words or characters, and the strength of the penalty, chosen on dev."""
+"""TF-IDF and logistic regression; words or characters, the strength of the penalty and, where rare labels count as much
+as others, weights of labels, chosen on dev."""
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -15,14 +17,15 @@ CHARACTERS = {"analyzer": "char_wb", "ngram_range": (2, 4)}
 
 
 def train(options: Options) -> None:
-    """The best of words and characters and of two penalties on dev."""
+    """The best on dev."""
     rows, dev, metric = options.rows("train"), options.rows("dev"), options.task["metric"]
     best = -1.0
     for features in (WORDS, CHARACTERS):
         vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **features)
         x, x_dev = vectorizer.fit_transform(rows.text), vectorizer.transform(dev.text)
-        for c in (3.0, 30.0):
-            found = LogisticRegression(C=c, max_iter=300, random_state=options.seed).fit(x, rows.label)
+        for c, weight in itertools.product((3.0, 30.0), (None,) if metric == "accuracy" else (None, "balanced")):
+            linear = LogisticRegression(C=c, class_weight=weight, max_iter=300, random_state=options.seed)
+            found = linear.fit(x, rows.label)
             scores = found.predict_proba(x_dev)
             if (reached := quality(scores, dev.label, metric)) > best:
                 best = reached
