@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -35,8 +36,9 @@ def test_tails_equal_scipy() -> None:
     k, p = rng.integers(-1, n + 2), rng.random(300)
     np.testing.assert_allclose(binomial_cdf(k, n, p), stats.binom.cdf(k, n, p), rtol=1e-9, atol=1e-13)
     np.testing.assert_allclose(binomial_pmf(k, n, p), stats.binom.pmf(k, n, p), rtol=1e-8, atol=1e-14)
-    for certain in (0.0, 1.0):
-        np.testing.assert_array_equal(binomial_pmf(np.arange(4), 3, certain), stats.binom.pmf(np.arange(4), 3, certain))
+    for certain, n in itertools.product((0.0, 1.0), (3, 3000)):  # 3,000 have more choices than a float can hold
+        k = np.arange(n + 1)
+        np.testing.assert_array_equal(binomial_pmf(k, n, certain), stats.binom.pmf(k, n, certain))
     assert normal_tail(normal_quantile(0.0123)) == pytest.approx(0.0123)
 
 
@@ -123,6 +125,13 @@ def test_ends_of_the_scale() -> None:
     assert interval(0, 50, 50, 0.01, 0.025)[0] == -1.0
     # So few discordant pairs that a drop of 10 points is out of the question: what bounding q costs remains.
     assert p_value(0, 0, 1000, 0.1, 0.025) == 0.00025
+
+
+def test_many_rows_that_differ_about_as_often_as_may_be_lost() -> None:
+    # The null's edge, where all that differs is lost, is one of certainty.
+    table = (1500, 500, 200_000, 0.01, 0.025)
+    assert passes(*table) and interval(*table)[1] < 0.006
+    assert p_value(1000, 1000, 200_000, 0.01, 0.025) == pytest.approx(0.025 / 100, abs=1e-6)
 
 
 def test_ten_thousand_rows_take_less_than_a_second() -> None:

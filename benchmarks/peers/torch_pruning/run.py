@@ -1,5 +1,5 @@
-"""Torch-Pruning: half of the teacher's heads and feed-forward units go, or a quarter where dev misses half too much. What
-stays is fine-tuned, exported to ONNX and quantized by ONNX Runtime's dynamic int8, as one would deploy it."""
+"""Torch-Pruning: half of the teacher's heads and feed-forward units go, or a quarter where dev misses half too much.
+What stays is fine-tuned, exported to ONNX and quantized by ONNX Runtime's dynamic int8, as one would deploy it."""
 
 from __future__ import annotations
 

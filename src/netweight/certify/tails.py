@@ -98,7 +98,7 @@ def binomial_pmf(k: ArrayLike, n: ArrayLike, p: ArrayLike) -> Floats:
     # Where p is 0 or 1 its logarithm meets a factor of 0, or the probability is 0.
     logs = choose + some * np.log(np.where(p > 0, p, 1.0)) + (total - some) * np.log1p(-np.where(p < 1, p, 0.0))
     possible = inside & ((p > 0) | (some == 0)) & ((p < 1) | (some == total))
-    return cast(Floats, np.exp(logs) * possible)
+    return cast(Floats, np.exp(np.where(possible, logs, -np.inf)))
 
 
 @lru_cache(maxsize=4)
