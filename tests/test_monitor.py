@@ -166,6 +166,23 @@ def test_a_change_after_a_long_calm_is_seen(shift: float, scale: float) -> None:
     assert any(jumper.bet(ranks.p_value(made.bin(v), rng.random())) >= 100 for v in later)
 
 
+def test_a_change_after_millions_of_rows_is_seen() -> None:
+    """The share of the 31,623rd start is less than a billionth, which does not make it a ruined one."""
+    jumper = Jumper()
+    jumper._started, jumper._rows = 31_622, 200 * 31_622
+    for _ in range(100):
+        jumper.bet(0.01)
+    assert jumper.capital > 1e7
+
+
+def test_starts_that_are_ruined_are_given_up() -> None:
+    jumper = Jumper()
+    for p in np.random.default_rng(0).random(12_000):
+        jumper.bet(float(p))
+    assert jumper._started == 60
+    assert len(jumper._capital) < 50
+
+
 @given(st.integers(0, 300), st.integers(0, 300), st.floats(0.001, 0.3))
 def test_bounds_of_a_share_are_those_of_the_mixture(yes: int, no: int, level: float) -> None:
     low, high = share_bounds(yes, yes + no, level)
