@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
@@ -77,6 +78,19 @@ def test_many_rows_are_left_out_in_a_thousand_parts() -> None:
     without = np.concatenate([w for w, _ in sample.left_out()])
     assert without.shape == (1000, 2500)
     np.testing.assert_array_equal((1 - without).sum(axis=0), 1)
+
+
+def test_parts_of_distinct_rows_are_left_out_a_few_at_a_time() -> None:
+    """All thousand of them would take 8 kB a row at once."""
+    sample = Sample.of(np.arange(20_000.0)[:, None], None, seed=0)
+    tracemalloc.start()
+    first, times = next(sample.left_out())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100_000_000
+    assert (len(first), times.tolist()) == (100, [1.0] * 100)
+    np.testing.assert_array_equal(first.sum(axis=1), 19_980)
+    np.testing.assert_array_equal(sum((1 - weights).sum(axis=0) for weights, _ in sample.left_out()), 1)
 
 
 def random_pairs(task: Classify | Score, n: int, groups: np.ndarray | None = None) -> Pairs:

@@ -96,11 +96,12 @@ class Sample:
         order = np.argsort(np.random.PCG64(self.seed + 1).random_raw(self.units), kind="stable")
         part = np.empty(self.units, np.int64)
         part[order] = np.arange(self.units) % parts
-        missing = np.bincount(part[self.unit] * u + self.kind, minlength=parts * u).reshape(parts, u)
         chunk = max(1, _CHUNK // u)
         for start in range(0, parts, chunk):
-            some = missing[start : start + chunk]
-            yield self.weights - some, np.ones(len(some))
+            b, at = min(chunk, parts - start), part[self.unit] - start
+            some = (at >= 0) & (at < b)
+            missing = np.bincount(at[some] * u + self.kind[some], minlength=b * u).reshape(b, u)
+            yield self.weights - missing, np.ones(b)
 
 
 def _counts(picked: Ints, width: int) -> Floats:
