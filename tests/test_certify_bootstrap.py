@@ -44,6 +44,12 @@ def test_the_p_value_is_the_level_at_which_the_bound_meets_the_limit() -> None:
         assert found.p_value(found.bound(1 - level)) == pytest.approx(level, rel=1e-6)
 
 
+def test_bounds_of_the_smallest_levels_are_the_ends() -> None:
+    """1 less such a level is 1, whose quantile is infinite."""
+    found = Bootstrap(np.arange(100.0), 0.0, 0.0)
+    assert (found.bound(0.05 / 2**50), found.bound(1 - 0.05 / 2**50)) == (0.0, 99.0)
+
+
 def test_draws_are_the_same_everywhere() -> None:
     """The raw stream of PCG64 is fixed, so a certificate is recomputed to the last digit by another numpy."""
     sample = Sample.of(np.arange(5.0)[:, None], None, seed=7)

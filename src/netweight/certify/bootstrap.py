@@ -21,6 +21,8 @@ from netweight.certify.tails import normal_quantile, normal_tail
 Statistic = Callable[[Floats], Floats]
 
 _RESAMPLES, _MOST_RESAMPLES = 2_000, 20_000
+LEAST = 0.5 / _MOST_RESAMPLES  # p-value, whatever the sample
+_EDGE = 2.0**-53  # 1 less this is the last float before it
 _CHUNK = 2_000_000  # weights held at a time: 16 MB, of which a rank correlation makes ten copies
 _DIGITS = 12
 _LEFT_OUT = 1_000  # parts that the jackknife leaves out, one at a time
@@ -135,7 +137,7 @@ class Bootstrap:
 
     def bound(self, share: float) -> float:
         """The value that the true one exceeds with confidence 1 - `share`."""
-        z = self.bias + normal_quantile(1 - share)
+        z = self.bias + normal_quantile(min(max(1 - share, _EDGE), 1 - _EDGE))
         at = 1 - normal_tail(self.bias + z / max(1e-9, 1 - self.acceleration * z))
         return float(np.interp(at, self._positions, self.values))
 

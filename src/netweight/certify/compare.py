@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from netweight.certify import exact, power
-from netweight.certify.bootstrap import Bootstrap, Sample, interval
+from netweight.certify.bootstrap import LEAST, Bootstrap, Sample, interval
 from netweight.certify.certificate import Estimate, Floats, Ints, Tested
 from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.errors import CertificateError
@@ -101,6 +101,16 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         raise CertificateError(
             f"macro-F1 needs at least {CLASS_ROWS} certify rows in each class; {named}. Merge such classes, give more "
             "labelled rows, or use --metric accuracy."
+        )
+
+
+def require_level(task: Task, groups: Sequence[int] | None, level: float) -> None:
+    """Raise CertificateError where the test is a bootstrap and `level` below every p-value that it can have."""
+    if level < LEAST and not (task.paired_binary and groups is None):
+        raise CertificateError(
+            "macro-F1, scores and rows in groups are tested by a bootstrap, which shows nothing at levels below "
+            f"{LEAST:g}, and the level here is {level:.3g}: no candidate could pass. Give a fresh certify table (each "
+            "further look at the same rows halves their level), or a lower confidence."
         )
 
 
