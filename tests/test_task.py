@@ -78,6 +78,9 @@ def test_errors_say_what_came() -> None:
         Score().targets(["nan"])
     with pytest.raises(LabelError, match="not all equal"):
         Score(0.0, 0.0)
+    for value in ("0.1", "0.2", "0.3", "0.7", "3"):  # the mean of 30 of some is another number
+        with pytest.raises(LabelError, match="not all equal"):
+            task_for([value] * 30, "score")
     with pytest.raises(OptionError, match="metric 'f1'"):
         Score(metric="f1")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="unknown task"):

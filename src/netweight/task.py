@@ -240,7 +240,9 @@ def task_for(labels: Sequence[str], kind: Literal["classify", "score"], metric: 
     is more than three times as frequent as an equal share; Spearman for scores."""
     if kind == "score":
         values = Score().targets(labels)
-        return Score(float(values.mean()), float(values.std()), cast(ScoreMetric, metric or "spearman"))
+        # The mean of equal values need not be that value, to the last bit.
+        scale = 0.0 if (values == values[:1]).all() else float(values.std())
+        return Score(float(values.mean()), scale, cast(ScoreMetric, metric or "spearman"))
     if kind != "classify":
         raise OptionError(f"unknown task {kind!r}; use classify or score.")
     names, counts = np.unique(np.asarray(labels, dtype=object), return_counts=True)
