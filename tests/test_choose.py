@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -474,6 +475,27 @@ def test_choices_are_imagined_on_the_same_rows() -> None:
     one, two = judged(both, reference, targets, TASK, 0.08, 900, 0.05)
     assert 0.1 < one.chance < 0.9
     assert (one.passes == two.passes).all()
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro-f1"])
+def test_of_imagined_rows_a_part_is_held_at_a_time(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, rng = Classify(TASK.labels, metric), np.random.default_rng(0)
+    targets = rng.integers(0, 3, 2000)
+    reference = np.eye(3)[targets] * 3.0
+    worse = np.where(rng.random((2000, 1)) < 0.05, np.roll(reference, 1, axis=1), reference)
+    both = [alone(logits, targets, task=task) for logits in (reference, worse)]
+    assert both[0].outcomes.nbytes == 2 * 2000, "a byte for each label"
+    asked = (reference, targets, task, 0.05, 900, 0.05)
+    whole = judged(both, *asked)
+    monkeypatch.setattr(choose, "_HELD", 60_000)
+    tracemalloc.start()
+    parts = judged(both, *asked)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6_000_000, "500 samples of 2,000 rows take 16 MB"
+    for one, other in zip(whole, parts):
+        np.testing.assert_array_equal(one.bounds, other.bounds)
+        assert one.needs == other.needs
 
 
 def test_no_student_is_taken_for_better_than_its_reference() -> None:
