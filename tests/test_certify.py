@@ -267,6 +267,27 @@ def test_outcomes_round_trip(n: int, seed: int) -> None:
     np.testing.assert_array_equal(again.confidence, stored.confidence)
 
 
+class Cell(str):
+    """A cell that counts what it is compared with."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Cell.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_outcomes_of_many_slices_are_written_in_one_walk() -> None:
+    cells = tuple(Cell(f"user {i}") for i in range(2000))
+    rows = np.zeros((2000, 2))
+    stored = Outcomes(tuple(map(str, range(2000))), rows, {"one": rows}, np.ones(2000), None, {"user": cells})
+    Cell.compared = 0
+    text = stored.to_json()
+    assert Cell.compared < 20_000
+    assert Outcomes.from_json(text).slices == {"user": tuple(f"user {i}" for i in range(2000))}
+
+
 def test_options_that_cannot_be_are_refused() -> None:
     sealed, task = Sealed(labelled()), Classify(LABELS)
     for drop in (0.0, -1.0, 50.1, float("nan")):
