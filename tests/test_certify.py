@@ -215,6 +215,22 @@ def test_what_earlier_versions_stored_otherwise_is_verified() -> None:
         verify(replace(equal[0], slices=wide), equal[1])
 
 
+@pytest.mark.parametrize(("rows_needed", "fine"), [(2**23, False), (2**23 + 1, True), (10_000_000, True)])
+def test_earlier_versions_counted_no_rows_beyond_a_power_of_two(
+    rows_needed: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("netweight.certify.decide.rows_needed", lambda *_: rows_needed)
+    rows = labelled(90)
+    given, outcomes = certify(plan(rows, SAFE), Sealed(rows), answers(rows, [1]), {"safe": answers(rows, [])})
+    assert given.rows_needed == (rows_needed, rows_needed)
+    for stored in ((None, rows_needed), (rows_needed, None), (None, None)):
+        if fine:
+            verify(replace(given, rows_needed=stored), outcomes)
+        else:
+            with pytest.raises(CertificateError, match="is None in the certificate"):
+                verify(replace(given, rows_needed=stored), outcomes)
+
+
 @pytest.mark.parametrize("metric", ["spearman", "mae"])
 def test_scores_that_are_all_equal_certify_nothing(metric: str) -> None:
     rows = Rows(tuple(f"text {i}" for i in range(400)), ("3",) * 400)

@@ -91,10 +91,15 @@ def _as_now(stored: Certificate, now: Certificate, outcomes: Outcomes) -> Certif
 
     - power and rows needed where nothing differs: from Tango's statistic, z^2 (1 - margin) / margin rows;
     - rows needed at a gain of the margin or more: 2;
+    - rows needed between 2^23 and ten million: none;
     - slices in which nothing differs from one draw to the next: an interval without a width.
     """
     final, n, z = now.final, now.registration.rows, normal_quantile(now.registration.level)
     exact = _pairs(now.registration, outcomes, now.shipped).exact
+    if len(stored.rows_needed) == len(now.rows_needed):
+        both = zip(stored.rows_needed, now.rows_needed, strict=True)
+        unchanged, observed = (new if old is None and (new or 0) > 2**23 else old for old, new in both)
+        stored = replace(stored, rows_needed=(unchanged, observed))
     needed, slices = stored.rows_needed, stored.slices
     if exact and final.lost + final.gained == 0:
         most = max(2, math.ceil(z * z * (1 - final.margin) / final.margin))
