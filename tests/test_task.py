@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -20,6 +22,21 @@ def test_macro_f1_and_accuracy_equal_scikit_learn() -> None:
     ):
         task = Classify(("a", "b", "c", "d"), metric)  # type: ignore[arg-type]
         assert float(task.quality(task.outcomes(logits, targets))) == pytest.approx(reference, abs=1e-12)
+
+
+def test_macro_f1_of_many_rows_and_labels_counts_them() -> None:
+    """A number for each row and label would take 123 MB."""
+    task = Classify(tuple(map(str, range(77))), "macro-f1")
+    outcomes = np.random.default_rng(0).integers(0, 77, (200_000, 2)).astype(float)
+    outcomes[::2, 0] = outcomes[::2, 1]
+    tracemalloc.start()
+    found = task.quality(outcomes)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60_000_000
+    assert float(found) == pytest.approx(f1_score(outcomes[:, 1], outcomes[:, 0], average="macro"), abs=1e-12)
+    few = outcomes[:300]
+    assert float(task.quality(few)) == task.quality(few, np.ones((1, 300)))[0], "to the last bit"
 
 
 def test_weights_count_rows_as_often_as_repeating_them() -> None:

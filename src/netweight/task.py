@@ -109,20 +109,28 @@ class Classify:
 
         Macro-F1 averages over the labels that occur, as truth or as prediction, in all of `outcomes`.
         """
-        w = np.ones((1, len(outcomes))) if weights is None else np.atleast_2d(weights)
-        right = self.correct(outcomes).astype(np.float64)
-        value = w @ right / w.sum(axis=1) if self.metric == "accuracy" else self._macro_f1(outcomes, right, w)
-        return value[0] if weights is None else value
+        if self.metric == "macro-f1":
+            value = self._macro_f1(outcomes, None if weights is None else np.atleast_2d(weights))
+        else:
+            w = np.ones((1, len(outcomes))) if weights is None else np.atleast_2d(weights)
+            value = np.asarray(w @ self.correct(outcomes).astype(np.float64) / w.sum(axis=1), np.float64)
+        return np.asarray(value[0]) if weights is None else value
 
-    def _macro_f1(self, outcomes: Floats, right: Floats, w: Floats) -> NDArray[np.float64]:
-        n, k = len(outcomes), self.outputs
+    def _macro_f1(self, outcomes: Floats, w: Floats | None) -> NDArray[np.float64]:
+        """Weights count rows, and sums of whole numbers are exact in any order."""
+        every, k, right = np.arange(len(outcomes)), self.outputs, self.correct(outcomes)
         predicted, true = outcomes[:, 0].astype(int), outcomes[:, 1].astype(int)
-        is_predicted, is_true = np.zeros((n, k)), np.zeros((n, k))
-        is_predicted[np.arange(n), predicted] = 1
-        is_true[np.arange(n), true] = 1
-        present = (is_predicted + is_true).any(axis=0)
-        both = w @ (is_true * right[:, None])[:, present]
-        either = w @ (is_predicted + is_true)[:, present]
+        counts = np.bincount(np.concatenate([predicted, true]), minlength=k)
+        if w is None:
+            sums: list[NDArray[Any]] = [np.bincount(true, right, k)[None], counts[None]]
+        else:
+            marks = np.zeros((len(outcomes), k))
+            marks[every, true] = right
+            sums = [w @ marks]
+            marks[every, true] = 1
+            marks[every, predicted] += 1
+            sums.append(w @ marks)
+        both, either = (np.array(each[:, counts > 0], np.float64, order="C") for each in sums)
         f1 = np.divide(2 * both, either, out=np.zeros_like(both), where=either > 0)
         return cast(NDArray[np.float64], f1.mean(axis=1))
 
