@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 
 from netweight.certify import calibrated, fit_temperature
 from netweight.certify.bootstrap import Bootstrap, Sample, interval
-from netweight.certify.compare import Pairs, compare, extended, require
+from netweight.certify.compare import Pairs, absolute, compare, extended, require
 from netweight.certify.slices import _drop, columns, script
 from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.data.rows import Rows
@@ -149,6 +149,21 @@ def test_scores_that_do_not_differ_have_no_interval(metric: str) -> None:
     found.reference[:, 1] = found.candidate[:, 1] = 2.0
     defined = _drop(task, found.reference, found.candidate, None, 0.025) is not None
     assert defined == (metric == "mae"), "no correlation with scores that are all equal"
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 2.0**-40])
+def test_errors_in_a_small_unit_are_resampled_as_in_any(scale: float) -> None:
+    whole = random_pairs(Score(metric="mae"), 300)
+    small = Pairs(Score(scale=scale, metric="mae"), scale * whole.reference, scale * whole.candidate)
+    found = []
+    for pairs, unit in ((whole, 1.0), (small, scale)):
+        tested = compare(pairs, 5.0, 0.025, 0)
+        own = absolute(pairs.task, pairs.reference, None, 0.025, 0)
+        part = _drop(pairs.task, pairs.reference, pairs.candidate, None, 0.025)
+        assert part is not None
+        bounds = [at / unit for e in (tested.drop, own, part) for at in (e.value, e.low, e.high)]
+        found.append([tested.p_value, *bounds])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_groups_that_matter_widen_the_interval() -> None:

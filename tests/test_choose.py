@@ -575,6 +575,8 @@ def test_plans_for_errors_do_not_hang_on_the_unit_of_labels() -> None:
     whole, small = held(1.0), held(2.0**-10)
     assert small.chance == whole.chance > 0.9
     assert small.needs / small.margin == pytest.approx(whole.needs / whole.margin)
+    near = reference + 0.05 * rng.normal(size=(N, 1))  # loses, so that it counts how far dev's drop is trusted
+    np.testing.assert_allclose(held(2.0**-40).bounds * 2.0**40, held(1.0).bounds, rtol=1e-9)
 
 
 def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:

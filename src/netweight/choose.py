@@ -280,7 +280,7 @@ def judged(
     result = []
     for i, choice in enumerate(found):
         luck = spread - resampled[i] - (at - qualities[i])
-        trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24)  # in dev's own drop
+        trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24 * task.step**2)  # in dev's own drop
         likely = trust * drops[i] + (1 - trust) * usual[i]
         # Two models that agree on all of dev may still differ on one row in n, scores by as much as labels do.
         error = math.sqrt((luck.var() + (task.unit / n) ** 2) * n / rows)

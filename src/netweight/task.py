@@ -55,6 +55,7 @@ class Classify:
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro-f1")
     point: ClassVar[float] = 0.01
     unit: ClassVar[float] = 1.0
+    step: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -179,6 +180,12 @@ class Score:
     def unit(self) -> float:
         """By how much quality may differ on one row: errors by the labels' spread; correlations have no unit."""
         return self.scale if self.metric == "mae" else 1.0
+
+    @property
+    def step(self) -> float:
+        """What small differences of quality are measured in: 1, or, where the unit is below a thousandth, a power of
+        two near it, by which numbers are divided without rounding."""
+        return 1.0 if self.unit > 1e-3 else 2.0 ** math.floor(math.log2(self.unit))
 
     def targets(self, labels: Sequence[str]) -> NDArray[np.float64]:
         """Label values (n,), in their own units. Raises LabelError for a label that is not a finite number."""

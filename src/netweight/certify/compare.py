@@ -79,7 +79,7 @@ def absolute(task: Task, outcomes: Floats, groups: Ints | None, level: float, se
         right, n = int(task.correct(outcomes).sum()), len(outcomes)
         return Estimate(right / n, *binomial_bounds(right, n, level))
     sample = Sample.of(outcomes, groups, seed)
-    return interval(sample, lambda weights: task.quality(sample.rows, weights), level)
+    return interval(sample, lambda weights: task.quality(sample.rows, weights), level, task.step)
 
 
 def require(task: Task, reference: Floats, groups: Ints | None) -> None:
@@ -179,7 +179,7 @@ def _resampled(pairs: Pairs, max_drop: float, level: float, seed: int) -> Compar
 
     at = float(task.quality(pairs.reference))
     margin, drop = task.margin(max_drop, at), at - float(task.quality(pairs.candidate))
-    found = Bootstrap.of(sample, shortfall, level)
+    found = Bootstrap.of(sample, shortfall, level, task.step)
     low, high = found.bound(level) + margin, found.bound(1 - level) + margin
     return Comparison(Estimate(drop, min(low, drop), max(high, drop)), margin, found.p_value(0.0))
 
