@@ -22,7 +22,7 @@ Statistic = Callable[[Floats], Floats]
 
 _RESAMPLES, _MOST_RESAMPLES = 2_000, 20_000
 LEAST = 0.5 / _MOST_RESAMPLES  # p-value, whatever the sample
-_EDGE = 2.0**-53  # 1 less this is the last float before it
+_EDGE = 2.0**-53  # how far the last float below 1 is from it; 1 itself has no quantile
 _CHUNK = 2_000_000  # weights held at a time: 16 MB, of which a rank correlation makes ten copies
 _DIGITS = 12  # of a task's step
 _LEFT_OUT = 1_000  # parts that the jackknife leaves out, one at a time

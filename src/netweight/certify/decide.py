@@ -34,7 +34,7 @@ def certify(
 
     `answers` are those of each registered candidate by name, on the certify rows in their order; `slices` are further
     columns for the slice table. Raises CertificateError where rows or answers are not those that were registered, or
-    the rows do not allow the test.
+    the rows or the look do not allow the test.
     """
     if sealed.fingerprint != registration.fingerprint:
         raise CertificateError(
