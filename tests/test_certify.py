@@ -26,6 +26,7 @@ from netweight.certify import (
     register,
     verify,
 )
+from netweight.certify.compare import require_level
 from netweight.data.rows import Rows, Sealed
 from netweight.errors import CertificateError, LabelError, OptionError, StoreError
 from netweight.task import Classify, Score, Task
@@ -214,6 +215,22 @@ def test_what_earlier_versions_stored_otherwise_is_verified() -> None:
         verify(replace(equal[0], slices=wide), equal[1])
 
 
+@pytest.mark.parametrize(("rows_needed", "fine"), [(2**23, False), (2**23 + 1, True), (10_000_000, True)])
+def test_earlier_versions_counted_no_rows_beyond_a_power_of_two(
+    rows_needed: int, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("netweight.certify.decide.rows_needed", lambda *_: rows_needed)
+    rows = labelled(90)
+    given, outcomes = certify(plan(rows, SAFE), Sealed(rows), answers(rows, [1]), {"safe": answers(rows, [])})
+    assert given.rows_needed == (rows_needed, rows_needed)
+    for stored in ((None, rows_needed), (rows_needed, None), (None, None)):
+        if fine:
+            verify(replace(given, rows_needed=stored), outcomes)
+        else:
+            with pytest.raises(CertificateError, match="is None in the certificate"):
+                verify(replace(given, rows_needed=stored), outcomes)
+
+
 @pytest.mark.parametrize("metric", ["spearman", "mae"])
 def test_scores_that_are_all_equal_certify_nothing(metric: str) -> None:
     rows = Rows(tuple(f"text {i}" for i in range(400)), ("3",) * 400)
@@ -266,6 +283,27 @@ def test_outcomes_round_trip(n: int, seed: int) -> None:
     np.testing.assert_array_equal(again.confidence, stored.confidence)
 
 
+class Cell(str):
+    """A cell that counts what it is compared with."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        Cell.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_outcomes_of_many_slices_are_written_in_one_walk() -> None:
+    cells = tuple(Cell(f"user {i}") for i in range(2000))
+    rows = np.zeros((2000, 2))
+    stored = Outcomes(tuple(map(str, range(2000))), rows, {"one": rows}, np.ones(2000), None, {"user": cells})
+    Cell.compared = 0
+    text = stored.to_json()
+    assert Cell.compared < 20_000
+    assert Outcomes.from_json(text).slices == {"user": tuple(f"user {i}" for i in range(2000))}
+
+
 def test_options_that_cannot_be_are_refused() -> None:
     sealed, task = Sealed(labelled()), Classify(LABELS)
     for drop in (0.0, -1.0, 50.1, float("nan")):
@@ -301,6 +339,21 @@ def test_looks_are_counted_for_each_certify_split(tmp_path: Path) -> None:
 def test_the_levels_of_all_looks_sum_to_what_was_promised() -> None:
     one = plan(labelled(), SAFE)
     assert sum(replace(one, look=k).level for k in range(1, 60)) == pytest.approx(0.05)
+
+
+def test_a_look_at_which_nothing_could_pass_opens_no_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20,000 resamples none is rarer than half of one."""
+    rows, task = labelled(), Classify(LABELS, "macro-f1")
+    require_level(task, None, 0.05 / 2**10)
+    for grouped, of in ((None, task), ((0, 0, 1), ACCURACY), (None, Score())):
+        with pytest.raises(CertificateError, match="below 2.5e-05, and the level here is 2.44e-05: no candidate could"):
+            require_level(of, grouped, 0.05 / 2**11)
+    said = answers(rows, [])
+    late, _ = certify(replace(plan(rows, SAFE), look=11), Sealed(rows), said, {"safe": said})
+    assert late.verdict == "not certified", "the exact test has no such end"
+    monkeypatch.setattr(Sealed, "unseal", lambda *_: pytest.fail("the labels were opened"))
+    with pytest.raises(CertificateError, match="no candidate could pass. Give a fresh certify table"):
+        certify(replace(plan(rows, SAFE, task=task), look=11), Sealed(rows), said, {"safe": said})
 
 
 def test_a_torn_last_line_is_not_a_look(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from scipy.optimize import minimize_scalar
 
 from netweight.certify import calibrated, fit_temperature
 from netweight.certify.bootstrap import Bootstrap, Sample, interval
-from netweight.certify.compare import Pairs, compare, extended, require
+from netweight.certify.compare import Pairs, absolute, compare, extended, require
 from netweight.certify.slices import _drop, columns, script
 from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.data.rows import Rows
@@ -41,6 +42,12 @@ def test_the_p_value_is_the_level_at_which_the_bound_meets_the_limit() -> None:
     found = Bootstrap.of(sample, lambda w: w @ sample.rows[:, 0] / w.sum(axis=1), 0.025)
     for level in (0.01, 0.025, 0.2, 0.7):
         assert found.p_value(found.bound(1 - level)) == pytest.approx(level, rel=1e-6)
+
+
+def test_bounds_of_the_smallest_levels_are_the_ends() -> None:
+    """1 less such a level is 1, whose quantile is infinite."""
+    found = Bootstrap(np.arange(100.0), 0.0, 0.0)
+    assert (found.bound(0.05 / 2**50), found.bound(1 - 0.05 / 2**50)) == (0.0, 99.0)
 
 
 def test_draws_are_the_same_everywhere() -> None:
@@ -77,6 +84,19 @@ def test_many_rows_are_left_out_in_a_thousand_parts() -> None:
     without = np.concatenate([w for w, _ in sample.left_out()])
     assert without.shape == (1000, 2500)
     np.testing.assert_array_equal((1 - without).sum(axis=0), 1)
+
+
+def test_parts_of_distinct_rows_are_left_out_a_few_at_a_time() -> None:
+    """All thousand of them would take 8 kB a row at once."""
+    sample = Sample.of(np.arange(20_000.0)[:, None], None, seed=0)
+    tracemalloc.start()
+    first, times = next(sample.left_out())
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100_000_000
+    assert (len(first), times.tolist()) == (100, [1.0] * 100)
+    np.testing.assert_array_equal(first.sum(axis=1), 19_980)
+    np.testing.assert_array_equal(sum((1 - weights).sum(axis=0) for weights, _ in sample.left_out()), 1)
 
 
 def random_pairs(task: Classify | Score, n: int, groups: np.ndarray | None = None) -> Pairs:
@@ -129,6 +149,21 @@ def test_scores_that_do_not_differ_have_no_interval(metric: str) -> None:
     found.reference[:, 1] = found.candidate[:, 1] = 2.0
     defined = _drop(task, found.reference, found.candidate, None, 0.025) is not None
     assert defined == (metric == "mae"), "no correlation with scores that are all equal"
+
+
+@pytest.mark.parametrize("scale", [2.0**-24, 2.0**-40])
+def test_errors_in_a_small_unit_are_resampled_as_in_any(scale: float) -> None:
+    whole = random_pairs(Score(metric="mae"), 300)
+    small = Pairs(Score(scale=scale, metric="mae"), scale * whole.reference, scale * whole.candidate)
+    found = []
+    for pairs, unit in ((whole, 1.0), (small, scale)):
+        tested = compare(pairs, 5.0, 0.025, 0)
+        own = absolute(pairs.task, pairs.reference, None, 0.025, 0)
+        part = _drop(pairs.task, pairs.reference, pairs.candidate, None, 0.025)
+        assert part is not None
+        bounds = [at / unit for e in (tested.drop, own, part) for at in (e.value, e.low, e.high)]
+        found.append([tested.p_value, *bounds])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_groups_that_matter_widen_the_interval() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -476,6 +477,27 @@ def test_choices_are_imagined_on_the_same_rows() -> None:
     assert (one.passes == two.passes).all()
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "macro-f1"])
+def test_of_imagined_rows_a_part_is_held_at_a_time(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, rng = Classify(TASK.labels, metric), np.random.default_rng(0)
+    targets = rng.integers(0, 3, 2000)
+    reference = np.eye(3)[targets] * 3.0
+    worse = np.where(rng.random((2000, 1)) < 0.05, np.roll(reference, 1, axis=1), reference)
+    both = [alone(logits, targets, task=task) for logits in (reference, worse)]
+    assert both[0].outcomes.nbytes == 2 * 2000, "a byte for each label"
+    asked = (reference, targets, task, 0.05, 900, 0.05)
+    whole = judged(both, *asked)
+    monkeypatch.setattr(choose, "_HELD", 60_000)
+    tracemalloc.start()
+    parts = judged(both, *asked)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 6_000_000, "500 samples of 2,000 rows take 16 MB"
+    for one, other in zip(whole, parts):
+        np.testing.assert_array_equal(one.bounds, other.bounds)
+        assert one.needs == other.needs
+
+
 def test_no_student_is_taken_for_better_than_its_reference() -> None:
     right, reference, targets = wrong_on(30)
     found = [alone(right, targets), alone(np.roll(right, 1, axis=1), targets)]
@@ -553,6 +575,8 @@ def test_plans_for_errors_do_not_hang_on_the_unit_of_labels() -> None:
     whole, small = held(1.0), held(2.0**-10)
     assert small.chance == whole.chance > 0.9
     assert small.needs / small.margin == pytest.approx(whole.needs / whole.margin)
+    near = reference + 0.05 * rng.normal(size=(N, 1))  # loses, so that it counts how far dev's drop is trusted
+    np.testing.assert_allclose(held(2.0**-40).bounds * 2.0**40, held(1.0).bounds, rtol=1e-9)
 
 
 def test_what_a_choice_needs_is_the_margin_with_the_power_of_its_discordance() -> None:

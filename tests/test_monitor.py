@@ -9,6 +9,7 @@ import math
 import random
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from scipy import stats
 
 from conftest import Say, many_rows, tiny_encoder
 from netweight import artifact
+from netweight.encode import Tokens
 from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CorruptArtifact, DataError, OptionError
 from netweight.monitor import Monitor, Record, Webhook, lines, monitors, replay
@@ -73,6 +75,22 @@ def test_projections_are_means_of_signs_that_belong_to_tokens() -> None:
             one[int(i)] = projected(single)[0]
             assert set(np.abs(one[int(i)])) == {1.0}
         assert found[row] == pytest.approx(np.mean([one[int(i)] for i in ids], axis=0))
+
+
+def test_a_million_tokens_are_projected_a_part_at_a_time() -> None:
+    """Their signs, all at once, would take half a kilobyte a token."""
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 200, 10_000))])
+    count = int(offsets[-1])
+    tokens = Tokens(rng.integers(0, 30_000, count).astype(np.int32), np.zeros(count, np.uint8), offsets)
+    tracemalloc.start()
+    found = projected(tokens)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 100_000_000
+    alone = [projected(tokens.stretch(row, row + 1)) for row in range(0, 10_000, 7)]
+    np.testing.assert_array_equal(found[::7], np.concatenate(alone))
+    assert projected(tokens.stretch(5, 5)).shape == (0, 16)
 
 
 def test_a_fingerprint_is_read_as_it_was_written(made: Path) -> None:
@@ -164,6 +182,23 @@ def test_a_change_after_a_long_calm_is_seen(shift: float, scale: float) -> None:
         assert jumper.bet(ranks.p_value(made.bin(v), rng.random())) < 100
     later = rng.normal(shift, scale, 400)
     assert any(jumper.bet(ranks.p_value(made.bin(v), rng.random())) >= 100 for v in later)
+
+
+def test_a_change_after_millions_of_rows_is_seen() -> None:
+    """The share of the 31,623rd start is less than a billionth, which does not make it a ruined one."""
+    jumper = Jumper()
+    jumper._started, jumper._rows = 31_622, 200 * 31_622
+    for _ in range(100):
+        jumper.bet(0.01)
+    assert jumper.capital > 1e7
+
+
+def test_starts_that_are_ruined_are_given_up() -> None:
+    jumper = Jumper()
+    for p in np.random.default_rng(0).random(12_000):
+        jumper.bet(float(p))
+    assert jumper._started == 60
+    assert len(jumper._capital) < 50
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.floats(0.001, 0.3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -20,6 +22,21 @@ def test_macro_f1_and_accuracy_equal_scikit_learn() -> None:
     ):
         task = Classify(("a", "b", "c", "d"), metric)  # type: ignore[arg-type]
         assert float(task.quality(task.outcomes(logits, targets))) == pytest.approx(reference, abs=1e-12)
+
+
+def test_macro_f1_of_many_rows_and_labels_counts_them() -> None:
+    """A number for each row and label would take 123 MB."""
+    task = Classify(tuple(map(str, range(77))), "macro-f1")
+    outcomes = np.random.default_rng(0).integers(0, 77, (200_000, 2)).astype(float)
+    outcomes[::2, 0] = outcomes[::2, 1]
+    tracemalloc.start()
+    found = task.quality(outcomes)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 60_000_000
+    assert float(found) == pytest.approx(f1_score(outcomes[:, 1], outcomes[:, 0], average="macro"), abs=1e-12)
+    few = outcomes[:300]
+    assert float(task.quality(few)) == task.quality(few, np.ones((1, 300)))[0], "to the last bit"
 
 
 def test_weights_count_rows_as_often_as_repeating_them() -> None:
@@ -78,6 +95,9 @@ def test_errors_say_what_came() -> None:
         Score().targets(["nan"])
     with pytest.raises(LabelError, match="not all equal"):
         Score(0.0, 0.0)
+    for value in ("0.1", "0.2", "0.3", "0.7", "3"):  # the mean of 30 of some is another number
+        with pytest.raises(LabelError, match="not all equal"):
+            task_for([value] * 30, "score")
     with pytest.raises(OptionError, match="metric 'f1'"):
         Score(metric="f1")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="unknown task"):

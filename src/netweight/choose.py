@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from netweight.engine.cascade import together
 from netweight.engine.exits import between
 from netweight.measure import Cost
 from netweight.search import Point
-from netweight.task import Floats, Ints, Task
+from netweight.task import Classify, Floats, Ints, Task
 
 Minimise = Literal["cost", "latency", "size"]
 
@@ -39,6 +39,7 @@ _VOTE = 0.5
 # Rows that a temperature is fitted on at least.
 _FITTED = 50
 _SIMULATIONS = 500
+_HELD = 10_000_000  # weights of dev rows held at a time: 80 MB, three times that while new ones are drawn
 _STEP = 0.95  # a candidate must be at least 5 % cheaper than the one before
 _HOPELESS = 0.05  # predicted chance of passing below which nothing is counted on
 # What a share of disagreement costs is taken to be known within a half of itself: the students of one teacher on
@@ -64,7 +65,7 @@ class Choice:
 
     `temperatures`, `thresholds` and `before` (the weight of what the tiers before said) are per tier, `answered` the
     share of dev that each answers, `cost` in seconds (of a row, or of a single request) or in bytes. `outcomes` (n, 2)
-    are the task's of what it says on dev: the logits of hundreds of choices would be gigabytes where labels are many.
+    are the task's of what it says on dev, labels in as few bytes as hold their numbers: there are hundreds of choices.
     """
 
     points: tuple[Point, ...]
@@ -73,7 +74,7 @@ class Choice:
     before: tuple[float, ...]
     answered: tuple[float, ...]
     cost: float
-    outcomes: NDArray[np.float64] = field(repr=False)
+    outcomes: NDArray[Any] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -100,8 +101,13 @@ def names(chosen: Sequence[Choice]) -> list[str]:
 
 def alone(point: Point, task: Task, targets: Ints | Floats) -> Choice:
     """A point that answers every row, at no stated cost."""
-    outcomes = task.outcomes(point.logits, targets)
+    outcomes = _outcomes(task, point.logits, targets)
     return Choice((point,), (point.temperature,), (0.0,), (0.0,), (1.0,), 0.0, outcomes)
+
+
+def _outcomes(task: Task, logits: Floats, targets: Ints | Floats) -> NDArray[Any]:
+    found = task.outcomes(logits, targets)
+    return found.astype(np.min_scalar_type(task.outputs)) if isinstance(task, Classify) else found
 
 
 def choices(
@@ -190,7 +196,7 @@ class _Composer:
             thresholds.append(threshold)
         answered = tuple(a - b for a, b in zip(reached, [*reached[1:], 0.0], strict=True))
         cost = _cost(points, reached, self.costs, self.minimise)
-        outcomes = self.task.outcomes(logits, self.targets)
+        outcomes = _outcomes(self.task, logits, self.targets)
         return Choice(points, tuple(temperatures), tuple(thresholds), tuple(before), answered, cost, outcomes)
 
 
@@ -258,10 +264,9 @@ def judged(
     bound also has what it adds for what no row showed.
     """
     n = len(targets)
-    weights = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), _SIMULATIONS).astype(np.float64)
-    base = task.outcomes(reference, targets)
-    at, spread = float(task.quality(base)), task.quality(base, weights)
-    outcomes = [choice.outcomes for choice in found]
+    base, outcomes = task.outcomes(reference, targets), [choice.outcomes for choice in found]
+    spread, *resampled = _resampled(task, [base, *outcomes])
+    at = float(task.quality(base))
     qualities = np.array([float(task.quality(o)) for o in outcomes])
     lost = np.maximum(at - qualities, 0.0)
     apart = np.array([1 - task.agreement(o, base) for o in outcomes])
@@ -274,8 +279,8 @@ def judged(
     z = NormalDist().inv_cdf(1 - level)
     result = []
     for i, choice in enumerate(found):
-        luck = spread - task.quality(outcomes[i], weights) - (at - qualities[i])
-        trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24)  # in dev's own drop
+        luck = spread - resampled[i] - (at - qualities[i])
+        trust = spreads[i] ** 2 / max(spreads[i] ** 2 + luck.var(), 1e-24 * task.step**2)  # in dev's own drop
         likely = trust * drops[i] + (1 - trust) * usual[i]
         # Two models that agree on all of dev may still differ on one row in n, scores by as much as labels do.
         error = math.sqrt((luck.var() + (task.unit / n) ** 2) * n / rows)
@@ -285,6 +290,17 @@ def judged(
         quality = float(qualities[i])
         result.append(Planned(choice, quality, at - quality, margin, needs, imagined + beyond))
     return result
+
+
+def _resampled(task: Task, outcomes: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """The quality of each of `outcomes` (n, 2) in 500 bootstrap samples of their rows, the same for all: (m, 500)."""
+    n, rng = len(outcomes[0]), np.random.default_rng(0)
+    some, parts = max(1, _HELD // n), []
+    for start in range(0, _SIMULATIONS, some):
+        count = min(some, _SIMULATIONS - start)
+        weights = rng.multinomial(n, np.full(n, 1 / n), count).astype(np.float64)
+        parts.append(np.stack([task.quality(each, weights) for each in outcomes]))
+    return np.concatenate(parts, axis=1)
 
 
 def _rate(drops: NDArray[np.float64], apart: NDArray[np.float64]) -> float:

@@ -7,8 +7,9 @@ projection of its bag of tokens (Achlioptas, 2003), which needs no model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ NAMES = ("length", "unknown", "distance", "confidence", "tier")
 AGREES = "agrees"  # whether the strongest tier says the same; known of a sample only
 _WIDTH = 16
 _BINS = 50  # of about equal mass, fewer where values are few
+_HELD = 50_000  # tokens whose signs are held at a time: 6 MB, of which a sum makes some copies
 _NEAR = 1e-6  # a value and itself in another batch, whose sums differ in a last bit, are nearer
 
 Floats = NDArray[np.float64]
@@ -82,11 +84,15 @@ class Fingerprint:
         """Of each row (n,): tokens, share of them that is unknown, distance from the certified rows in standard
         deviations, confidence, tier that answered."""
         lengths = np.maximum(tokens.lengths, 1)
-        known = np.ones(len(tokens.ids)) if encoder.unknown is None else (tokens.ids != encoder.unknown).astype(float)
+
+        def known(part: Tokens) -> Floats:
+            unknown = np.zeros(len(part.ids), bool) if encoder.unknown is None else part.ids == encoder.unknown
+            return np.where(unknown, 0.0, 1.0)[:, None]
+
         off = (projected(tokens) - self.center) / self.scale
         return {
             "length": tokens.lengths.astype(np.float64),
-            "unknown": 1.0 - _sums(known[:, None], tokens)[:, 0] / lengths,
+            "unknown": 1.0 - _sums(known, tokens)[:, 0] / lengths,
             "distance": np.sqrt((off**2).mean(axis=1)),
             "confidence": np.asarray(outputs.confidence, np.float64),
             "tier": outputs.tier.astype(np.float64),
@@ -117,16 +123,27 @@ class Fingerprint:
 
 def projected(tokens: Tokens) -> Floats:
     """Mean over each row's tokens of a vector of signs that belongs to the token (n, 16)."""
+    return _sums(_signs, tokens) / np.maximum(tokens.lengths, 1)[:, None]
+
+
+def _signs(tokens: Tokens) -> Floats:
     # SplitMix64's finalizer: every bit of an id's hash is a fair coin, the same everywhere.
     x = (tokens.ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     bits = (x[:, None] >> np.arange(_WIDTH, dtype=np.uint64)) & np.uint64(1)
-    return _sums(2.0 * bits.astype(np.float64) - 1.0, tokens) / np.maximum(tokens.lengths, 1)[:, None]
+    return np.asarray(2.0 * bits.astype(np.float64) - 1.0)
 
 
-def _sums(of_tokens: Floats, tokens: Tokens) -> Floats:
-    """Sums over the tokens of each row (n, width)."""
-    total = np.vstack([np.zeros((1, of_tokens.shape[1])), np.cumsum(of_tokens, axis=0)])
-    return np.asarray(total[tokens.offsets[1:]] - total[tokens.offsets[:-1]])
+def _sums(of: Callable[[Tokens], Floats], tokens: Tokens) -> Floats:
+    """Sums over the tokens of each row (n, width) of the whole numbers that `of` gives tokens (t, width), which are
+    exact whichever rows are summed together."""
+
+    def summed(part: Tokens) -> Floats:
+        found = of(part)
+        total = np.vstack([np.zeros((1, found.shape[1])), np.cumsum(found, axis=0)])
+        return np.asarray(total[part.offsets[1:]] - total[part.offsets[:-1]])
+
+    starts = np.searchsorted(tokens.offsets, np.arange(0, max(1, len(tokens.ids)), _HELD))
+    return np.concatenate([summed(tokens.stretch(*ends)) for ends in pairwise([*starts, len(tokens)])])

@@ -55,6 +55,7 @@ class Classify:
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro-f1")
     point: ClassVar[float] = 0.01
     unit: ClassVar[float] = 1.0
+    step: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -109,20 +110,28 @@ class Classify:
 
         Macro-F1 averages over the labels that occur, as truth or as prediction, in all of `outcomes`.
         """
-        w = np.ones((1, len(outcomes))) if weights is None else np.atleast_2d(weights)
-        right = self.correct(outcomes).astype(np.float64)
-        value = w @ right / w.sum(axis=1) if self.metric == "accuracy" else self._macro_f1(outcomes, right, w)
-        return value[0] if weights is None else value
+        if self.metric == "macro-f1":
+            value = self._macro_f1(outcomes, None if weights is None else np.atleast_2d(weights))
+        else:
+            w = np.ones((1, len(outcomes))) if weights is None else np.atleast_2d(weights)
+            value = np.asarray(w @ self.correct(outcomes).astype(np.float64) / w.sum(axis=1), np.float64)
+        return np.asarray(value[0]) if weights is None else value
 
-    def _macro_f1(self, outcomes: Floats, right: Floats, w: Floats) -> NDArray[np.float64]:
-        n, k = len(outcomes), self.outputs
+    def _macro_f1(self, outcomes: Floats, w: Floats | None) -> NDArray[np.float64]:
+        """Weights count rows, and sums of whole numbers are exact in any order."""
+        every, k, right = np.arange(len(outcomes)), self.outputs, self.correct(outcomes)
         predicted, true = outcomes[:, 0].astype(int), outcomes[:, 1].astype(int)
-        is_predicted, is_true = np.zeros((n, k)), np.zeros((n, k))
-        is_predicted[np.arange(n), predicted] = 1
-        is_true[np.arange(n), true] = 1
-        present = (is_predicted + is_true).any(axis=0)
-        both = w @ (is_true * right[:, None])[:, present]
-        either = w @ (is_predicted + is_true)[:, present]
+        counts = np.bincount(np.concatenate([predicted, true]), minlength=k)
+        if w is None:
+            sums: list[NDArray[Any]] = [np.bincount(true, right, k)[None], counts[None]]
+        else:
+            marks = np.zeros((len(outcomes), k))
+            marks[every, true] = right
+            sums = [w @ marks]
+            marks[every, true] = 1
+            marks[every, predicted] += 1
+            sums.append(w @ marks)
+        both, either = (np.array(each[:, counts > 0], np.float64, order="C") for each in sums)
         f1 = np.divide(2 * both, either, out=np.zeros_like(both), where=either > 0)
         return cast(NDArray[np.float64], f1.mean(axis=1))
 
@@ -171,6 +180,12 @@ class Score:
     def unit(self) -> float:
         """By how much quality may differ on one row: errors by the labels' spread; correlations have no unit."""
         return self.scale if self.metric == "mae" else 1.0
+
+    @property
+    def step(self) -> float:
+        """What small differences of quality are measured in: 1, or, where the unit is below a thousandth, a power of
+        two near it, by which numbers are divided without rounding."""
+        return 1.0 if self.unit > 1e-3 else 2.0 ** math.floor(math.log2(self.unit))
 
     def targets(self, labels: Sequence[str]) -> NDArray[np.float64]:
         """Label values (n,), in their own units. Raises LabelError for a label that is not a finite number."""
@@ -240,7 +255,9 @@ def task_for(labels: Sequence[str], kind: Literal["classify", "score"], metric: 
     is more than three times as frequent as an equal share; Spearman for scores."""
     if kind == "score":
         values = Score().targets(labels)
-        return Score(float(values.mean()), float(values.std()), cast(ScoreMetric, metric or "spearman"))
+        # The mean of equal values need not be that value, to the last bit.
+        scale = 0.0 if (values == values[:1]).all() else float(values.std())
+        return Score(float(values.mean()), scale, cast(ScoreMetric, metric or "spearman"))
     if kind != "classify":
         raise OptionError(f"unknown task {kind!r}; use classify or score.")
     names, counts = np.unique(np.asarray(labels, dtype=object), return_counts=True)

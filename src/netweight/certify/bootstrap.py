@@ -21,8 +21,10 @@ from netweight.certify.tails import normal_quantile, normal_tail
 Statistic = Callable[[Floats], Floats]
 
 _RESAMPLES, _MOST_RESAMPLES = 2_000, 20_000
+LEAST = 0.5 / _MOST_RESAMPLES  # p-value, whatever the sample
+_EDGE = 2.0**-53  # how far the last float below 1 is from it; 1 itself has no quantile
 _CHUNK = 2_000_000  # weights held at a time: 16 MB, of which a rank correlation makes ten copies
-_DIGITS = 12
+_DIGITS = 12  # of a task's step
 _LEFT_OUT = 1_000  # parts that the jackknife leaves out, one at a time
 
 
@@ -96,11 +98,12 @@ class Sample:
         order = np.argsort(np.random.PCG64(self.seed + 1).random_raw(self.units), kind="stable")
         part = np.empty(self.units, np.int64)
         part[order] = np.arange(self.units) % parts
-        missing = np.bincount(part[self.unit] * u + self.kind, minlength=parts * u).reshape(parts, u)
         chunk = max(1, _CHUNK // u)
         for start in range(0, parts, chunk):
-            some = missing[start : start + chunk]
-            yield self.weights - some, np.ones(len(some))
+            b, at = min(chunk, parts - start), part[self.unit] - start
+            some = (at >= 0) & (at < b)
+            missing = np.bincount(at[some] * u + self.kind[some], minlength=b * u).reshape(b, u)
+            yield self.weights - missing, np.ones(b)
 
 
 def _counts(picked: Ints, width: int) -> Floats:
@@ -118,12 +121,13 @@ class Bootstrap:
     acceleration: float
 
     @staticmethod
-    def of(sample: Sample, statistic: Statistic, level: float) -> Bootstrap:
-        """Draw as many resamples as the level asks for: 20 beyond it, at least 2,000 and at most 20,000."""
+    def of(sample: Sample, statistic: Statistic, level: float, step: float = 1.0) -> Bootstrap:
+        """Draw as many resamples as the level asks for: 20 beyond it, at least 2,000 and at most 20,000. Values are
+        rounded to 12 digits of `step`."""
         count = min(_MOST_RESAMPLES, max(_RESAMPLES, int(np.ceil(20 / level))))
         values = np.concatenate([statistic(weights) for weights in sample.drawn(count)])
         # Machines add up in different orders; equal values must stay equal to be counted as such.
-        values, value = np.sort(values.round(_DIGITS)), statistic(sample.weights).round(_DIGITS)[0]
+        values, value = np.sort(_rounded(values, step)), _rounded(statistic(sample.weights), step)[0]
         below = ((values < value).mean() + (values <= value).mean()) / 2
         bias = -normal_quantile(float(np.clip(below, 1 / count, 1 - 1 / count)))
         return Bootstrap(values, bias, _acceleration(sample, statistic))
@@ -134,7 +138,7 @@ class Bootstrap:
 
     def bound(self, share: float) -> float:
         """The value that the true one exceeds with confidence 1 - `share`."""
-        z = self.bias + normal_quantile(1 - share)
+        z = self.bias + normal_quantile(min(max(1 - share, _EDGE), 1 - _EDGE))
         at = 1 - normal_tail(self.bias + z / max(1e-9, 1 - self.acceleration * z))
         return float(np.interp(at, self._positions, self.values))
 
@@ -146,6 +150,10 @@ class Bootstrap:
         return max(normal_tail(y / max(1e-9, 1 + self.acceleration * y) - self.bias), 0.5 / len(self.values))
 
 
+def _rounded(values: Floats, step: float) -> Floats:
+    return np.asarray((values / step).round(_DIGITS) * step)
+
+
 def _acceleration(sample: Sample, statistic: Statistic) -> float:
     """A sixth of the skewness of the jackknife's influences (Efron and Tibshirani 1993, equation 14.15)."""
     found = [(statistic(weights), times) for weights, times in sample.left_out()]
@@ -155,7 +163,7 @@ def _acceleration(sample: Sample, statistic: Statistic) -> float:
     return float(times @ influence**3) / (6 * squares**1.5) if squares > 0 else 0.0
 
 
-def interval(sample: Sample, statistic: Statistic, level: float) -> Estimate:
+def interval(sample: Sample, statistic: Statistic, level: float, step: float = 1.0) -> Estimate:
     """The statistic with BCa bounds, each missed with probability about `level`."""
-    found = Bootstrap.of(sample, statistic, level)
+    found = Bootstrap.of(sample, statistic, level, step)
     return Estimate(float(statistic(sample.weights)[0]), found.bound(level), found.bound(1 - level))

@@ -211,7 +211,7 @@ class Outcomes:
 
     def to_json(self) -> str:
         """The text of `outcomes.json`: what is true once, predictions of each candidate, slice values by number."""
-        values = {name: sorted(set(column)) for name, column in self.slices.items()}
+        places = {name: {v: i for i, v in enumerate(sorted(set(column)))} for name, column in self.slices.items()}
         stored = {
             "keys": list(self.keys),
             "true": _plain(self.reference[:, 1]),
@@ -220,8 +220,8 @@ class Outcomes:
             "confidence": _plain(self.confidence),
             "groups": None if self.groups is None else list(self.groups),
             "slices": {
-                name: {"values": found, "rows": [found.index(cell) for cell in self.slices[name]]}
-                for name, found in values.items()
+                name: {"values": list(at), "rows": [at[cell] for cell in self.slices[name]]}
+                for name, at in places.items()
             },
         }
         return json.dumps(stored, ensure_ascii=False, separators=(",", ":"))

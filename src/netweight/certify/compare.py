@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from netweight.certify import exact, power
-from netweight.certify.bootstrap import Bootstrap, Sample, interval
+from netweight.certify.bootstrap import LEAST, Bootstrap, Sample, interval
 from netweight.certify.certificate import Estimate, Floats, Ints, Tested
 from netweight.certify.tails import binomial_bounds, normal_quantile
 from netweight.errors import CertificateError
@@ -79,7 +79,7 @@ def absolute(task: Task, outcomes: Floats, groups: Ints | None, level: float, se
         right, n = int(task.correct(outcomes).sum()), len(outcomes)
         return Estimate(right / n, *binomial_bounds(right, n, level))
     sample = Sample.of(outcomes, groups, seed)
-    return interval(sample, lambda weights: task.quality(sample.rows, weights), level)
+    return interval(sample, lambda weights: task.quality(sample.rows, weights), level, task.step)
 
 
 def require(task: Task, reference: Floats, groups: Ints | None) -> None:
@@ -101,6 +101,16 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         raise CertificateError(
             f"macro-F1 needs at least {CLASS_ROWS} certify rows in each class; {named}. Merge such classes, give more "
             "labelled rows, or use --metric accuracy."
+        )
+
+
+def require_level(task: Task, groups: Sequence[int] | None, level: float) -> None:
+    """Raise CertificateError where the test is a bootstrap and `level` below every p-value that it can have."""
+    if level < LEAST and not (task.paired_binary and groups is None):
+        raise CertificateError(
+            "macro-F1, scores and rows in groups are tested by a bootstrap, which shows nothing at levels below "
+            f"{LEAST:g}, and the level here is {level:.3g}: no candidate could pass. Give a fresh certify table (each "
+            "further look at the same rows halves their level), or a lower confidence."
         )
 
 
@@ -169,7 +179,7 @@ def _resampled(pairs: Pairs, max_drop: float, level: float, seed: int) -> Compar
 
     at = float(task.quality(pairs.reference))
     margin, drop = task.margin(max_drop, at), at - float(task.quality(pairs.candidate))
-    found = Bootstrap.of(sample, shortfall, level)
+    found = Bootstrap.of(sample, shortfall, level, task.step)
     low, high = found.bound(level) + margin, found.bound(1 - level) + margin
     return Comparison(Estimate(drop, min(low, drop), max(high, drop)), margin, found.p_value(0.0))
 

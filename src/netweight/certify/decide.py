@@ -11,7 +11,7 @@ import numpy as np
 
 from netweight.certify.calibration import calibration_of
 from netweight.certify.certificate import Candidate, Certificate, Outcomes, Registration, Slice, Tested, Verdict
-from netweight.certify.compare import Pairs, absolute, chance, compare, require, rows_needed
+from netweight.certify.compare import Pairs, absolute, chance, compare, require, require_level, rows_needed
 from netweight.certify.match import Answers, row_keys
 from netweight.certify.slices import columns, slices_of
 from netweight.certify.tails import normal_quantile
@@ -34,7 +34,7 @@ def certify(
 
     `answers` are those of each registered candidate by name, on the certify rows in their order; `slices` are further
     columns for the slice table. Raises CertificateError where rows or answers are not those that were registered, or
-    the rows do not allow the test.
+    the rows or the look do not allow the test.
     """
     if sealed.fingerprint != registration.fingerprint:
         raise CertificateError(
@@ -47,6 +47,7 @@ def certify(
     for name, given in [(registration.reference.name, reference), *((name, answers[name]) for name in names)]:
         if len(given.logits) != len(sealed) or len(given.confidence) != len(sealed):
             raise CertificateError(f"{name} answered {len(given.logits):,} rows, the certify split has {len(sealed):,}")
+    require_level(registration.task, groups_of(sealed.rows), registration.level)
     labelled = sealed.unseal(registration.digest)
     targets = registration.task.targets(labelled.label or ())
     outcomes = {name: registration.task.outcomes(answers[name].logits, targets) for name in names}
@@ -90,10 +91,15 @@ def _as_now(stored: Certificate, now: Certificate, outcomes: Outcomes) -> Certif
 
     - power and rows needed where nothing differs: from Tango's statistic, z^2 (1 - margin) / margin rows;
     - rows needed at a gain of the margin or more: 2;
+    - rows needed between 2^23 and ten million: none;
     - slices in which nothing differs from one draw to the next: an interval without a width.
     """
     final, n, z = now.final, now.registration.rows, normal_quantile(now.registration.level)
     exact = _pairs(now.registration, outcomes, now.shipped).exact
+    if len(stored.rows_needed) == len(now.rows_needed):
+        both = zip(stored.rows_needed, now.rows_needed, strict=True)
+        unchanged, observed = (new if old is None and (new or 0) > 2**23 else old for old, new in both)
+        stored = replace(stored, rows_needed=(unchanged, observed))
     needed, slices = stored.rows_needed, stored.slices
     if exact and final.lost + final.gained == 0:
         most = max(2, math.ceil(z * z * (1 - final.margin) / final.margin))

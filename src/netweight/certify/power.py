@@ -58,12 +58,11 @@ def normal_rows(error: float, drop: float, n: int, margin: float, level: float) 
 def _least_rows(power: Callable[[int], float], possible: bool) -> int | None:
     if not possible:
         return None
-    high = 16
+    low, high = 1, 16
     while power(high) < CHANCE:
-        high *= 2
-        if high > _MOST_ROWS:
+        if high == _MOST_ROWS:
             return None
-    low = high // 2 if high > 16 else 1
+        low, high = high, min(2 * high, _MOST_ROWS)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if power(middle) >= CHANCE else (middle, high)

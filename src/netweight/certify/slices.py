@@ -15,7 +15,8 @@ from netweight.data.rows import Rows
 from netweight.task import Classify, Task
 
 ROWS = 30  # rows, or groups of them, below which no interval is given
-_WIDTH = 1e-9  # below it an interval has none: what is drawn again never differs, which does not say that it cannot
+# In a task's step. Below it an interval has none: what is drawn again never differs, which does not say that it cannot.
+_WIDTH = 1e-9
 VALUES = 30  # of a column, by number of rows
 # Scripts that begin so in Unicode's names; the first word of a letter's name tells its script.
 _HAN = ("CJK", "KANGXI")
@@ -106,10 +107,10 @@ def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None,
     def drop(weights: Floats) -> Floats:
         return np.asarray(task.quality(sample.rows[:, :2], weights) - task.quality(sample.rows[:, [2, 1]], weights))
 
-    found = interval(sample, drop, level)
-    return found if tells(found) else None
+    found = interval(sample, drop, level, task.step)
+    return found if tells(found, task) else None
 
 
-def tells(found: Estimate) -> bool:
+def tells(found: Estimate, task: Task) -> bool:
     """Whether an interval has a width."""
-    return found.high - found.low > _WIDTH
+    return found.high - found.low > _WIDTH * task.step

@@ -104,7 +104,7 @@ def binomial_pmf(k: ArrayLike, n: ArrayLike, p: ArrayLike) -> Floats:
 @lru_cache(maxsize=4)
 def _log_factorials(bits: int) -> Floats:
     """log(k!) for k < 2^bits."""
-    return _lgamma(np.arange(2**bits) + 1.0)
+    return np.fromiter(map(math.lgamma, range(1, 2**bits + 1)), np.float64, 2**bits)
 
 
 @lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 _BETS = np.array([-1.0, 0.0, 1.0])
 _JUMP = 0.01
 _BLOCK = 200  # rows between fresh starts
-_RUINED = 1e-9  # share of the first capital below which a start is given up
+_RUINED = 1e-9  # share of what the newest start got, below which a start is given up
 
 
 class Ranks:
@@ -58,16 +58,17 @@ class Jumper:
 
     def bet(self, p: float) -> float:
         """The capital after the next p-value."""
-        if self._rows % _BLOCK == 0:
-            self._started += 1
-            share = 1 / (self._started * (self._started + 1))
+        starts = self._rows % _BLOCK == 0
+        self._started += starts
+        share = 1 / (self._started * (self._started + 1))
+        if starts:
             self._capital = np.concatenate([self._capital, np.full((1, 2, 3), share / 6)])
         self._rows += 1
         held = self._capital.sum(axis=2, keepdims=True)
         moved = (1 - _JUMP) * self._capital + _JUMP * held / 3
         at = np.array([p, abs(2 * p - 1)])[:, None] - 0.5
         self._capital = moved * (1 + _BETS * at)
-        self._capital = self._capital[self._capital.sum(axis=(1, 2)) > _RUINED]
+        self._capital = self._capital[self._capital.sum(axis=(1, 2)) > _RUINED * share]
         return self.capital
 
 

@@ -61,7 +61,8 @@ def calibration_section(certificate: Certificate) -> Html:
 def slices_section(certificate: Certificate, scale: Scale) -> Html:
     """Quality in parts of the data."""
     # Older certificates give an interval without a width where nothing differed.
-    slices = [s if s.drop is None or tells(s.drop) else replace(s, drop=None) for s in certificate.slices]
+    task = certificate.registration.task
+    slices = [s if s.drop is None or tells(s.drop, task) else replace(s, drop=None) for s in certificate.slices]
     if not slices:
         return section("slices", "Slices", element("p", "No column to slice by was given."))
     # Slices of any classification are scored by the share of right rows: macro-F1 within one label says nothing.
