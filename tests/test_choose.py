@@ -130,6 +130,7 @@ def test_a_student_with_fewer_heads_and_bits(dataset: Dataset) -> None:
     teacher = tiny_model(layers=2)
     cut, *_, quantize = student(teacher, 2, 1.0, None, heads=0.5, then=(quantized(4),))
     assert isinstance(cut, Shrink)
+    assert cut.importance == "fisher", "in a short time box the size of weights costs points"
     assert isinstance(quantize, Quantize)
     made = cut(teacher, Local(dataset), Plan())
     assert [b.heads for b in blocks(made.network)] == [b.heads // 2 for b in blocks(teacher.network)]  # type: ignore[arg-type]

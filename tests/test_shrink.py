@@ -30,7 +30,7 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
-from netweight.task import Score
+from netweight.task import Classify, Score
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -164,6 +164,24 @@ def test_gates_of_scores(dataset: Dataset) -> None:
     for name, value in whole.items():
         torch.testing.assert_close(value, parts[0][name] + parts[1][name], rtol=1e-3, atol=1e-12)
         assert parts[1][name].any()
+
+
+@pytest.mark.parametrize("task", [None, Score(mean=1.0, scale=2.0)])
+def test_rows_without_labels_count_by_what_the_model_says(task: Score | None, dataset: Dataset) -> None:
+    """Targets that are a model's own labels, or a score one away from its own, give what they give as labels."""
+    model = tiny_model(task) if task else tiny_model()
+    rows = Rows(dataset.train.text[:20])
+    logits = logits_of(model, model.encoder.encode(rows.text))
+    if isinstance(model.task, Classify):
+        said = tuple(model.task.labels[i] for i in logits.argmax(dim=1))
+    else:
+        said = tuple(str(float(value)) for value in (logits[:, 0] - 1) * model.task.scale + model.task.mean)
+    bare, labelled = (Local(replace(dataset, train=Rows(rows.text, label=label))) for label in (None, said))
+    own = bare.reduce(model, GateGradients(model.task, "fisher", own=True))
+    for name, value in labelled.reduce(model, GateGradients(model.task, "fisher")).items():
+        torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-12)
+    cut = [QUICK(model, run, PLAN).digest for run in (bare, labelled)]
+    assert cut[0] == cut[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -23,6 +23,9 @@ from netweight.train import Plan
 # of 32.
 TRAINED = Plan(spliced_tokens=1_500_000, batch_size=128)
 DISTILLED = Distill(epochs=18.0, learning_rate=4e-4, splice=12.0)
+# Rows by whose gradients their neurons and heads are chosen: in a box of 110 s half of an encoder came to within 3.1
+# points of its teacher on BANKING77's dev, by the size of weights to within 7.6.
+_RANKED_BY = 256
 
 # Encoders compute in int8, and 7 bits of each weight are stored. On Womens Clothing .8 % of dev's labels differ from
 # the teacher's then, .9 % with 8 bits and 1.4 % with 6; on BANKING77 6 cost hardly anything.
@@ -106,7 +109,7 @@ def student(
     heads = heads if min(block.heads for block in found) > 1 else 1.0
     steps: Recipe = ()
     if (layers, neurons, heads) != (teacher.depth, 1.0, 1.0):
-        cut = Shrink(heads, neurons, layers, spacing="even", importance="magnitude", multiple=multiple, epochs=0)
+        cut = Shrink(heads, neurons, layers, spacing="even", multiple=multiple, rows=_RANKED_BY, epochs=0)
         steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
     return *steps, replace(distil, layers=None, teachers=(teacher,)), *then

@@ -150,11 +150,14 @@ class Shrink:
             return Worth(heads, neurons, torch.ones(len(sizes)), torch.ones(network.width))
         if self.importance == "magnitude":
             return magnitude(network, self.hidden < 1)
-        sums = run.reduce(model, GateGradients(model.task, self.importance), self.rows)
-        if not any(bool(value.any()) for value in sums.values()):
+        gates = GateGradients(model.task, self.importance)
+        sums = run.reduce(model, gates, self.rows)
+        if not _told(sums):  # no row has a label
+            sums = run.reduce(model, replace(gates, own=True), self.rows)
+        if not _told(sums):
             raise ModelError(
-                f"no row gave a gradient, so importance {self.importance!r} ranks nothing; it needs labelled training "
-                'rows. Use "magnitude" without them.'
+                f"no row gave a gradient, so importance {self.importance!r} ranks nothing: what the model says is the "
+                'same for all. Use "magnitude", which needs no rows.'
             )
         depth = len(network.layers())
         heads, neurons = ([sums[f"{kind}.{i}"] for i in range(depth)] for kind in ("heads", "neurons"))
@@ -221,6 +224,9 @@ class GateGradients:
     """Sums over labelled rows of |g| ("taylor") or g^2 ("fisher"), weighted, where g is the gradient of a row's
     supervised loss with respect to a gate of one.
 
+    With `own` a row's target is what the model says itself, its likeliest label or a score one away from its own, for
+    rows without labels: sensitivity is all that is left to go by.
+
     Gates stand on heads before they are mixed, on neurons before they are read, and on hidden units behind every norm
     of the residual stream, one gate for all places. A layer's gate is on all its heads and neurons: its gradient is
     the sum of theirs.
@@ -228,6 +234,7 @@ class GateGradients:
 
     task: Classify | Score
     kind: Importance
+    own: bool = False
     combine: Literal["sum", "max"] = "sum"
 
     def __call__(self, network: Network, batch: Batch) -> dict[str, Tensor]:
@@ -246,10 +253,12 @@ class GateGradients:
                 handles.append(network.get_submodule(name).register_forward_pre_hook(_before(gate)))
         try:
             with torch.enable_grad():
-                known = batch.targets.isfinite() if batch.targets.is_floating_point() else batch.targets >= 0
+                logits = network(batch.ids, batch.mask, batch.types)
+                targets = self._said(logits.detach()) if self.own else batch.targets
+                known = targets.isfinite() if targets.is_floating_point() else targets >= 0
                 # A mean over rows of weight one, times their number: every row has its own gates, so its own gradient.
-                alone = replace(batch, weight=ones(rows))
-                loss = supervised(self.task, network(batch.ids, batch.mask, batch.types), alone, 0.0) * known.sum()
+                alone = replace(batch, targets=targets, weight=ones(rows))
+                loss = supervised(self.task, logits, alone, 0.0) * known.sum()
                 slopes = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
         finally:
             for handle in handles:
@@ -261,6 +270,13 @@ class GateGradients:
         weight = batch.weight.double()[:, None]
         size = torch.square if self.kind == "fisher" else torch.abs
         return {name: (weight * size(slope.double())).sum(dim=0) for name, slope in slopes.items()}
+
+    def _said(self, logits: Tensor) -> Tensor:
+        return logits.argmax(dim=1) if isinstance(self.task, Classify) else logits[:, 0].float() - 1
+
+
+def _told(sums: dict[str, Tensor]) -> bool:
+    return any(bool(value.any()) for value in sums.values())
 
 
 def _behind(gate: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
