@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -218,10 +219,10 @@ def test_what_teachers_take_counts_in_the_time_box(
         return usual(*given, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(local, "logits_of", slow)
-    # Besides the rows and the spliced ones, a few rows are asked twice to see how long that takes.
-    for seconds, splice in ((100.0, 0.0), (300.0, 1.0), (60.0, 1.0), (None, 1.0)):
+    # Besides the rows and the spliced ones, the student and the teacher are asked twice to see how long a few rows take.
+    for seconds, splice in ((100.0, 0.0), (1300.0, 1.0), (300.0, 1.0), (60.0, 1.0), (None, 1.0)):
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), Plan(seconds=seconds, splice=splice))
-    assert boxes == [60, 140, 1, None]
+    assert boxes == [60, 1300 - 240, 300 - 120, 1, None], "in 300 seconds there is no time for spliced rows"
 
 
 def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
@@ -241,15 +242,49 @@ def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
 
     monkeypatch.setattr(local, "logits_of", slow)
     loss = SoftTargets(model.task, (model,))
-    plan = Plan(seconds=4.0, splice=100.0)
+    plan = Plan(seconds=40.0, splice=100.0)
     Local(dataset, tmp_path).fit(model, loss, plan)
     *_, spliced_tokens = labelled
-    assert 700 < spliced_tokens <= 1000, "a quarter of four seconds at a millisecond a token; such rows are shorter"
+    assert 7000 < spliced_tokens <= 10000, "a quarter of forty seconds at a millisecond a token; such rows are shorter"
     each[0] = 0.0001
     for kept in tmp_path.glob("outputs-*"):
         kept.unlink()
-    Local(dataset, tmp_path).fit(model, loss, replace(plan, seconds=1.0))
+    Local(dataset, tmp_path).fit(model, loss, replace(plan, seconds=10.0))
     assert labelled[-1] == spliced_tokens, "one that goes on draws the same rows"
+
+
+def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, fits, n = [0.0], [], len(dataset.train)
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(local, "fit", lambda _, source, __, plan, **___: fits.append((len(source), plan)))
+    usual = local.logits_of
+
+    def slow(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
+        now[0] += len(tokens)
+        return usual(of, tokens, half=half)
+
+    monkeypatch.setattr(local, "logits_of", slow)
+    loss, few = SoftTargets(model.task, (model,)), min(64, n)
+    plan = Plan(batch_size=128, learning_rate=4e-4, splice=1.0, precision="fp32")
+
+    def fitted(visits: float | None, folder: Path | None = None) -> tuple[int, int, float]:
+        seconds = None if visits is None else 3 * visits + n + 2 * few
+        Local(dataset, folder).fit(model, loss, replace(plan, seconds=seconds))
+        rows, made = fits[-1]
+        return rows, made.batch_size, made.learning_rate
+
+    assert fitted(None) == (2 * n, 128, 4e-4)
+    assert fitted(500 * 128) == (2 * n, 128, 4e-4)
+    assert fitted(500 * 127) == (2 * n, 64, pytest.approx(4e-4 / math.sqrt(2)))
+    assert fitted(4 * n + 1)[:2] == (2 * n, 16)
+    assert fitted(4 * n - 1) == (n, 16, pytest.approx(4e-4 / math.sqrt(8)))
+    assert fitted(4 * n - 1, tmp_path)[:2] == (n, 16)
+    assert fitted(500 * 128, tmp_path)[:2] == (n, 16), "one that goes on is the same fit"
+    part = replace(plan, seconds=1.0, part=(0.0, 0.5))
+    Local(dataset).fit(model, loss, part)
+    assert fits[-1][1].batch_size == 128, "a round of a federated fit is as the others"
 
 
 def test_labels_of_spliced_rows_are_shared_by_fits(
