@@ -140,7 +140,8 @@ def main() -> None:
     best = peaks(given.threads)
     tiers: dict[str, tuple[Work, Callable[[int], object], int]] = {}
     with Store(store_of(given.artifact), None) as store:
-        for name in given.tier or [n for n in ("full-int8", "half-int8", "third-int8") if store.get(f"point {n}")]:
+        encoders = [f"{kind}-int8" for kind in ("full", "slim", "half", "third")]
+        for name in given.tier or [name for name in encoders if store.get(f"point {name}")]:
             known = store.get(f"point {name}")
             data = store.read(f"points/{name}.bin")
             engine = tier_engine(Tier(name, known["engine"], "", known["options"]), data, manifest.pad, given.threads)

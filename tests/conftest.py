@@ -158,6 +158,7 @@ COSTS = {
     "linear": 1e-6,
     "static": 2e-6,
     "conv": 4e-6,
+    "slim-int8": 7e-5,
     "half-int8": 5e-5,
     "third-int8": 4e-5,
     "half-int4": 5e-5,
