@@ -38,8 +38,9 @@ _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
 # an encoder, trained for 110 s on BANKING77, agreed with its teacher on 93.4 % of dev without them, 92.4 % with them.
 # Not where texts are long, whose stretches are many rows in little time (Amazon reviews, 300 s: 86.6 % and 88.4 %).
 _PASSES = 4
-# Where a box has fewer steps, batches are halved, down to so many rows. There 32 rows instead of 128 gave 94.3 %.
-_STEPS, _FEWEST = 500, 16
+# Where a box has fewer steps, batches are halved, down to so many rows and tokens: smaller ones cost more than their
+# share. On BANKING77 32 rows instead of 128 gave 94.3 %.
+_STEPS, _ROWS, _TOKENS = 500, 16, 500
 _TRAINED = 3  # times that a row costs in training what it costs to run
 # Tokens of a spliced row, at most. What a teacher says of few tokens tells more of each, and costs less: students of
 # long reviews learnt more from stretches of 32 tokens than from halves of whole rows.
@@ -84,7 +85,7 @@ class Local:
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
             longest = min(_STRETCH, model.encoder.max_length, *(t.encoder.max_length for t in loss.teachers))
             visits = self._visits(model, tokens, plan, began)
-            plan = _stepping(plan, visits)
+            plan = _stepping(plan, visits, tokens)
             added = self._spliced(model, loss, tokens, plan, longest, visits)
             said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan, longest)) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
@@ -167,8 +168,9 @@ class Local:
             for _ in range(2):  # the first time, memory is taken and kernels are chosen
                 now = time.monotonic()
                 logits_of(model.on(self.seams.device), few)
+            took, filled = time.monotonic() - now, len(few) * int(few.lengths.max())  # tokens, padding too
             left = max(cast(float, plan.seconds) - (time.monotonic() - began), 0.0)
-            return left * len(few) / (_TRAINED * max(time.monotonic() - now, 1e-9))
+            return left * filled / (_TRAINED * max(took, 1e-9) * max(float(tokens.lengths.mean()), 1.0))
 
         named = {"model": model.digest, "plan": plan.describe(), "data": self.taught.fingerprint}
         return self._once("visits", named, decide)
@@ -265,11 +267,12 @@ def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     return out
 
 
-def _stepping(plan: Plan, visits: float) -> Plan:
+def _stepping(plan: Plan, visits: float, tokens: Tokens) -> Plan:
     """The plan, with smaller batches where so many visits would be few steps. The rate falls with the root of their
     size, as Adam's should (Malladi et al., NeurIPS 2022)."""
     size = plan.batch_size
-    while size >= 2 * _FEWEST and visits < _STEPS * size * plan.accumulate:
+    least = 2 * max(_ROWS, _TOKENS / max(float(tokens.lengths.mean()), 1.0)) if len(tokens) else math.inf
+    while size >= least and visits < _STEPS * size * plan.accumulate:
         size //= 2
     rate = plan.learning_rate * math.sqrt(size / plan.batch_size)
     return plan if size == plan.batch_size else replace(plan, batch_size=size, learning_rate=rate)
