@@ -262,30 +262,33 @@ def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
     usual = local.logits_of
 
     def slow(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
-        now[0] += len(tokens) * int(tokens.lengths.max(initial=0))
+        now[0] += len(tokens) * int(tokens.lengths.max(initial=0))  # a second for each token, padding too
         return usual(of, tokens, half=half)
 
     monkeypatch.setattr(local, "logits_of", slow)
-    monkeypatch.setattr(local, "_TOKENS", 50)
     tokens = model.encoder.encode(dataset.train.text)
-    longest, mean = int(tokens.lengths.max()), float(tokens.lengths.mean())
+    longest, mean, all_ = int(tokens.lengths.max()), float(tokens.lengths.mean()), len(tokens.ids)
     loss, few = SoftTargets(model.task, (model,)), min(64, n)
     plan = Plan(batch_size=128, learning_rate=4e-4, splice=1.0, precision="fp32")
 
-    def fitted(visits: float | None, folder: Path | None = None) -> tuple[int, int, float]:
-        # Besides the training itself all rows are labelled, and a few are asked twice for how long they take.
-        seconds = None if visits is None else 3 * mean * visits + (n + 2 * few) * longest
+    def fitted(affordable: float | None, folder: Path | None = None) -> tuple[int, int, float]:
+        # A token costs three times as much in training. Besides, all rows are labelled, and a few are asked twice.
+        seconds = None if affordable is None else 3 * affordable + (n + 2 * few) * longest
         Local(dataset, folder).fit(model, loss, replace(plan, seconds=seconds))
         rows, made = fits[-1]
         return rows, made.batch_size, made.learning_rate
 
+    assert n <= 64, "else the few may be shorter than the longest"
     assert fitted(None) == (2 * n, 128, 4e-4)
-    assert fitted(500 * 128) == (2 * n, 128, 4e-4)
-    assert fitted(500 * 127) == (2 * n, 64, pytest.approx(4e-4 / math.sqrt(2)))
-    assert fitted(4 * n + 1)[:2] == (2 * n, 16)
-    assert fitted(4 * n - 1) == (n, 16, pytest.approx(4e-4 / math.sqrt(8)))
-    assert fitted(4 * n - 1, tmp_path)[:2] == (n, 16)
-    assert fitted(500 * 128, tmp_path)[:2] == (n, 16), "one that goes on is the same fit"
+    assert fitted(500 * 128 * mean) == (2 * n, 128, 4e-4)
+    assert fitted(500 * 127 * mean) == (2 * n, 64, pytest.approx(4e-4 / math.sqrt(2)))
+    monkeypatch.setattr(local, "_TOKENS", 50 * mean)
+    assert fitted(4 * all_)[:2] == (2 * n, 64)
+    monkeypatch.setattr(local, "_TOKENS", mean)
+    assert fitted(4 * all_)[:2] == (2 * n, 16)
+    assert fitted(4 * all_ - 1) == (n, 16, pytest.approx(4e-4 / math.sqrt(8)))
+    assert fitted(4 * all_ - 1, tmp_path)[:2] == (n, 16)
+    assert fitted(500 * 128 * mean, tmp_path)[:2] == (n, 16), "one that goes on is the same fit"
     part = replace(plan, seconds=1.0, part=(0.0, 0.5))
     Local(dataset).fit(model, loss, part)
     assert fits[-1][1].batch_size == 128, "a round of a federated fit is as the others"

@@ -268,6 +268,8 @@ class Builder:
         *first, last = recipe
         own = seconds * last_share(recipe)
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
+        if first:  # steps that train nothing take time too
+            own = min(own, seconds - (time.monotonic() - began))
         planned = self.store.get(f"planned {name}") or {}
         told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
         plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=told)

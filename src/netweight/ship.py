@@ -20,9 +20,11 @@ from netweight.baselines import teacher_engine
 from netweight.build import Builder
 from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registration, register
 from netweight.certify import certify as test
+from netweight.certify.compare import too_late
 from netweight.certify.match import tolerance
 from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
 from netweight.data import Dataset
+from netweight.data.rows import groups_of
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs, load
 from netweight.engine.cascade import cascade
@@ -286,6 +288,9 @@ def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tupl
         said.append(unread)
     if certificate.verdict != "certified":
         said.append("No candidate passed; what ships is the safest of them, not certified.")
+        asked, grouped = certificate.registration, groups_of(builder.data.certify.rows) is not None
+        if late := too_late(asked.task, grouped, asked.level):
+            said.append(late)
     return tuple(said)
 
 

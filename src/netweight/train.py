@@ -58,11 +58,11 @@ class Plan:
     beginning of one text and the end of another, of 32 tokens each and `spliced_tokens` together at most; they have no
     label, so only a loss with teachers can use them. A fit then sees as many tokens as without them, drawn from all.
     `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
-    of epochs becomes what fits, the plan's at most, and the schedule with it; students that would have few steps get
-    smaller batches, and of short texts no spliced rows (`run.local`). `patience` counts epochs without a better select
-    quality; None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's
-    schedule this fit runs, as shares of the whole: a federated run cuts one schedule into rounds. `checkpoint_every` so
-    many seconds a checkpoint is written (0: after each step), less often where that takes long.
+    of epochs becomes what fits, the plan's at most, and the schedule with it; with `splice`, where that is little,
+    batches are smaller and no rows are spliced (`run.local`). `patience` counts epochs without a better select quality;
+    None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's schedule this
+    fit runs, as shares of the whole: a federated run cuts one schedule into rounds. `checkpoint_every` so many seconds
+    a checkpoint is written (0: after each step), less often where that takes long.
     """
 
     epochs: float = 4.0

@@ -104,14 +104,15 @@ def require(task: Task, reference: Floats, groups: Ints | None) -> None:
         )
 
 
-def require_level(task: Task, groups: Sequence[int] | None, level: float) -> None:
-    """Raise CertificateError where the test is a bootstrap and `level` below every p-value that it can have."""
-    if level < LEAST and not (task.paired_binary and groups is None):
-        raise CertificateError(
-            "macro-F1, scores and rows in groups are tested by a bootstrap, which shows nothing at levels below "
-            f"{LEAST:g}, and the level here is {level:.3g}: no candidate could pass. Give a fresh certify table (each "
-            "further look at the same rows halves their level), or a lower confidence."
-        )
+def too_late(task: Task, grouped: bool, level: float) -> str:
+    """A sentence where the test is a bootstrap and `level` below every p-value that it can have."""
+    if level >= LEAST or (task.paired_binary and not grouped):
+        return ""
+    return (
+        "Macro-F1, scores and rows in groups are tested by a bootstrap, which shows nothing at levels below "
+        f"{LEAST:g}, and the level here was {level:.3g}: no candidate could pass. Give a fresh certify table (each "
+        "further look at the same rows halves their level), or a lower confidence."
+    )
 
 
 def require_scores(true: Floats, rows: int, where: str = "certify") -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from netweight.certify.calibration import calibration_of
 from netweight.certify.certificate import Candidate, Certificate, Outcomes, Registration, Slice, Tested, Verdict
-from netweight.certify.compare import Pairs, absolute, chance, compare, require, require_level, rows_needed
+from netweight.certify.compare import Pairs, absolute, chance, compare, require, rows_needed
 from netweight.certify.match import Answers, row_keys
 from netweight.certify.slices import columns, slices_of
 from netweight.certify.tails import normal_quantile
@@ -34,7 +34,7 @@ def certify(
 
     `answers` are those of each registered candidate by name, on the certify rows in their order; `slices` are further
     columns for the slice table. Raises CertificateError where rows or answers are not those that were registered, or
-    the rows or the look do not allow the test.
+    the rows do not allow the test.
     """
     if sealed.fingerprint != registration.fingerprint:
         raise CertificateError(
@@ -47,7 +47,6 @@ def certify(
     for name, given in [(registration.reference.name, reference), *((name, answers[name]) for name in names)]:
         if len(given.logits) != len(sealed) or len(given.confidence) != len(sealed):
             raise CertificateError(f"{name} answered {len(given.logits):,} rows, the certify split has {len(sealed):,}")
-    require_level(registration.task, groups_of(sealed.rows), registration.level)
     labelled = sealed.unseal(registration.digest)
     targets = registration.task.targets(labelled.label or ())
     outcomes = {name: registration.task.outcomes(answers[name].logits, targets) for name in names}

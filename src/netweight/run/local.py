@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ _CHUNK = 64
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
 # In a time box in which real rows would be seen less often than this, spliced ones take more than they bring: half of
 # an encoder, trained for 110 s on BANKING77, agreed with its teacher on 93.4 % of dev without them, 92.4 % with them.
-# Not where texts are long, whose stretches are many rows in little time (Amazon reviews, 300 s: 86.6 % and 88.4 %).
 _PASSES = 4
 # Where a box has fewer steps, batches are halved, down to so many rows and tokens: smaller ones cost more than their
 # share. On BANKING77 32 rows instead of 128 gave 94.3 %.
@@ -84,9 +83,8 @@ class Local:
             if any(t.encoder.definition != model.encoder.definition for t in loss.teachers):
                 raise OptionError("spliced rows are token ids: teachers must share the vocabulary; use splice=0.")
             longest = min(_STRETCH, model.encoder.max_length, *(t.encoder.max_length for t in loss.teachers))
-            visits = self._visits(model, tokens, plan, began)
-            plan = _stepping(plan, visits, tokens)
-            added = self._spliced(model, loss, tokens, plan, longest, visits)
+            plan = _paced(plan, tokens, longest, self._affordable(model, loss, tokens, plan, began))
+            added = self._spliced(model, loss, tokens, plan, longest)
             said = [self._kept(t, added, loss.unlabelled, half, _drawn(plan, longest)) for t in loss.teachers]
             teachers = tuple(torch.cat(pair) for pair in zip(teachers, said, strict=True))
             every = tokens.joined(added)
@@ -157,30 +155,31 @@ class Local:
                 out.write(json.dumps(found).encode())
         return found
 
-    def _visits(self, model: Model, tokens: Tokens, plan: Plan, began: float) -> float:
-        """How many rows, counted as often as they are seen, the time box of a fit that began then has steps for, as a
-        few of them tell."""
+    def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, began: float) -> float:
+        """How many tokens, counted as often as they are seen, the time box of a fit that began then has time for, as a
+        few rows tell."""
         if not plan.seconds or not len(tokens) or plan.part != (0.0, 1.0):
             return math.inf
+        seconds, mine = plan.seconds, np.arange(len(tokens))[self.seams.stretch(len(tokens))]
         few = tokens.take(np.linspace(0, len(tokens) - 1, min(_CHUNK, len(tokens))).astype(np.int64))
 
         def decide() -> float:
+            student, half = model.on(self.seams.device), plan.precision != "fp32" and half_pays(self.seams.device)
             for _ in range(2):  # the first time, memory is taken and kernels are chosen
                 now = time.monotonic()
-                logits_of(model.on(self.seams.device), few)
+                logits_of(student, few, half)
             took, filled = time.monotonic() - now, len(few) * int(few.lengths.max())  # tokens, padding too
-            left = max(cast(float, plan.seconds) - (time.monotonic() - began), 0.0)
-            return left * filled / (_TRAINED * max(took, 1e-9) * max(float(tokens.lengths.mean()), 1.0))
+            left = max(seconds - (time.monotonic() - began), 0.0)
+            # Processes that share the rows are as many times as fast.
+            return left * filled / (_TRAINED * max(took, 1e-9)) * len(tokens) / max(len(mine), 1)
 
-        named = {"model": model.digest, "plan": plan.describe(), "data": self.taught.fingerprint}
-        return self._once("visits", named, decide)
+        named = {"model": model.digest, "loss": repr(loss), "teachers": [t.digest for t in loss.teachers]}
+        return self._once("affordable", named | {"plan": plan.describe(), "data": self.taught.fingerprint}, decide)
 
-    def _spliced(
-        self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int, visits: float = math.inf
-    ) -> Tokens:
+    def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
-        as the plan asks for, or fewer where so many `visits` leave no time for more, or a few of them tell that
-        labelling would eat the time box. What is labelled already, for another fit, costs nothing."""
+        as the plan asks for, or fewer where a few of them tell that labelling would eat the time box. What is labelled
+        already, for another fit, costs nothing."""
         if not len(tokens) or tokens.types.any():
             return spliced(tokens, 0, longest, plan.seed)
         # The whole texts, whatever this model reads of them, so that students of every kind share what is said.
@@ -188,8 +187,6 @@ class Local:
         texts = tokens if whole else self._encoded(model.encoder.reading(MOST_TOKENS), self.taught, loss.unlabelled)
         mean = float(np.minimum(texts.lengths, longest).mean())
         count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean))
-        if visits < _PASSES * len(tokens) and tokens.lengths.mean() < longest:
-            count = 0
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
         digests = [t.digest for t in loss.teachers]
@@ -267,15 +264,17 @@ def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
     return out
 
 
-def _stepping(plan: Plan, visits: float, tokens: Tokens) -> Plan:
-    """The plan, with smaller batches where so many visits would be few steps. The rate falls with the root of their
-    size, as Adam's should (Malladi et al., NeurIPS 2022)."""
-    size = plan.batch_size
-    least = 2 * max(_ROWS, _TOKENS / max(float(tokens.lengths.mean()), 1.0)) if len(tokens) else math.inf
-    while size >= least and visits < _STEPS * size * plan.accumulate:
+def _paced(plan: Plan, tokens: Tokens, longest: int, affordable: float) -> Plan:
+    """The plan, without spliced rows where so many tokens are few passes over those of the rows, and with smaller
+    batches where they are few steps. The rate falls with the root of their size, as Adam's should (Malladi et al.,
+    NeurIPS 2022)."""
+    if affordable < _PASSES * len(tokens.ids):
+        plan = replace(plan, splice=0.0)
+    mean, size = max(float(tokens.lengths.mean()), 1.0) if len(tokens) else 1.0, plan.batch_size
+    mean = (mean + plan.splice * min(mean, longest)) / (1 + plan.splice)
+    while size >= 2 * max(_ROWS, _TOKENS / mean) and affordable < _STEPS * mean * size * plan.accumulate:
         size //= 2
-    rate = plan.learning_rate * math.sqrt(size / plan.batch_size)
-    return plan if size == plan.batch_size else replace(plan, batch_size=size, learning_rate=rate)
+    return replace(plan, batch_size=size, learning_rate=plan.learning_rate * math.sqrt(size / plan.batch_size))
 
 
 def _drawn(plan: Plan, longest: int) -> dict[str, Any]:
