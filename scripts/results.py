@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 WORDS = {
-    "en": ("BANKING77, official test", "accuracy", "certificate", "texts/s", "Netweight's speed / its", "p50, p99", "size"),
+    "en": (
+        "BANKING77, official test",
+        "accuracy",
+        "certificate",
+        "texts/s",
+        "Netweight's speed / its",
+        "p50, p99",
+        "size",
+    ),
     "zh": ("BANKING77 官方测试集", "准确率", "认证", "条/秒", "Netweight 的速度是其", "p50、p99", "大小"),
 }
 CHINESE = {
