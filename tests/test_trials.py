@@ -492,8 +492,14 @@ def test_steps_that_train_nothing_are_shared_whatever_the_plan() -> None:
     assert part((cut, trained), large) != part((cut, trained), Plan())
 
 
-def test_steps_of_a_recipe_divide_its_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("took", "left"), [(0.0, 60.0), (25.0, 35.0), (99.0, 1.0)])
+def test_steps_of_a_recipe_divide_its_time(
+    took: float, left: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step takes that trains nothing is taken from those that do."""
     given: dict[float, float | None] = {}
+    now = [0.0]
+    monkeypatch.setattr("netweight.build.time.monotonic", lambda: now[0])
 
     @dataclass(frozen=True)
     class Timed:
@@ -501,13 +507,14 @@ def test_steps_of_a_recipe_divide_its_time(tmp_path: Path) -> None:
 
         def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
             given[self.epochs] = plan.seconds
+            now[0] += 0 if self.epochs else took
             return model
 
     with Store(tmp_path / "made.nw.run", {}) as store:
         job = SimpleNamespace(options=SimpleNamespace(seed=0))
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
         builder.model("one", lambda: TEACHER, (Timed(0), Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
-    assert given == {0: 1.0, 6: 60.0, 2: 20.0}
+    assert given == {0: 1.0, 6: left, 2: min(20.0, max(80.0 - took, 1.0))}
     assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
 
 
