@@ -274,8 +274,8 @@ def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
     plan = Plan(batch_size=128, learning_rate=4e-4, splice=1.0, precision="fp32")
 
     def fitted(affordable: float | None, folder: Path | None = None) -> tuple[int, int, float]:
-        # A token costs three times as much in training. Besides, rows are labelled, and the student runs on them twice.
-        seconds = None if affordable is None else 3 * affordable + 3 * n * longest
+        # A token costs several times as much in training. Besides, rows are labelled, and the student runs on them twice.
+        seconds = None if affordable is None else local._TRAINED * affordable + 3 * n * longest
         Local(dataset, folder).fit(model, loss, replace(plan, seconds=seconds))
         rows, made = fits[-1]
         return rows, made.batch_size, made.learning_rate
