@@ -114,6 +114,18 @@ def test_a_certificate_that_a_single_label_would_get_says_so(shop: Shop) -> None
     assert said(250) == []
 
 
+def test_a_result_that_could_not_be_certified_says_so(shop: Shop) -> None:
+    """At the 11th look no bootstrap shows anything; the exact test has no such end."""
+    data = Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify))
+    builder = SimpleNamespace(run=None, data=data, teacher=SimpleNamespace(encoder=None), foreign=lambda _: "")
+    for metric, late in (("macro-f1", True), ("accuracy", False)):
+        made = shop.result.certificate
+        task = replace(made.registration.task, metric=metric)  # type: ignore[type-var]
+        failed = replace(made, verdict="not certified", registration=replace(made.registration, task=task, look=11))
+        remarks = ship._remarks(builder, SimpleNamespace(floor_wins=False), failed)  # type: ignore[arg-type]
+        assert any("no candidate could pass. Give a fresh certify table" in remark for remark in remarks) == late
+
+
 # --- running again ---
 
 
