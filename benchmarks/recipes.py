@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from netweight.bench import block_latency
 from netweight.measure import cores
-from netweight.model import Model
+from netweight.model import Model, pretrained
 from netweight.run import Run
 from netweight.techniques import (
     Distill,
@@ -128,6 +128,20 @@ class Narrower:
 # Trained on, so that with a penalty and without it a model has seen as much.
 ON, CUT = Finetune(probe=False, learning_rate=3e-4), Prune(sparsity=0.7, epochs=0)
 FEWER = Shrink(neurons=0.5, importance="magnitude", epochs=0)
+
+
+@dataclass(frozen=True)
+class Several:
+    """`Distill` from the given model and another of another seed, which is made first."""
+
+    combine: Literal["mean", "confidence"]
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        start = pretrained("starter", model.task, seed=plan.seed + 1)
+        other = Finetune()(start, run, replace(plan, seed=plan.seed + 1))
+        return Distill(3, teachers=(model, other), combine=self.combine, splice=0.0)(model, run, plan)
+
+
 # The second table of a page, of a run of its own.
 FURTHER: tuple[tuple[str, str, str, Recipe], ...] = (
     ("", "the teacher", TEACHER, ()),
@@ -147,4 +161,25 @@ FURTHER: tuple[tuple[str, str, str, Recipe], ...] = (
     ("quantize", "4-bit weights, trained, learned ranges", TEACHER, (QuantizeAware(),)),
     ("quantize", "4-bit weights, trained, fixed ranges", TEACHER, (QuantizeAware(ranges="fixed"),)),
 )
-GROUPS = {"techniques": EXAMPLES, "further": FURTHER}
+# More than one teacher, GPT-2 from nothing, and 8 to 5 bits of one kind.
+LEARNS = Finetune(learning_rate=5e-4, freeze_embeddings=False)
+READS = Pretrain("causal", epochs=20, learning_rate=1e-3)
+REST: tuple[tuple[str, str, str, Recipe], ...] = (
+    ("", "the teacher", TEACHER, ()),
+    ("distill", "3 of 6 layers, one teacher, no spliced rows", TEACHER, (Distill(3, splice=0.0),)),
+    ("distill", "the same, two teachers, their mean", TEACHER, (Several("mean"),)),
+    ("distill", "the same, the surer one weighs more", TEACHER, (Several("confidence"),)),
+    ("pretrain", "GPT-2 from scratch, fine-tuned", "gpt2", (LEARNS,)),
+    ("pretrain", "GPT-2 from scratch, causal, then fine-tuned", "gpt2", (READS, LEARNS)),
+    ("quantize", "8-bit weights, all activations dynamic", TEACHER, (Quantize(activations="dynamic"),)),
+    ("quantize", "7-bit weights, the same", TEACHER, (Quantize(weight_bits=7, activations="dynamic"),)),
+    ("quantize", "6-bit weights, the same", TEACHER, (Quantize(weight_bits=6, activations="dynamic"),)),
+    ("quantize", "5-bit weights, the same", TEACHER, (Quantize(weight_bits=5, activations="dynamic"),)),
+)
+# On labels of which some are rare.
+RARE: tuple[tuple[str, str, str, Recipe], ...] = (
+    ("", "the teacher", TEACHER, ()),
+    ("finetune", "all weights, from a probe", PRETRAINED, (Finetune(),)),
+    ("finetune", "the same, rare labels weigh more", PRETRAINED, (Finetune(class_weights=True),)),
+)
+GROUPS = {"techniques": EXAMPLES, "further": FURTHER, "rest": REST, "rare": RARE}

@@ -8,7 +8,7 @@ them, whose teacher is taken. Every fit gets the same time box, so that a recipe
 of a recipe of one. Quality and agreement with the teacher are on dev: no label of test is read. Rows a second of all
 files are timed in turns, in one run. What is made stays in DIR: a run that was stopped goes on, and one that is
 repeated only times again. Writes GROUP.json under benchmarks/results, or where --results says; `recipes.py` has the
-groups, `techniques` and `further`.
+groups.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from netweight.measure import cores
 from netweight.model import Model, pretrained
 from netweight.progress import Bar
 from netweight.run import Local
+from netweight.scratch import scratch
 from netweight.techniques import Recipe
 from netweight.train import Plan
 
@@ -114,6 +115,7 @@ def main() -> None:
         TEACHER: (data, lambda: teacher),
         PRETRAINED: (data, lambda: pretrained("starter", task, seed=given.seed)),
         "few": (few(data), lambda: pretrained("starter", task, seed=given.seed)),
+        "gpt2": (data, lambda: scratch(data.train.text, task, family="gpt2", seed=given.seed)),
     }
     targets = task.targets(data.dev.label or ())
     found, engines = {}, dict[str, TierEngine]()
@@ -146,6 +148,7 @@ def main() -> None:
     for key in found:
         found[key]["row"] = costs[key].row
     kept = {
+        "set": given.folder.name,
         "seconds": given.seconds,
         "metric": task.metric,
         "rows": len(data.dev),
