@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import peers
+from scipy.stats import t
 
 LIGHT = ("model2vec", "fasttext", "tfidf")
 _HEAD = (
@@ -56,16 +57,29 @@ def _transformers(certified: dict[str, Cell]) -> dict[str, Cell]:
     return {p: c for p, c in certified.items() if p not in LIGHT}
 
 
-def _mean(values: Mapping[str, float]) -> float:
-    """Over sets, each with the mean of its seeds, so that one with more seeds weighs no more; names are "SET SEED"."""
+def _by_set(values: Mapping[str, float]) -> list[list[float]]:
+    """Seeds of each set; names are "SET SEED"."""
     sets: dict[str, list[float]] = {}
     for name, value in values.items():
         sets.setdefault(name.partition(" ")[0], []).append(value)
-    return fmean(fmean(seeds) for seeds in sets.values())
+    return list(sets.values())
 
 
-def _geometric(values: Mapping[str, float]) -> float:
-    return math.exp(_mean({name: math.log(value) for name, value in values.items()}))
+def _mean(values: Mapping[str, float]) -> float:
+    """Over sets, each with the mean of its seeds, so that one with more seeds weighs no more."""
+    return fmean(fmean(seeds) for seeds in _by_set(values))
+
+
+def _geometric(values: Mapping[str, float]) -> tuple[float, tuple[float, float] | None]:
+    """The mean, and the 95 % interval that other seeds and timings of the same sets would give: Student's, with one
+    variance of the logarithms for all sets; None where no set has two seeds."""
+    logs = {name: math.log(value) for name, value in values.items()}
+    mean, sets = _mean(logs), _by_set(logs)
+    if not (free := len(logs) - len(sets)):
+        return math.exp(mean), None
+    one = sum((value - fmean(seeds)) ** 2 for seeds in sets for value in seeds) / free
+    half = float(t.ppf(0.975, free)) * math.sqrt(sum(one / len(seeds) for seeds in sets)) / len(sets)
+    return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
 
 
 def _line(figure: str, target: str, least: float, values: dict[str, float], form: str = "{:.2f}x") -> str:
@@ -73,8 +87,10 @@ def _line(figure: str, target: str, least: float, values: dict[str, float], form
     verdict on the geometric mean."""
     if not values:
         return f"| {figure} | {target} | {peers.NOT_RUN} | |"
-    mean, short = _geometric(values), [name for name, value in values.items() if not _fine(value, least)]
+    (mean, interval), short = _geometric(values), [name for name, value in values.items() if not _fine(value, least)]
     each = ", ".join(f"{name} {form.format(v)}" for name, v in values.items())
+    if interval:
+        each += f"; {' to '.join(map(form.format, interval))} with 95 % confidence over seeds"
     said = form.format(mean) if len(values) == 1 else f"{form.format(mean)} in the geometric mean ({each})"
     verdict = "**missed**" if not _fine(mean, least) else "reached" + (f", not by {', '.join(short)}" if short else "")
     return f"| {figure} | {target} | {said} | {verdict} |"

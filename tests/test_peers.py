@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from conftest import Shop
 from netweight.certify.compare import Pairs
@@ -361,3 +362,19 @@ def test_figures_take_the_best_certified_peer(
     (tmp_path / "scaling-predict.json").write_text(json.dumps({"steps": steps}))
     # A row costs 1 / 40 s from 40 to 80 rows, and 18 / 320 s from there on.
     assert "of each row more, last step / first | 1.0, below is better | 2.25x | **missed** |" in figures.table()
+
+
+def test_the_interval_of_a_geometric_mean_is_students(bench: ModuleType) -> None:
+    import figures
+
+    of = {"a 0": 8.0, "a 1": 12.0, "a 2": 10.0}
+    mean, interval = figures._geometric(of)
+    held = ttest_1samp(np.log(list(of.values())), 0).confidence_interval(0.95)
+    assert interval is not None
+    assert mean == pytest.approx(960 ** (1 / 3))
+    assert interval == pytest.approx((np.exp(held.low), np.exp(held.high)))
+    assert figures._geometric({"a 0": 8.0, "b 0": 2.0}) == (pytest.approx(4.0), None), "no seed to compare with"
+    # Two sets of two seeds each: the mean of two means, with the variance of both.
+    _, both = figures._geometric({"a 0": 1.0, "a 1": np.e, "b 0": 1.0, "b 1": np.e})
+    half = 4.302653 * np.sqrt(0.5 * (1 / 2 + 1 / 2)) / 2
+    assert np.log(both) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-5)
