@@ -462,3 +462,15 @@ def test_a_full_disk_hides_no_look(tmp_path: Path, fails: bool, monkeypatch: pyt
     assert len(calls) == 2
     assert ledger.read_bytes().count(b"\n") == (0 if fails else 1)
     assert plan(rows, CHEAP, ledger=ledger).look == (1 if fails else 2), "labels opened after the line was whole"
+
+
+@pytest.mark.parametrize(
+    ("look", "group", "said"),
+    [(1, False, []), (2, False, ["This is look 2"]), (1, True, ["Rows come in"])],
+)
+def test_looks_and_groups_are_told_of(look: int, group: bool, said: list[str]) -> None:
+    rows = labelled(group=group)
+    right = answers(rows, [])
+    found, _ = certify(replace(plan(rows, SAFE), look=look), Sealed(rows), right, {"safe": right})
+    starts = ("This is look", "Rows come in")
+    assert [note[: len(said[0])] for note in found.notes if note.startswith(starts)] == said

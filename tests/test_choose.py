@@ -842,3 +842,18 @@ def test_openvino_must_be_a_tenth_faster(seconds: float, chosen: str) -> None:
     costs = {"a onnx": Cost(1.0, 1.0), "a openvino": Cost(seconds, 2.0), "b onnx": Cost(1.0, 1.0)}
     assert engine_of("a", "onnx", costs) == chosen
     assert engine_of("b", "onnx", costs) == "onnx"
+
+
+@pytest.mark.parametrize("bits", [7, 6, 4, 3])
+def test_bits_are_those_asked_for(bits: int) -> None:
+    made = quantized(bits)
+    assert (made.weight_bits, made.rounding) == (bits, "gptq" if bits <= 4 else "nearest")
+    assert quantized(7) == search.INT8
+
+
+def test_a_single_head_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_model(layers=2)
+    monkeypatch.setattr(search, "blocks", lambda network: [replace(b, heads=1) for b in blocks(network)])
+    cut = next(rung for rung in ladder(teacher) if rung.name == "slim-int8").recipe[0]
+    assert isinstance(cut, Shrink)
+    assert (cut.heads, cut.neurons) == (1.0, 0.5)

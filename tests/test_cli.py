@@ -248,6 +248,37 @@ def test_demo_uses_the_sample(say: Say, shop: Shop, tmp_path: Path, monkeypatch:
     assert not texts[0] & texts[2]
 
 
+def test_every_option_of_optimize_arrives(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def stand_in(train: str, **options: Any) -> Result:
+        given.update(options, train=train)
+        return shop.result
+
+    monkeypatch.setattr("netweight.pipeline.optimize", stand_in)
+    names = {
+        "text": "t",
+        "label": "l",
+        "pair": "p",
+        "group": "g",
+        "dev": "d",
+        "certify": "c",
+        "pool": "q",
+        "model": "m",
+    }
+    kinds = {"task": "score", "metric": "mae", "minimise": "size", "effort": "thorough", "vocabulary": "whole"}
+    asked = names | kinds | {"max_length": 64, "confidence": 0.9, "seed": 3, "threads": 1}
+    words = [word for key, value in asked.items() for word in (f"--{key.replace('_', '-')}", value)]
+    limits = ("--max-drop", "2.5", "--time-limit", "2m", "--slice", "a", "--slice", "b")
+    said = say("optimize", "rows.csv", "--out", tmp_path / "o", *words, *limits)
+    assert said.status == 0, said.err
+    asked |= {"train": "rows.csv", "out": tmp_path / "o", "max_drop": 2.5, "seconds": 120.0}
+    assert {key: given[key] for key in asked} == asked
+    assert list(given["slices"]) == ["a", "b"]
+
+
 # --- refusals ---
 
 

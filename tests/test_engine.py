@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save
 
-from conftest import BAD, GOOD, THINGS, many_rows, tiny_encoder, tiny_model
+from conftest import BAD, GOOD, THINGS, many_rows, net, tiny_encoder, tiny_model
 from netweight.artifact import Tier
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
@@ -32,7 +33,7 @@ from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.task import Classify, Prediction, Score, ScorePrediction
 from netweight.techniques import EarlyExit, LinearFloor, Quantize, Static, Technique
-from netweight.testing import EngineContract
+from netweight.testing import EngineContract, TechniqueContract
 from netweight.train import Plan
 
 WORDS = (*GOOD, *BAD, *THINGS)
@@ -341,3 +342,17 @@ def test_the_table_of_windows_is_the_product_of_its_factors(width: int) -> None:
     assert table.dtype == np.int8
     assert np.abs(table - expected).max() <= 0.5 + 1e-4
     assert len(np.unique(table)) > 5
+
+
+@pytest.mark.parametrize("technique", [Quantize(rows=60), EarlyExit((1,), epochs=1, splice=0.0)], ids=["onnx", "exits"])
+def test_encoders_tell_the_second_text_from_the_first(technique: Technique) -> None:
+    rows, model = mixed_rows(160, pairs=True), tiny_model(layers=2)
+    with torch.no_grad():
+        net(model).backbone.embeddings.token_type_embeddings.weight[1] += 1.0  # type: ignore[union-attr,index,operator]
+    data, plan = data_of(rows), Plan(batch_size=16, precision="fp32")
+    made = technique(model, Local(data), plan)
+    texts, pairs = rows.text[:40], (rows.pair or ())[:40]
+    TechniqueContract(technique, made, lambda: Local(data), plan, texts, pairs).survives_export(made)
+    tokens = made.encoder.encode(texts, pairs)
+    alone = replace(tokens, types=np.zeros_like(tokens.types))
+    assert not torch.allclose(logits_of(made, tokens), logits_of(made, alone), atol=1e-2)

@@ -21,7 +21,7 @@ import pytest
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
 from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
-from netweight.certify import Outcomes
+from netweight.certify import Outcomes, fit_temperature
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
 from netweight.data import Dataset, Rows
@@ -666,3 +666,31 @@ except AttributeError as problem:
 )
 def test_lazy_names(first: str) -> None:
     subprocess.run([sys.executable, "-c", _NAMES.format(first=first)], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("needs", "points"), [(0.0121, 1.3), (0.012, 1.2), (0.7, 10.0)])
+def test_a_margin_of_dev_is_rounded_up(needs: float, points: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ship, "provable", lambda _: needs)
+    job, rows = SimpleNamespace(budget=Budget("auto")), SimpleNamespace(certify=range(9))
+    builder = SimpleNamespace(job=job, data=rows, task=Classify(("a", "b")), quality=lambda _: 0.9, reporter=Silent())
+    ranked: Any = SimpleNamespace(builder=builder, reference=None)
+    assert ship.Ranked._points(ranked, []) == points
+
+
+def test_temperatures_are_those_of_the_calibrate_rows(shop: Shop) -> None:
+    targets = shop.result.manifest.task.targets(shop.dev.label or ())
+    half, task = slice(len(shop.dev) // 2, None), shop.result.manifest.task
+    with Store(store_of(shop.folder), None) as store:
+        for name in ("linear", "static", "full-int8"):
+            logits = store.read_arrays(f"points/{name}")["logits"]
+            found = store.get(f"point {name}")["temperature"]
+            assert found == fit_temperature(logits[half], targets[half], task)
+            assert found != fit_temperature(logits, targets, task)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_quick_job_looks_at_two_tiers(shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, usual = list[int](), ship.choices
+    monkeypatch.setattr(ship, "choices", lambda *given: (asked.append(given[-1]), usual(*given))[1])
+    again(shop, copied)
+    assert set(asked) == {2}

@@ -15,7 +15,7 @@ from conftest import GOOD, Shop, again, journal, many_rows
 from netweight import build
 from netweight.build import PRETRAINED, TEACHER, Builder, Clock
 from netweight.choose import Minimise
-from netweight.data import Dataset
+from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.encode import TextEncoder
 from netweight.errors import OptionError
@@ -168,3 +168,12 @@ def test_a_whole_job(shop: Shop, tmp_path: Path) -> None:
     made = again(shop, tmp_path / "made.nw", model="scratch", seconds=60.0)
     assert made.manifest.provenance["base"]["name"] == "scratch"
     assert {f"model {PRETRAINED}", f"model {TEACHER}"} < set(journal(tmp_path / "made.nw"))
+
+
+@pytest.mark.parametrize(("cut", "pair", "reads"), [(0.06, None, 128), (0.05, None, None), (0.06, ("x",), None)])
+def test_single_texts_that_are_long_are_read_farther(
+    cut: float, pair: tuple[str, ...] | None, reads: int | None
+) -> None:
+    teacher = SimpleNamespace(encoder=SimpleNamespace(max_length=32))
+    builder = SimpleNamespace(cut=cut, teacher=teacher, data=SimpleNamespace(dev=Rows(("a",), pair=pair)))
+    assert Builder.reads.fget(builder) == reads  # type: ignore[attr-defined]

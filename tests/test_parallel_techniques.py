@@ -15,6 +15,7 @@ from netweight.network import tensors
 from netweight.run import Local, Parallel, Pool, Run, Setup
 from netweight.run.commands import Strategy
 from netweight.techniques import Distill, Finetune, Pretrain, Quantize, QuantizeAware, Technique
+from netweight.testing import fresh_digest
 from netweight.train import Plan
 from quick import TECHNIQUES
 from test_compose import few
@@ -44,6 +45,7 @@ def outcome(technique: Technique, strategy: Strategy | None, pool: Pool) -> str:
     data, model = few(), tiny_model(layers=3, more=("never", "nowhere", "[MASK]"))
     setup = Setup(timeout=60)
     run: Run = Local(data) if strategy is None else Parallel(data, strategy=strategy, setup=setup, pool=pool)
+    before = fresh_digest(model)
     try:
         made = technique(model, run, PLAN)
     except NetweightError as refusal:
@@ -51,6 +53,7 @@ def outcome(technique: Technique, strategy: Strategy | None, pool: Pool) -> str:
     finally:
         if isinstance(run, Parallel):
             run.close()
+    assert fresh_digest(model) == before != made.digest, "it did nothing, or to the given model"
     assert all(t.isfinite().all() for t in tensors(made.network).values() if t.is_floating_point())
     assert len(pool.members) in (0, pool.processes), "a process was lost: it did not work, nor was it refused"
     return ""

@@ -424,3 +424,27 @@ def test_a_probe_is_scaled_without_changing_a_label(dataset: Dataset) -> None:
     torch.testing.assert_close(said[0] / said[0].norm(), said[1] / said[1].norm(), atol=1e-4, rtol=1e-3)
     assert torch.isfinite(head.weight).all()
     assert Local(dataset).quality(Finetune(epochs=1)(model, Local(dataset), Plan(precision="fp32"))) >= 0.9
+
+
+def test_hidden_tokens_are_a_share_and_never_the_first(model: Model, dataset: Dataset) -> None:
+    source = local._Source(model.encoder.encode(dataset.train.text), dataset.train, model, ())
+    rows = np.arange(80)
+    whole, some = (source.batch(rows, np.random.default_rng(0), hide).mask for hide in (0.0, 0.25))
+    assert (some <= whole).all()
+    assert (some[:, 0] == 1).all()
+    assert 0.15 < 1 - float(some[:, 1:].sum() / whole[:, 1:].sum()) < 0.35
+
+
+def test_a_probe_knows_how_common_labels_are(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.techniques.finetune._GAP", 1e9)
+    means = torch.cat([torch.randn(32, 2, generator=torch.Generator().manual_seed(0)), torch.ones(1, 2)]).double()
+
+    def leaning(*counts: float) -> float:
+        n = torch.tensor(counts).double()
+        xx = (means * n) @ means.T
+        xx[:-1, :-1] += n.sum() * torch.eye(32)
+        made = model.copy()
+        set_probe(made.network, {"xx": xx, "xy": means * n}, made.task)
+        return float(made.network.head.bias.diff())  # type: ignore[union-attr,operator]
+
+    assert leaning(20, 60) - leaning(40, 40) == pytest.approx(math.log(3), abs=1e-3)

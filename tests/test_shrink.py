@@ -28,6 +28,7 @@ from netweight.layers import LowRank
 from netweight.loss import Batch, matching
 from netweight.model import Model
 from netweight.network import Transformer
+from netweight.quantizer import Weights
 from netweight.run import Local, Run
 from netweight.run.local import _Source, logits_of
 from netweight.task import Classify, Score
@@ -44,7 +45,11 @@ from netweight.techniques import (
     Technique,
 )
 from netweight.techniques.distill import with_layers
-from netweight.techniques.quantize import points
+from netweight.techniques.factor import SecondMoments
+from netweight.techniques.finetune import Moments
+from netweight.techniques.mixed import Sensitivity
+from netweight.techniques.prune import Gradients
+from netweight.techniques.quantize import Extremes, points
 from netweight.techniques.shrink import GateGradients, Worth, cheapest, magnitude, ranked, top
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
@@ -112,11 +117,21 @@ def test_gates_have_the_slopes_that_differences_show(family: str, dataset: Datas
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules()), "a hook was left behind"
 
 
-def test_rows_count_by_their_weight(model: Model, dataset: Dataset) -> None:
+NAME = "backbone.encoder.layer.0.output.dense"
+ADDED: dict[str, Callable[[Any], Any]] = {
+    "gates": lambda task: GateGradients(task, "fisher"),
+    "moments": lambda _: Moments(),
+    "second moments": lambda _: SecondMoments((NAME,)),
+    "sensitivity": lambda task: Sensitivity(task, ((NAME, (Weights(2),)),)),
+}
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_rows_count_by_their_weight(kind: str, model: Model, dataset: Dataset) -> None:
     rows = dataset.train.take([0, 1])
     one, other = (replace(dataset, train=rows.take([i])) for i in (0, 1))
     both = replace(dataset, train=replace(rows, weight=(2.0, 0.5)))
-    statistic = GateGradients(model.task, "fisher")
+    statistic = ADDED[kind](model.task)
     a, b, sums = (Local(data).reduce(model, statistic) for data in (one, other, both))
     for name, value in sums.items():
         torch.testing.assert_close(value, 2.0 * a[name] + 0.5 * b[name], rtol=1e-4, atol=1e-12)
@@ -526,3 +541,21 @@ def test_a_speedup_is_against_layers_of_one_size() -> None:
     worth = Worth([torch.ones(4), torch.ones(2)], [torch.ones(8)] * 2, torch.ones(2), torch.ones(32))
     with pytest.raises(OptionError, match=r"layers of one size that the table has.* and others\."):
         cheapest(worth, table, 1.5, 2)
+
+
+@pytest.mark.parametrize("kind", [*ADDED, "extremes", "gradients"])
+def test_statistics_see_which_text_a_token_is_of(kind: str, model: Model, dataset: Dataset) -> None:
+    more = {"extremes": lambda _: Extremes(), "gradients": lambda task: Gradients(task, (NAME,), True)}
+    rows = dataset.train.take(range(8))
+    run, statistic = Local(replace(dataset, train=replace(rows, pair=rows.text))), (ADDED | more)[kind](model.task)
+    before = run.reduce(model, statistic)
+    with torch.no_grad():
+        net(model).backbone.embeddings.token_type_embeddings.weight[1] += 1.0
+    after = run.reduce(model, statistic)
+    assert any(not torch.allclose(before[name], after[name]) for name in before)
+
+
+def test_layers_that_go_count_towards_a_speedup(model: Model, dataset: Dataset) -> None:
+    table = table_of((1, 2, 3, 4), (16, 32, 48, 64))
+    cut = Shrink(speedup=2.0, table=table, layers=1, rows=30, epochs=0)(model, Local(dataset), PLAN)
+    assert [(b.heads, b.neurons) for b in blocks(net(cut))] == [(4, 64)], "half of the layers is twice as fast"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,11 @@ def test_layers_in_no_single_list_are_refused(model: Model) -> None:
 
 def test_recipes_describe_themselves() -> None:
     assert describe((Distill(layers=1),))[0]["layers"] == 1
+
+
+def test_a_fit_that_trains_other_parts_is_another_fit(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    frozen = Finetune(epochs=2, probe=False)
+    free, plan = replace(frozen, freeze_embeddings=False), replace(PLAN, checkpoint_every=0)
+    with pytest.raises(Killed):
+        frozen(model, Local(dataset, tmp_path), replace(plan, reporter=Killer(at=5)))
+    assert free(model, Local(dataset, tmp_path), plan).digest == free(model, Local(dataset), plan).digest

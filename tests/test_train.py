@@ -56,6 +56,7 @@ class Numbers:
         rng = np.random.default_rng(0)
         self.x = torch.from_numpy(rng.normal(size=(n, 3)).astype(np.float32))
         self.shuffle = shuffle
+        self.hidden: set[float] = set()
 
     def __len__(self) -> int:
         return len(self.x)
@@ -65,6 +66,7 @@ class Numbers:
         return [order[i : i + size] for i in range(0, len(order), size)]
 
     def batch(self, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
+        self.hidden.add(hide)
         x = self.x[torch.from_numpy(rows)]
         return Batch(x, x, x, x.sum(dim=1), torch.ones(len(x)))
 

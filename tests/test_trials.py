@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from conftest import Shop, again, journal, store_of, tiny_dataset, tiny_model
 from netweight import pipeline
-from netweight.build import Builder, last_share, part
+from netweight.build import Builder, Clock, last_share, part
 from netweight.data import Dataset
 from netweight.errors import OptionError
 from netweight.model import Model
 from netweight.reporter import Silent
 from netweight.run import Local, Run
-from netweight.search import FEW, Point, Rung, Search, ladder
+from netweight.search import FEW, INT8, Point, Rung, Search, ladder
 from netweight.space import ELSE, Kind, Trial, kinds, space, usual
 from netweight.store import MODELS, TRIALS, Store
 from netweight.task import Score
@@ -585,3 +585,26 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert [one.name for one in resumed.measurements.candidates] == ranked, "what was tried before is not forgotten"
     with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
         again(shop, tmp_path / "other.nw", effort="lazy")
+
+
+def test_what_follows_distillation_is_gentler() -> None:
+    asked = {"epochs": 6, "learning_rate": 4e-4, "temperature": 4.0, "bits": 6, "sparsity": 0.7}
+    given, rounded = usual("encoder", TEACHER)[0] | asked, replace(INT8, weight_bits=6)
+    after = QuantizeAware(rounded, epochs=2.0, learning_rate=2e-4, temperature=4.0)
+    for how, last in (("aware", after), ("mixed", MixedBits(5, choices=(2, 3, 4, 6, 7))), ("post", rounded)):
+        recipe = Trial("encoder", 1, False, given | {"quantize": how}).rung(TEACHER).recipe
+        pruned, rounding = recipe[-2:]
+        assert isinstance(pruned, Prune)
+        assert (pruned.sparsity, pruned.learning_rate, pruned.temperature) == (0.7, 2e-4, 4.0)
+        assert rounding == last
+
+
+def test_time_in_which_others_are_waited_for_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("netweight.build.time.monotonic", lambda: now[0])
+    clock = Clock(100.0)
+    with clock.stopped():
+        now[0] = 70.0
+    assert clock.left == 100.0
+    now[0] = 90.0
+    assert clock.left == 80.0

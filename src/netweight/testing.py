@@ -78,6 +78,7 @@ class TechniqueContract:
         assert fresh_digest(self.model) == before, "the given model was changed"
         assert made.digest != before, "nothing happened"
         assert all(p.requires_grad for p in self.model.network.parameters()), "the given model was left frozen"
+        assert all(p.requires_grad for p in made.network.parameters()), "the new model was left frozen"
         return made
 
     def repeats_itself(self, made: Model) -> None:
