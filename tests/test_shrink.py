@@ -120,7 +120,7 @@ def test_gates_have_the_slopes_that_differences_show(family: str, dataset: Datas
 NAME = "backbone.encoder.layer.0.output.dense"
 ADDED: dict[str, Callable[[Any], Any]] = {
     "gates": lambda task: GateGradients(task, "fisher"),
-    "moments": lambda _: Moments(),
+    "moments": Moments,
     "second moments": lambda _: SecondMoments((NAME,)),
     "sensitivity": lambda task: Sensitivity(task, ((NAME, (Weights(2),)),)),
 }
