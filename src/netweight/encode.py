@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from netweight.errors import ModelError, OptionError, no_list
-from netweight.words import Words, around
+from netweight.words import ID, Words, around, as_bytes
 
 # Characters read per token of `max_length`: bounds the work that one huge text can cause. No word piece of the
 # texts we measured needs half as many on average.
@@ -202,7 +202,7 @@ class TextEncoder:
 
     def _paired(self, rows: list[Any]) -> Tokens:
         found = self._tokenizer.encode_batch_fast(rows)
-        ids, offsets = self._flat([row.ids for row in found])
+        ids, offsets = self._flat([as_bytes(row.ids) for row in found])
         types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(ids))
         return Tokens(ids, types, offsets)
 
@@ -211,16 +211,17 @@ class TextEncoder:
         found = [None if known is None else known.ids(text) for text in texts]
         rest = [i for i, ids in enumerate(found) if ids is None]
         for i, row in zip(rest, self._tokenizer.encode_batch_fast([texts[i] for i in rest]), strict=True):
-            found[i] = row.ids
+            found[i] = as_bytes(row.ids)
         ids, offsets = self._flat(found)  # type: ignore[arg-type]  # nothing is None any more
         return Tokens(ids, np.zeros(len(ids), np.uint8), offsets)
 
-    def _flat(self, found: list[list[int]]) -> tuple[Int32, Index]:
+    def _flat(self, found: list[bytes]) -> tuple[Int32, Index]:
         # Tokenizers that add nothing around a text give an empty one no token; a network needs one to look at.
-        ids = [row or [self.pad] for row in found]
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        return np.fromiter(chain.from_iterable(ids), np.int32, int(offsets[-1])), offsets
+        nothing = as_bytes([self.pad])
+        ids = [row or nothing for row in found]
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)) // ID, out=offsets[1:])
+        return np.frombuffer(bytearray().join(ids), np.int32), offsets
 
 
 def listed(texts: Iterable[str], name: str, limit: int | None = None) -> list[str]:

@@ -1,24 +1,28 @@
-"""Token ids of plain text, from a table of words.
+"""Token ids of plain text, from tables of words and of what stands between spaces.
 
 BERT's tokenizers split a text into words first and each word into pieces by itself, so what a word comes to may be
 remembered. In plain text (printable ASCII, Chinese characters and their punctuation) nothing is left to normalise but
-capitals, and words are found by one regular expression: on a quiet machine that takes a third to a half of the time
-(`benchmarks/words.py`). All other text, and every tokenizer of another kind, takes the usual way.
+capitals, no word goes beyond a space, and words are found by one regular expression. So a stretch that came before,
+such as "card?", costs one look into a table (`benchmarks/words.py` times it). All other text, and every tokenizer of
+another kind, takes the usual way.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from array import array
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer
 
-_MOST = 200_000  # words that are remembered
+_MOST = 200_000  # words that are remembered, and as many stretches
 _LONG = 32  # characters of a word, above which it is none that comes again
 # Each is a word of its own for BERT, and has no accent that could be split off.
 _CHINESE = "\u4e00-\u9fff，。！？；：、（）“”‘’《》…—·"
+ID = array("i").itemsize  # bytes of an id
 _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
 
 
@@ -30,12 +34,11 @@ class Words:
         added = {token["content"][0] for token in stored["added_tokens"]}
         plain = "".join(re.escape(chr(c)) for c in range(32, 127) if chr(c) not in added)
         chinese = _CHINESE if normalizer["handle_chinese_chars"] else ""
-        self._plain = re.compile(f"[{plain}{chinese}]*")
-        self._lowercase = bool(normalizer["lowercase"])
-        self._table = _Table(tokenizer)
+        plain_text = re.compile(f"[{plain}{chinese}]*")
+        self._stretches = _Stretches(_Table(tokenizer), plain_text, bool(normalizer["lowercase"]))
         before, after = around(tokenizer)
-        self._before, self._after = before, after
-        self._room = max_length - len(before) - len(after)
+        self._before, self._after = as_bytes(before), as_bytes(after)
+        self._room = ID * (max_length - len(before) - len(after))
 
     @staticmethod
     def of(tokenizer: Tokenizer, definition: str, max_length: int) -> Words | None:
@@ -48,13 +51,38 @@ class Words:
             return None
         return Words(tokenizer, stored, max_length)
 
-    def ids(self, text: str) -> list[int] | None:
-        """None where the text is not plain. Raises TypeError for anything but a string."""
-        if self._plain.fullmatch(text) is None:
+    def ids(self, text: str) -> bytes | None:
+        """As `as_bytes` has them; None where the text is not plain."""
+        try:
+            found = b"".join(map(self._stretches.__getitem__, text.split(" ")))
+        except _NotPlain:
             return None
-        words = _WORD.findall(text.lower() if self._lowercase else text)
-        found = list(chain.from_iterable(map(self._table.__getitem__, words)))
-        return [*self._before, *found[: self._room], *self._after]
+        return self._before + found[: self._room] + self._after
+
+
+def as_bytes(ids: Iterable[int]) -> bytes:
+    """Four bytes each (int32), as this machine orders them."""
+    return array("i", ids).tobytes()
+
+
+class _NotPlain(Exception):
+    """A stretch holds characters that the usual way has to see."""
+
+
+class _Stretches(dict[str, bytes]):
+    def __init__(self, table: _Table, plain: re.Pattern[str], lowercase: bool) -> None:
+        super().__init__()
+        self._table, self._plain, self._lowercase = table, plain, lowercase
+
+    def __missing__(self, stretch: str) -> bytes:
+        if self._plain.fullmatch(stretch) is None:
+            raise _NotPlain
+        words = _WORD.findall(stretch.lower() if self._lowercase else stretch)
+        found = as_bytes(chain.from_iterable(map(self._table.__getitem__, words)))
+        # Chinese has no spaces: its stretches are sentences, which do not come again.
+        if len(self) < _MOST and len(stretch) <= _LONG and stretch.isascii():
+            self[stretch] = found
+        return found
 
 
 class _Table(dict[str, list[int]]):
