@@ -26,7 +26,7 @@ WORDS = {
         "p50, p99",
         "size",
     ),
-    "zh": ("BANKING77 官方测试集", "准确率", "认证", "条/秒", "Netweight 的速度是其", "p50、p99", "大小"),
+    "zh": ("BANKING77 官方测试集", "准确率", "认证结论", "条/秒", "Netweight 相对其速度", "p50、p99", "大小"),
 }
 CHINESE = {
     "the teacher, PyTorch fp32": "教师模型，PyTorch fp32",
@@ -80,7 +80,7 @@ def headline(language: str) -> str:
             [
                 *lines,
                 "",
-                f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，以 {sure} 的置信度最多下降 {drop} 个百分点，允许 "
+                f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，在 {sure} 置信水平下最多下降 {drop} 个百分点，允许 "
                 f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
                 f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
             ]

@@ -348,6 +348,11 @@ def test_wrong_options_are_usage_errors(say: Say, shop: Shop) -> None:
         assert say(*arguments).status == 2
 
 
+def test_help_shows_how_tables_of_the_hub_are_named(say: Say) -> None:
+    # What stands between brackets would be markup to rich.
+    assert "hf:NAME[:CONFIG][@SPLIT]." in say("optimize", "--help").out
+
+
 def test_missing_trackers_name_their_extra(say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("wandb", "mlflow", "torch.utils.tensorboard"):
         monkeypatch.setitem(sys.modules, module, None)

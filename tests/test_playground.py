@@ -518,7 +518,7 @@ def test_scores_and_every_verdict_are_said_in_words(browser: Browser) -> None:
     for text in said:
         assert not re.search(r"undefined|NaN|null|[{}]|sentence:|metric:|point:", text), text
     assert "平均绝对误差上升" in said[21]
-    assert "此工件没有证书。" in said[-1]
+    assert "此模型产物没有证书。" in said[-1]
 
 
 def test_markup_is_text(browser: Browser) -> None:

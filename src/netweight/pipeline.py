@@ -72,7 +72,7 @@ def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes
 
     Args:
         train: a table (csv, tsv, jsonl, parquet, `hf:NAME`) or Rows; so are `dev`, `certify` and `pool` (unlabelled).
-            What is not given is cut from train.
+            Dev and certify are cut from train where they are not given; without a pool there is none.
         out: the artifact's folder; what was there before stays until the new one is complete.
         text, label, pair, group, slices: names of columns; `group` rows never span splits, and `slices`, one or
             several, are what the report breaks quality down by.

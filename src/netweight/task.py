@@ -251,8 +251,8 @@ def task_from_dict(stored: dict[str, Any]) -> Task:
 
 
 def task_for(labels: Sequence[str], kind: Literal["classify", "score"], metric: str | None = None) -> Task:
-    """The task of these training labels. Without `metric`: accuracy, or macro-F1 where the most frequent label
-    is more than three times as frequent as an equal share; Spearman for scores."""
+    """The task of these training labels. Without `metric`: accuracy, or macro-F1 where the most frequent label has more
+    than 3 / labels of the rows, or more than 70 % (the lower of the two); Spearman for scores."""
     if kind == "score":
         values = Score().targets(labels)
         # The mean of equal values need not be that value, to the last bit.

@@ -57,7 +57,7 @@ Trained = Annotated[
 Epochs = Annotated[float, typer.Option(help="Over each client's rows, in all rounds together.")]
 Rate = Annotated[
     float | None,
-    typer.Option(help="Of clients.", show_default="full 1e-4, lora 2e-3, head 2e-2; 5e-3 with --privacy off"),
+    typer.Option(help="Of clients.", show_default="full 1e-4, lora 2e-3; head 2e-2, or 5e-3 with --privacy off"),
 ]
 Number = Annotated[int, typer.Option(help="Rounds in all.")]
 Minimum = Annotated[int, typer.Option(help="Clients that must take part in each round.")]

@@ -52,7 +52,10 @@ class Runtime(StrEnum):
 
 @app.command()
 def optimize(
-    train: Annotated[str, typer.Argument(help="csv, tsv, jsonl (also .gz), parquet, or hf:NAME.")],
+    train: Annotated[
+        # The backslash is for rich, which takes [@...] for markup.
+        str, typer.Argument(help="csv, tsv, jsonl (also .gz), parquet, or hf:NAME[:CONFIG]\\[@SPLIT].")
+    ],
     label: Annotated[str, typer.Option(help="Column that holds the label, or the score.")],
     out: Annotated[Path, typer.Option(help="Folder of the artifact. OUT.run beside it keeps the state of the job.")],
     text: Text,

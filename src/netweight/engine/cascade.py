@@ -31,7 +31,7 @@ class Engine:
     """Runs one artifact. Threads may share it.
 
     Labels do not depend on batch size, order or padding: static tiers add up each row by itself, and quantized
-    tiers use fixed ranges.
+    tiers use fixed ranges, or each token's own.
     """
 
     def __init__(self, task: Task, encoder: TextEncoder, tiers: Sequence[tuple[Tier, TierEngine]], name: str) -> None:

@@ -31,7 +31,7 @@ from netweight.train import Plan
 class Distill:
     """Keep `layers` of the model's layers, evenly spaced from the first, and train them to match the model.
 
-    The token tables stay frozen. `splice` is the plan's: synthetic rows that the teacher labels.
+    `splice` synthetic rows for each real one are labelled by the teacher, too.
 
     `teachers` are other models than the given one, or one such model, for the same task; `layers=None` then trains the
     given model as it is, however it was made: cut narrower, or from scratch. Several are combined by the mean of their

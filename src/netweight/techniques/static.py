@@ -29,13 +29,14 @@ _CHUNK = 512
 class Static:
     """Distil the model into a weighted mean of token vectors with a small head.
 
-    `width` is the vectors' size during training; a linear head is folded into the table when exported, so it
-    costs nothing at run time. `buckets` hold hashed bigrams (0: none). `hidden` adds a ReLU layer. `filters` adds a
-    convolution of `reach` neighbouring tokens, which sees negations and idioms, and of each filter the largest value
-    (Kim, EMNLP 2014); exported, it is a table of what each token adds, for those that occur `least` times. `splice`
-    synthetic rows for each real one are labelled by the teacher: a student of this kind has many parameters and few
-    rows to fit them to (augmentation as in Tang et al., 2019, with halves of rows instead of masked words). `reads`:
-    tokens of a text, where they are not as many as the model reads; tokens more cost this student microseconds.
+    `width` is the vectors' size during training. A linear head over no more labels than that is folded into the table
+    when exported, but for pairs of texts, and costs nothing at run time. `buckets` hold hashed bigrams (0: none).
+    `hidden` adds a ReLU layer. `filters` adds a convolution of `reach` neighbouring tokens, which sees negations and
+    idioms, and of each filter the largest value (Kim, EMNLP 2014); exported, it is a table of what each token adds, for
+    those that occur `least` times. `splice` synthetic rows for each real one are labelled by the teacher: a student of
+    this kind has many parameters and few rows to fit them to (augmentation as in Tang et al., 2019, with halves of rows
+    instead of masked words). `reads`: tokens of a text, where they are not as many as the model reads; tokens more cost
+    this student microseconds.
     """
 
     width: int = 256

@@ -71,7 +71,7 @@ export const STRINGS = {
   wordsTitle: ["{word}: {weight}", "{word}：{weight}"],
 
   certificate: ["Certificate", "证书"],
-  certificateNone: ["This artifact has no certificate.", "此工件没有证书。"],
+  certificateNone: ["This artifact has no certificate.", "此模型产物没有证书。"],
   "verdict:certified": ["✓ certified", "✓ 已认证"],
   "verdict:not certified": ["? not certified", "? 未认证"],
   "verdict:worse": ["✗ worse", "✗ 更差"],
@@ -114,7 +114,7 @@ export const STRINGS = {
   plotMargin: ["margin", "界限"],
 
   measurements: ["Measurements", "测量"],
-  measurementsNone: ["This artifact has no measurements.", "此工件没有测量值。"],
+  measurementsNone: ["This artifact has no measurements.", "此模型产物没有测量值。"],
   measuredOn: ["Measured on {cpu}, {threads} threads, {date}{commit}.", "测于 {cpu}，{threads} 个线程，{date}{commit}。"],
   commit: [", commit {commit}", "，提交 {commit}"],
   rate: ["Rows a second", "每秒行数"],
