@@ -68,6 +68,7 @@ def checked(options: Options) -> Options:
     try:
         from netweight.serve.keys import read_keys
         from netweight.serve.rollout import comparable
+        from netweight.serve.watching import writable
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
     folders = [Path(folder).absolute() for folder in options.folders]
@@ -88,7 +89,7 @@ def checked(options: Options) -> Options:
         read_keys(Path(options.keys))
     if options.log is not None:
         monitors(folders, options.false_alarms)
-        Path(options.log).touch()
+        writable(Path(options.log))
     if options.webhook is not None:
         Webhook(options.webhook)
     for file in options.tls or ():
