@@ -126,6 +126,22 @@ def test_what_is_no_table_is_refused(parted: Path, tmp_path: Path) -> None:
         parts_of(parted / "a.csv", parted)
 
 
+def test_links_to_files_are_parts_and_other_links_are_refused(parted: Path, tmp_path: Path) -> None:
+    """They were left out without a word."""
+    aside, link = table(tmp_path / "aside" / "part-2.parquet", ROWS[:9]), parted / "day=1" / "part-2.parquet"
+    link.symlink_to(aside)
+    (parted / "_old").symlink_to(aside.parent)  # hidden
+    parts = {part.name: part.size for part in parts_of(parted, tmp_path / "out")}
+    assert parts["day=1/part-2.parquet"] == aside.stat().st_size
+    aside.unlink()
+    with pytest.raises(DataError, match=r"day=1/part-2.parquet is a link to nothing, and only links to files are"):
+        parts_of(parted, tmp_path / "out")
+    link.unlink()
+    (parted / "day=3").symlink_to(aside.parent)
+    with pytest.raises(DataError, match=r"day=3 is a link to a folder, and only links to files are followed"):
+        parts_of(parted, tmp_path / "out")
+
+
 def test_a_part_is_answered_as_a_table_alone(made: Path, parted: Path, tmp_path: Path, here: list[str]) -> None:
     out, seen = tmp_path / "out", list[tuple[int, int]]()
     done = predict_parts(made, parted, out=out, progress=lambda *numbers: seen.append(numbers))

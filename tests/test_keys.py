@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import stat
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,8 @@ from starlette.responses import PlainTextResponse
 
 from conftest import Say
 from netweight.errors import OptionError
-from netweight.serve.keys import Bucket, Gate, add_key, read_keys, remove_key
+from netweight.serve import keys
+from netweight.serve.keys import Bucket, Gate, Key, add_key, read_keys, remove_key
 
 
 class Door:
@@ -58,7 +60,53 @@ def test_a_key_is_not_kept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["keys.jsonl"]
 
 
-def test_keys_change_under_a_running_server(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_another_stays_readable_by_its_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sudo netweight keys` made it root's alone: the server went on with the keys that it had read."""
+    path, given = tmp_path / "keys.jsonl", list[tuple[int, int]]()
+    monkeypatch.setattr(os, "fchown", lambda handle, user, group: given.append((user, group)))
+    add_key(path, "shop")
+    assert not given
+    path.chmod(0o640)
+    add_key(path, "other")
+    remove_key(path, "shop")
+    held = path.stat()
+    assert stat.S_IMODE(held.st_mode) == 0o640
+    assert given == [(held.st_uid, held.st_gid)] * 2
+
+
+def test_a_file_of_somebody_else_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int, user: int, group: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    path = tmp_path / "keys.jsonl"
+    add_key(path, "shop")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(OptionError, match=r"cannot be given \(Operation not permitted\), so nothing was changed; run"):
+        remove_key(path, "shop")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["keys.jsonl"]
+
+
+def test_a_change_right_after_the_first_reading_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read = tmp_path / "keys.jsonl", read_keys
+    key = add_key(path, "shop")
+
+    def meanwhile(which: Path) -> tuple[Key, ...]:
+        found = read(which)
+        monkeypatch.setattr(keys, "read_keys", read)
+        remove_key(which, "shop")
+        return found
+
+    monkeypatch.setattr(keys, "read_keys", meanwhile)
+    door = Door(path)
+    door.now = 2.0
+    assert door.ask(key).status_code == 401
+
+
+def test_keys_change_under_a_running_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "keys.jsonl"
     old = add_key(path, "shop")
     door = Door(path)
@@ -72,8 +120,17 @@ def test_keys_change_under_a_running_server(tmp_path: Path) -> None:
     door.now = 4.0
     assert (door.ask(old).status_code, door.ask(new).status_code) == (401, 200)
     path.write_text("{")
-    door.now = 6.0
-    assert door.ask(new).status_code == 200, "a file that cannot be read changes nothing"
+    for now in (6.0, 8.0):
+        door.now = now
+        assert door.ask(new).status_code == 200, "a file that cannot be read changes nothing"
+        assert caplog.text.count("removed since are still let in: ") == 1
+    path.unlink()
+    door.now = 10.0
+    assert door.ask(new).status_code == 200
+    assert caplog.text.count("removed since are still let in: ") == 2, "another reason is told of as well"
+    path.write_text("")
+    door.now = 12.0
+    assert door.ask(new).status_code == 401
 
 
 def test_limits(tmp_path: Path) -> None:

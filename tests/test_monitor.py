@@ -362,6 +362,32 @@ def test_a_log_that_is_moved_away_is_not_read_again(tmp_path: Path) -> None:
     assert seen == ["one\n", "two\n"]
 
 
+def test_a_log_that_cannot_be_opened_at_once_is_opened_later(tmp_path: Path) -> None:
+    log = tmp_path / "rows.log"
+    log.write_text("one\n")
+
+    def moved() -> None:
+        log.rename(tmp_path / "rows.log.1")
+        log.mkdir()
+
+    def begun() -> None:
+        log.rmdir()
+        log.write_text("two\n")
+
+    steps = [moved, begun]
+
+    class Between(threading.Event):
+        """What happens between two looks."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            if not steps:
+                return True
+            steps.pop(0)()
+            return False
+
+    assert list(lines(log, Between())) == ["one\n", "two\n"]
+
+
 def test_a_log_is_read_to_its_end(tmp_path: Path) -> None:
     log = tmp_path / "rows.log"
     log.write_text("whole\nhalf")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import stat
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +22,14 @@ from netweight.monitor import Alert, Record, lines, monitors, replay
 from netweight.serve import Options, recorder
 from netweight.serve.app import application
 from netweight.serve.hosted import Models
+from netweight.serve.metrics import Metrics
 from netweight.serve.recorder import Keeper, Recorder
+from netweight.serve.server import checked
 from netweight.serve.steady import answer
 from netweight.serve.watching import Watching
 from netweight.signals import AGREES, NAMES, Histogram
 from test_serve import TEXTS, Server
+from test_server import until
 
 
 @pytest.fixture
@@ -150,6 +155,55 @@ def test_a_log_that_is_moved_away_is_begun_anew(models: Models, tmp_path: Path) 
     writer.offer(hosted, TEXTS, None, said)
     writer.close()
     assert len(log.read_text().splitlines()) == len((tmp_path / "rows.log.1").read_text().splitlines()) == len(TEXTS)
+
+
+def test_a_log_that_cannot_be_begun_anew_at_once_is_begun_later(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder stands in for a full disk, or too many open files."""
+    hosted, log = models["made"], tmp_path / "rows.log"
+    said = answer(hosted.engine, TEXTS)
+    writer = Recorder(log, rate=1000)
+    log.rename(tmp_path / "rows.log.1")
+    log.mkdir()
+    writer.offer(hosted, TEXTS, None, said)
+    until(lambda: "rows could not be written down" in caplog.text)
+    log.rmdir()
+    writer.offer(hosted, TEXTS, None, said)
+    writer.close()
+    assert len(log.read_text().splitlines()) == len(TEXTS)
+
+
+def test_a_log_is_refused_where_nothing_can_be_written_beside_it(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log, lock = tmp_path / "rows.log", tmp_path / "rows.log.lock"
+    log.touch()
+    lock.mkdir()
+    with pytest.raises(OptionError, match=r"rows.log.lock cannot be written \(Is a directory\); the server writes"):
+        checked(Options((str(made),), log=str(log)))
+    Watching(log, Models(1), Metrics(), 0.1).close()
+    assert "rows are no longer watched" in caplog.text, "where it happens later, the server's log says so"
+
+
+def test_who_waits_to_watch_outlives_a_log_that_is_moved_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, log, died = threading.Event(), tmp_path / "rows.log", list[object]()
+
+    def taken(lock: object, how: int) -> None:
+        asked.set()
+        raise BlockingIOError
+
+    log.touch()
+    monkeypatch.setattr(fcntl, "flock", taken)
+    monkeypatch.setattr(threading, "excepthook", died.append)
+    watching = Watching(log, Models(1), Metrics(), 0.1)
+    log.unlink()
+    assert asked.wait(10)
+    watching.close()
+    assert not died
+    assert "rows are no longer watched" not in caplog.text
 
 
 def test_what_is_kept_stays_bounded(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

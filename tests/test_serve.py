@@ -532,7 +532,6 @@ def while_following(server: Server, work: Callable[[Until], Awaitable[None]]) ->
                 assert not following.done(), following
                 await asyncio.sleep(0.01)
 
-        await asyncio.sleep(0)  # it has seen what is there
         await work(until)
         following.cancel()
 
@@ -557,6 +556,28 @@ def test_whole_files_that_do_not_load_are_refused_and_later_ones_are_followed(
         await until(lambda: server.models["shop"].engine.version == newer)
 
     while_following(server, work)
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_read_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one is that is replaced while other models are loaded: nothing follows folders then."""
+    monkeypatch.setattr(processes, "_LOOK", 0.01)
+    usual = hosted.load
+
+    def meanwhile(folder: Path, threads: int) -> Engine:
+        engine = usual(folder, threads)
+        monkeypatch.setattr(hosted, "load", usual)
+        changed(folder, folder)
+        return engine
+
+    monkeypatch.setattr(hosted, "load", meanwhile)
+    server, newer = Server(made), load(made, 1).version
+    assert server.models["shop"].engine.version != newer
+
+    async def work(until: Until) -> None:
+        await until(lambda: server.models["shop"].engine.version == newer)
+
+    while_following(server, work)
+    assert not server.models["shop"].replaced
 
 
 def test_a_folder_that_is_copied_in_place_is_taken_when_it_is_whole(

@@ -9,7 +9,8 @@ A part appears under its name when it is complete (`data.files.atomic`), and its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ class Done:
 def parts_of(source: Path, out: Path) -> tuple[Part, ...]:
     """All parts of a folder, or the one table that `source` is, by name.
 
-    Raises DataError where there is none, or where something is not a table; OptionError where `out` lies in the input.
+    Raises DataError where there is none, or where something is no table, or a link to a folder or to nothing;
+    OptionError where `out` lies in the input.
     """
     inside, outside = source.resolve(), out.resolve()
     if source.is_dir():
@@ -63,8 +65,7 @@ def parts_of(source: Path, out: Path) -> tuple[Part, ...]:
             raise OptionError(
                 f"{out} and the input {source} lie in one another; write the parts to a folder beside it."
             )
-        files = {path.relative_to(source).as_posix(): path for path in source.rglob("*") if path.is_file()}
-        files = {name: path for name, path in sorted(files.items()) if not _hidden(name)}
+        files = dict(sorted((path.relative_to(source).as_posix(), path) for path in _files(source)))
     else:
         files = {source.name: existing(source).path}
         if inside.parent == outside:
@@ -77,6 +78,23 @@ def parts_of(source: Path, out: Path) -> tuple[Part, ...]:
         size, changed = mark(path)
         found.append(Part(name, str(path.absolute()), str(out.absolute() / name), size, changed))
     return tuple(found)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All that are not hidden. What cannot be looked into is an error: its parts would be missing without a word."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _hidden(entry.name):
+                continue
+            if entry.is_symlink() and not entry.is_file():
+                raise DataError(
+                    f"{entry.path} is a link to {'a folder' if entry.is_dir() else 'nothing'}, and only links to files "
+                    "are followed. Put what it means in its place, or let its name begin with _ to leave it out."
+                )
+            if entry.is_dir():
+                yield from _files(Path(entry.path))
+            elif entry.is_file():
+                yield Path(entry.path)
 
 
 def mark(path: Path) -> tuple[int, int]:

@@ -57,12 +57,14 @@ def lines(path: Path, stop: threading.Event | None = None, at: int = 0) -> Itera
             elif not found:
                 if stop is None or stop.wait(_LOOK):
                     break
-                if not path.exists():  # it has been moved away, and the next one is still to come
+                try:
+                    now = path.stat()
+                    newer = None if os.path.samestat(now, os.fstat(file.fileno())) else path.open("rb")
+                except OSError:  # it has been moved away, and the next one is still to come, or cannot be opened now
                     continue
-                now, here = path.stat(), os.fstat(file.fileno())
-                if (now.st_dev, now.st_ino) != (here.st_dev, here.st_ino):
+                if newer is not None:
                     stack.close()
-                    file = stack.enter_context(path.open("rb"))
+                    file = stack.enter_context(newer)
                     held = b""
                 elif now.st_size < file.tell():
                     file.seek(0)

@@ -44,6 +44,22 @@ class Hosted:
     about: dict[str, Any]
     fingerprint: Fingerprint | None = None
     memory: int = 0
+    mark: tuple[int, int] | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether its folder holds another manifest than when it was read; not while there is none."""
+        now = _mark(self.folder)
+        return now is not None and now != self.mark
+
+
+def _mark(folder: Path) -> tuple[int, int] | None:
+    """By which a manifest is known again."""
+    try:
+        found = (folder / artifact.MANIFEST).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 class Second(Protocol):
@@ -198,7 +214,7 @@ class Models:
 
     def made(self, folder: Path, name: str) -> Hosted:
         """Verified, loaded and warm, but not asked by anybody. Raises ArtifactError or CorruptArtifact."""
-        held = resident()
+        held, mark = resident(), _mark(folder)  # before anything is read: what comes in between is seen later
         manifest = artifact.check(folder)
         engine = load(folder, self._threads)
         engine.warm()
@@ -213,7 +229,7 @@ class Models:
         )
         memory = max(resident() - held, artifact.size(folder, manifest))
         self._calm = time.monotonic() + _MOMENT
-        return Hosted(name, folder, engine, queue, about, known, memory)
+        return Hosted(name, folder, engine, queue, about, known, memory, mark)
 
     def _make_room(self) -> None:
         while self._memory is not None and sum(h.memory for h in self) > self._memory and len(self._hosted) > 1:

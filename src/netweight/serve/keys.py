@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import logging
 import os
 import re
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from netweight.errors import OptionError
 from netweight.serve.pages import PATHS
 from netweight.serve.problems import Problem
 
+log = logging.getLogger("netweight.serve")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPEN = frozenset({"/healthz", "/readyz", *PATHS})  # for probes; the playground says nothing before it has a key
 _LOOK = 1.0  # seconds between looks at the file
@@ -80,9 +83,21 @@ def _hash(text: str) -> str:
 
 
 def _write(path: Path, keys: tuple[Key, ...]) -> None:
-    """Atomic, and readable by the owner alone."""
+    """Atomic. A new file is readable by its owner alone; one in the place of another keeps its owner and its rights,
+    since a server that could no longer read it would let removed keys in. Raises OptionError where it cannot."""
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
+        if path.exists():
+            held = path.stat()
+            try:
+                os.fchown(handle, held.st_uid, held.st_gid)
+            except OSError as problem:
+                os.unlink(new)
+                raise OptionError(
+                    f"{path} is of user {held.st_uid} and group {held.st_gid}, to whom a new one cannot be given "
+                    f"({problem.strerror}), so nothing was changed; run this as that user, or with sudo."
+                ) from None
+            os.fchmod(handle, stat.S_IMODE(held.st_mode))
         file.writelines(f"{json.dumps(asdict(key))}\n" for key in keys)
     replaced(Path(new), path)
 
@@ -106,7 +121,8 @@ class Gate:
     def __init__(self, app: ASGIApp, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._path, self._clock = app, path, clock
         self._keys = read_keys(path)
-        self._seen, self._mark = clock(), path.stat().st_mtime_ns
+        self._mark: int | None = None  # the first look reads it again: it may have changed since the line above
+        self._seen, self._told = clock(), ""
         self._buckets: dict[str, Bucket] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +163,8 @@ class Gate:
         self._buckets[key.sha256] = bucket
 
     def _look(self) -> None:
-        """Read the file again where it has changed; one that cannot be read changes nothing."""
+        """Read the file again where it has changed. One that cannot be read changes nothing, and is told of once: half
+        a file, as editors leave for a moment, must not lock everybody out."""
         now = self._clock()
         if now - self._seen < _LOOK:
             return
@@ -156,5 +173,9 @@ class Gate:
             mark = self._path.stat().st_mtime_ns
             if mark != self._mark:
                 self._keys, self._mark = read_keys(self._path), mark
-        except (OSError, OptionError):
-            return
+        except (OSError, OptionError) as problem:
+            if str(problem) != self._told:
+                log.error("keys stay as they were, and ones that were removed since are still let in: %s", problem)
+            self._told = str(problem)
+        else:
+            self._told = ""

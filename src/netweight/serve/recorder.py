@@ -102,8 +102,9 @@ class Recorder:
         here = os.fstat(self._file.fileno())
         now = self._path.stat() if self._path.exists() else None
         if now is None or (now.st_dev, now.st_ino) != (here.st_dev, here.st_ino):
-            self._file.close()
-            self._file = self._path.open("a", encoding="utf-8")
+            # In this order, so that where the new one cannot be opened now, the next sample tries again.
+            old, self._file = self._file, self._path.open("a", encoding="utf-8")
+            old.close()
 
     def _records(self, sample: _Sample) -> list[Record]:
         engine, fingerprint = sample.hosted.engine, sample.hosted.fingerprint

@@ -68,6 +68,7 @@ def checked(options: Options) -> Options:
     try:
         from netweight.serve.keys import read_keys
         from netweight.serve.rollout import comparable
+        from netweight.serve.watching import writable
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
     folders = [Path(folder).absolute() for folder in options.folders]
@@ -88,7 +89,7 @@ def checked(options: Options) -> Options:
         read_keys(Path(options.keys))
     if options.log is not None:
         monitors(folders, options.false_alarms)
-        Path(options.log).touch()
+        writable(Path(options.log))
     if options.webhook is not None:
         Webhook(options.webhook)
     for file in options.tls or ():
@@ -165,13 +166,11 @@ def written(options: Options, models: Models, metrics: Metrics) -> tuple[Recorde
 async def follow(models: Any) -> None:
     """Load a model again when its folder was replaced. One that does not load is refused, and the old one stays; it is
     tried again when its files change, since it may have been copied in place, and its manifest before its tiers."""
-    seen = {hosted.name: _mark(hosted.folder) for hosted in models}
     refused: dict[str, tuple[Any, str]] = {}  # the files that were there, and why they were not loaded
     while True:
         await asyncio.sleep(_LOOK)
         for hosted in models:
-            now = _mark(hosted.folder)
-            if now is None or now == seen.setdefault(hosted.name, now):  # one that woke has just been read
+            if not hosted.replaced:
                 continue
             files, (tried, told) = _files(hosted.folder), refused.get(hosted.name, (None, ""))
             if files == tried:
@@ -187,7 +186,6 @@ async def follow(models: Any) -> None:
                     version = hosted.engine.version
                     log.error("%s stays at version %s: %s", hosted.name, version, problem, exc_info=not ours)
             else:
-                seen[hosted.name] = now
                 refused.pop(hosted.name, None)
                 log.info("%s: version %s in the place of %s", hosted.name, newer.engine.version, hosted.engine.version)
 
@@ -199,11 +197,3 @@ def _files(folder: Path) -> dict[str, tuple[int, int, int]]:
             held = path.stat()
             found[str(path)] = held.st_ino, held.st_size, held.st_mtime_ns
     return found
-
-
-def _mark(folder: Path) -> tuple[int, int] | None:
-    try:
-        found = (folder / artifact.MANIFEST).stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns

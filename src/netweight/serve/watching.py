@@ -8,12 +8,28 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from netweight.errors import NetweightError
+from netweight.errors import NetweightError, OptionError
 from netweight.monitor import Alert, Monitor, lines, replay
 from netweight.serve.hosted import Models
 from netweight.serve.metrics import Metrics
 
 log = logging.getLogger("netweight.serve")
+
+
+def writable(path: Path) -> None:
+    """Raises OptionError where a log, or the file beside it by whose lock one worker watches it, cannot be written."""
+    for file in (path, _lock(path)):
+        try:
+            file.open("a").close()
+        except OSError as problem:
+            raise OptionError(
+                f"{file} cannot be written ({problem.strerror}); the server writes the log, a .lock beside it, and a "
+                "new log where this one is moved away: name a --log in a folder of its own."
+            ) from None
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
 
 
 class Watching:
@@ -48,22 +64,25 @@ class Watching:
         return self._monitors.get((name, version))
 
     def _work(self) -> None:
-        with self._path.with_name(f"{self._path.name}.lock").open("w") as lock:
-            while not self._stop.wait(0.2):
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-                    break
-                except BlockingIOError:
-                    self._stop.wait(5)
-                    self._from = self._path.stat().st_size  # until here, another one looked
-            try:
+        try:
+            with _lock(self._path).open("w") as lock:
+                while not self._stop.wait(0.2):
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                        break
+                    except BlockingIOError:
+                        self._stop.wait(5)
+                        # Until here, another one looked; there is no file while logrotate moves it away.
+                        self._from = self._path.stat().st_size if self._path.exists() else 0
+                else:
+                    return
                 for alert in replay(lines(self._path, self._stop, self._from), self._watched, self._broken):
                     log.warning("%s", alert)
                     self._metrics.alerts.labels(alert.model, alert.signal).inc()
                     if self._post is not None:
                         self._post(alert)
-            except (NetweightError, OSError):
-                log.exception("rows are no longer watched")
+        except (NetweightError, OSError):
+            log.exception("rows are no longer watched")
 
     def _broken(self, problem: Exception) -> None:
         log.warning("a line of %s is no record of an answer, and is passed over: %r", self._path, problem)
