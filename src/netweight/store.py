@@ -5,7 +5,7 @@
     NAME.safetensors   tables of numbers that a journal line refers to
     looks.jsonl        registrations on certify splits
     dev.jsonl          the dev rows, for `netweight bench`
-    trials.db          what Optuna was told, for its dashboard; made again where it is missing
+    trials.db          what Optuna was told, for its dashboard; every process makes it anew
 
 A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.
 """
