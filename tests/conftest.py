@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModel
 
@@ -288,6 +289,12 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def made(shop: Shop, tmp_path: Path) -> Path:
     shutil.copytree(shop.folder, tmp_path / "made.nw")
     return tmp_path / "made.nw"
+
+
+def full_disk(held: object, path: Path, *_: object) -> None:
+    """Stands for safetensors' `save_file` where there is no room."""
+    path.write_bytes(b"half")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 class Killed(Exception):

@@ -121,6 +121,21 @@ def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path, monkeypatch: pyt
     assert check(tmp_path / "empty") == check(tmp_path / "some" / "where" / "else")
 
 
+def test_what_cannot_be_exchanged_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ArtifactError, match=r"link is a link to .*gone, which is not there; remove it, or choose"):
+        artifact.writable(tmp_path / "link")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(
+        ArtifactError, match=r"out is a mount point, .*; name a folder inside it, such as .*out/shop\.nw"
+    ):
+        artifact.writable(tmp_path / "out")
+    artifact.writable(tmp_path / "out" / "shop.nw")
+    save(tmp_path / "gone", manifest_of(), contents_of())
+    artifact.writable(tmp_path / "link")
+
+
 def test_a_failing_save_leaves_the_old_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

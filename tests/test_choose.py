@@ -737,7 +737,7 @@ def labelled(n: int, rare: int, name: str = "text") -> Rows:
 def test_macro_f1_gives_way_where_its_test_would_be_refused(tables: Tables, said: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"needs 25 certify rows of each label, and {said}"):
         prepare(Job(tables, options=Options(metric="macro-f1")), tmp_path)
-    _, task, notes = prepare(Job(tables), tmp_path)
+    _, task, notes, _ = prepare(Job(tables), tmp_path)
     assert task.metric == "accuracy"
     balanced = "The metric is accuracy, by the balance of the labels." in notes
     assert balanced or any("though labels are not balanced: the test of macro-F1 needs 25" in note for note in notes)
@@ -750,7 +750,7 @@ def test_rows_of_one_group_are_no_reason_for_macro_f1(tmp_path: Path) -> None:
     few = r"'b' has 1 \(rows of one group count once\)"
     with pytest.raises(OptionError, match=f"{few}. Merge such labels, give certify more rows of them"):
         prepare(Job(tables, options=Options(metric="macro-f1")), tmp_path)
-    _, task, notes = prepare(Job(tables), tmp_path)
+    _, task, notes, _ = prepare(Job(tables), tmp_path)
     assert task.metric == "accuracy"
     assert any(re.search(f"though labels are not balanced: .*{few}", note) for note in notes)
 
@@ -758,7 +758,7 @@ def test_rows_of_one_group_are_no_reason_for_macro_f1(tmp_path: Path) -> None:
 def test_macro_f1_stays_where_certify_has_enough(tmp_path: Path) -> None:
     tables = Tables(labelled(200, 10), certify=labelled(60, 25, "row"))
     for metric in (None, "macro-f1"):
-        _, task, _ = prepare(Job(tables, options=Options(metric=metric)), tmp_path)
+        _, task, *_ = prepare(Job(tables, options=Options(metric=metric)), tmp_path)
         assert task.metric == "macro-f1"
 
 
@@ -833,7 +833,7 @@ def test_weights_that_no_certificate_counts_are_spoken_of(tmp_path: Path) -> Non
     rows = Rows(tuple(f"text {i}" for i in range(400)), ("a", "b") * 200)
     said = "Weights of rows count in training only: the certificate and every quality count each row once."
     for weight, wanted in ((None, False), ((2.0,) * 400, True)):
-        _, _, notes = prepare(Job(Tables(replace(rows, weight=weight))), tmp_path)
+        _, _, notes, _ = prepare(Job(Tables(replace(rows, weight=weight))), tmp_path)
         assert (said in notes) is wanted
 
 

@@ -218,7 +218,9 @@ def test_who_connects_anew_is_asked_again(model: Model) -> None:
     assert grid.pushed == ["shop0", "shop0"]
 
 
-def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(
+    model: Model, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     client = shops()[0]
 
     def said(record: Any) -> str:
@@ -232,13 +234,25 @@ def test_what_goes_wrong_on_a_client_is_told_in_a_sentence(model: Model, monkeyp
     )
     assert "a Flower message holds no message of ours" in said(addressed(RecordDict({}), "shop0"))
 
+    row = client.data.train.text[0]
+
     def fails(_: object) -> Any:
-        raise ValueError("the row 'I hate it' is odd")
+        raise ValueError(f"the row {row!r} is odd")
 
     monkeypatch.setattr(Client, "answer", lambda self, task: fails(task))
     assert said(addressed(task, "shop0")) == "ValueError on the client; its own log says more."
     found = channel(FakeGrid([client])).exchange({"shop0": ScoreTask(model)})
     assert found["shop0"] == Lost("shop0", "ValueError on the client; its own log says more.")
+    assert "a task ended with ValueError, at" in caplog.text
+    assert "in fails" in caplog.text
+    assert row not in caplog.text
+
+    def full(self: Client, task: object) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Client, "answer", full)
+    assert said(addressed(task, "shop0")) == "OSError on the client; its own log says more."
+    assert "a task ended with OSError: [Errno 28] No space left on device, at" in caplog.text
 
 
 def test_flower_errors_are_told(model: Model) -> None:

@@ -161,19 +161,19 @@ def test_tables_without_training_rows(tmp_path: Path) -> None:
         Job(tables, options=Options("score"))
     with pytest.raises(OptionError, match="from scratch learns the words of train, which is not here"):
         Job(tables, options=Options(model="scratch"))
-    data, task, notes = prepare(Job(tables), tmp_path)
+    data, task, notes, _ = prepare(Job(tables), tmp_path)
     assert task.labels == ("good", "bad", "odd")  # type: ignore[union-attr]
     assert (len(data.train), len(data.dev), len(data.certify)) == (0, 100, 200)
     assert any("share a text with dev or certify was not checked" in note for note in notes)
     scores = [replace(part, label=tuple(str(i) for i in range(len(part)))) for part in (dev, certify)]
-    _, task, _ = prepare(Job(Tables(None, dev=scores[0], certify=scores[1]), options=Options("score")), tmp_path)
+    _, task, *_ = prepare(Job(Tables(None, dev=scores[0], certify=scores[1]), options=Options("score")), tmp_path)
     assert task.kind == "score"
     assert task.mean == pytest.approx(49.5)
 
 
 def test_terms_and_teacher_are_part_of_what_a_job_is() -> None:
     rows = many_rows(60)
-    data, task, _ = prepare(Job(Tables(None, dev=rows.take(range(30)), certify=rows.take(range(30, 60)))), Path())
+    data, task, *_ = prepare(Job(Tables(None, dev=rows.take(range(30)), certify=rows.take(range(30, 60)))), Path())
     usual, private = (terms_of(Rounds(3, wait=5.0), CHOSEN, privacy=p) for p in (None, PRIVATE))
     jobs = [
         Job(Tables(None, dev=rows, certify=rows), options=Options(finetune=tuned(t, 5.0, None, None)), run=str(t))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import Killed, tiny_rows
+from conftest import Killed, full_disk, tiny_rows
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.errors import OptionError
@@ -34,7 +34,10 @@ from netweight.run.federated import (
     TopK,
     Travel,
 )
+from netweight.run.federated.client import Kept
+from netweight.run.federated.inprocess import Spilled
 from netweight.run.federated.messages import Answer, FitTask, Fitted, Lost, Task
+from netweight.run.federated.state import State
 from netweight.testing import RunContract
 from netweight.train import Plan
 
@@ -211,6 +214,27 @@ def test_what_simulated_clients_send_waits_in_files(model: Model) -> None:
     del channel, answers, first
     gc.collect()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "write"),
+    [
+        ("client", lambda folder, task: Kept(folder).save(task, {"residual": {"w": torch.ones(2)}})),
+        ("inprocess", lambda folder, task: Spilled.of({"w": torch.ones(2)}, folder / "0.update")),
+        ("state", lambda folder, task: State({"w": torch.ones(2)}).save(folder / "fit.safetensors", task.fit)),
+    ],
+)
+def test_a_full_disk_is_an_error_of_the_system(
+    module: str,
+    write: Callable[[Path, FitTask], object],
+    model: Model,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(f"netweight.run.federated.{module}.save_file", full_disk)
+    with pytest.raises(OSError, match=r"\.safetensors cannot be written: .*No space left on device"):
+        write(tmp_path, FitTask("f" * 64, 0, model, Supervised(model.task), PLAN))
+    assert not list(tmp_path.rglob("*.new"))
 
 
 SCRIPT = """

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base
+from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
 from netweight import artifact, build, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.certify import Outcomes, fit_temperature
@@ -28,7 +28,7 @@ from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import Outputs, load
-from netweight.errors import ArtifactError, CertificateError, ModelError, OptionError, StoreError
+from netweight.errors import ArtifactError, CertificateError, DataError, ModelError, OptionError, StoreError
 from netweight.explain import explain
 from netweight.job import Budget, Options
 from netweight.model import Model, weights_digest
@@ -554,6 +554,37 @@ def test_another_job_in_the_same_store_is_refused(shop: Shop, copied: Path) -> N
     with pytest.raises(StoreError, match=r"data: '[0-9a-f.]{28}' there, '[0-9a-f.]{28}' now"):
         optimize(shop.train.take(range(299)), dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
     assert journal(copied) == before
+
+
+def test_a_refused_job_leaves_what_the_other_set_aside(shop: Shop, copied: Path, tmp_path: Path) -> None:
+    kept = [store_of(copied) / f"quarantine-{name}.jsonl" for name in ("train", "contradictions")]
+    for path in kept:
+        path.write_text("of the other job")
+    table = write_table(tmp_path / "train.tsv", shop.train.take(range(299)))
+    good = table.read_text()
+    for bad in ("", "\tgood\n"):
+        table.write_text(good + bad)
+        with pytest.raises(StoreError, match="belongs to another job"):
+            optimize(table, dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
+    table.write_text("text\tlabel\n\tgood\n")
+    with pytest.raises(DataError, match=r"none of the 1 rows of .* can be used: .* Row 1 has"):
+        optimize(table, dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
+    assert [path.read_text() for path in kept] == ["of the other job"] * 2
+
+
+def test_what_is_set_aside_is_written_whenever_the_job_runs(shop: Shop, tmp_path: Path) -> None:
+    table, out = write_table(tmp_path / "train.tsv", shop.train), tmp_path / "made.nw"
+    good = table.read_text() + "odd one\tgood\nodd one\tgood\nodd one\tbad\n"
+    bad_rows, contradictions = (store_of(out) / f"quarantine-{name}.jsonl" for name in ("train", "contradictions"))
+    options = {**shop.options, "runs": interrupt}
+    for bad in ("\tgood\n", "", "\tbad\n"):  # the second and the third time there is a journal
+        contradictions.unlink(missing_ok=True)
+        table.write_text(good + bad)
+        with pytest.raises(KeyboardInterrupt):
+            optimize(table, dev=shop.dev, certify=shop.certify, out=out, **options)
+        assert json.loads(contradictions.read_text())["columns"] == {"text": "odd one", "label": "bad"}
+        assert bad_rows.exists() == bool(bad)
+    assert json.loads(bad_rows.read_text())["columns"] == {"text": "", "label": "bad"}
 
 
 def test_what_is_no_artifact_is_never_overwritten(shop: Shop, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Killed, Killer, tiny_model
+from conftest import Killed, Killer, full_disk, tiny_model
 from netweight.data import Dataset, Rows
 from netweight.encode import Tokens
 from netweight.errors import OptionError
@@ -337,6 +337,15 @@ def test_outputs_that_are_damaged_are_asked_for_again(model: Model, dataset: Dat
         kept.write_bytes(left)
         assert torch.equal(Local(dataset, tmp_path).outputs(model), said)
         assert kept.read_bytes() == whole
+
+
+def test_outputs_for_which_a_disk_has_no_room_leave_nothing_there(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"outputs-.*\.safetensors cannot be written: .*No space left on device"):
+        Local(dataset, tmp_path).outputs(model)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_static_fit_resumes_to_the_same_weights(model: Model, dataset: Dataset, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netweight.answers import Answers
 from netweight.errors import StoreError
 from netweight.store import JOURNAL, LOOKS, Store
 
@@ -134,6 +136,18 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
             Store(tmp_path, JOB)
         other.kill()  # the lock goes with the process, however it ends
     Store(tmp_path, JOB).close()
+
+
+def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    without = r"lies on a file system without locks \(No locks available\)"
+    with pytest.raises(StoreError, match=rf"a\.run {without}; choose another output\.$"):
+        Store(tmp_path / "a.run", JOB)
+    with pytest.raises(StoreError, match=rf"the cache .*said\.jsonl {without}; name one elsewhere\.$"):
+        Answers(tmp_path / "said.jsonl", 8)
 
 
 def test_files_and_arrays(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from conftest import full_disk
 from netweight import train
 from netweight.errors import OptionError, StoreError
 from netweight.loss import Batch
@@ -429,6 +430,15 @@ def test_a_checkpoint_takes_no_copy_of_the_weights(tmp_path: Path) -> None:
     fit(network, Numbers(), Squares(), plan, seams=Looks(), checkpoint=(tmp_path / "kept", "mine"))
     assert seen
     assert all(seen)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_no_half_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "save_file", full_disk)
+    with pytest.raises(OSError, match=r"fit\.safetensors cannot be written: .*No space left on device"):
+        fitted(plan_of(checkpoint_every=0.0), checkpoint=(tmp_path / "fit.safetensors", "mine"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_checkpoints_of_others_and_damaged_ones_are_refused(tmp_path: Path) -> None:

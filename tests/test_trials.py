@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -202,6 +204,21 @@ def test_a_search_killed_anywhere_goes_on_as_if_it_never_was(
         if forget:
             path.unlink()
     assert [trial for trial, _ in done] == [trial for trial, _ in whole]
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_a_damaged_file_of_trials_is_made_anew(tmp_path: Path, readable: bool) -> None:
+    path, wanted = tmp_path / TRIALS, trials(tmp_path / "other", "standard").ask()
+    if readable:  # with tables of another version
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("CREATE TABLE studies (name TEXT)")
+    else:
+        path.write_bytes(b"no database")
+    left = path.with_name(f"{path.name}-wal")
+    left.write_bytes(b"of a killed process")
+    assert trials(path, "standard").ask() == wanted
+    assert not complete_of(path, "static")
+    assert not left.exists()
 
 
 def test_what_was_begun_is_made_whatever_would_be_proposed_now(tmp_path: Path) -> None:

@@ -36,9 +36,14 @@ class Answers:
         self._file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise StoreError(f"another process labels with the cache {path}; wait for it, or name another.") from None
+        except OSError as problem:
+            self._file.close()
+            raise StoreError(
+                f"the cache {path} lies on a file system without locks ({problem.strerror}); name one elsewhere."
+            ) from None
         data = path.read_bytes()
         # A process that was killed may have left half a line behind.
         whole = data.rfind(b"\n") + 1

@@ -134,9 +134,18 @@ def name_of(folder: Path) -> str:
 
 def writable(folder: Path) -> None:
     """Raises ArtifactError where `folder` exists and is not an artifact, since nothing else is ever overwritten, and
-    where it has no name, by which it could be exchanged."""
+    where it could not be exchanged: without a name, as a mount point, or as a link to nothing."""
     if folder.name in ("", ".."):
         raise ArtifactError(f"the folder {str(folder)!r} has no name of its own; name a new one, such as shop.nw.")
+    if os.path.ismount(folder):
+        raise ArtifactError(
+            f"{folder} is a mount point, which cannot be exchanged; name a folder inside it, such as "
+            f"{folder / 'shop.nw'}."
+        )
+    if folder.is_symlink() and not folder.exists():
+        raise ArtifactError(
+            f"{folder} is a link to {folder.readlink()}, which is not there; remove it, or choose another folder."
+        )
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
 

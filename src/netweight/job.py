@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any, Literal, get_args
 
 from netweight.certify.compare import CLASS_ROWS, require_groups
 from netweight.choose import Minimise
-from netweight.data import Columns, Dataset, Rows, read, split, without_train
+from netweight.data import BadRow, Columns, Dataset, Rows, read, split, without_train
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
 from netweight.model import weights_digest
 from netweight.scratch import SCRATCH
+from netweight.store import JOURNAL
 from netweight.task import Classify, Task, task_for
 from netweight.techniques import Finetune, describe
 from netweight.trials import Effort
@@ -218,16 +220,21 @@ def _unread(task: Task, data: Dataset, budget: Budget) -> tuple[str, ...]:
     )
 
 
-def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
-    """Read and split the tables; bad rows go to `folder`. Returns sentences about what was set aside as well."""
-    tables, notes = job.tables, []
+def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...], dict[Path, Sequence[BadRow]]]:
+    """Read and split the tables. Returns sentences about what was set aside as well, and bad rows by their file in
+    `folder`, for who has opened the run store there: until then it may be that of another job. Only where it has no
+    journal are they written at once too, so that one can look at them where none was good."""
+    tables, notes, fresh = job.tables, [], not (folder / JOURNAL).exists()
+    aside: dict[Path, Sequence[BadRow]] = {}
 
     def rows(name: str, source: Source | None, labelled: bool = True) -> Rows | None:
         if source is None or isinstance(source, Rows):
             return source
-        loaded = read(source, tables.columns, quarantine=folder / f"quarantine-{name}.jsonl", label_required=labelled)
+        path = folder / f"quarantine-{name}.jsonl"
+        loaded = read(source, tables.columns, quarantine=path if fresh else None, label_required=labelled)
+        aside[path] = loaded.bad
         if loaded.note:
-            notes.append(f"{loaded.note} See {folder.name}/quarantine-{name}.jsonl.")
+            notes.append(f"{loaded.note} See {folder.name}/{path.name}.")
         return loaded.rows
 
     options = job.options
@@ -238,7 +245,7 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         assert certify is not None
         data = without_train(dev, certify, pool, options.task, tables.labels, options.seed)
     else:
-        contradictions = folder / "quarantine-contradictions.jsonl"
+        aside[folder / "quarantine-contradictions.jsonl"] = contradictions = list[BadRow]()
         data = split(
             train,
             dev=dev,
@@ -246,7 +253,7 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
             pool=pool,
             kind=options.task,
             seed=options.seed,
-            quarantine=contradictions,
+            aside=contradictions,
         )
     known = data.dev if train is None else data.train
     task = task_for(known.label or (), options.task, options.metric)
@@ -261,4 +268,4 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...]]:
         task = replace(task, labels=tables.labels)
     if data.train.weight is not None or data.certify.rows.weight is not None:
         notes.append("Weights of rows count in training only: the certificate and every quality count each row once.")
-    return data, task, (*notes, *data.notes)
+    return data, task, (*notes, *data.notes), aside

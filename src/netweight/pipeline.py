@@ -15,7 +15,7 @@ import torch
 from netweight import artifact
 from netweight.build import CUT, Builder, Clock
 from netweight.choose import Minimise, alone, judged, own
-from netweight.data import Columns, Dataset, Rows
+from netweight.data import Columns, Dataset, Rows, write_quarantine
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
 from netweight.reporter import Reporter, Silent
 from netweight.run import InOnePlace, Local, Parallel, Run, Runs
@@ -129,11 +129,13 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
     torch.set_num_threads(job.options.threads)
     artifact.writable(out)
     folder = store_of(out)
-    data, task, notes = prepare(job, folder)
-    for note in notes:
-        reporter.note(note)
+    data, task, notes, aside = prepare(job, folder)
     with ExitStack() as stack:
         store = stack.enter_context(Store(folder, job.identity(data, task)))
+        while aside:
+            write_quarantine(*aside.popitem())
+        for note in notes:
+            reporter.note(note)
         store.write(DEV, _lines(data.dev))
         made = runs(data, folder / "work")
         if isinstance(made, AbstractContextManager):

@@ -5,7 +5,7 @@
     NAME.safetensors   tables of numbers that a journal line refers to
     looks.jsonl        registrations on certify splits
     dev.jsonl          the dev rows, for `netweight bench`
-    trials.db          what Optuna was told, for its dashboard; made again where it is missing
+    trials.db          what Optuna was told, for its dashboard; every process makes it anew
 
 A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.
 """
@@ -81,8 +81,8 @@ class Store:
         job: plain values that identify the job; None takes whatever job the folder holds.
 
     Raises:
-        StoreError: the folder holds another job (which differs where), another process works in it, it is damaged, or
-            `job` is None and the folder holds none.
+        StoreError: the folder holds another job (which differs where), another process works in it, its file system
+            has no locks, it is damaged, or `job` is None and the folder holds none.
     """
 
     def __init__(self, folder: Path, job: Mapping[str, Any] | None) -> None:
@@ -94,9 +94,14 @@ class Store:
         self._file = path.open("a+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._file.close()
             raise StoreError(f"another process works in {folder}; wait for it, or choose another output.") from None
+        except OSError as problem:
+            self._file.close()
+            raise StoreError(
+                f"{folder} lies on a file system without locks ({problem.strerror}); choose another output."
+            ) from None
         try:
             self._held = self._replayed(path)
             self._claim(job)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from netweight.data.files import replaced
+from netweight.data.files import beside
 from netweight.errors import OptionError, StoreError, within
 from netweight.loss import Batch, Loss
 from netweight.network import Network, tensors
@@ -375,9 +375,8 @@ class _Loop:
         if not self.seams.first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        save_file(held, new, {"fit": digest, "progress": state.progress})
-        replaced(new, path)
+        with beside(path) as new:
+            save_file(held, new, {"fit": digest, "progress": state.progress})
 
     def resume(self, path: Path, digest: str) -> None:
         if not self.seams.agree(path.exists()):

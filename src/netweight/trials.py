@@ -8,7 +8,7 @@ as Schmucker et al. do ("Multi-objective asynchronous successive halving", 2021)
 together beat most. The first of a kind have the ladder's own options, so that Optuna learns from them.
 
 What is proposed depends only on what was told before and on the seed. So a search that was killed asks again for what
-it had asked, and its SQLite file, which `optuna-dashboard` reads, may be deleted: it is made again from what is told.
+it had asked, and its SQLite file, which `optuna-dashboard` reads, is made anew by every process from what was told.
 """
 
 from __future__ import annotations
@@ -111,15 +111,14 @@ class Trials:
             if trial.short and point is not None:
                 self.told[trial.kind].append(Told(trial, *maker.objectives(point)))
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Nothing is taken from it: another budget may have told it other sizes, and a crash may have damaged it.
+        for old in (path, *path.parent.glob(f"{path.name}-*")):
+            old.unlink(missing_ok=True)
         with _quiet():
             self._studies = {kind: self._study(path, kind) for kind in self.told}
 
     def _study(self, path: Path, kind: Kind) -> optuna.Study:
-        storage = f"sqlite:///{path}"
-        if kind in optuna.get_all_study_names(storage):
-            # Another budget may have told it other sizes.
-            optuna.delete_study(study_name=kind, storage=storage)
-        study = optuna.create_study(storage=storage, study_name=kind, directions=["minimize", "minimize"])
+        study = optuna.create_study(storage=f"sqlite:///{path}", study_name=kind, directions=["minimize", "minimize"])
         for one in self.told[kind]:
             self._add(study, one)
         return study

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
+from safetensors import SafetensorError
+
 from netweight.errors import DataError, MissingExtra, did_you_mean
 
 Format = Literal["csv", "tsv", "jsonl", "parquet"]
@@ -205,6 +207,29 @@ def replaced(new: Path, path: Path) -> None:
     os.replace(new, path)
     with suppress(OSError):  # not every file system lets a folder be asked
         _settled(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """For who lets safetensors write `path`: a full disk, for which that has an error of its own, is an OSError."""
+    try:
+        yield
+    except SafetensorError as problem:
+        raise OSError(f"{path} cannot be written: {problem}") from None
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A name beside `path`, for safetensors to write to. What is there at the end takes the place of `path`; where that
+    fails nothing of it is left, on a disk that may be full."""
+    new = path.with_suffix(".new")
+    try:
+        with writing(path):
+            yield new
+        replaced(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _settled(path: Path) -> None:

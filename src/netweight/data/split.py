@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from netweight.data.check import BadRow, alike, spelling, write_quarantine
+from netweight.data.check import BadRow, alike, spelling
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
 from netweight.data.rows import MOST_TAUGHT, Dataset, Rows, Sealed, groups_of
 from netweight.errors import DataError, LabelError, OptionError
@@ -31,7 +30,7 @@ def split(
     pool: Rows | None = None,
     kind: Literal["classify", "score"] = "classify",
     seed: int = 0,
-    quarantine: Path | None = None,
+    aside: list[BadRow] | None = None,
 ) -> Dataset:
     """Train, select, calibrate, certify and pool; no normalised text and no group is in two of the first four.
 
@@ -42,7 +41,7 @@ def split(
       with dev or certify; never rows of certify. `notes` counts them.
     - Labels that may be one, written in several ways, stay as they are; a note names them.
     - Classification: where one text of train has different labels, only the rows of its majority label stay (ties: the
-      label more frequent in train, then the first in the alphabet). The others go to `quarantine`, with row numbers.
+      label more frequent in train, then the first in the alphabet). The others go to `aside`, with row numbers.
 
     Membership depends on content and seed, not on the order of rows; certify rows are put in an order that depends on
     content, so that shuffling a file does not make a fresh certify set of it. A certify that was cut says what of it
@@ -77,7 +76,9 @@ def split(
         dev = _pick(train, to_dev)
         notes.append(f"{_rows(to_dev.sum())} cut from train for dev, stratified, with seed {seed}.")
     rest = ~to_certify & ~to_dev
-    _set_aside(train, rest & minority, quarantine, notes)
+    bad = _set_aside(train, rest & minority, notes)
+    if aside is not None:
+        aside += bad
     train = _pick(train, rest & ~minority)
 
     pool = _apart(pool, dev, certify, notes)
@@ -309,21 +310,20 @@ def _halves(dev: Rows, kind: str, seed: int) -> tuple[Rows, Rows]:
     return _pick(dev, select), _pick(dev, ~select)
 
 
-def _set_aside(train: Rows, minority: Bools, quarantine: Path | None, notes: list[str]) -> None:
+def _set_aside(train: Rows, minority: Bools, notes: list[str]) -> list[BadRow]:
     bad = []
     for i in np.flatnonzero(minority).tolist():
         cells = {"text": train.text[i], "label": (train.label or ())[i]} | (
             {"pair": train.pair[i]} if train.pair else {}
         )
         bad.append(BadRow(train.number[i], "label contradicts that of most rows with the same text", cells))
-    if quarantine is not None:
-        write_quarantine(quarantine, bad)
     if bad:
         were = "was" if len(bad) == 1 else "were"
         notes.append(
             f"{_rows(len(bad))} of train whose label contradicts that of most rows with the same text {were} set aside "
             f"(first: row {bad[0].number:,})."
         )
+    return bad
 
 
 def _known(labels: Sequence[str], others: Mapping[str, Rows], problem: str, advice: str) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
-from netweight.data.files import atomic, replaced
+from netweight.data.files import atomic, beside
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
@@ -221,9 +221,8 @@ class Local:
             logits = torch.cat([load_file(kept)["logits"][:known], logits])
         if kept and self.seams.first:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            new = kept.with_suffix(".new")
-            save_file({"logits": logits}, new)
-            replaced(new, kept)
+            with beside(kept) as new:
+                save_file({"logits": logits}, new)
         return logits
 
     def _file(self, model: Model, unlabelled: bool, half: bool, key: dict[str, Any]) -> Path | None:

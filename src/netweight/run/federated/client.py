@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from netweight.data import Dataset, Rows
-from netweight.data.files import replaced
+from netweight.data.files import beside
 from netweight.errors import DataError, LabelError, OptionError
 from netweight.model import Model
 from netweight.reporter import Passing, Reporter
@@ -337,8 +337,8 @@ class Kept:
             return
         path = self._path(fit, round_)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, path.with_suffix(".new"))
-        replaced(path.with_suffix(".new"), path)
+        with beside(path) as new:
+            save_file(held, new)
 
     def _path(self, fit: str, round_: int) -> Path:
         assert self.folder is not None

@@ -7,10 +7,12 @@ where it is used.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from traceback import format_tb
 from typing import Any
 
 from netweight.errors import NetweightError, WireError
@@ -19,6 +21,7 @@ from netweight.run.federated.client import Client
 from netweight.run.federated.messages import Answer, Lost, Task
 from netweight.run.federated.wire import UNREADABLE, Packed, Wire, raw, tensor
 
+log = logging.getLogger("netweight.federate")
 QUERY = "query"  # the one type of message: what is asked stands inside
 _LOOK = 0.05  # seconds between two looks for answers
 _SMALL = 4096  # bytes of a tensor that is sent again rather than remembered
@@ -316,6 +319,9 @@ def answered(client: Client, wire: Wire, record: Any, memory: Memory | None = No
         return to_record(wire.pack(client.answer(wire.unpack(from_record(whole)))))
     except NetweightError as problem:
         text = str(problem)
-    except Exception as problem:  # its text might hold rows
+    except Exception as problem:  # its text might hold rows, but not where the system refused something
         text = f"{type(problem).__name__} on the client; its own log says more."
+        said = f": {problem}" if isinstance(problem, OSError) else ""
+        at = "".join(format_tb(problem.__traceback__))
+        log.error("a task ended with %s%s, at\n%s", type(problem).__name__, said, at)
     return RecordDict({"error": ConfigRecord({"text": text})})

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from netweight.data.files import writing
 from netweight.errors import NetweightError, OptionError
 from netweight.run.federated.client import Client
 from netweight.run.federated.messages import Answer, FitTask, Fitted, Lost, Task, Tensors
@@ -76,7 +77,8 @@ class Spilled(Mapping[str, Tensor]):
     def of(cls, tensors: Tensors, path: Path) -> Spilled:
         """Write tensors to `path` (with ".safetensors" behind it)."""
         path = path.with_name(path.name + ".safetensors")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+        with writing(path):
+            save_file({name: value.contiguous() for name, value in tensors.items()}, path)
         return cls(path, tuple(tensors))
 
     def __getitem__(self, name: str) -> Tensor:

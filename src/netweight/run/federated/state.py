@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from netweight.data.files import replaced
+from netweight.data.files import beside
 from netweight.errors import StoreError
 from netweight.run.aggregate import Moments
 from netweight.run.federated.messages import Tensors
@@ -42,8 +42,8 @@ class State:
         plain = {name: getattr(self, name) for name in ("quality", "stale", "unit", "least")}
         about = {**plain, "rounds": [asdict(r) for r in self.rounds]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, path.with_suffix(".new"), {"fit": fit, "about": json.dumps(about)})
-        replaced(path.with_suffix(".new"), path)
+        with beside(path) as new:
+            save_file(held, new, {"fit": fit, "about": json.dumps(about)})
 
     @staticmethod
     def load(path: Path, fit: str) -> State:
