@@ -54,7 +54,7 @@ def main() -> None:
     files = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
     tables = Tables(files["train"], Columns("text", "label"), files["dev"], files["test"])
     with TemporaryDirectory() as work:
-        data, _, _ = prepare(Job(tables, options=Options(seed=given.seed)), Path(work))
+        data, *_ = prepare(Job(tables, options=Options(seed=given.seed)), Path(work))
     manifest = artifact.read_manifest(given.artifact)
     task = manifest.task
     targets, select = task.targets(data.dev.label or ()), slice(0, len(data.select))

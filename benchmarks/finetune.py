@@ -38,7 +38,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(cores())
     tables = Tables(given.train, Columns("text", "label"), given.dev, given.test)
-    data, task, _ = prepare(Job(tables, options=Options(seed=given.seed)), Path("."))
+    data, task, *_ = prepare(Job(tables, options=Options(seed=given.seed)), Path("."))
     base = pretrained("starter", task, seed=given.seed)
     with torch.random.fork_rng():
         torch.manual_seed(given.seed)

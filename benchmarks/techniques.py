@@ -109,7 +109,7 @@ def main() -> None:
     files = {name: str(given.folder / f"{name}.csv.gz") for name in ("train", "dev", "test")}
     tables = Tables(files["train"], Columns("text", "label"), files["dev"], files["test"])
     given.work.mkdir(parents=True, exist_ok=True)
-    data, task, _ = prepare(Job(tables, options=Options(seed=given.seed)), given.work)
+    data, task, *_ = prepare(Job(tables, options=Options(seed=given.seed)), given.work)
     teacher = Model.load(given.store / "models" / "teacher")
     starts: dict[str, tuple[Dataset, Callable[[], Model]]] = {
         TEACHER: (data, lambda: teacher),
