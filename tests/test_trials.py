@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Shop, again, journal, store_of, tiny_dataset, tiny_model
+from conftest import Killer, Shop, again, journal, store_of, tiny_dataset, tiny_model
 from netweight import pipeline
 from netweight.build import Builder, Clock, last_share, part
 from netweight.data import Dataset
@@ -31,6 +31,7 @@ from netweight.techniques import (
     Distill,
     EarlyExit,
     Factor,
+    Finetune,
     LinearFloor,
     MixedBits,
     Prune,
@@ -538,6 +539,29 @@ def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(tmp_path: Path)
             builder.model("one", lambda: TEACHER, (Cut(killed=True),), 80.0, Local(tiny_dataset()))
         builder.model("one", lambda: TEACHER, (Cut(killed=False),), 80.0, Local(tiny_dataset()))
         assert builder.shares("one") == [0.25]
+
+
+def test_fits_are_not_made_again_where_their_model_could_not_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer, plan = Killer(at=-1), Plan(batch_size=16, precision="fp32", checkpoint_every=0.0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        work, job = store.folder / "work", SimpleNamespace(options=SimpleNamespace(seed=0))
+        builder = Builder(job, None, None, store, killer, None, None)  # type: ignore[arg-type]
+        given = ("one", tiny_model, (Finetune(epochs=1),), 80.0, Local(tiny_dataset(), work), plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "save", full)
+            with pytest.raises(OSError, match="No space left"):
+                builder.model(*given)
+        assert killer.resumed_at == 0
+        (work / "fit-of-another-process.safetensors").touch()
+        builder.model(*given)
+        assert killer.resumed_at == 5, "all of its steps were there"
+        assert not list(work.glob("fit-*"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -29,7 +29,7 @@ from netweight.job import Job
 from netweight.model import Model, pretrained
 from netweight.network import Exits
 from netweight.reporter import Reporter
-from netweight.run import InOnePlace, Run, Speaking
+from netweight.run import InOnePlace, Keeping, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
@@ -280,6 +280,8 @@ class Builder:
         model = Model.load(folder)
         took = {"seconds": round(time.monotonic() - began, 1), "share": round(told.share, 4)}
         self.store.put(f"model {name}", {"digest": model.digest, **took})
+        if isinstance(run, Keeping):
+            run.forget()
         return model
 
     def point(self, rung: Rung) -> Point:

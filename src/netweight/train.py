@@ -163,8 +163,8 @@ def fit(
     Args:
         evaluate: quality on held-out rows, higher is better; asked after each epoch, and at the end, when
             `plan.patience` is set.
-        checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed; it is
-            deleted at the end.
+        checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed. It stays
+            when the fit ends, since its result is only in memory then: whoever has saved that deletes it.
         label: for the reporter.
 
     Raises:
@@ -234,8 +234,6 @@ class _Loop:
             self.put(self.best)
         self.seams.finish(self.network)
         self.network.eval()
-        if self.checkpoint and self.seams.first:
-            self.checkpoint[0].unlink(missing_ok=True)
 
     @property
     def due(self) -> bool:

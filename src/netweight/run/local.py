@@ -53,7 +53,8 @@ class Local:
     Args:
         data: train rows (labelled) and pool (not), of which teachers label `Dataset.taught`; `select` serves early
             stopping.
-        folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
+        folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on, and one that has ended
+            gives its result again (until `forget`); None keeps nothing.
         seams: where other runs step into the loop; None: one process alone, on a graphics card where there is one.
     """
 
@@ -119,6 +120,11 @@ class Local:
             label=label,
         )
         return new
+
+    def forget(self) -> None:
+        """Delete the checkpoints of all fits: what they gave is saved elsewhere by now."""
+        if self.seams.first:
+            forget(self.folder)
 
     def reduce(
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
@@ -251,6 +257,12 @@ class Local:
             rows = _joined(data.train, pool)
             self._tokens[key] = encoder.encode(rows.text, rows.pair)
         return self._tokens[key]
+
+
+def forget(folder: Path | None) -> None:
+    """Delete the checkpoints of fits in a folder."""
+    for left in folder.glob("fit-*.safetensors") if folder else ():
+        left.unlink(missing_ok=True)
 
 
 def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:
