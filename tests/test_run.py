@@ -290,6 +290,8 @@ def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
     assert fitted(4 * all_ - 1) == (n, 16, pytest.approx(4e-4 / math.sqrt(8)))
     assert fitted(4 * all_ - 1, tmp_path)[:2] == (n, 16)
     assert fitted(500 * 128 * mean, tmp_path)[:2] == (n, 16), "one that goes on is the same fit"
+    plan = replace(plan, limit=9.0)
+    assert fitted(500 * 128 * mean, tmp_path)[:2] == (2 * n, 128), "but under another time limit"
     part = replace(plan, seconds=1.0, part=(0.0, 0.5))
     Local(dataset).fit(model, loss, part)
     assert fits[-1][1].batch_size == 128, "a round of a federated fit is as the others"

@@ -272,7 +272,8 @@ class Builder:
             own = min(own, seconds - (time.monotonic() - began))
         planned = self.store.get(f"planned {name}") or {}
         told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
-        plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=told)
+        options = self.job.options
+        plan = replace(plan, seed=options.seed, seconds=max(own, 1.0), limit=options.seconds, reporter=told)
         model = last(model, run, plan)
         self.store.discard(name)
         model.save(folder)

@@ -149,8 +149,9 @@ class Local:
         `half` in bf16 where that pays, which is good enough for what students learn from."""
         return self._kept(model, self._encoded(model.encoder, self.taught, unlabelled), unlabelled, half, {})
 
-    def _once(self, kind: str, named: dict[str, Any], decide: Callable[[], float]) -> float:
-        """What hangs on a clock is decided once for each fit, so that one that goes on is the same."""
+    def _once(self, kind: str, named: dict[str, Any], plan: Plan, decide: Callable[[], float]) -> float:
+        """What hangs on a clock is decided once for each fit and limit, so that one that goes on is the same."""
+        named = {**named, "plan": plan.describe(), "limit": plan.limit}
         kept = self.folder and self.folder / f"{kind}-{fit_digest(named)[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1.0
         if (known := self.seams.agree(known)) >= 0:
@@ -180,8 +181,9 @@ class Local:
             # Processes that share the rows are as many times as fast.
             return left * filled / (_TRAINED * max(took, 1e-9)) * len(tokens) / max(len(mine), 1)
 
-        named = {"model": model.digest, "loss": repr(loss), "teachers": [t.digest for t in loss.teachers]}
-        return self._once("affordable", named | {"plan": plan.describe(), "data": self.taught.fingerprint}, decide)
+        digests = [t.digest for t in loss.teachers]
+        named = {"model": model.digest, "loss": repr(loss), "teachers": digests, "data": self.taught.fingerprint}
+        return self._once("affordable", named, plan, decide)
 
     def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
@@ -197,7 +199,7 @@ class Local:
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
         digests = [t.digest for t in loss.teachers]
-        named = {"model": model.digest, "teachers": digests, "plan": plan.describe(), "data": self.taught.fingerprint}
+        named = {"model": model.digest, "teachers": digests, "data": self.taught.fingerprint, "longest": longest}
         seconds, half = plan.seconds, plan.precision != "fp32"
 
         def decide() -> float:
@@ -211,7 +213,7 @@ class Local:
             free = min(_rows_of(self._file(t, loss.unlabelled, half, _drawn(plan, longest))) for t in loss.teachers)
             return min(count, free + int(_LABELLING * seconds / max(each, 1e-9)))
 
-        return spliced(texts, int(self._once("spliced", named | {"longest": longest}, decide)), longest, plan.seed)
+        return spliced(texts, int(self._once("spliced", named, plan, decide)), longest, plan.seed)
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:
         """The model's logits of these rows; `key` names a sequence of rows that are not those of the data, of which
