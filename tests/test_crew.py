@@ -114,6 +114,17 @@ def test_those_that_cannot_divide_the_network_idle(dataset: Dataset) -> None:
         assert [(join.rank, join.size) for join in (first.heard[4], second.heard[4])] == [(0, 2), (1, 2)]
 
 
+def test_who_dies_with_the_result_in_hand_takes_none_of_it_along(dataset: Dataset) -> None:
+    told, waits = Notes(), [WAITS, Idle(), Done(), RESULT]
+    with Play([[Done(), GONE], waits, [Done(), RESULT, Done()]], processes=3) as crew:
+        assert fit(crew, dataset, "ddp", told) == RESULT.held
+        assert not told.notes, "nothing is made again"
+        assert fit(crew, dataset, "ddp", told) == RESULT.held
+        second, third = crew.members
+        assert kinds(second) == [Open, Do, Join, Cancel, Open, Do, Join, Give]
+        assert kinds(third) == [Open, Do, Join, Give, Open, Do, Join]
+
+
 def test_where_too_few_are_left_all_are_new(dataset: Dataset) -> None:
     told = Notes()
     with Play([[FAILED], [GONE]], [[Done(), RESULT], [Done()]], processes=2, restarts=1) as crew:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,12 @@ from netweight.errors import ClientError, OptionError, StoreError
 from netweight.federate.job import optimize
 from netweight.federate.keys import make_keys
 from netweight.federate.options import Terms, terms_of, tuned
-from netweight.federate.start import REPORTS, Deployment, Place, kept_apart
+from netweight.federate.start import REPORTS, Deployment, Place, kept_apart, serve
 from netweight.job import Budget, Job, Options, Tables, prepare
 from netweight.loss import Supervised
 from netweight.model import Model
 from netweight.reporter import Silent
-from netweight.run import Local
+from netweight.run import Local, Run
 from netweight.run.federated import Automatic, Client, InProcess, Rounds
 from netweight.run.federated.messages import Answer, FitTask, Lost, ReduceTask, Task
 from netweight.run.federated.report import in_words, read_reports
@@ -85,12 +86,39 @@ def test_what_cost_rows_something_is_not_asked_for_twice(tmp_path: Path) -> None
         assert again.fit(head(), Supervised(head().task), PLAN).digest == made.digest
     assert nobody.asked == []
     assert again.reports == [report]
-    # Without privacy it may be repeated, and its state goes.
+    again.forget()
+    assert list((tmp_path / "work").glob("rounds-*"))
+    # Without privacy it may be repeated, and its state goes when the model is saved.
     with deployment(Connected(shops(2)), tmp_path / "open", privacy=None) as run:
         run.fit(head(), Supervised(head().task), PLAN)
         run.fit(head(), Supervised(head().task), PLAN)
     assert len(run.reports) == 1
+    run.forget()
     assert not list((tmp_path / "open" / "work").glob("rounds-*"))
+
+
+def test_rounds_stay_until_the_model_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the last round is over: nobody trains again, and nobody need be there."""
+    over, nobody = Connected(shops(2)), Connected([])
+    channels = iter((over, nobody))
+    monkeypatch.setattr("netweight.federate.start.opened", lambda *_: nullcontext(next(channels)))
+    place, terms = Place("127.0.0.1:1", tmp_path, tmp_path / "out"), terms_of(Rounds(2), CHOSEN)
+
+    def technique(model: Model, run: Run, plan: Plan) -> Model:
+        return run.fit(model, Supervised(model.task), plan)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            serve(place, head(), technique, None, terms, PLAN, print)
+    assert list((place.out / "work").glob("rounds-*"))
+    made = serve(place, head(), technique, None, terms, PLAN, print)
+    assert nobody.asked == []
+    assert Model.load(place.out / "model").digest == made.digest
+    assert not list((place.out / "work").glob("rounds-*"))
 
 
 def test_what_a_job_cost_in_words(tmp_path: Path) -> None:

@@ -129,11 +129,14 @@ def test_checkpoints_go_on_under_any_number_of_processes(
             with pytest.raises(Killed):
                 runs[first](folder).fit(model, loss, plan)
             killer.at = -1
-            made = runs[then](folder).fit(model, loss, plan)
+            run = runs[then](folder)
+            made = run.fit(model, loss, plan)
             assert killer.resumed_at == 6
             assert_equal(made, whole, dataset)
             if first == then == "three":
                 assert made.digest == three.digest, "going on changed bits"
+            assert len(list(folder.glob("fit-*"))) == 1, "until the model is saved"
+            run.forget()
             assert not list(folder.glob("fit-*"))
 
 

@@ -222,7 +222,7 @@ def test_what_teachers_take_counts_in_the_time_box(
     # Besides the rows and the spliced ones, the student and the teacher are asked twice to see how long a few rows take.
     for seconds, splice in ((100.0, 0.0), (1300.0, 1.0), (300.0, 1.0), (60.0, 1.0), (None, 1.0)):
         Local(dataset).fit(model, SoftTargets(model.task, (model,)), Plan(seconds=seconds, splice=splice))
-    assert boxes == [60, 1300 - 240, 300 - 160, 1, None], "in 300 seconds there is no time for spliced rows"
+    assert boxes == [60, 1300 - 240, 300 - 120, 1, None], "in 300 seconds there is no time for spliced rows"
 
 
 def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
@@ -290,6 +290,8 @@ def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
     assert fitted(4 * all_ - 1) == (n, 16, pytest.approx(4e-4 / math.sqrt(8)))
     assert fitted(4 * all_ - 1, tmp_path)[:2] == (n, 16)
     assert fitted(500 * 128 * mean, tmp_path)[:2] == (n, 16), "one that goes on is the same fit"
+    plan = replace(plan, limit=9.0)
+    assert fitted(500 * 128 * mean, tmp_path)[:2] == (2 * n, 128), "but under another time limit"
     part = replace(plan, seconds=1.0, part=(0.0, 0.5))
     Local(dataset).fit(model, loss, part)
     assert fits[-1][1].batch_size == 128, "a round of a federated fit is as the others"
@@ -327,6 +329,31 @@ def test_labels_of_spliced_rows_are_shared_by_fits(
     one, other = (made[3.0, tmp_path / name].network.state_dict() for name in "ab")
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_teacher_said_before_a_kill_is_not_asked_for_again(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept after a minute or more, and equal to what it says without a kill, bit for bit."""
+    now, asked = [0.0], list[tuple[int, int]]()
+    monkeypatch.setattr(local.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(local, "_ASKED", 30)
+    whole, usual = Local(dataset).outputs(model), local.logits_of
+
+    def slow(of: Model, tokens: Tokens, half: bool = False) -> torch.Tensor:
+        asked.append((len(tokens), sum(map(local._rows_of, tmp_path.glob("outputs-*")))))
+        now[0] += 40
+        if len(asked) == 3:
+            raise Killed
+        return usual(of, tokens, half)
+
+    monkeypatch.setattr(local, "logits_of", slow)
+    with pytest.raises(Killed):
+        Local(dataset, tmp_path).outputs(model)
+    assert torch.equal(Local(dataset, tmp_path).outputs(model), whole)
+    assert asked == [(30, 0), (30, 0), (20, 60), (20, 60)]
+    assert torch.equal(Local(dataset, tmp_path).outputs(model), whole)
+    assert len(asked) == 4
 
 
 def test_outputs_that_are_damaged_are_asked_for_again(model: Model, dataset: Dataset, tmp_path: Path) -> None:

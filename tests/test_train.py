@@ -154,7 +154,7 @@ def test_unknown_choices_are_refused() -> None:
 
 def test_a_plan_describes_what_changes_the_result_and_nothing_else() -> None:
     usual = Plan().describe()
-    assert Plan(seconds=9, checkpoint_every=1, reporter=Watcher()).describe() == usual
+    assert Plan(seconds=9, limit=99, checkpoint_every=1, reporter=Watcher()).describe() == usual
     for name, value in {"seed": 1, "clip": 0.5, "optimizer": "sgd", "accumulate": 2, "patience": 1}.items():
         assert fit_digest(Plan(**{name: value}).describe()) != fit_digest(usual)  # type: ignore[arg-type]
 
@@ -342,7 +342,11 @@ def test_a_killed_fit_goes_on_to_the_same_weights(tmp_path: Path, optimizer: tra
     seen = Watcher()
     assert fitted(plan_of(**options, reporter=seen), dropout=0.3, checkpoint=kept).weights == whole.weights
     assert seen.starts == [("fit", 12, stop - 1)]
-    assert not list(tmp_path.iterdir())
+    # Its model may not be on disk yet: one that has ended gives the same at once.
+    ended = Watcher()
+    assert fitted(plan_of(**options, reporter=ended), dropout=0.3, checkpoint=kept).weights == whole.weights
+    assert ended.starts == [("fit", 12, 12)]
+    assert not ended.losses
 
 
 @pytest.mark.parametrize("stop", range(1, 12, 2))
@@ -377,6 +381,9 @@ def test_resuming_under_early_stopping(tmp_path: Path, stop: int) -> None:
     again = run(after, kept)
     assert again.weights == wanted.weights
     assert seen.losses[: stop - 1] + after.losses == whole.losses
+    ended = Watcher()
+    assert run(ended, kept).weights == wanted.weights, "the best, not the last"
+    assert not ended.losses
 
 
 @pytest.mark.parametrize("stop", [2, 5, 8])
@@ -481,6 +488,29 @@ def test_the_time_box_shortens_the_fit_and_its_schedule(monkeypatch: pytest.Monk
     fitted(plan_of(epochs=4, seconds=1e9, reporter=enough))
     assert len(enough.rates) == 12
     assert not enough.notes
+
+
+@pytest.mark.parametrize(("seconds", "limit", "steps"), [(10.0, 50.0, 50), (10.0, 10.0, 29), (100.0, 100.0, 119)])
+def test_a_fit_that_goes_on_under_another_time_limit_is_timed_anew(
+    seconds: float, limit: float, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train, "_LOOKS", (1, 2))
+
+    class Ticking(Seams):
+        def correct(self, network: nn.Module) -> None:
+            now[0] += 1.0
+
+    # A step takes a second: 50 fit into the first limit, and the checkpoint after the 19th says so.
+    plan, kept = plan_of(epochs=100, seconds=50.0, limit=50.0, checkpoint_every=0.0), (tmp_path / "kept", "mine")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(replace(plan, reporter=Watcher(20)), seams=Ticking(), checkpoint=kept)
+    seen = Watcher()
+    fitted(replace(plan, seconds=seconds, limit=limit, reporter=seen), seams=Ticking(), checkpoint=kept)
+    assert seen.starts[0] == ("fit", 50, 19)
+    assert seen.starts[-1][1] == steps
+    assert 19 + len(seen.losses) == steps
 
 
 def test_a_group_that_breaks_at_a_look_at_the_clock_is_told_all_that_the_look_changed(

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import Shop, again, journal, store_of, tiny_dataset, tiny_model
+from conftest import Killer, Shop, again, journal, store_of, tiny_dataset, tiny_model
 from netweight import pipeline
 from netweight.build import Builder, Clock, last_share, part
 from netweight.data import Dataset
@@ -33,6 +33,7 @@ from netweight.techniques import (
     Distill,
     EarlyExit,
     Factor,
+    Finetune,
     LinearFloor,
     MixedBits,
     Prune,
@@ -524,11 +525,12 @@ def test_steps_of_a_recipe_divide_its_time(
 
         def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
             given[self.epochs] = plan.seconds
+            assert plan.limit == 80.0, "that of the job"
             now[0] += 0 if self.epochs else took
             return model
 
     with Store(tmp_path / "made.nw.run", {}) as store:
-        job = SimpleNamespace(options=SimpleNamespace(seed=0))
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
         builder.model("one", lambda: TEACHER, (Timed(0), Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
     assert given == {0: 1.0, 6: left, 2: min(20.0, max(80.0 - took, 1.0))}
@@ -548,13 +550,36 @@ def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(tmp_path: Path)
             return model
 
     with Store(tmp_path / "made.nw.run", {}) as store:
-        job = SimpleNamespace(options=SimpleNamespace(seed=0))
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
         store.put("steps one", ["one"])
         with pytest.raises(KeyboardInterrupt):
             builder.model("one", lambda: TEACHER, (Cut(killed=True),), 80.0, Local(tiny_dataset()))
         builder.model("one", lambda: TEACHER, (Cut(killed=False),), 80.0, Local(tiny_dataset()))
         assert builder.shares("one") == [0.25]
+
+
+def test_fits_are_not_made_again_where_their_model_could_not_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killer, plan = Killer(at=-1), Plan(batch_size=16, precision="fp32", checkpoint_every=0.0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        work, job = store.folder / "work", SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
+        builder = Builder(job, None, None, store, killer, None, None)  # type: ignore[arg-type]
+        given = ("one", tiny_model, (Finetune(epochs=1),), 80.0, Local(tiny_dataset(), work), plan)
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "save", full)
+            with pytest.raises(OSError, match="No space left"):
+                builder.model(*given)
+        assert killer.resumed_at == 0
+        (work / "fit-of-another-process.safetensors").touch()
+        builder.model(*given)
+        assert killer.resumed_at == 5, "all of its steps were there"
+        assert not list(work.glob("fit-*"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -29,7 +29,7 @@ from netweight.job import Job
 from netweight.model import Model, pretrained
 from netweight.network import Exits
 from netweight.reporter import Reporter
-from netweight.run import InOnePlace, Run, Speaking
+from netweight.run import InOnePlace, Keeping, Run, Speaking
 from netweight.run.local import logits_of
 from netweight.scratch import SCRATCH, scratch
 from netweight.search import Point, Rung
@@ -272,7 +272,8 @@ class Builder:
             own = min(own, seconds - (time.monotonic() - began))
         planned = self.store.get(f"planned {name}") or {}
         told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
-        plan = replace(plan, seed=self.job.options.seed, seconds=max(own, 1.0), reporter=told)
+        options = self.job.options
+        plan = replace(plan, seed=options.seed, seconds=max(own, 1.0), limit=options.seconds, reporter=told)
         model = last(model, run, plan)
         self.store.discard(name)
         model.save(folder)
@@ -280,6 +281,8 @@ class Builder:
         model = Model.load(folder)
         took = {"seconds": round(time.monotonic() - began, 1), "share": round(told.share, 4)}
         self.store.put(f"model {name}", {"digest": model.digest, **took})
+        if isinstance(run, Keeping):
+            run.forget()
         return model
 
     def point(self, rung: Rung) -> Point:

@@ -59,10 +59,12 @@ class Plan:
     label, so only a loss with teachers can use them. A fit then sees as many tokens as without them, drawn from all.
     `seconds` bounds the fit: after a few steps, and again each time that some four times as many are done, the number
     of epochs becomes what fits, the plan's at most, and the schedule with it; with `splice`, where that is little,
-    batches are smaller and no rows are spliced (`run.local`). `patience` counts epochs without a better select quality;
-    None keeps the last weights and evaluates nothing. `part` says which stretch of the learning rate's schedule this
-    fit runs, as shares of the whole: a federated run cuts one schedule into rounds. `checkpoint_every` so many seconds
-    a checkpoint is written (0: after each step), less often where that takes long.
+    batches are smaller and no rows are spliced (`run.local`). A fit that goes on keeps what the clock decided, unless
+    `limit` is another by now: that of the whole job, of which `seconds` are what is left for this fit. `patience`
+    counts epochs without a better select quality; None keeps the last weights and evaluates nothing. `part` says which
+    stretch of the learning rate's schedule this fit runs, as shares of the whole: a federated run cuts one schedule
+    into rounds. `checkpoint_every` so many seconds a checkpoint is written (0: after each step), less often where that
+    takes long.
     """
 
     epochs: float = 4.0
@@ -80,6 +82,7 @@ class Plan:
     spliced_tokens: int = 400_000
     patience: int | None = None
     seconds: float | None = None
+    limit: float | None = None
     seed: int = 0
     part: tuple[float, float] = (0.0, 1.0)
     checkpoint_every: float = 30.0
@@ -109,7 +112,7 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """Everything that changes the result, as plain values."""
-        chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "seconds")}
+        chosen = {k: v for k, v in vars(self).items() if k not in ("reporter", "checkpoint_every", "seconds", "limit")}
         # Left out where it is the whole: fits keep the digests that they had before there were parts.
         if self.part == (0.0, 1.0):
             del chosen["part"]
@@ -128,6 +131,7 @@ class _Progress:
     step: int = 0
     epochs: float = 0.0
     timed: bool = False
+    limit: float | None = None
     best: float = -math.inf
     stale: int = 0
     judged: int = 0  # the step after which quality was asked last
@@ -163,8 +167,8 @@ def fit(
     Args:
         evaluate: quality on held-out rows, higher is better; asked after each epoch, and at the end, when
             `plan.patience` is set.
-        checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed; it is
-            deleted at the end.
+        checkpoint: a file, and the digest of what is being fitted. A file of the same digest is resumed. It stays
+            when the fit ends, since its result is only in memory then: whoever has saved that deletes it.
         label: for the reporter.
 
     Raises:
@@ -201,7 +205,7 @@ class _Loop:
         self.kept = {name: p.detach() != 0 for name, p in self.trained.items() if name in pruned}
         self.optimizers = _optimizers(self.trained, network.sparse, plan)
         self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
-        self.progress = _Progress(epochs=plan.epochs)
+        self.progress = _Progress(epochs=plan.epochs, limit=plan.limit)
         self.best: dict[str, Tensor] = {}
         self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
         self.half = half_pays(self.seams.device) if plan.precision == "auto" else plan.precision == "bf16"
@@ -234,8 +238,6 @@ class _Loop:
             self.put(self.best)
         self.seams.finish(self.network)
         self.network.eval()
-        if self.checkpoint and self.seams.first:
-            self.checkpoint[0].unlink(missing_ok=True)
 
     @property
     def due(self) -> bool:
@@ -259,7 +261,7 @@ class _Loop:
         value, rate = self.update(self.batches[at : at + plan.accumulate])
         p.step += 1
         plan.reporter.step(p.step, value, rate)
-        # What a fit was timed to, it keeps when it is resumed.
+        # What a fit was timed to, it keeps when it is resumed under the same limit.
         if plan.seconds and not (p.timed and clock.first) and self.looks(p.step - clock.first, p.step - clock.marked):
             now, steps = time.monotonic(), p.step - clock.first
             per_step = (now - clock.looked) / (p.step - clock.marked)
@@ -393,7 +395,9 @@ class _Loop:
 
     def adopt(self, state: State) -> None:
         """Go on from whole tensors, of a file or of another process."""
-        self.progress = _Progress(**json.loads(state.progress))
+        p = self.progress = _Progress(**json.loads(state.progress))
+        if p.limit != self.plan.limit:
+            p.timed, p.limit = False, self.plan.limit
         held = self.seams.scatter(state.tensors)
         self.put({n[6:]: t for n, t in held.items() if n.startswith("model/")})
         self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}

@@ -51,8 +51,8 @@ class Deployment(Federated):
     """A run over the clients that connect, who are told when it ends.
 
     Reports of its fits are kept beside its folder, in federation.json, and read again by a server that was killed.
-    Under privacy the state of a finished fit stays as well: what costs rows something is not asked for twice. `say` is
-    told, once, who was refused and why.
+    The state of a finished fit stays as well until its model is saved; under privacy also then, since what costs rows
+    something is not asked for twice. `say` is told, once, who was refused and why.
     """
 
     def __init__(self, channel: FlowerChannel, data: Dataset | None, folder: Path, terms: Terms, say: Say) -> None:
@@ -97,9 +97,13 @@ class Deployment(Federated):
         write_reports(self._kept, self.reports)
 
     def settled(self, state: Path) -> None:
-        """It goes where the fit may be repeated."""
-        if self.privacy is None:
-            super().settled(state)
+        """It stays: the model is only in memory."""
+
+    def forget(self) -> None:
+        """Delete the state of finished fits, whose models are saved, where they may be repeated."""
+        if self.privacy is None and self.folder is not None:
+            for state in self.folder.glob("rounds-*.safetensors"):
+                super().settled(state)
 
     def account(self) -> dict[str, Any]:
         """The terms as well."""
@@ -132,7 +136,9 @@ def serve(
         raise OptionError(f"{place.out} holds a finished model; use another folder, or delete it.")
     with opened(place, say) as channel, Deployment(channel, data, place.out / "work", terms, say) as federated:
         made = technique(model, federated, plan)
-    made.save(place.out / "model")
+        # Before clients hear that all is done, and before the rounds go.
+        made.save(place.out / "model")
+        federated.forget()
     for line in federated.report.lines():
         say(line)
     return made

@@ -1,6 +1,6 @@
 """Runs own the rows and say where computation on them happens."""
 
-from netweight.run.base import Accounting, InOnePlace, Run, Runs, Speaking, Statistic
+from netweight.run.base import Accounting, InOnePlace, Keeping, Run, Runs, Speaking, Statistic
 from netweight.run.commands import Setup
 from netweight.run.local import Local
 from netweight.run.named import named
@@ -11,6 +11,7 @@ from netweight.run.raytrain import RayPool
 __all__ = [
     "Accounting",
     "InOnePlace",
+    "Keeping",
     "Local",
     "Parallel",
     "Pool",

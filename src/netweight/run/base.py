@@ -59,6 +59,15 @@ class Speaking(Protocol):
 
 
 @runtime_checkable
+class Keeping(Protocol):
+    """A run that keeps what fits go on from, also of those that have ended: what they gave is only in memory."""
+
+    def forget(self) -> None:
+        """Delete it: what they gave is saved."""
+        ...
+
+
+@runtime_checkable
 class Accounting(Protocol):
     """A run that has more to say of where its models come from than the rows that are here."""
 

@@ -232,12 +232,14 @@ class _Round(Generic[M]):
         done = [m for m, said in self.heard.items() if isinstance(said, Done)]
         if done:
             self._cancel()
-            done[0].say(Give())
-            given = done[0].hear()
+        for member in (m for m in done if m in self.crew.members):  # each holds the whole result
+            member.say(Give())
+            given = member.hear()
             if isinstance(given, Result):
-                self.crew.together = self.setup.timeout if len(done) == len(self.crew.members) else None
+                everyone = not self.gone and len(done) == len(self.crew.members)
+                self.crew.together = self.setup.timeout if everyone else None
                 return given.held
-            self._lose(done[0])
+            self._lose(member)
         self._again(whole=self.whole and not failed and not done)
         return None
 

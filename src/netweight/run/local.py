@@ -33,6 +33,9 @@ from netweight.task import Classify
 from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
+# Rows of which a model is asked at once, and seconds after which what it has said so far is kept: a large pool takes
+# hours. So many whatever the clock says: last bits of what is said of a row hang on the rows beside it.
+_ASKED, _OFTEN = 2048, 60.0
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
 # In a time box in which real rows would be seen less often than this, spliced ones take more than they bring: half of
 # an encoder, trained for 110 s on BANKING77, agreed with its teacher on 93.4 % of dev without them, 92.4 % with them.
@@ -53,7 +56,8 @@ class Local:
     Args:
         data: train rows (labelled) and pool (not), of which teachers label `Dataset.taught`; `select` serves early
             stopping.
-        folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on; None keeps nothing.
+        folder: where checkpoints and teachers' outputs are kept, so that a killed fit goes on, and one that has ended
+            gives its result again (until `forget`); None keeps nothing.
         seams: where other runs step into the loop; None: one process alone, on a graphics card where there is one.
     """
 
@@ -120,6 +124,11 @@ class Local:
         )
         return new
 
+    def forget(self) -> None:
+        """Delete the checkpoints of all fits: what they gave is saved elsewhere by now."""
+        if self.seams.first:
+            forget(self.folder)
+
     def reduce(
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
     ) -> dict[str, Tensor]:
@@ -143,8 +152,9 @@ class Local:
         `half` in bf16 where that pays, which is good enough for what students learn from."""
         return self._kept(model, self._encoded(model.encoder, self.taught, unlabelled), unlabelled, half, {})
 
-    def _once(self, kind: str, named: dict[str, Any], decide: Callable[[], float]) -> float:
-        """What hangs on a clock is decided once for each fit, so that one that goes on is the same."""
+    def _once(self, kind: str, named: dict[str, Any], plan: Plan, decide: Callable[[], float]) -> float:
+        """What hangs on a clock is decided once for each fit and limit, so that one that goes on is the same."""
+        named = {**named, "plan": plan.describe(), "limit": plan.limit}
         kept = self.folder and self.folder / f"{kind}-{fit_digest(named)[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1.0
         if (known := self.seams.agree(known)) >= 0:
@@ -174,8 +184,9 @@ class Local:
             # Processes that share the rows are as many times as fast.
             return left * filled / (_TRAINED * max(took, 1e-9)) * len(tokens) / max(len(mine), 1)
 
-        named = {"model": model.digest, "loss": repr(loss), "teachers": [t.digest for t in loss.teachers]}
-        return self._once("affordable", named | {"plan": plan.describe(), "data": self.taught.fingerprint}, decide)
+        digests = [t.digest for t in loss.teachers]
+        named = {"model": model.digest, "loss": repr(loss), "teachers": digests, "data": self.taught.fingerprint}
+        return self._once("affordable", named, plan, decide)
 
     def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
@@ -191,7 +202,7 @@ class Local:
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
         digests = [t.digest for t in loss.teachers]
-        named = {"model": model.digest, "teachers": digests, "plan": plan.describe(), "data": self.taught.fingerprint}
+        named = {"model": model.digest, "teachers": digests, "data": self.taught.fingerprint, "longest": longest}
         seconds, half = plan.seconds, plan.precision != "fp32"
 
         def decide() -> float:
@@ -205,24 +216,26 @@ class Local:
             free = min(_rows_of(self._file(t, loss.unlabelled, half, _drawn(plan, longest))) for t in loss.teachers)
             return min(count, free + int(_LABELLING * seconds / max(each, 1e-9)))
 
-        return spliced(texts, int(self._once("spliced", named | {"longest": longest}, decide)), longest, plan.seed)
+        return spliced(texts, int(self._once("spliced", named, plan, decide)), longest, plan.seed)
 
     def _kept(self, model: Model, tokens: Tokens, unlabelled: bool, half: bool, key: dict[str, Any]) -> Tensor:
         """The model's logits of these rows; `key` names a sequence of rows that are not those of the data, of which
-        more may be asked for another time."""
+        more may be asked for another time. What was said before a kill is not asked for again."""
         kept = self._file(model, unlabelled, half, key)
-        known = int(self.seams.agree(_rows_of(kept)))
-        if kept and known and known >= len(tokens):
-            return load_file(kept)["logits"][: len(tokens)]
-        rest = tokens.take(np.arange(known, len(tokens))) if known else tokens
-        logits = self._said(model, rest, half and half_pays(self.seams.device))
-        if kept and known:
-            # Another process may have written all of them by now.
-            logits = torch.cat([load_file(kept)["logits"][:known], logits])
-        if kept and self.seams.first:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with beside(kept) as new:
-                save_file({"logits": logits}, new)
+        known = min(int(self.seams.agree(_rows_of(kept))), len(tokens))
+        logits = load_file(kept)["logits"][:known] if kept and known else torch.zeros(0, model.task.outputs)
+        if known == len(tokens):
+            return logits
+        model, half, written = model.on(self.seams.device), half and half_pays(self.seams.device), time.monotonic()
+        for begin in range(known, len(tokens), _ASKED):
+            some = tokens.take(np.arange(begin, min(begin + _ASKED, len(tokens))))
+            logits = torch.cat([logits, self._said(model, some, half)])
+            enough = len(logits) == len(tokens) or time.monotonic() - written >= _OFTEN
+            if kept and enough and self.seams.first:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with beside(kept) as new:
+                    save_file({"logits": logits}, new)
+                written = time.monotonic()
         return logits
 
     def _file(self, model: Model, unlabelled: bool, half: bool, key: dict[str, Any]) -> Path | None:
@@ -250,6 +263,13 @@ class Local:
             rows = _joined(data.train, pool)
             self._tokens[key] = encoder.encode(rows.text, rows.pair)
         return self._tokens[key]
+
+
+def forget(folder: Path | None) -> None:
+    """Delete the checkpoints of fits in a folder."""
+    if folder is not None:
+        for left in folder.glob("fit-*.safetensors"):
+            left.unlink(missing_ok=True)
 
 
 def logits_of(model: Model, tokens: Tokens, half: bool = False) -> Tensor:

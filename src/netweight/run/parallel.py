@@ -20,7 +20,7 @@ from netweight.run import group
 from netweight.run.base import Statistic
 from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
 from netweight.run.crew import Crew
-from netweight.run.local import Local
+from netweight.run.local import Local, forget
 from netweight.run.pool import Pool
 from netweight.run.raytrain import RayPool
 from netweight.run.roll import Noted, of_group, of_launcher
@@ -112,6 +112,11 @@ class Parallel:
         new.network.load_state_dict(self._do(Fit(model, loss, plan, label), plan.reporter))
         new.network.eval()
         return new
+
+    def forget(self) -> None:
+        """As `Local.forget`."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            forget(self.folder)
 
     def reduce(
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False

@@ -167,6 +167,7 @@ class Client:
             fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
         finally:
             self._local.seams = plain
+        self._local.forget()
         self._guard.note(task, drawn, meter.at)
         new = travelling(fitted.network, task.personal)
         seed = seed_of(task.fit, task.round)
