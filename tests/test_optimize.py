@@ -24,7 +24,7 @@ from netweight.bench import bench
 from netweight.certify import Outcomes, fit_temperature
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
-from netweight.data import Dataset, Rows
+from netweight.data import Columns, Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.deliver import export
 from netweight.engine import Outputs, load
@@ -36,7 +36,7 @@ from netweight.pipeline import optimize, store_of
 from netweight.reporter import Silent
 from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
-from netweight.store import JOURNAL, Store
+from netweight.store import JOURNAL, Store, rows_of
 from netweight.task import Classify, Score, Task
 from netweight.techniques import Distill, EarlyExit, Quantize
 
@@ -709,8 +709,8 @@ def test_a_margin_of_dev_is_rounded_up(needs: float, points: float, monkeypatch:
 
 
 def test_temperatures_are_those_of_the_calibrate_rows(shop: Shop) -> None:
-    targets = shop.result.manifest.task.targets(shop.dev.label or ())
-    half, task = slice(len(shop.dev) // 2, None), shop.result.manifest.task
+    rows, task = rows_of(shop.folder, None, Columns()).rows, shop.result.manifest.task
+    targets, half = task.targets(rows.label or ()), slice(len(rows) // 2, None)
     with Store(store_of(shop.folder), None) as store:
         for name in ("linear", "static", "full-int8"):
             logits = store.read_arrays(f"points/{name}")["logits"]

@@ -146,12 +146,23 @@ def test_words_are_remembered_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> 
     wanted = usual(TextEncoder(definition())).encode(["a b c d e a b e"]).ids.tolist()
     for _ in range(2):
         assert encoder.encode(["a b c d e a b e"]).ids.tolist() == wanted
-    assert len(encoder._words._table) == 3
+    stretches = encoder._words._stretches
+    assert len(stretches) == len(stretches._table) == 3
     # Nor is a word remembered that is as long as a text: memory is bounded, not only their number.
     encoder = TextEncoder(definition())
     assert encoder.encode(["a" * 40]).ids.tolist() == usual(TextEncoder(definition())).encode(["a" * 40]).ids.tolist()
     assert encoder._words is not None
-    assert not encoder._words._table
+    assert not encoder._words._stretches
+    assert not encoder._words._stretches._table
+
+
+def test_sentences_without_spaces_are_not_remembered_but_their_words_are() -> None:
+    encoder = TextEncoder(definition())
+    assert encoder._words is not None
+    encoder.encode(["好评，good。 Good, bad!"])
+    stretches = encoder._words._stretches
+    assert set(stretches) == {"Good,", "bad!"}
+    assert {"好", "评", "，", "。", "good", "bad", ",", "!"} == set(stretches._table)
 
 
 def test_threads_may_share_it() -> None:

@@ -60,15 +60,13 @@ class Wire(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """The first byte of a request."""
         super().on_message_begin()
-        self._in_head, self._head = True, 0
-        self._due = self.loop.time() + self.HEAD_SECONDS
+        self._in_head, self._head, self._due = True, 0, self.loop.time() + self.HEAD_SECONDS
 
     def on_headers_complete(self) -> None:
         """Its application starts, and the body is awaited."""
         if self.parser.should_upgrade():
             return  # `_stay` reads it again
-        self._in_head = False
-        self._due = self.loop.time() + self.BODY_SECONDS
+        self._in_head, self._due = False, self.loop.time() + self.BODY_SECONDS
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -114,8 +112,7 @@ class Wire(HttpToolsProtocol):
     def _stay(self, rest: bytes | memoryview) -> list[bytes | memoryview]:
         """A client would rather speak another protocol, as Java's does with each first request. Its parser skips the
         body of such a request, so the request is read again as one that does not ask: its head, before the rest."""
-        method = self.parser.get_method()
-        if method == b"CONNECT":
+        if (method := self.parser.get_method()) == b"CONNECT":
             self.send_400_response("this is no proxy.")
             return []
         kept = [b"%s: %s\r\n" % header for header in self.headers if header[0] not in (b"connection", b"upgrade")]
