@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,11 +97,10 @@ class _Windows:
     def __init__(self, held: Mapping[str, NDArray[Any]], vocabulary: int) -> None:
         known = held["windows.known"]
         table = held["windows.table"] if "windows.table" in held else window_table(held)
-        # One row more, of zeros: tokens that are not known, and what lies beside a text. As wide as their sums, since
-        # numpy adds what it need not convert several times as fast.
-        self._table = np.concatenate([table, np.zeros_like(table[:, :1])], axis=1).astype(np.int16)
+        # One row more, of zeros: tokens that are not known, and what lies beside a text.
+        self._table = np.concatenate([table, np.zeros_like(table[:, :1])], axis=1)
         self._nothing = len(known)
-        self._place = np.full(vocabulary, self._nothing)
+        self._place = np.full(vocabulary, self._nothing, np.int32)
         self._place[known] = np.arange(len(known))
         self._scale, self._bias = held["windows.scale"], held["windows.bias"]
         self._matrix, self._offset = held["windows.matrix"], held["windows.offset"]
@@ -119,29 +117,23 @@ class _Windows:
         order = np.argsort(tokens.lengths, kind="stable")
         lengths = tokens.lengths[order]
         start = int(np.searchsorted(lengths, 1))  # an empty row has no window
-        most = min(len(tokens.ids), max(_CHUNK, int(lengths.max(initial=0)))) * len(self._scale)
-        room = np.empty((2, most), np.int16)
         while start < len(order):
             length = int(lengths[start])
             alike = int(np.searchsorted(lengths, length, "right"))
             rows = order[start : min(alike, start + max(1, _CHUNK // length))]
-            out[rows] = self._largest(tokens.ids[tokens.offsets[rows][:, None] + np.arange(length)], room)
+            out[rows] = self._largest(tokens.ids[tokens.offsets[rows][:, None] + np.arange(length)])
             start += len(rows)
         return out
 
-    def _largest(self, ids: NDArray[np.int32], room: NDArray[np.int16]) -> Floats:
-        """Of rows (n, length), added up in `room` (2, n * length * filters or more)."""
+    def _largest(self, ids: NDArray[np.int32]) -> Floats:
+        """Of rows (n, length)."""
         n, length = ids.shape
         reach = len(self._table)
         side = reach // 2
         # Blanks before and behind each row, so that no window looks into another one.
-        places = np.full((n, length + 2 * side), self._nothing)
+        places = np.full((n, length + 2 * side), self._nothing, np.int32)
         places[:, side : side + length] = self._place[ids]
-        shape = (n, length, len(self._scale))
-        total, beside = (part[: math.prod(shape)].reshape(shape) for part in room)
-        # No place is out of bounds; "clip" spares numpy a copy that lets it raise.
-        np.take(self._table[0], places[:, :length], axis=0, out=total, mode="clip")
+        total = self._table[0].take(places[:, :length], axis=0).astype(np.int16)
         for k in range(1, reach):
-            np.take(self._table[k], places[:, k : k + length], axis=0, out=beside, mode="clip")
-            np.add(total, beside, out=total)
+            total += self._table[k].take(places[:, k : k + length], axis=0)
         return np.asarray(np.maximum(total.max(axis=1) * self._scale + self._bias, 0), np.float32)
