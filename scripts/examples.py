@@ -40,9 +40,10 @@ def _table(group: str, stored: dict[str, Any], examples: list[dict[str, Any]]) -
     ]
     for e in (teacher, *examples):
         made = "" if e is teacher else f"{e['seconds']:.0f} s"
+        row = f"{1e6 * e['row']:.0f}" if "row" in e else ""
         lines.append(
             f"| {e['name']} | {100 * e['quality']:.1f} | {100 * e['agreement']:.1f} % | {e['bytes'] / 1e6:.1f} MB | "
-            f"{1e6 * e['row']:.0f} | {made} |"
+            f"{row} | {made} |"
         )
     machine = stored["machine"]
     return "\n".join(

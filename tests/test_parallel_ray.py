@@ -166,6 +166,9 @@ def test_a_lost_worker_is_named_and_the_fit_goes_on(
     assert told.starts[0] == 0
     assert told.starts[1] >= 6
     assert_equal(made, Local(dataset).fit(model, loss, PLAN), dataset)
+    assert len(list(tmp_path.glob("fit-*"))) == 1
+    run.forget()
+    assert not list(tmp_path.glob("fit-*"))
 
 
 @pytest.mark.slow

@@ -206,6 +206,18 @@ def test_who_waits_to_watch_outlives_a_log_that_is_moved_away(
     assert "rows are no longer watched" not in caplog.text
 
 
+def test_who_comes_to_watch_waits_for_a_log_that_was_moved_away(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = tmp_path / "rows.log"  # logrotate has moved it away, and no sample has come since
+    watching = Watching(log, Models(1), Metrics(), 0.1)
+    time.sleep(0.5)
+    assert watching._thread.is_alive()
+    log.touch()
+    watching.close()
+    assert "rows are no longer watched" not in caplog.text
+
+
 def test_what_is_kept_stays_bounded(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_KEPT", 3)
     outputs = Outputs(np.zeros((len(TEXTS), 2), np.float32), np.zeros(len(TEXTS)), np.zeros(len(TEXTS), np.int64))

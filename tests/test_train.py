@@ -513,6 +513,28 @@ def test_a_fit_that_goes_on_under_another_time_limit_is_timed_anew(
     assert 19 + len(seen.losses) == steps
 
 
+def test_a_fit_that_ended_is_known_as_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train, "_LOOKS", (1, 2, 384))
+
+    class Ticking(Seams):
+        def correct(self, network: nn.Module) -> None:
+            now[0] += 1.0
+
+    # The clock cuts it to some 20 steps, which is too few for the first checkpoint at its usual time.
+    plan, kept = plan_of(epochs=100, seconds=20.0, limit=20.0), (tmp_path / "kept", "mine")
+    first, again = Watcher(), Watcher()
+    wanted = fitted(replace(plan, reporter=first), seams=Ticking(), checkpoint=kept)
+    assert 15 < len(first.losses) < 25
+    made = fitted(replace(plan, reporter=again), seams=Ticking(), checkpoint=kept)
+    assert not again.losses, "nothing is trained again"
+    assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), made.parameters(), strict=True))
+    # A client keeps what a federated round gave.
+    fitted(plan_of(epochs=2, part=(0.0, 0.5)), checkpoint=(tmp_path / "round", "mine"))
+    assert not (tmp_path / "round").exists()
+
+
 def test_a_group_that_breaks_at_a_look_at_the_clock_is_told_all_that_the_look_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -175,3 +175,9 @@ def test_threads_may_share_it() -> None:
     for thread in threads:
         thread.join()
     assert found == [wanted] * 4
+
+
+def test_an_added_token_that_begins_with_a_space_takes_the_usual_way() -> None:
+    stored = json.loads(definition())
+    told = json.dumps(stored | {"added_tokens": [stored["added_tokens"][0] | {"content": " foo"}]})
+    assert Words.of(Tokenizer.from_str(told), told, 12) is None

@@ -207,6 +207,7 @@ class _Loop:
         self.dense = [p for name, p in self.trained.items() if name not in network.sparse]
         self.progress = _Progress(epochs=plan.epochs, limit=plan.limit)
         self.best: dict[str, Tensor] = {}
+        self.saved = ""  # the progress that the checkpoint has
         self.per_epoch = math.ceil(len(source) / (plan.batch_size * plan.accumulate))
         self.half = half_pays(self.seams.device) if plan.precision == "auto" else plan.precision == "bf16"
         self.drawn, self.batches = -1, list[NDArray[np.int64]]()
@@ -222,12 +223,15 @@ class _Loop:
         plan.reporter.start(label, self.steps, self.progress.step)
         self.network.train()
         clock = _Clock(now, self.progress.step, now, self.progress.step, now)
-        while not self.done:
+        while True:
             try:
-                if self.due:
-                    self.judge()
+                if not self.done:
+                    self.judge() if self.due else self.advance(clock, label)
+                elif self.checkpoint and self.seams.agree(self.lasts and self.saved != self.written):
+                    # What a clock decided of a short fit would be decided anew, were it only known up to here.
+                    self.save(*self.checkpoint)
                 else:
-                    self.advance(clock, label)
+                    break
             except Lost:
                 at = self.progress.step, self.progress.judged, self.steps
                 self.adopt(self.seams.regroup(self.state(), at))
@@ -238,6 +242,16 @@ class _Loop:
             self.put(self.best)
         self.seams.finish(self.network)
         self.network.eval()
+
+    @property
+    def lasts(self) -> bool:
+        """Whether what the fit gave is only in memory when it ends: of a federated round, its client keeps it."""
+        return self.plan.part == (0.0, 1.0)
+
+    @property
+    def written(self) -> str:
+        """The progress, as checkpoints have it."""
+        return json.dumps(asdict(self.progress))
 
     @property
     def due(self) -> bool:
@@ -368,12 +382,13 @@ class _Loop:
             for optimizer in self.optimizers:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     held[f"optimizer/{name}/{key}"] = torch.as_tensor(value).contiguous()
-        return State(held, json.dumps(asdict(self.progress)))
+        return State(held, self.written)
 
     def save(self, path: Path, digest: str) -> None:
         """Atomic: a file that exists is complete. It holds whole tensors, so that any run can go on from it."""
         state = self.state()
         held = self.seams.gather(state.tensors)
+        self.saved = state.progress
         if not self.seams.first:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,6 +407,7 @@ class _Loop:
         if meta.get("fit") != digest:
             raise StoreError(f"checkpoint {path} belongs to another fit; delete it, or use another folder.")
         self.adopt(State(held, meta["progress"]))
+        self.saved = self.written
 
     def adopt(self, state: State) -> None:
         """Go on from whole tensors, of a file or of another process."""

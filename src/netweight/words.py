@@ -47,7 +47,8 @@ class Words:
         kinds = [(stored[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
         if kinds != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
             return None
-        if any(token["content"][:1].isalnum() or not token["content"] for token in stored["added_tokens"]):
+        starts = [token["content"][:1] for token in stored["added_tokens"]]
+        if any(start in ("", " ") or start.isalnum() for start in starts):
             return None
         return Words(tokenizer, stored, max_length)
 

@@ -100,7 +100,8 @@ class Deployment(Federated):
         """It stays: the model is only in memory."""
 
     def forget(self) -> None:
-        """Delete the state of finished fits, whose models are saved, where they may be repeated."""
+        """Delete the state of all fits, also of one that was broken off, where they may be repeated: what they gave
+        is saved."""
         if self.privacy is None and self.folder is not None:
             for state in self.folder.glob("rounds-*.safetensors"):
                 super().settled(state)

@@ -97,6 +97,15 @@ class Quality:
         return {"quality": torch.tensor(local.quality(self.model), dtype=torch.float64)}
 
 
+@dataclass(frozen=True)
+class Forget:
+    """Gives nothing."""
+
+    def __call__(self, local: Local) -> dict[str, Tensor]:
+        local.forget()
+        return {}
+
+
 # --- to a process ---
 
 

@@ -76,6 +76,7 @@ class Local:
         """A trained copy of `model`. What teachers say of the rows is computed first, in the plan's precision, and
         counts in `plan.seconds` where it was not asked for before (`outputs`)."""
         began = time.monotonic()
+        plan = replace(plan, limit=plan.limit or plan.seconds)
         new = model.copy()
         frozen = [name for name, p in model.network.named_parameters() if not p.requires_grad]
         data = self.taught if loss.teachers else self.data
@@ -125,7 +126,8 @@ class Local:
         return new
 
     def forget(self) -> None:
-        """Delete the checkpoints of all fits: what they gave is saved elsewhere by now."""
+        """Delete the checkpoints of all fits in the folder, also of one that was broken off: what they gave is saved
+        elsewhere by now."""
         if self.seams.first:
             forget(self.folder)
 

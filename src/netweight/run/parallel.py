@@ -18,7 +18,7 @@ from netweight.model import Model
 from netweight.reporter import Reporter, Silent
 from netweight.run import group
 from netweight.run.base import Statistic
-from netweight.run.commands import Command, Fit, Open, Outputs, Quality, Reduce, Setup, Strategy
+from netweight.run.commands import Command, Fit, Forget, Open, Outputs, Quality, Reduce, Setup, Strategy
 from netweight.run.crew import Crew
 from netweight.run.local import Local, forget
 from netweight.run.pool import Pool
@@ -114,8 +114,10 @@ class Parallel:
         return new
 
     def forget(self) -> None:
-        """As `Local.forget`."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        """As `Local.forget`, on whichever machine a process wrote them."""
+        if self._local is None and not isinstance(self._pool, Pool):
+            self._do(Forget())
+        elif self._local is None or dist.get_rank() == 0:
             forget(self.folder)
 
     def reduce(

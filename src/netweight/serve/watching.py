@@ -28,6 +28,13 @@ def writable(path: Path) -> None:
             ) from None
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _lock(path: Path) -> Path:
     return path.with_name(f"{path.name}.lock")
 
@@ -72,9 +79,11 @@ class Watching:
                         break
                     except BlockingIOError:
                         self._stop.wait(5)
-                        # Until here, another one looked; there is no file while logrotate moves it away.
-                        self._from = self._path.stat().st_size if self._path.exists() else 0
-                else:
+                        self._from = _size(self._path)  # until here, another one looked
+                # There is no file for a moment where logrotate moves it away.
+                while not self._path.is_file() and not self._stop.wait(0.2):
+                    self._from = 0
+                if self._stop.is_set():
                     return
                 for alert in replay(lines(self._path, self._stop, self._from), self._watched, self._broken):
                     log.warning("%s", alert)

@@ -100,7 +100,8 @@ class Finetune:
         self._freeze(network, plan)
         plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
         if plan.seconds:
-            plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))
+            left = max(plan.seconds - (time.monotonic() - began), 1.0)
+            plan = replace(plan, seconds=left, limit=plan.limit or plan.seconds)
         new = run.fit(new, loss, plan, "fine-tune")
         trained = transformer(new, "Finetune")
         if self.train == "lora":
