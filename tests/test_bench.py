@@ -102,7 +102,9 @@ def test_bench_against_what_engineers_deploy(say: Say, shop: Shop, name: str) ->
 def test_bench_without_a_store(say: Say, made: Path) -> None:
     said = say("bench", made, "--threads", 1)
     assert said.status == 1
-    assert "without the run store of `netweight optimize`, name a table with --input and --text" in said.err
+    assert (
+        "without the run store of `netweight optimize` there are no dev rows and no teacher for baselines" in said.err
+    )
     said = say("bench", made, "--input", "x.csv", "--against", "teacher")
     assert (said.status, "there is no file x.csv" in said.err) == (1, True)
     with pytest.raises(OptionError, match="the artifact is called 'made.nw', as a baseline is; rename its folder"):

@@ -67,7 +67,8 @@ _EXIT_TOLERANCE = 0.005
 
 
 def part(recipe: Sequence[Technique], plan: Plan) -> str:
-    """Name of what the first steps of a recipe give. While they train nothing, the plan is nothing to them."""
+    """Key of the model that the first steps of a recipe give: a digest of the steps and of the plan. While all steps
+    have `epochs=0` nothing reads the plan, and it is left out."""
     if all(getattr(step, "epochs", None) == 0 for step in recipe):
         plan = Plan()
     return f"part-{fit_digest({'recipe': describe(tuple(recipe)), 'plan': plan.describe()})[:16]}"
@@ -80,8 +81,8 @@ def last_share(recipe: Recipe) -> float:
 
 
 def _telling(rows: Rows) -> int:
-    """Certify rows that say something of their own. What is resampled as a whole is taken to say the same, as copies
-    do and rows of one author may: n^2 over the sum of squared sizes of groups (Kish, Survey Sampling, 1965)."""
+    """Effective number of certify rows: n^2 over the sum of squared sizes of groups (Kish, Survey Sampling, 1965). Rows
+    that are resampled as a whole, such as copies or those of one author, are taken to tell the same."""
     groups = groups_of(rows)
     return len(rows) if groups is None else round(len(rows) ** 2 / int((np.bincount(groups) ** 2).sum()))
 

@@ -42,12 +42,12 @@ _SIMULATIONS = 500
 _HELD = 10_000_000  # weights of dev rows held at a time: 80 MB, three times that while new ones are drawn
 _STEP = 0.95  # a candidate must be at least 5 % cheaper than the one before
 _HOPELESS = 0.05  # predicted chance of passing below which nothing is counted on
-# What a share of disagreement costs is taken to be known within a half of itself: the students of one teacher on
-# BANKING77 lost .32 to .46 of theirs, cascades less, and on some sets nothing.
+# The drop that disagreement predicts is trusted to within 1 / _KNOWN of itself (one standard deviation): students of
+# one teacher on BANKING77 lost .32 to .46 points per point of disagreement, cascades less, and on some sets nothing.
 _KNOWN = 2
 # A test that dev says will pass fails now and then all the same, so no step is free.
 _SURPRISE = 0.98
-# What a margin that is to be found is made for: the cheapest choice that is as likely as not to pass at its own.
+# The predicted chance to pass from which on `provable` lets a choice set the margin: as likely as not.
 _EVEN = 0.5
 # OpenVINO must beat ONNX Runtime by this much: it is one more thing to install.
 _WORTH_IT = 0.9
@@ -309,12 +309,13 @@ def _rate(drops: NDArray[np.float64], apart: NDArray[np.float64]) -> float:
 
 
 def own(planned: Planned) -> Planned:
-    """Held to the margin that it needs, where that is the larger one."""
+    """The choice, held to the larger of its margin and the one that it `needs`."""
     return replace(planned, margin=max(planned.margin, planned.needs))
 
 
 def provable(found: Sequence[Planned]) -> float:
-    """The margin, at least that of `found`, which the cheapest choice needs that is as likely as not to pass at it."""
+    """The margin for max_drop "auto": the one that the cheapest choice needs, of those that at their own margin (`own`)
+    are as likely as not to pass. Where there is none, the margin that `found` was judged at."""
     promising = [p for p in map(own, found) if p.chance >= _EVEN]
     return min(promising, key=lambda p: p.choice.cost).margin if promising else max(p.margin for p in found)
 

@@ -53,9 +53,10 @@ class OptionError(NetweightError, ValueError):
 
 
 def within(options: object, of: str, allowed: Mapping[str, tuple[bool, str]]) -> None:
-    """Check values of `options`, which is called `of`: each by name, with whether it is fine and what would be.
+    """Raise OptionError for the first option that is not allowed.
 
-    Raises OptionError for the first that is not.
+    `of` names the options in the text ("a plan"). `allowed` has, by an option's name, whether its value is fine, and
+    the words for what would be ("1 or more").
     """
     for name, (fine, what) in allowed.items():
         if not fine:

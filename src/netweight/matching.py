@@ -36,10 +36,10 @@ class Matching:
 
     Each part is a mean over the real tokens of a row, then a weighted mean over rows:
 
-    hidden     |W h - t|^2 / |t|^2 of each student layer h and its teacher layer t, meaned over layers; W is a learned
+    hidden     |W h - t|^2 / |t|^2 of each student layer h and its teacher layer t, averaged over layers; W is a learned
                projection where widths differ, else the identity (PKD, Sun et al., 2019; TinyBERT, Jiao et al., 2020).
                Dividing by the teacher's mean square in the row makes one scale fit models of any size.
-    attention  KL of the student's attention maps from the teacher's, meaned over heads and layers (MiniLM, Wang et
+    attention  KL of the student's attention maps from the teacher's, averaged over heads and layers (MiniLM, Wang et
                al., 2020, there of the last layer only). The student's attention dropout is off meanwhile: a map with
                holes is no distribution.
     relations  KL of softmax(A A^T / sqrt(d)) for A in queries, keys and values of the last layer, each cut into `heads`
@@ -108,7 +108,7 @@ def hidden_states(student: Tensor, teacher: Tensor, mask: Tensor, projection: nn
 
 
 def attention_maps(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """KL of the student's maps (n, heads, length, length) from the teacher's, meaned over heads: (n,)."""
+    """KL of the student's maps (n, heads, length, length) from the teacher's, averaged over heads: (n,)."""
     if student.shape != teacher.shape:
         raise ModelError(
             f"a student layer has {student.shape[1]} attention maps and its teacher layer {teacher.shape[1]}; "

@@ -31,9 +31,9 @@ from netweight.trials import Effort, undominated
 # A smaller student is made where the larger one's chance to pass alone is at least this.
 _MAY_PASS = 0.2
 CLOSED = "closed"  # in the run store: the command whose search is over
-# Where the rung that makes another one needless has so large a chance to pass alone, that other one is not made.
+# A rung is left out where the cheaper one that it names in `unless` has a larger chance than this to pass alone.
 _PASSES = 0.95
-# A student that gets less than this part of the time box is not worth training.
+# With less than one part in so many of the time box left, no further rung is begun.
 _LEAST = 12
 
 
@@ -172,8 +172,8 @@ def _lines(rows: Rows) -> bytes:
 
 
 def climb(builder: Builder) -> Search:
-    """Walk the ladder, as far as the time box allows. The first three rungs are always made, but where the
-    first one is as good as the teacher."""
+    """Walk the ladder as far as the time box allows, but make three rungs at least. Stop where the linear floor is as
+    good as the teacher."""
     builder.reporter.note(f"teacher: {builder.task.metric} {builder.quality(builder.teacher_dev):.4f} on dev")
     most = builder.teacher.encoder.max_length
     if builder.cut > CUT:

@@ -8,9 +8,14 @@ from typing import Protocol
 class Reporter(Protocol):
     """A progress bar, TensorBoard, a test."""
 
-    def start(self, label: str, steps: int, done: int) -> None: ...
-    def step(self, step: int, loss: float, rate: float) -> None: ...
-    def note(self, message: str) -> None: ...
+    def start(self, label: str, steps: int, done: int) -> None:
+        """A fit of `steps` steps, of which `done` were made before. Called again where their number changes."""
+
+    def step(self, step: int, loss: float, rate: float) -> None:
+        """Step number `step` was made, with this loss and learning rate."""
+
+    def note(self, message: str) -> None:
+        """A sentence for people."""
 
 
 class Silent:
@@ -33,13 +38,13 @@ class Passing:
         self.reporter = reporter
 
     def start(self, label: str, steps: int, done: int) -> None:
-        """A fit of so many steps, of which some were done before; said again where its steps are others."""
+        """Pass it on."""
         self.reporter.start(label, steps, done)
 
     def step(self, step: int, loss: float, rate: float) -> None:
-        """One step was made."""
+        """Pass it on."""
         self.reporter.step(step, loss, rate)
 
     def note(self, message: str) -> None:
-        """A sentence."""
+        """Pass it on."""
         self.reporter.note(message)

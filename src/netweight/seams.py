@@ -63,7 +63,8 @@ class Seams:
         network.to(self.device)
 
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
-        """This process's part of a global batch, on its device; what of it is a mean knows all parts."""
+        """This process's part of a global batch, on its device. Its `everywhere` adds up over all parts, so that a
+        weighted mean (`loss.mean`) is divided by the weights of the whole batch."""
         return source.batch(rows, rng, hide).to(self.device)
 
     def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
@@ -97,9 +98,9 @@ class Seams:
         return [dict(mine)]
 
     def regroup(self, mine: State, at: tuple[int, int, int]) -> State:
-        """After `Lost`: go on with the processes that are left, from what the furthest of them holds. `at` says how far
-        this one is: its step, the step that was judged last, and how many steps the fit has for it, since a clock may
-        have told some of them that there are fewer. Raises Lost where that cannot be."""
+        """After `Lost`: go on with the processes that are left, from the state of the one that is furthest. `at` is how
+        far this one is: the steps that it made, the step after which quality was last asked, and the steps that it
+        plans, which a look at the clock may have shortened in some processes only. Raises Lost where none can go on."""
         raise Lost("a process of this run is gone.")
 
     def gather(self, held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -145,14 +145,15 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
     notes = (*notes, *_remarks(builder, ranked, certificate))
     manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
-    # Measured where it will stand when it is complete: a folder that nobody is told of yet.
-    trial = builder.store.folder / "trial"
-    artifact.save(trial, manifest, shipped.contents)
-    engine, rows = load(trial, builder.job.options.threads), builder.data.certify.rows
+    # A draft in the run store, without certificate and report: measured are the files that will ship, and nothing that
+    # is incomplete ever stands at `out`.
+    draft = builder.store.folder / "trial"
+    artifact.save(draft, manifest, shipped.contents)
+    engine, rows = load(draft, builder.job.options.threads), builder.data.certify.rows
     tokens = engine.encoder.encode(rows.text, rows.pair)
     said = engine.run(tokens)
     _held(builder, said, outcomes, certificate.shipped.name)
-    measurements = _measured(builder, ranked, shipped, trial)
+    measurements = _measured(builder, ranked, shipped, draft)
     contents = dict(shipped.contents)
     strongest = said_by[shipped.candidate.name][-1].argmax(axis=1) if len(engine.tiers) > 1 else None
     contents[artifact.FINGERPRINT] = Fingerprint.of(engine.encoder, tokens, said, strongest).to_json()

@@ -53,8 +53,8 @@ def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
     path = store_of(folder) / DEV
     if not path.exists():
         raise StoreError(
-            f"{path} is not there: without the run store of `netweight optimize`, name a table with --input and "
-            "--text, and no baseline."
+            f"{path} is not there: without the run store of `netweight optimize` there are no dev rows and no teacher "
+            "for baselines; name a table with --input and --text, and ask for no baseline."
         )
     return read(path, Columns("text", "label", "pair" if _paired(path) else None))
 

@@ -33,8 +33,8 @@ Effort = Literal["quick", "standard", "thorough"]
 Objectives = Callable[[Point], tuple[float, int]]
 
 # Short trials of each kind at most, and how many of each kind are then made in full.
-_SHORT: dict[Effort, int] = {"quick": 0, "standard": 6, "thorough": 24}
-_FULL: dict[Effort, int] = {"quick": 0, "standard": 1, "thorough": 5}
+_SHORT: dict[Effort, int] = {"standard": 6, "thorough": 24}
+_FULL: dict[Effort, int] = {"standard": 1, "thorough": 5}
 # Kinds that train all of the teacher's layers cost most and shrink least: they get a third of that, or one.
 _SIDE = ("exits", "factored")
 # The first proposals of a kind, before Optuna's model takes over, and short trials in a row that move no front before
@@ -46,7 +46,7 @@ _EACH = 2  # short trials of each kind that the rest is enough for, whatever the
 
 
 def _most(table: Mapping[Effort, int], effort: Effort, kind: Kind) -> int:
-    return max(table[effort] // 3, min(table[effort], 1)) if kind in _SIDE else table[effort]
+    return max(1, table[effort] // 3) if kind in _SIDE else table[effort]
 
 
 class Maker(Protocol):
@@ -144,7 +144,7 @@ class Trials:
         if self.asked is None:
             return None
         rung = self.asked.rung(self.teacher)
-        # What later ones are compared with must not have had more time.
+        # Short trials are compared with each other, so an early one gets no more time than a late one will.
         return replace(rung, share=min(rung.share, self._each / max(left, self._each))) if self.asked.short else rung
 
     def _short(self) -> Trial | None:
@@ -224,7 +224,11 @@ def _within(held: BaseDistribution, value: Any) -> bool:
 
 
 def _dominates(one: Told, other: Told) -> bool:
-    a, b = (one.disagreement, one.size), (other.disagreement, other.size)
+    return _beats((one.disagreement, one.size), (other.disagreement, other.size))
+
+
+def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
+    """Whether `a` is no larger than `b` in both objectives, and smaller in one (Pareto dominance)."""
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
@@ -263,13 +267,7 @@ def _flat(told: Sequence[Told], most: int) -> bool:
 def undominated(points: Iterable[Point], objectives: Objectives) -> list[Point]:
     """Points that no other one of their engine beats in both objectives: the rest is not worth timing."""
     held = [(point, objectives(point)) for point in points]
-    return [
-        p
-        for p, mine in held
-        if not any(
-            o.engine == p.engine and other != mine and other[0] <= mine[0] and other[1] <= mine[1] for o, other in held
-        )
-    ]
+    return [p for p, mine in held if not any(o.engine == p.engine and _beats(other, mine) for o, other in held)]
 
 
 @contextmanager

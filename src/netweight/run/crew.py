@@ -46,7 +46,7 @@ class Member(Protocol):
     def name(self) -> str: ...
 
     def say(self, message: object) -> None:
-        """Whoever is gone is noticed when it does not answer."""
+        """Send a message. To a process that is gone it is lost without an error: `hear` then gives None."""
 
     def hear(self) -> Any:
         """The next message; waits. None where the process is gone."""
@@ -83,7 +83,7 @@ class Crew(ABC, Generic[M]):
 
     @abstractmethod
     def ready(self, members: Collection[M], timeout: float | None) -> list[M]:
-        """Those that have something to say, or are gone; waits for one, at most so many seconds."""
+        """Members that have sent something or are gone; waits for one, `timeout` seconds at most (None: for ever)."""
 
     @abstractmethod
     def lose(self, member: M, how: str | None = None) -> list[str]:
@@ -123,7 +123,7 @@ class Crew(ABC, Generic[M]):
             self.tell(opened)
 
     def tell(self, message: object) -> None:
-        """All the same."""
+        """Send the same message to every member."""
         for member in self.members:
             member.say(message)
 
@@ -135,7 +135,7 @@ class Crew(ABC, Generic[M]):
         return number
 
     def shut(self, number: int) -> None:
-        """Such rows are needed no more."""
+        """Drop the rows of this number, which no later command names."""
         if self.opened.pop(number, None):
             self.tell(Close(number))
 
@@ -186,7 +186,7 @@ class _Round(Generic[M]):
         self.gone: list[str] = []
 
     def begin(self) -> None:
-        """The command, for all of a team."""
+        """Send the command to as many members as can work on it together."""
         crew, size = self.crew, self._size()
         if not size:
             self._restart()
@@ -213,7 +213,7 @@ class _Round(Generic[M]):
         return workable(self.strategy, self.setup, left, network)
 
     def _meet(self) -> None:
-        """In a new group."""
+        """Send the team into a new group."""
         for member, join in zip(self.team, self.crew.joins(self.team, self.setup.timeout), strict=True):
             member.say(join)
 

@@ -33,8 +33,8 @@ from netweight.task import Classify
 from netweight.train import Plan, fit, fit_digest, half_pays
 
 _CHUNK = 64
-# Rows of which a model is asked at once, and seconds after which what it has said so far is kept: a large pool takes
-# hours. So many whatever the clock says: last bits of what is said of a row hang on the rows beside it.
+# Rows in one pass of a teacher, and seconds between saves of its logits so far: labelling a large pool takes hours.
+# The pass has a fixed size, not one by the clock: the last bits of a row's logits depend on the rows beside it.
 _ASKED, _OFTEN = 2048, 60.0
 _LABELLING = 0.25  # of a fit's time box that labels of spliced rows may take
 # In a time box in which real rows would be seen less often than this, spliced ones take more than they bring: half of
@@ -155,7 +155,8 @@ class Local:
         return self._kept(model, self._encoded(model.encoder, self.taught, unlabelled), unlabelled, half, {})
 
     def _once(self, kind: str, named: dict[str, Any], plan: Plan, decide: Callable[[], float]) -> float:
-        """What hangs on a clock is decided once for each fit and limit, so that one that goes on is the same."""
+        """A number that a clock decides, decided once for each fit and `limit` and kept in the folder: a fit that is
+        resumed trains on the same rows, in the same batches. `kind` and `named` make the file's name."""
         named = {**named, "plan": plan.describe(), "limit": plan.limit}
         kept = self.folder and self.folder / f"{kind}-{fit_digest(named)[:16]}.json"
         known = json.loads(kept.read_text(encoding="utf-8")) if kept and self.seams.first and kept.exists() else -1.0
@@ -169,8 +170,8 @@ class Local:
         return found
 
     def _affordable(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, began: float) -> float:
-        """How many tokens, counted as often as they are seen, the time box of a fit that began then has time for, as a
-        few rows tell."""
+        """How many training tokens, each counted once an epoch, the rest of a fit's time box pays for: a forward pass
+        over a few rows is timed. Infinite without a time box, without rows, and for a part of a schedule."""
         if not plan.seconds or not len(tokens) or plan.part != (0.0, 1.0):
             return math.inf
         seconds, mine = plan.seconds, np.arange(len(tokens))[self.seams.stretch(len(tokens))]

@@ -53,7 +53,9 @@ class MixedBits:
         if self.quantize.weight_bits != Quantize.weight_bits:
             raise OptionError("weight_bits are what MixedBits chooses; leave them out of its quantize.")
         if self.quantize.rounding != "nearest":
-            raise OptionError("rounding 'gptq' needs the bits that MixedBits chooses after it; use 'nearest'.")
+            raise OptionError(
+                "rounding 'gptq' needs the bits of each layer, which MixedBits chooses only afterwards; use 'nearest'."
+            )
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         # Nothing reads BERT's pooler: it would harm nothing in the fewest bits, and lend the rest to the others.

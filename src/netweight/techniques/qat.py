@@ -73,8 +73,8 @@ def faked(model: Model, learn: bool) -> Transformer:
             spec = model.weights.get(name, Weights())
             if learn and not _has_steps(spec):
                 raise OptionError(
-                    "scales are learned of symmetric weights, per channel or tensor, not of groups or with zero "
-                    "points; use ranges 'fixed'."
+                    "scales are learned of symmetric weights only, with granularity 'channel' or 'tensor'; for "
+                    "groups or zero points use ranges='fixed'."
                 )
             put(network, name, FakeLinear(linear, model.ranges.get(name), model.ranges.get(name + OUT), spec, learn))
     for name, table in tables(network).items():

@@ -102,7 +102,8 @@ class Quantize:
         within(self, "Quantize", checks)
         if (self.granularity == "group") != (self.group is not None):
             raise OptionError(
-                f"granularity {self.granularity!r} does not go with group {self.group}; groups have a size."
+                f"granularity {self.granularity!r} does not go with group {self.group}; give granularity='group' and a "
+                "group size together, or neither."
             )
         if self.group is not None and self.group not in GROUPS:
             raise OptionError(f"a group of {self.group} inputs has no kernel; use {', '.join(map(str, GROUPS))}.")
