@@ -242,7 +242,7 @@ def test_labels_of_spliced_rows_take_a_part_of_the_time_box(
 
     monkeypatch.setattr(local, "logits_of", slow)
     loss = SoftTargets(model.task, (model,))
-    plan = Plan(seconds=40.0, splice=100.0)
+    plan = Plan(seconds=40.0, limit=40.0, splice=100.0)
     Local(dataset, tmp_path).fit(model, loss, plan)
     *_, spliced_tokens = labelled
     assert 7000 < spliced_tokens < 10500, "about a quarter of forty seconds, at a millisecond a token"
@@ -271,7 +271,7 @@ def test_short_time_boxes_have_small_batches_and_no_spliced_rows(
     tokens = model.encoder.encode(dataset.train.text)
     longest, mean, all_ = int(tokens.lengths.max()), float(tokens.lengths.mean()), len(tokens.ids)
     loss = SoftTargets(model.task, (model,))
-    plan = Plan(batch_size=128, learning_rate=4e-4, splice=1.0, precision="fp32")
+    plan = Plan(batch_size=128, learning_rate=4e-4, splice=1.0, precision="fp32", limit=1.0)
 
     def fitted(affordable: float | None, folder: Path | None = None) -> tuple[int, int, float]:
         # A token costs several times as much in training. Besides, rows are labelled, and the student runs on them twice.
@@ -479,6 +479,6 @@ def test_a_probe_knows_how_common_labels_are(model: Model, monkeypatch: pytest.M
         xx[:-1, :-1] += n.sum() * torch.eye(32)
         made = model.copy()
         set_probe(made.network, {"xx": xx, "xy": means * n}, made.task)
-        return float(made.network.head.bias.diff())  # type: ignore[union-attr,operator]
+        return float(made.network.head.bias.detach().diff())  # type: ignore[union-attr,operator]
 
     assert leaning(20, 60) - leaning(40, 40) == pytest.approx(math.log(3), abs=1e-3)

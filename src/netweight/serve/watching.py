@@ -52,7 +52,7 @@ class Watching:
     ) -> None:
         self._path, self._models, self._metrics, self._budget, self._post = path, models, metrics, budget, post
         self._monitors: dict[tuple[str, str], Monitor] = {}
-        self._from = path.stat().st_size  # what was written before was looked at before
+        self._from = _size(path)  # what was written before was looked at before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self._thread.start()
