@@ -482,3 +482,15 @@ def test_a_probe_knows_how_common_labels_are(model: Model, monkeypatch: pytest.M
         return float(made.network.head.bias.detach().diff())  # type: ignore[union-attr,operator]
 
     assert leaning(20, 60) - leaning(40, 40) == pytest.approx(math.log(3), abs=1e-3)
+
+
+def test_a_time_box_is_the_limit_of_who_names_none(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    technique, plans = Finetune(epochs=2, probe=False), list[Plan]()
+    usual = local.fit
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "fit", lambda *given, **more: (plans.append(given[3]), usual(*given, **more)))
+        for seconds, limit in ((50.0, None), (500.0, None), (50.0, 4000.0), (None, None)):
+            technique(model, Local(dataset, tmp_path), Plan(seconds=seconds, limit=limit))
+    assert [plan.limit for plan in plans] == [50.0, 500.0, 4000.0, None]
+    assert plans[0].seconds is not None
+    assert plans[0].seconds < 50.0, "its own are what is left"

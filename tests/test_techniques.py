@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,18 +136,3 @@ def test_a_fit_that_trains_other_parts_is_another_fit(model: Model, dataset: Dat
     with pytest.raises(Killed):
         frozen(model, Local(dataset, tmp_path), replace(plan, reporter=Killer(at=5)))
     assert free(model, Local(dataset, tmp_path), plan).digest == free(model, Local(dataset), plan).digest
-
-
-def test_another_time_box_is_another_fit_for_who_kept_the_first(model: Model, dataset: Dataset, tmp_path: Path) -> None:
-    @dataclass
-    class Counted(Killer):
-        steps: int = 0
-
-        def step(self, step: int, loss: float, rate: float) -> None:
-            self.steps += 1
-
-    technique, short, long = Finetune(epochs=12, probe=False), Counted(0), Counted(0)
-    for seconds, reporter in ((0.001, short), (1000.0, long)):
-        technique(model, Local(dataset, tmp_path), replace(PLAN, seconds=seconds, reporter=reporter))
-    assert 0 < short.steps == long.resumed_at
-    assert short.steps + long.steps == 12 * -(-len(dataset.train) // PLAN.batch_size)

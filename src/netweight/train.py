@@ -414,7 +414,7 @@ class _Loop:
         """Go on from whole tensors, of a file or of another process."""
         p = self.progress = _Progress(**json.loads(state.progress))
         if p.limit != self.plan.limit:
-            p.timed, p.limit = False, self.plan.limit
+            p.timed, p.limit, p.epochs = False, self.plan.limit, self.plan.epochs
         held = self.seams.scatter(state.tensors)
         self.put({n[6:]: t for n, t in held.items() if n.startswith("model/")})
         self.best = {n[5:]: t for n, t in held.items() if n.startswith("best/")}
