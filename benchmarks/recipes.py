@@ -131,14 +131,26 @@ FEWER = Shrink(neurons=0.5, importance="magnitude", epochs=0)
 
 
 @dataclass(frozen=True)
+class One:
+    """`Distill` from the given model, which was asked about all rows before."""
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        run.outputs(model, unlabelled=True, half=True)
+        return Distill(3, splice=0.0)(model, run, plan)
+
+
+@dataclass(frozen=True)
 class Several:
-    """`Distill` from the given model and another of another seed, which is made first."""
+    """`Distill` from the given model and another of another seed, which is made first, and asked about all rows: what
+    one teacher says is known, too, when its student is trained."""
 
     combine: Literal["mean", "confidence"]
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         start = pretrained("starter", model.task, seed=plan.seed + 1)
         other = Finetune()(start, run, replace(plan, seed=plan.seed + 1))
+        for teacher in (model, other):
+            run.outputs(teacher, unlabelled=True, half=True)
         return Distill(3, teachers=(model, other), combine=self.combine, splice=0.0)(model, run, plan)
 
 
@@ -166,7 +178,7 @@ LEARNS = Finetune(learning_rate=5e-4, freeze_embeddings=False)
 READS = Pretrain("causal", epochs=20, learning_rate=1e-3)
 REST: tuple[tuple[str, str, str, Recipe], ...] = (
     ("", "the teacher", TEACHER, ()),
-    ("distill", "3 of 6 layers, one teacher, no spliced rows", TEACHER, (Distill(3, splice=0.0),)),
+    ("distill", "3 of 6 layers, one teacher, no spliced rows", TEACHER, (One(),)),
     ("distill", "the same, two teachers, their mean", TEACHER, (Several("mean"),)),
     ("distill", "the same, the surer one weighs more", TEACHER, (Several("confidence"),)),
     ("pretrain", "GPT-2 from scratch, fine-tuned", "gpt2", (LEARNS,)),
