@@ -38,7 +38,8 @@ from netweight.run.local import logits_of
 from netweight.search import Rung, ladder
 from netweight.store import JOURNAL, Store, rows_of
 from netweight.task import Classify, Score, Task
-from netweight.techniques import Distill, EarlyExit, Quantize
+from netweight.techniques import Distill, EarlyExit, Factor, Quantize
+from netweight.trials import _SHORT
 
 # --- what comes out ---
 
@@ -252,6 +253,37 @@ def test_out_of_time_the_first_three_rungs_are_made_and_no_more(
     said = "the time limit was near; what follows it is not tried either"
     assert f"half-int8 is not made: {said}" in Notes.said
     assert journal(copied)["left out half-int8"] == [said, result.manifest.provenance["command"]]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rung_that_cannot_be_made_is_left_out_and_the_others_are_not(
+    shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = Rung("odd", (Distill(layers=99), Quantize()), 0.5)
+    smaller = Rung("half-int8", (Distill(layers=1, epochs=1), Quantize()), 0.5, after="odd")
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: (*ladder(teacher)[:3], odd, smaller))
+    result = again(shop, copied)
+    assert {"linear", "static", "half-int8"} <= {one.name for one in result.measurements.candidates}
+    said = "cannot keep 99 layers of 1; choose 1 to 1."
+    assert journal(copied)["left out odd"] == [said, result.manifest.provenance["command"]]
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: (odd,))
+    with pytest.raises(OptionError, match="cannot keep 99 layers"):  # nothing can be answered
+        again(shop, copied)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_trial_that_cannot_be_made_ends_no_job(shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_SHORT, "standard", 1)
+    monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: ladder(teacher)[:3])
+
+    def refused(*_: Any) -> Any:
+        raise ModelError("its layers are odd.")
+
+    monkeypatch.setattr(Factor, "__call__", refused)
+    again(shop, copied, effort="standard")
+    held = journal(copied)
+    assert held["left out factored-1-short"][0] == "its layers are odd."
+    assert "point encoder-1-short" in held
 
 
 @pytest.mark.usefixtures("quick")

@@ -91,6 +91,12 @@ class Pretended:
 
     left: float = 100.0
     there: Sequence[tuple[Recipe, Plan]] = ()
+    limit: float = 0.0
+    held: float | None = None
+
+    def box(self, seconds: float) -> float:
+        self.held = seconds if self.held is None else self.held
+        return self.held
 
     def objectives(self, point: Point) -> tuple[float, int]:
         return objectives(point)
@@ -258,6 +264,79 @@ def test_full_trials_come_when_the_time_that_is_kept_for_them_begins(tmp_path: P
     # One that was killed goes on with what it was at, though it has time again for short ones.
     kept = [*found[:9], (found[9][0], None)]
     assert trials(tmp_path / "again", "standard", kept).asked == found[9][0]
+
+
+def test_a_search_that_has_begun_comes_to_full_trials(tmp_path: Path) -> None:
+    """However little of the whole job was left for it."""
+    maker = Pretended(left=210.0, limit=1200.0)
+    driven = trials(tmp_path / TRIALS, "standard", maker=maker)
+    seen = []
+    while (rung := driven.ask()) is not None and maker.left >= driven.least:
+        assert driven.asked is not None
+        seen.append(driven.asked.short)
+        driven.tell(made(rung))
+        maker.left -= rung.share * maker.left
+    assert driven.least == pytest.approx(210 / 12)
+    assert seen == [True] * 8 + [False] * 3
+    little = Pretended(left=53.0, limit=1200.0)
+    driven = trials(tmp_path / "little" / TRIALS, "standard", maker=little)
+    assert driven.ask() is not None
+    assert driven.least > little.left, "it does not begin"
+    assert little.held is None, "nor do later ones have so little time"
+
+
+def test_short_trials_of_another_process_have_the_same_time(tmp_path: Path) -> None:
+    first, later = Pretended(left=160.0, limit=1200.0), Pretended(left=900.0, limit=1200.0, held=12.0)
+    for name, maker in (("first", first), ("later", later)):
+        rung = trials(tmp_path / name / TRIALS, "standard", maker=maker).ask()
+        assert rung is not None
+        assert rung.share * maker.left == pytest.approx(12.0)
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        for limit, given, box in ((600.0, 5.0, 5.0), (600.0, 50.0, 5.0), (1200.0, 50.0, 50.0), (1200.0, 1.0, 50.0)):
+            job = SimpleNamespace(options=SimpleNamespace(seconds=limit))
+            builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+            assert builder.box(given) == box
+
+
+def test_trials_that_had_another_time_are_points_and_no_more(tmp_path: Path) -> None:
+    short = walk(trials(tmp_path / "other", "standard", maker=Pretended(limit=60.0)))
+    kept = [(trial, point) for trial, point in short if trial.short]
+    assert {trial.limit for trial, _ in kept} == {60.0}
+    path = tmp_path / TRIALS
+    driven = trials(path, "standard", kept, maker=Pretended(limit=600.0))
+    assert len(driven.points) == len(kept)
+    assert not complete_of(path, "encoder"), "Optuna learns from none of them"
+    assert not any(driven.best(kind) for kind in kinds(TEACHER))
+    found = [trial for trial, _ in walk(driven)]
+    of_kind = [trial.number for trial in found if trial.kind == "encoder" and trial.short]
+    before = sum(trial.kind == "encoder" for trial, _ in kept)
+    assert of_kind == list(range(before + 1, before + 1 + len(of_kind)))
+    assert found[0].params == kept[0][0].params, "it begins anew"
+    assert {trial.number for trial in found if not trial.short} <= {trial.number for trial in found if trial.short}
+
+
+def test_trials_that_lack_what_this_job_searches_are_no_part_of_its_number(tmp_path: Path) -> None:
+    kept = walk(trials(tmp_path / "cost", "standard"))
+    driven = trials(tmp_path / TRIALS, "standard", kept, bytes_count=True)
+    found = [trial for trial, _ in walk(driven)]
+    short = [trial for trial in found if trial.kind == "encoder" and trial.short]
+    assert short[0].params == usual("encoder", TEACHER, bytes_count=True)[0] | short[0].params
+    assert all({"bits", "sparsity"} <= set(trial.params) for trial in found if trial.kind == "encoder")
+    assert 1 < len(short) <= _SHORT["standard"]
+
+
+def test_a_kind_that_cannot_be_made_is_asked_for_no_more(tmp_path: Path) -> None:
+    driven = trials(tmp_path / TRIALS, "standard")
+    seen = []
+    while (rung := driven.ask()) is not None:
+        assert driven.asked is not None
+        seen.append(driven.asked)
+        if driven.asked.kind == "exits":
+            driven.without(driven.asked)
+        else:
+            driven.tell(made(rung))
+    assert [trial.name for trial in seen if trial.kind == "exits"] == ["exits-1-short"]
+    assert {trial.kind for trial in seen if not trial.short} == {*kinds(TEACHER)} - {"exits"}
 
 
 def test_what_the_ladder_made_is_not_made_again(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ TRIMMED = "trimmed"
 # all would stay, it saves little, and texts to come will use what went.
 _COMMON, _COMMONEST, _FEW = 8000, 6000, 0.5
 PRETRAINED = "pretrained"
+_BOX = "short trials"  # in the run store: a time limit, and the seconds of each of them under it
 _TEACHER_SHARE = 0.45  # of the time box
 _PRETRAINED_SHARE = 0.4  # of the teacher's, where there is nothing to start from
 # Rows of dev that are looked at for tokens that a model does not know, and the share from which on it is said.
@@ -347,6 +348,18 @@ class Builder:
     def left(self) -> float:
         """Seconds of the time box."""
         return self.clock.left
+
+    @property
+    def limit(self) -> float:
+        """Seconds of the time box when it began."""
+        return self.job.options.seconds
+
+    def box(self, seconds: float) -> float:
+        """Seconds of a short trial: these, or what an earlier process under this limit gave to its own."""
+        held = self.store.get(_BOX)
+        if held is None or held["limit"] != self.limit:
+            self.store.put(_BOX, held := {"limit": self.limit, "seconds": seconds})
+        return float(held["seconds"])
 
     def has(self, rung: Rung) -> bool:
         """Whether another point was made by this rung's very recipe."""

@@ -16,11 +16,12 @@ from netweight import artifact
 from netweight.build import CUT, Builder, Clock
 from netweight.choose import Minimise, alone, judged, own
 from netweight.data import Columns, Dataset, Rows, write_quarantine
+from netweight.errors import ModelError, OptionError
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
 from netweight.reporter import Reporter, Silent
 from netweight.run import InOnePlace, Local, Parallel, Run, Runs
 from netweight.run.strategies import WHOLE
-from netweight.search import Point, Rung, Search, ladder
+from netweight.search import LEAST, Point, Rung, Search, ladder
 from netweight.ship import Result, finish
 from netweight.store import DEV, Store, store_of
 from netweight.techniques import LinearFloor
@@ -33,8 +34,6 @@ _MAY_PASS = 0.2
 CLOSED = "closed"  # in the run store: the command whose search is over
 # A rung is left out where the cheaper one that it names in `unless` has a larger chance than this to pass alone.
 _PASSES = 0.95
-# With less than one part in so many of the time box left, no further rung is begun.
-_LEAST = 12
 
 
 def optimize(  # noqa: PLR0913  (the one call that users make; `run` below takes the values)
@@ -187,6 +186,7 @@ def climb(builder: Builder) -> Search:
         _left_out(builder, name, "it needs labelled rows in one place")
     trials = builder.trials()
     search = Search(rungs, [*builder.told(rungs), *(trials.points if trials else ())], trials)
+    failed: ModelError | OptionError | None = None
     while builder.store.get(CLOSED) != builder.job.command:
         if trials is not None:
             builder.drop(search.points.values())
@@ -196,11 +196,13 @@ def climb(builder: Builder) -> Search:
             for name in [rung.name for rung in rungs if rung.name not in search.points]:
                 _left_out(builder, name, "linear, which costs least, is as good as the teacher")
             break
-        if builder.clock.left < builder.job.options.seconds / _LEAST and len(search.points) >= 3:
+        names = [one.name for one in rungs]
+        trial = trials.asked if trials is not None and rung.name not in names else None
+        least = trials.least if trials is not None and trial is not None else builder.job.options.seconds / LEAST
+        if builder.clock.left < least and len(search.points) >= 3:
             _left_out(builder, rung.name, "the time limit was near; what follows it is not tried either")
             break
         # Judged by what stands before it, as in a process that was not killed, whatever is there by now.
-        names = [one.name for one in rungs]
         before = names[: names.index(rung.name)] if rung.name in names else []
         earlier = {name: search.points[name] for name in before if name in search.points}
         if rung.unless in earlier and _chance(builder, earlier, rung.unless) > _PASSES:
@@ -211,9 +213,20 @@ def climb(builder: Builder) -> Search:
             _left_out(builder, rung.name, f"{rung.after}, which is larger, would hardly pass")
             search.skip(rung)
             continue
-        if trials is not None and trials.asked is not None:
-            builder.keep(trials.asked)
-        search.tell(builder.point(rung))
+        if trial is not None:
+            builder.keep(trial)
+        try:
+            search.tell(builder.point(rung))
+        except (ModelError, OptionError) as problem:
+            # Others may be made of a model that is odd in one way; without any there is no answer.
+            failed = problem
+            _left_out(builder, rung.name, str(problem))
+            if trials is not None and trial is not None:
+                trials.without(trial)
+            else:
+                search.skip(rung, hopeless=False)
+    if failed is not None and not search.points:
+        raise failed
     return search
 
 

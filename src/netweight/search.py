@@ -30,6 +30,9 @@ HEALED = replace(DISTILLED, learning_rate=2e-4)
 # BANKING77's dev so, and 86.0 by the size of weights.
 _RANKED_BY = 256
 
+# With less than one part in so many of the time box left, no further rung is begun.
+LEAST = 12
+
 # Encoders compute in int8, and 7 bits of each weight are stored. On Womens Clothing .8 % of dev's labels differ from
 # the teacher's then, .9 % with 8 bits and 1.4 % with 6; on BANKING77 6 cost hardly anything.
 INT8 = Quantize(weight_bits=7, table_bits=7, weight_clip="mse")
@@ -154,24 +157,24 @@ class Search:
     def __init__(self, rungs: Sequence[Rung], told: Iterable[Point] = (), more: More | None = None) -> None:
         self._rungs = tuple(rungs)
         self._more = more
-        self._skipped: set[str] = set()
+        self._skipped: dict[str, bool] = {}
         self.points: dict[str, Point] = {point.name: point for point in told}
 
     def ask(self) -> Rung | None:
         """The next rung to try; None where nothing is left."""
-        over = self._skipped | set(self.points)
+        over = {*self._skipped, *self.points}
         first = next((rung for rung in self._rungs if rung.name not in over), None)
         if first is not None or self._more is None:
             return first
         return self._more.ask()
 
-    def skip(self, rung: Rung) -> None:
-        """Not to be asked for: it is not worth making."""
-        self._skipped.add(rung.name)
+    def skip(self, rung: Rung, hopeless: bool = True) -> None:
+        """Not to be asked for: it is not worth making, or, where it is not hopeless, cannot be made."""
+        self._skipped[rung.name] = hopeless
 
     def skipped(self, name: str) -> bool:
         """Whether a rung of this name was not worth making."""
-        return name in self._skipped
+        return self._skipped.get(name, False)
 
     def tell(self, point: Point) -> None:
         """What a rung gave."""

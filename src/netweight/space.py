@@ -38,12 +38,14 @@ ELSE: dict[Kind, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """A proposal: the `number`-th of its kind, and whether it is to be trained for a third of its epochs only."""
+    """A proposal: the `number`-th of its kind, whether it is to be trained for a third of its epochs only, and the time
+    limit of the job that began it in seconds (0: not known)."""
 
     kind: Kind
     number: int
     short: bool
     params: Mapping[str, Any]
+    limit: float = 0.0
 
     @property
     def name(self) -> str:

@@ -8,11 +8,13 @@ as Schmucker et al. do ("Multi-objective asynchronous successive halving", 2021)
 together beat most. The first of a kind have the ladder's own options, so that Optuna learns from them.
 
 What is proposed depends only on what was told before and on the seed. So a search that was killed asks again for what
-it had asked, and its SQLite file, which `optuna-dashboard` reads, is made anew by every process from what was told.
+it had asked, in boxes of the same time; its SQLite file, which `optuna-dashboard` reads, is made anew by every process
+from what was told.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from netweight.model import Model
-from netweight.search import Point, Rung
+from netweight.search import LEAST, Point, Rung
 from netweight.space import Kind, Trial, kinds, space, usual
 
 Effort = Literal["quick", "standard", "thorough"]
@@ -55,6 +57,15 @@ class Maker(Protocol):
     @property
     def left(self) -> float:
         """Seconds of the time box."""
+        ...
+
+    @property
+    def limit(self) -> float:
+        """Seconds of the time box when it began."""
+        ...
+
+    def box(self, seconds: float) -> float:
+        """Seconds of a short trial: these, or what an earlier process under this limit gave to its own."""
         ...
 
     def objectives(self, point: Point) -> tuple[float, int]:
@@ -98,7 +109,7 @@ class Trials:
     ) -> None:
         self.teacher, self.effort, self.seed = teacher, effort, seed
         self._maker, self._bytes_count = maker, bytes_count
-        self._for_full: float | None = None
+        self._began: float | None = None  # seconds that were left then
         self._each = 0.0
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
         self.asked = next((trial for trial, point in kept if point is None and not trial.short), None)
@@ -120,7 +131,8 @@ class Trials:
     def _study(self, path: Path, kind: Kind) -> optuna.Study:
         study = optuna.create_study(storage=f"sqlite:///{path}", study_name=kind, directions=["minimize", "minimize"])
         for one in self.told[kind]:
-            self._add(study, one)
+            if self._alike(one.trial):
+                self._add(study, one)
         return study
 
     def _add(self, study: optuna.Study, one: Told) -> None:
@@ -131,39 +143,58 @@ class Trials:
             held = {name: where[name] for name in params}
             study.add_trial(create_trial(values=values, params=params, distributions=held))
 
+    def _alike(self, trial: Trial) -> bool:
+        """Whether a short trial had as much time as those of now (an earlier version did not say)."""
+        return trial.limit in (0.0, self._maker.limit)
+
+    def _here(self, kind: Kind) -> list[Told]:
+        """Short trials that count as this job's: as long as its own, and of all that it searches."""
+        where = set(space(kind, self.teacher, self._bytes_count))
+        return [one for one in self.told[kind] if self._alike(one.trial) and where <= set(one.trial.params)]
+
+    @property
+    def least(self) -> float:
+        """Seconds with which another one is begun. With little left of the whole job the search does not begin; once it
+        has, it ends with the time that it found, since what is made in full comes last."""
+        began = self._maker.left if self._began is None else self._began
+        return began / LEAST if began >= self._maker.limit / LEAST else math.inf
+
     def ask(self) -> Rung | None:
         """The next rung: short trials of the kinds in turn, then, or when the time kept for that begins, the best of
         them in full; None at the end."""
         left = self._maker.left
-        if self._for_full is None:
-            self._for_full = _FOR_FULL * left
-            self._each = (left - self._for_full) / (_EACH * len(self.told))
+        if self._began is None:
+            self._began = left
+            if self.least < math.inf:
+                self._each = self._maker.box((1 - _FOR_FULL) * left / (_EACH * len(self.told)))
         if self.asked is None:
-            short = left > self._for_full or not any(self.told.values())
+            short = left > _FOR_FULL * self._began or not any(map(self._here, self.told))
             self.asked = (self._short() if short else None) or self._full()
         if self.asked is None:
             return None
         rung = self.asked.rung(self.teacher)
         # Short trials are compared with each other, so an early one gets no more time than a late one will.
-        return replace(rung, share=min(rung.share, self._each / max(left, self._each))) if self.asked.short else rung
+        share = min(rung.share, self._each / max(left, self._each, 1.0))
+        return replace(rung, share=share) if self.asked.short else rung
 
     def _short(self) -> Trial | None:
-        for kind in sorted(self.told, key=lambda kind: len(self.told[kind])):
-            told, most = self.told[kind], _most(_SHORT, self.effort, kind)
-            if len(told) < most and not _flat(told, most):
+        for kind in sorted(self.told, key=lambda kind: len(self._here(kind))):
+            here, number, most = self._here(kind), len(self.told[kind]) + 1, _most(_SHORT, self.effort, kind)
+            if len(here) < most and not _flat(here, most):
                 with _quiet():
-                    found = Trial(kind, len(told) + 1, True, self._proposed(kind, len(told), most))
+                    params = self._proposed(kind, number, len(here), most)
+                found = Trial(kind, number, True, params, self._maker.limit)
                 return self._begun.get(found.name, found)
         return None
 
-    def _proposed(self, kind: Kind, told: int, most: int) -> dict[str, Any]:
+    def _proposed(self, kind: Kind, number: int, here: int, most: int) -> dict[str, Any]:
         study, first = self._studies[kind], usual(kind, self.teacher, self._bytes_count)
         where = space(kind, self.teacher, self._bytes_count)
         # One may wait already, from a process that was killed before it took it.
-        if told < len(first) and not study.get_trials(states=[TrialState.WAITING]):
-            study.enqueue_trial(first[told])
+        if here < len(first) and not study.get_trials(states=[TrialState.WAITING]):
+            study.enqueue_trial(first[here])
         study.sampler = optuna.samplers.TPESampler(
-            seed=zlib.crc32(f"{self.seed} {kind} {told}".encode()),
+            seed=zlib.crc32(f"{self.seed} {kind} {number - 1}".encode()),
             n_startup_trials=max(1, min(_STARTUP, round(_STARTUP_SHARE * most))),
             multivariate=True,
         )
@@ -172,10 +203,16 @@ class Trials:
     def _full(self) -> Trial | None:
         best = [[(kind, i) for i in self.best(kind)] for kind in self.told]
         for kind, i in (one for each in zip_longest(*best) for one in each if one is not None):
-            trial = Trial(kind, i + 1, False, self.told[kind][i].trial.params)
+            trial = replace(self.told[kind][i].trial, short=False)
             if trial.name not in self._made:
                 return trial
         return None
+
+    def without(self, trial: Trial) -> None:
+        """It cannot be made: nor, perhaps, can others of its kind, so this process asks for no more of these."""
+        self.asked = None
+        self._begun.pop(trial.name, None)
+        del self.told[trial.kind]
 
     def tell(self, point: Point) -> None:
         """What the rung that was asked for gave. Raises ValueError for another one."""
@@ -198,7 +235,8 @@ class Trials:
 
     def best(self, kind: Kind) -> list[int]:
         """Which short trials of a kind deserve to be made in full: by front, then by what they add to it."""
-        told = {i: one for i, one in enumerate(self.told[kind]) if _proposed_still(one.trial, self.teacher)}
+        here = [one for one in self._here(kind) if _proposed_still(one.trial, self.teacher)]
+        told = {i: one for i, one in enumerate(self.told[kind]) if one in here}
         left, order = dict(told), list[int]()
         while left:
             front = {i: one for i, one in left.items() if not any(_dominates(other, one) for other in left.values())}
