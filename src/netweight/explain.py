@@ -34,7 +34,8 @@ _NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the tier that it belongs to, what was done, and what there was afterwards, measured on dev."""
+    """One step: the tier that it belongs to, what was done, and what there was afterwards, measured on dev:
+    `milliseconds` of a row in batches, or, where latency was minimised, of a single request (p50)."""
 
     tier: str
     done: str
@@ -73,6 +74,7 @@ class Explanation:
     candidates: tuple[Left, ...]
     tried: tuple[Tried, ...]
     left_out: tuple[Left, ...]
+    minimise: Minimise = "cost"
 
     @property
     def scale(self) -> Scale:
@@ -90,7 +92,7 @@ class Explanation:
         teacher, *steps = self.steps
         found = [
             f"The teacher reaches {self.task.metric} {self.scale.quality(teacher.quality)} on {self.rows:,} dev rows, "
-            f"with {teacher.bytes / 1e6:.1f} MB and {teacher.milliseconds:.2f} ms a row on {self.threads} threads."
+            f"with {teacher.bytes / 1e6:.1f} MB and {self._time(teacher, 2)} on {self.threads} threads."
         ]
         before = teacher
         for step in steps:
@@ -114,8 +116,12 @@ class Explanation:
         return (
             f"{self.task.metric} {self.scale.quality(after.quality)} ({points:+.2f} points), "
             f"{after.bytes / 1e6:.1f} MB ({_times(size, 'smaller', 'larger')}), "
-            f"{after.milliseconds:.3f} ms a row ({_times(times, 'faster', 'slower')})"
+            f"{self._time(after, 3)} ({_times(times, 'faster', 'slower')})"
         )
+
+    def _time(self, step: Step, digits: int) -> str:
+        single, value = self.minimise == "latency", f"{step.milliseconds:.{digits}f} ms"
+        return f"single requests p50 {value}" if single else f"{value} a row"
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -144,15 +150,18 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         if len(manifest.tiers) > 1:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
         some = rows.take(range(min(_TIMED, len(rows))))
+        minimise: Minimise = manifest.provenance.get("minimise", "cost")
         timings = measure.speed({f"{i}": e for i, (_, _, e, _) in enumerate(engines)}, some, rounds=3)
         targets = engine.task.targets(rows.label or ())
         steps = []
         for i, (tier_name, done, e, size) in enumerate(engines):
             logits = e.outputs(rows.text, rows.pair).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
-            steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
+            timing = timings[f"{i}"]
+            milliseconds = timing.p50 if minimise == "latency" else 1000 / timing.rows_per_second
+            steps.append(Step(tier_name, done, quality, size, milliseconds))
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store, manifest)
-    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left)
+    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left, minimise)
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
@@ -221,7 +230,7 @@ def _costs(store: Store, measured: str, points: Sequence[Tried], minimise: Minim
     for point in points:
         engine = store.get(f"point {point.name}")["engine"]
         if f"{point.name} {engine}" in costs:
-            cost = costs[f"{point.name} {engine_of(point.name, engine, costs)}"]
+            cost = costs[f"{point.name} {engine_of(point.name, engine, costs, minimise)}"]
             found[point.name] = {"cost": cost.row, "latency": cost.single, "size": float(point.bytes)}[minimise]
     return found
 

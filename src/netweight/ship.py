@@ -91,9 +91,9 @@ class Ranked:
         return {name: Cost(*pair) for name, pair in store.get(key).items()}
 
     def _engines(self, points: Mapping[str, Point], costs: Mapping[str, Cost]) -> dict[str, Point]:
-        chosen = {}
+        chosen, minimise = {}, self.builder.job.budget.minimise
         for name, point in points.items():
-            best = engine_of(name, point.engine, costs)
+            best = engine_of(name, point.engine, costs, minimise)
             chosen[name] = point if best == point.engine else self.builder.with_engine(point, best)
         return chosen
 
