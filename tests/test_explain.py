@@ -43,8 +43,11 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     manifest = artifact.read_manifest(copied)
     recipes = manifest.provenance["recipes"]
     teacher, *steps, whole = found.steps
-    assert [s.tier for s in steps] == [t.name for t in manifest.tiers for _ in recipes[t.name]]
-    assert [s.done.split(" ")[0] for s in steps] == [r["technique"] for t in manifest.tiers for r in recipes[t.name]]
+    # What an encoder is made of is shown in the runtime that ships before any technique is.
+    runtime = {t.name: [] if t.engine == "static" else ["the"] for t in manifest.tiers}
+    done = {t.name: [*runtime[t.name], *(r["technique"] for r in recipes[t.name])] for t in manifest.tiers}
+    wanted = [(t.name, word) for t in manifest.tiers for word in done[t.name]]
+    assert [(s.tier, s.done.split(" ")[0]) for s in steps] == wanted
     assert teacher.bytes == shop.result.measurements.reference.bytes
     assert teacher.quality == pytest.approx(shop.result.measurements.reference.quality)
     assert whole.quality == pytest.approx(shop.result.measurements.shipped.quality)
@@ -140,8 +143,9 @@ def test_rows_leave_early_as_they_do_in_what_ships(tmp_path: Path) -> None:
     models = [teacher, early, recipe[1](early, run, PLAN)]
     folder = made_of(tmp_path / "made.nw", "exits", {"thresholds": [0.9]}, recipe, models)
     found = explain(folder, 1)
-    assert [step.quality for step in found.steps[1:]] == [5 / 9, 5 / 9]
-    first, last = (step.done for step in found.steps[1:])
+    assert [step.quality for step in found.steps[2:]] == [5 / 9, 5 / 9]
+    runtime, first, last = (step.done for step in found.steps[1:])
+    assert runtime == "the same, in ONNX Runtime"
     assert "time limit" not in first
     assert last.endswith("; 8.3 % of its epochs fit into the time limit)")
 
@@ -158,8 +162,36 @@ def test_what_ships_on_openvino_is_timed_on_openvino(tmp_path: Path, monkeypatch
     monkeypatch.setattr("netweight.explain.tier_engine", watched)
     recipe: Recipe = (Quantize(rows=16),)
     models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
-    explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1)
-    assert seen == ["openvino"]
+    steps = explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1).steps
+    assert seen == ["openvino"] * 2
+    assert steps[1].done == "the same, in OpenVINO"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    manifest = artifact.read_manifest(folder)
+    contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
+    (tier,), known = manifest.tiers, manifest.provenance
+    second = replace(tier, name="second", file=artifact.tier_file(1, "second", "onnx"))
+    contents[second.file] = contents[tier.file]
+    provenance = {key: {**known[key], "second": known[key]["small"]} for key in ("recipes", "shares")}
+    two = replace(manifest, tiers=(tier, second), provenance={**known, **provenance, "trimmed": True})
+    shutil.rmtree(folder)
+    artifact.save(folder, two, contents)
+    with Store(store_of(folder), None) as store:
+        teacher.save(store.model_folder("trimmed"))
+        store.put("steps second", store.get("steps small"))
+    _, *steps, _ = explain(folder, 1).steps
+    assert [step.tier for step in steps] == ["small"] * 3 + ["second"] * 3
+    begun = ["Vocab, the tokens that occur and common ones", "the same, in ONNX Runtime"]
+    assert [step.done for step in steps if not step.done.startswith("Quantize")] == begun * 2
+    assert [replace(step, tier="small") for step in steps[3:5]] == steps[:2], "measured once"
+    assert steps[0].quality == steps[1].quality
+    assert steps[0].milliseconds != steps[1].milliseconds
 
 
 @pytest.mark.usefixtures("quick")
