@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -111,14 +112,16 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     """An artifact of one tier, made of the first of the models by the steps of the recipe, with its run store."""
     teacher, *steps = models
     names = [*(f"part-{i}" for i in range(len(steps) - 1)), "small"]
-    rows = tiny_rows(9)
+    rows, made = tiny_rows(9), export(steps[-1])
     with Store(store_of(folder), {"a": "job"}) as store:
         for name, model in zip(["teacher", *names], models, strict=True):
             model.save(store.model_folder(name))
         store.put("steps small", names)
+        store.write_arrays("points/small", {"logits": np.zeros((9, 2), np.float32)})
+        file = hashlib.sha256(made.data).hexdigest()
+        store.put("point small", {"engine": "onnx", "bytes": len(made.data), "file": file})
         lines = [json.dumps({"text": t, "label": y}) + "\n" for t, y in zip(rows.text, rows.label or (), strict=True)]
         store.write(DEV, "".join(lines).encode())
-    made = export(steps[-1])
     tier = Tier("small", engine, artifact.tier_file(0, "small", engine), made.options | options)
     contents = {artifact.TOKENIZER: teacher.encoder.definition.encode(), tier.file: made.data}
     contents[artifact.CERTIFICATE] = certified().to_json().encode()
@@ -185,6 +188,8 @@ def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_p
     with Store(store_of(folder), None) as store:
         teacher.save(store.model_folder("trimmed"))
         store.put("steps second", store.get("steps small"))
+        store.put("point second", store.get("point small"))
+        store.write_arrays("points/second", store.read_arrays("points/small"))
     _, *steps, _ = explain(folder, 1).steps
     assert [step.tier for step in steps] == ["small"] * 3 + ["second"] * 3
     begun = ["Vocab, the tokens that occur and common ones", "the same, in ONNX Runtime"]
@@ -216,7 +221,7 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         ):
             said = np.where(np.arange(9) < right, targets, ~targets)
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
-            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
+            store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
             costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
         store.put("trial trial", {})
         store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
@@ -266,8 +271,26 @@ def test_a_store_that_does_not_know_cannot_explain(copied: Path) -> None:
     path = store_of(copied) / JOURNAL
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if '"steps ' not in line]
     path.write_text("".join(kept), encoding="utf-8")
-    with pytest.raises(StoreError, match="does not say how tier .* was made"):
+    with pytest.raises(StoreError, match="does not hold what tier .* was made of; optimize again"):
         explain(copied, 1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gone", ["the model", "the point", "the file"])
+def test_a_store_that_holds_something_else_by_now_cannot_explain(tmp_path: Path, gone: str) -> None:
+    """Another run of the job, killed before it shipped, may have removed the model, or made the tier anew."""
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    assert explain(folder, 1).steps[-1].tier == "small"
+    with Store(store_of(folder), None) as store:
+        if gone == "the model":
+            store.discard("small")
+        else:
+            store.put("point small", None if gone == "the point" else store.get("point small") | {"file": "0" * 64})
+    with pytest.raises(StoreError, match="does not hold what tier 'small' was made of; optimize again"):
+        explain(folder, 1)
 
 
 def test_without_its_run_store_nothing_is_explained(made: Path) -> None:
@@ -406,7 +429,7 @@ def test_what_was_minimised_decides_what_costs_no_more(
         points = {"small": (50, 5.0, 5.0), "late": (40, 4.0, 6.0), "large": (60, 4.0, 4.0)}
         for name, (size, _, _) in points.items():
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[targets.astype(int)]})
-            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
+            store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
         costs = {f"{name} onnx": [row, single] for name, (_, row, single) in points.items()}
         # Faster in batches only, so that it is not what runs `small` where latency is minimised.
         store.put("costs of these", costs | {"small openvino": [2.0, 9.0]})

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Killer, Shop, again, journal, store_of, tiny_dataset, tiny_model
-from netweight import pipeline
+from netweight import artifact, pipeline
+from netweight.artifact import Manifest, Tier
 from netweight.build import Builder, Clock, last_share, part
 from netweight.data import Dataset
 from netweight.errors import OptionError
@@ -627,6 +628,32 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert [one.name for one in resumed.measurements.candidates] == ranked, "what was tried before is not forgotten"
     with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
         again(shop, tmp_path / "other.nw", effort="lazy")
+
+
+@pytest.mark.parametrize("standing", [True, False])
+def test_models_of_the_artifact_that_stands_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standing: bool
+) -> None:
+    """`explain` asks for them, and a job that is killed may never ship what beats them."""
+    monkeypatch.setattr(Builder, "disagreement", lambda _, point: disagreement(point))
+    out, names = tmp_path / "made.nw", ("static-1", "static-2")
+    said = [np.array([[wrong]], np.float32) for wrong in (0.5, 0.4)]
+    points = [Point(name, "static", {}, "", 9 - i, 1.0, said[i]) for i, name in enumerate(names)]
+    if standing:
+        tier = Tier(names[0], "static", "tiers/0-static-1.safetensors")
+        artifact.save(out, Manifest(TEACHER.task, 32, 0, (tier,)), {tier.file: b"a table", artifact.TOKENIZER: b"{}"})
+    with Store(store_of(out), {}) as store:
+        for name in names:
+            store.put(f"trial {name}", {})
+            store.put(f"steps {name}", [f"part-{name}", name])
+            for model in (f"part-{name}", name):
+                store.model_folder(model).mkdir(parents=True)
+                store.put(f"model {model}", {})
+        builder = Builder(None, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.drop(points)
+        kept = {path.name for path in (store.folder / MODELS).iterdir()}
+        assert {name: {name, f"part-{name}"} <= kept for name in names} == {"static-1": standing, "static-2": True}
+        assert (store.get("model static-1") is not None) is standing
 
 
 def test_what_follows_distillation_is_gentler() -> None:

@@ -133,8 +133,8 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
     """Build what each step of the shipped tiers gave and measure all of it in one run on the dev rows. Of encoders,
     what they are made of is also shown in the runtime that ships, so that no technique gets the runtime's share.
 
-    Raises StoreError where the run store beside the artifact is gone, or is of an earlier version, and ArtifactError
-    where the artifact has no certificate.
+    Raises StoreError where the run store beside the artifact is gone, is of an earlier version, or holds no longer what
+    a tier was made of, and ArtifactError where the artifact has no certificate.
     """
     count = threads or measure.cores()
     engine, manifest, (certificate, _) = load(folder, count), artifact.read_manifest(folder), certificate_of(folder)
@@ -174,11 +174,13 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
-    names = store.get(f"steps {tier.name}")
-    recipe = manifest.provenance.get("recipes", {}).get(tier.name)
-    if names is None or recipe is None or len(names) != len(recipe):
+    names, point = store.get(f"steps {tier.name}") or (), store.get(f"point {tier.name}") or {}
+    recipe = manifest.provenance.get("recipes", {}).get(tier.name) or ()
+    # A later run of the job may have made it anew, or have begun to.
+    same = len(names) == len(recipe) > 0 and point.get("file") == manifest.files[tier.file]
+    if not same or not all((store.model_folder(name) / "model.json").is_file() for name in names):
         raise StoreError(
-            f"{store.folder} does not say how tier {tier.name!r} was made; optimize again to have it explained."
+            f"{store.folder} does not hold what tier {tier.name!r} was made of; optimize again to have it explained."
         )
     found, shares = [], manifest.provenance.get("shares", {}).get(tier.name) or [1.0] * len(names)
     for name, step, share in zip(names, recipe, shares, strict=True):
