@@ -332,6 +332,34 @@ def test_a_matrix_of_artifacts_and_scenarios(shop: Shop, made: Path, tmp_path: P
     assert said.err == "1 of 41 rows of few.tsv cannot be used (1 text is empty); the first is row 41.\n"
 
 
+def test_what_cannot_be_scored_is_one_cell_and_not_the_end(shop: Shop, made: Path, tmp_path: Path, say: Say) -> None:
+    path = written(tmp_path, shop)
+    with (tmp_path / "few.tsv").open("a", encoding="utf-8") as file:
+        file.write("a lovely lamp\tso so\n")
+    few = shop.dev.take(range(9))
+    write_table(tmp_path / "pairs.tsv", replace(few, pair=few.text))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('[[scenario]]\nname = "pairs"\ndata = "pairs.tsv"\npair = "pair"\n')
+    found = evaluate([shop.folder, made], suite(path), 1)
+    assert [bool(cell.problem) for cell in found.cells] == [False, True, True] * 2
+    assert [math.isnan(cell.quality) for cell in found.cells] == [False, True, True] * 2
+    unknown, pairs = "1 label(s) do not occur in training: 'so so'.", "made.nw answers single texts; give no second one"
+    wanted = [f"{folder} on few: {unknown}" for folder in (shop.folder, made)]
+    wanted += [f"{folder} on pairs: {pairs}" for folder in (shop.folder, made)]
+    assert [note[: len(start)] for note, start in zip(found.notes, wanted, strict=True)] == wanted
+    assert found.sentence.endswith("; 4 of 6 cells could not be scored, see the notes")
+    assert found.worst == found.cells[0]
+    stored = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert [cell["problem"] for cell in stored["cells"][:2]] == ["", found.cells[1].problem]
+    said = say("evaluate", made, "--suite", path, "--threads", "1")
+    assert said.status == 1
+    assert "worst: " in said.out, "what could be scored is there"
+    assert f"{made} on few: {unknown}" in said.err
+    assert say("evaluate", made, "--suite", path, "--json").status == 1
+    none = Evaluation("spearman", (replace(found.cells[1], quality=math.nan),))
+    assert none.sentence.endswith("undefined everywhere: 1 of 1 cells could not be scored, see the notes")
+
+
 def test_an_error_and_a_correlation_in_a_matrix() -> None:
     cells = (Cell("a", "one", 9, -0.431), Cell("a", "two", 9, -0.5))
     errors = Evaluation("mae", cells)
