@@ -23,7 +23,7 @@ from netweight.certify import Tested as Result
 from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
-from netweight.evaluate import Cell, Evaluation, Scenario, _quality, evaluate, suite
+from netweight.evaluate import Cell, Evaluation, Scenario, _parts, _quality, evaluate, suite
 from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, explain
 from netweight.export import export
 from netweight.measure import Timing
@@ -406,6 +406,26 @@ def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> No
     assert [(cell.scenario, cell.rows) for cell in cells] == [("all, east", 40), ("all, west", 20)]
     whole = evaluate([shop.folder], [replace(suite(path)[0], by=None)], 1).cells[0].quality
     assert sum(cell.quality * cell.rows for cell in cells) / 60 == pytest.approx(whole)
+
+
+def test_a_column_of_many_values_is_walked_once() -> None:
+    """A row is compared with its own value, not with those of all customers."""
+
+    class Counted(str):
+        asked = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.asked += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    values = tuple(Counted(f"{i % 100:03}") for i in range(1000))
+    rows: Any = SimpleNamespace(slices={"shop": values}, take=list)
+    found: Any = _parts(Scenario("all", "all.tsv", by="shop"), rows)
+    assert [title for title, _ in found] == [f"all, {i:03}" for i in range(100)]
+    assert found[7][1] == list(range(7, 1000, 100))
+    assert Counted.asked < 5 * len(values)
 
 
 @pytest.mark.parametrize(

@@ -156,11 +156,10 @@ def _parts(scenario: Scenario, rows: Rows) -> list[tuple[str, Rows]]:
     """The rows of a scenario, or of each value of its column."""
     if not scenario.by:
         return [(scenario.name, rows)]
-    values = rows.slices[scenario.by]
-    return [
-        (f"{scenario.name}, {value}", rows.take([i for i, at in enumerate(values) if at == value]))
-        for value in sorted(set(values))
-    ]
+    parts: dict[str, list[int]] = {}
+    for i, value in enumerate(rows.slices[scenario.by]):
+        parts.setdefault(value, []).append(i)
+    return [(f"{scenario.name}, {value}", rows.take(parts[value])) for value in sorted(parts)]
 
 
 def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, label: Sequence[str]) -> float:
