@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
-from netweight import artifact, build, pipeline, ship, summary
+from netweight import artifact, build, measure, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.certify import Outcomes, fit_temperature
 from netweight.certify.match import row_keys
@@ -478,6 +478,20 @@ def test_what_a_run_store_holds_of_another_recipe_is_made_anew(
     again(shop, copied)
     with Store(store_of(copied), None) as store:
         assert len(store.keys("costs ")) == costs + 1, "another file is timed"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_job_that_moves_to_another_processor_is_timed_there(
+    shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, taken = shop.result.manifest.provenance["measured"], looks(copied)
+    assert again(shop, copied).manifest.provenance["measured"] == before
+    monkeypatch.setattr(measure, "cpu", lambda: "another processor with avx512_vnni")
+    moved = again(shop, copied)
+    assert moved.measurements.machine.cpu == "another processor with avx512_vnni"
+    with Store(store_of(copied), None) as store:
+        assert [before, moved.manifest.provenance["measured"]] == store.keys("costs ")
+    assert looks(copied) == taken, "costs that say the same are the same look"
 
 
 def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Path, tmp_path: Path) -> None:
