@@ -24,7 +24,7 @@ from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Cell, Evaluation, Scenario, _parts, _quality, evaluate, suite
-from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, explain
+from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, _words, explain
 from netweight.export import export
 from netweight.measure import Timing
 from netweight.model import Model
@@ -127,6 +127,7 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     contents[artifact.CERTIFICATE] = certified().to_json().encode()
     contents[artifact.OUTCOMES] = Outcomes((), np.zeros((0, 2)), {}, np.zeros(0)).to_json().encode()
     encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}, "measured": "costs of these"}
+    provenance |= {"plans": {"small": {"batch_size": 64, "schedule": "linear"}}}
     provenance |= {"command": "optimize --effort standard", "shares": {"small": [*([1.0] * (len(steps) - 1)), 0.083]}}
     artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
     return folder
@@ -151,6 +152,28 @@ def test_rows_leave_early_as_they_do_in_what_ships(tmp_path: Path) -> None:
     assert runtime == "the same, in ONNX Runtime"
     assert "time limit" not in first
     assert last.endswith("; 8.3 % of its epochs fit into the time limit)")
+    assert first == (
+        "EarlyExit (after [1], epochs 0.1, learning_rate 0.0001, temperature 2, hard 0.1, token_dropout 0.1, splice 4; "
+        "plan: batch_size 64, schedule linear)"
+    )
+    assert "plan" not in last, "it trains nothing"
+
+
+def test_steps_are_told_with_all_that_was_given() -> None:
+    step = {"technique": "Distill", "layers": None, "epochs": 18.0, "aware": False, "teachers": ["f" * 64]}
+    assert _words(step, 1.0, {}) == "Distill (epochs 18, aware False)"
+    assert _words(step, 0.996, {}) == "Distill (epochs 18, aware False; 99.6 % of its epochs fit into the time limit)"
+    plan = {"batch_size": 64, "schedule": "linear", "optimizer": "adam"}
+    said = "Distill (epochs 18, aware False; plan: batch_size 64, schedule linear, optimizer adam)"
+    assert _words(step, 1.0, plan) == said
+    assert _words({**step, "epochs": 0}, 1.0, plan) == "Distill (epochs 0, aware False)"
+    # What a technique says itself, the plan does not; but a schedule of pruning is another thing.
+    own = {"technique": "Prune", "schedule": "oneshot", "epochs": 2.0, "batch_size": 128}
+    assert _words(own, 1.0, plan) == (
+        "Prune (schedule oneshot, epochs 2, batch_size 128; plan: schedule linear, optimizer adam)"
+    )
+    nested = {"technique": "QuantizeAware", "start": {"technique": "Quantize", "rows": 300, "group": None}}
+    assert _words(nested, 1.0, {}) == "QuantizeAware (start Quantize (rows 300))"
 
 
 @pytest.mark.usefixtures("quick")
@@ -223,7 +246,7 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
             store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
             costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
-        store.put("trial trial", {})
+        store.put("trial trial", {"params": {"layers": 3, "learning_rate": 0.0004, "aware": False}})
         store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
         store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
         store.put("trial late", {})
@@ -244,6 +267,11 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
         "late": "it was made after the points of this artifact were timed",
     }
+    (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: trial "))
+    assert "MB; layers 3, learning_rate 0.0004, aware False): a trial that another one beats" in said
+    (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: conv "))
+    assert said.endswith(" MB): conv > small (10 %) was not tested."), "a rung of the ladder has no options of its own"
+    assert json.loads(found.to_json())["tried"][-1]["params"] == {}
     manifest = artifact.read_manifest(folder)
     with Store(store_of(folder), None) as store:
         quick = replace(manifest, provenance=manifest.provenance | {"command": "optimize"})

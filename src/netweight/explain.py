@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from netweight.errors import StoreError
 from netweight.export import Exported, export
 from netweight.measure import Cost
 from netweight.model import Model
-from netweight.report.format import Scale
+from netweight.report.format import Scale, percent
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints, Task
@@ -47,12 +47,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Tried:
-    """A point that did not ship, and why."""
+    """A point that did not ship, and why; of a trial also what it tried."""
 
     name: str
     quality: float
     bytes: int
     why: str
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Explanation:
         found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
         found += [
             f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, "
-            f"{t.bytes / 1e6:.1f} MB): {t.why}."
+            f"{t.bytes / 1e6:.1f} MB{'; ' if t.params else ''}{_listed(t.params)}): {t.why}."
             for t in self.tried
         ]
         return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
@@ -183,9 +184,10 @@ def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[t
             f"{store.folder} does not hold what tier {tier.name!r} was made of; optimize again to have it explained."
         )
     found, shares = [], manifest.provenance.get("shares", {}).get(tier.name) or [1.0] * len(names)
+    plan = manifest.provenance.get("plans", {}).get(tier.name, {})
     for name, step, share in zip(names, recipe, shares, strict=True):
         model = Model.load(store.model_folder(name))
-        found.append((tier.name, _words(step, share), *_shown(tier, model, manifest.pad, threads)))
+        found.append((tier.name, _words(step, share, plan), *_shown(tier, model, manifest.pad, threads)))
     return found
 
 
@@ -204,11 +206,21 @@ def _as_shipped(tier: Tier, made: Exported) -> Tier:
     return Tier(tier.name, tier.engine if same else made.kind, "", tier.options if early else made.options)
 
 
-def _words(step: dict[str, Any], share: float) -> str:
-    """A technique with its options, those that say nothing left out, and what the time box left of its epochs."""
-    options = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in step.items() if k != "technique" and v]
-    fit = f"; {100 * share:.2g} % of its epochs fit into the time limit" if share < 1 else ""
-    return f"{step['technique']} ({', '.join(options)}{fit})"
+def _words(step: Mapping[str, Any], share: float, plan: Mapping[str, Any]) -> str:
+    """A technique with its options (but for its teachers, known by a hash), what it leaves to the plan where it trains,
+    and what the time box left of its epochs."""
+    said = [_listed({k: v for k, v in step.items() if k not in ("technique", "teachers")})]
+    # The schedule of `Prune` is another one than the plan's.
+    left = {k: v for k, v in plan.items() if step.get("epochs") and (k == "schedule" or k not in step)}
+    said += [f"plan: {_listed(left)}"] if left else []
+    said += [f"{percent(share)} of its epochs fit into the time limit"] if share < 1 else []
+    return f"{step['technique']} ({'; '.join(said)})"
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    """Options as words; those that are None say nothing."""
+    given = {k: f"{v:g}" if isinstance(v, float) else v for k, v in options.items() if v is not None}
+    return ", ".join(f"{k} {_words(v, 1.0, {}) if isinstance(v, dict) else v}" for k, v in given.items())
 
 
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
@@ -216,10 +228,9 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
     shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
     names = [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
     held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
-    points = [
-        Tried(name, float(task.quality(task.outcomes(held[name], targets))), store.get(f"point {name}")["bytes"], "")
-        for name in names
-    ]
+    quality = {name: float(task.quality(task.outcomes(logits, targets))) for name, logits in held.items()}
+    params = {name: (store.get(f"trial {name}") or {}).get("params", {}) for name in names}
+    points = [Tried(name, quality[name], store.get(f"point {name}")["bytes"], "", params[name]) for name in names]
     minimise = manifest.provenance.get("minimise", "cost")
     measured = manifest.provenance.get("measured")
     if measured is None:
