@@ -538,26 +538,45 @@ def test_steps_of_a_recipe_divide_its_time(
     assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
 
 
-def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "again", "share"),
+    [
+        pytest.param(80.0, (25,), 0.25, id="what is left of what was planned before"),
+        # With more time there are rows beside the real ones, in larger batches: other steps, planned anew.
+        pytest.param(160.0, (400, 200), 0.5, id="another limit"),
+        pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
+    ],
+)
+def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
+    limit: float | None, again: tuple[int, ...], share: float, tmp_path: Path
+) -> None:
     @dataclass(frozen=True)
     class Cut:
+        steps: tuple[int, ...]
         killed: bool
         epochs: float = 2.0
 
         def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-            plan.reporter.start("fit", 100 if self.killed else 25, 0 if self.killed else 10)
+            for steps in self.steps:
+                plan.reporter.start("fit", steps, 0 if self.killed else 10)
             if self.killed:
                 raise KeyboardInterrupt
             return model
 
-    with Store(tmp_path / "made.nw.run", {}) as store:
-        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
+    def made(store: Store, seconds: float, cut: Cut) -> Builder:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=seconds))
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.model("one", lambda: TEACHER, (cut,), seconds, Local(tiny_dataset()))
+        return builder
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
         store.put("steps one", ["one"])
         with pytest.raises(KeyboardInterrupt):
-            builder.model("one", lambda: TEACHER, (Cut(killed=True),), 80.0, Local(tiny_dataset()))
-        builder.model("one", lambda: TEACHER, (Cut(killed=False),), 80.0, Local(tiny_dataset()))
-        assert builder.shares("one") == [0.25]
+            made(store, 80.0, Cut((100,), killed=True))
+        assert store.get("planned one") == {"limit": 80.0, "steps": {"fit": 100}}
+        if limit is None:
+            store.put("planned one", {"fit": 100})
+        assert made(store, limit or 80.0, Cut(again, killed=False)).shares("one") == [share]
 
 
 def test_fits_are_not_made_again_where_their_model_could_not_be_saved(

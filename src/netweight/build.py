@@ -271,9 +271,14 @@ class Builder:
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
         if first:  # steps that train nothing take time too
             own = min(own, seconds - (time.monotonic() - began))
-        planned = self.store.get(f"planned {name}") or {}
-        told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
-        options = self.job.options
+        options, held = self.job.options, self.store.get(f"planned {name}") or {}
+        # Under another limit steps may be of other batches. Stores of before this was written hold steps alone.
+        planned = held if "limit" not in held else held["steps"] if held["limit"] == options.seconds else {}
+        told = Boxed(
+            self.reporter,
+            planned,
+            lambda steps: self.store.put(f"planned {name}", {"limit": options.seconds, "steps": steps}),
+        )
         plan = replace(plan, seed=options.seed, seconds=max(own, 1.0), limit=options.seconds, reporter=told)
         model = last(model, run, plan)
         self.store.discard(name)
