@@ -503,6 +503,15 @@ def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Pa
     (base / "model.safetensors").write_bytes(weights.read_bytes() + b"x")
     assert weights_digest(str(base)) != first
     assert weights_digest("starter") == weights_digest("org/name") == ""
+    # Weights may lie in several files, none of which is called like a single one, or in one of another name.
+    several, digests = tmp_path / "several", list[str]()
+    several.mkdir()
+    assert weights_digest(str(several)) == "", "no weights yet"
+    for name, data in (("1-of-2", b"a"), ("2-of-2", b"b"), ("2-of-2", b"c"), ("1-of-2", b"c")):
+        (several / f"model-0000{name}.safetensors").write_bytes(data)
+        digests.append(weights_digest(str(several)))
+    assert digests[0] == hashlib.sha256(b"a").hexdigest()
+    assert len({*digests, ""}) == 5
     with Store(store_of(copied), None) as store:
         assert store.job["weights"] == first
 
