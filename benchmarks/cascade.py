@@ -39,7 +39,7 @@ def timed(store: Store, measured: str) -> tuple[list[Point], dict[str, Cost]]:
         name, held = key.removeprefix("point "), store.get(key)
         if held is not None and f"{name} {held['engine']}" in costs:
             points.append(Point(name, **held, logits=store.read_arrays(f"points/{name}")["logits"]))
-    own = {p.name: costs[f"{p.name} {engine_of(p.name, p.engine, costs)}"] for p in points}
+    own = {p.name: costs[f"{p.name} {engine_of(p.name, p.engine, costs, 'cost')}"] for p in points}
     return points, own | {"": costs[""]}
 
 

@@ -176,10 +176,19 @@ def bought(run: Run) -> str:
     ]
     others = [
         *(f"- Candidate {c['name']} {c['why']}." for c in found["candidates"]),
-        *(f"- {t['name']} ({100 * t['quality']:.2f}, {t['bytes'] / 1e6:.1f} MB): {t['why']}." for t in found["tried"]),
+        *(
+            f"- {t['name']} ({100 * t['quality']:.2f}, {t['bytes'] / 1e6:.1f} MB{_asked(t)}): {t['why']}."
+            for t in found["tried"]
+        ),
         *(f"- {r['name']} was not made: {r['why']}." for r in found["left_out"]),
     ]
     return "\n".join([*lines, "", "Tried and not taken:", "", *others]) + "\n"
+
+
+def _asked(tried: Run) -> str:
+    """What a trial tried, where what was stored says it."""
+    params = tried.get("params") or {}
+    return "".join(f"; {k} {v:g}" if isinstance(v, float) else f"; {k} {v}" for k, v in params.items())
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ from netweight.choose import (
     SECOND,
     SHARES,
     Choice,
+    Minimise,
     Planned,
     choices,
     engine_of,
@@ -51,6 +52,7 @@ from netweight.measure import Cost
 from netweight.pipeline import climb
 from netweight.run import Local
 from netweight.search import Point, Search, ladder, quantized, student
+from netweight.ship import Ranked
 from netweight.task import Classify, Score, Task, softmax
 from netweight.techniques import Distill, Quantize, QuantizeAware, Shrink
 from netweight.train import Plan
@@ -840,8 +842,20 @@ def test_weights_that_no_certificate_counts_are_spoken_of(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("seconds", "chosen"), [(0.89, "openvino"), (0.91, "onnx")])
 def test_openvino_must_be_a_tenth_faster(seconds: float, chosen: str) -> None:
     costs = {"a onnx": Cost(1.0, 1.0), "a openvino": Cost(seconds, 2.0), "b onnx": Cost(1.0, 1.0)}
-    assert engine_of("a", "onnx", costs) == chosen
-    assert engine_of("b", "onnx", costs) == "onnx"
+    assert engine_of("a", "onnx", costs, "cost") == engine_of("a", "onnx", costs, "size") == chosen
+    assert engine_of("b", "onnx", costs, "cost") == "onnx"
+
+
+@pytest.mark.parametrize(("minimise", "chosen"), [("cost", "openvino"), ("latency", "onnx"), ("size", "openvino")])
+def test_an_engine_is_chosen_by_what_is_minimised(minimise: Minimise, chosen: str) -> None:
+    """Of one that is faster in batches and slower in single requests, the latter count where latency is minimised."""
+    costs = {"a onnx": Cost(0.0020, 0.0030), "a openvino": Cost(0.0017, 0.0045)}
+    assert engine_of("a", "onnx", costs, minimise) == chosen
+    point = Point("a", "onnx", {}, "", 1, 1.0, np.zeros((1, 2), np.float32))
+    job = SimpleNamespace(budget=Budget(minimise=minimise))
+    builder = SimpleNamespace(job=job, with_engine=lambda point, engine: replace(point, engine=engine))
+    ranked: Any = SimpleNamespace(builder=builder)
+    assert Ranked._engines(ranked, {"a": point}, costs)["a"].engine == chosen
 
 
 @pytest.mark.parametrize("bits", [7, 6, 4, 3])

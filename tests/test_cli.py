@@ -113,7 +113,15 @@ def test_inspect_for_people(say: Say, shop: Shop) -> None:
     words = " ".join(said.out.split())
     assert "CERTIFIED: accuracy drops by less than 5 points (95 % confidence, 500 rows that no search saw)" in words
     assert shop.result.certificate.shipped.name in words
-    assert "$" in words
+    measured = shop.result.measurements
+    shipped, reference = (m.timing.batch for m in (measured.shipped, measured.reference) if m.timing)
+    money = dict(summary_module.lines(shop.folder))["money"]
+    assert re.fullmatch(
+        rf"\$[\d.]+ for a million rows in batches of {shipped}, reference \$[\d.]+ in batches of {reference} "
+        r"\(a vCPU hour at \$[\d.]+\)",
+        money,
+    )
+    assert money in words
 
 
 def test_an_error_is_written_in_its_own_units(monkeypatch: pytest.MonkeyPatch, shop: Shop) -> None:

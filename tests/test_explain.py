@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
@@ -22,9 +23,10 @@ from netweight.certify import Tested as Result
 from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
-from netweight.evaluate import Cell, Evaluation, Scenario, _quality, evaluate, suite
-from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, explain
+from netweight.evaluate import Cell, Evaluation, Scenario, _parts, _quality, evaluate, suite
+from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, _words, explain
 from netweight.export import export
+from netweight.measure import Timing
 from netweight.model import Model
 from netweight.network import Exits
 from netweight.run import Local
@@ -42,8 +44,11 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     manifest = artifact.read_manifest(copied)
     recipes = manifest.provenance["recipes"]
     teacher, *steps, whole = found.steps
-    assert [s.tier for s in steps] == [t.name for t in manifest.tiers for _ in recipes[t.name]]
-    assert [s.done.split(" ")[0] for s in steps] == [r["technique"] for t in manifest.tiers for r in recipes[t.name]]
+    # What an encoder is made of is shown in the runtime that ships before any technique is.
+    runtime = {t.name: [] if t.engine == "static" else ["the"] for t in manifest.tiers}
+    done = {t.name: [*runtime[t.name], *(r["technique"] for r in recipes[t.name])] for t in manifest.tiers}
+    wanted = [(t.name, word) for t in manifest.tiers for word in done[t.name]]
+    assert [(s.tier, s.done.split(" ")[0]) for s in steps] == wanted
     assert teacher.bytes == shop.result.measurements.reference.bytes
     assert teacher.quality == pytest.approx(shop.result.measurements.reference.quality)
     assert whole.quality == pytest.approx(shop.result.measurements.shipped.quality)
@@ -107,19 +112,22 @@ def made_of(folder: Path, engine: str, options: dict[str, Any], recipe: Recipe, 
     """An artifact of one tier, made of the first of the models by the steps of the recipe, with its run store."""
     teacher, *steps = models
     names = [*(f"part-{i}" for i in range(len(steps) - 1)), "small"]
-    rows = tiny_rows(9)
+    rows, made = tiny_rows(9), export(steps[-1])
     with Store(store_of(folder), {"a": "job"}) as store:
         for name, model in zip(["teacher", *names], models, strict=True):
             model.save(store.model_folder(name))
         store.put("steps small", names)
+        store.write_arrays("points/small", {"logits": np.zeros((9, 2), np.float32)})
+        file = hashlib.sha256(made.data).hexdigest()
+        store.put("point small", {"engine": "onnx", "bytes": len(made.data), "file": file})
         lines = [json.dumps({"text": t, "label": y}) + "\n" for t, y in zip(rows.text, rows.label or (), strict=True)]
         store.write(DEV, "".join(lines).encode())
-    made = export(steps[-1])
     tier = Tier("small", engine, artifact.tier_file(0, "small", engine), made.options | options)
     contents = {artifact.TOKENIZER: teacher.encoder.definition.encode(), tier.file: made.data}
     contents[artifact.CERTIFICATE] = certified().to_json().encode()
     contents[artifact.OUTCOMES] = Outcomes((), np.zeros((0, 2)), {}, np.zeros(0)).to_json().encode()
     encoder, provenance = teacher.encoder, {"recipes": {"small": describe(recipe)}, "measured": "costs of these"}
+    provenance |= {"plans": {"small": {"batch_size": 64, "schedule": "linear"}}}
     provenance |= {"command": "optimize --effort standard", "shares": {"small": [*([1.0] * (len(steps) - 1)), 0.083]}}
     artifact.save(folder, Manifest(teacher.task, encoder.max_length, encoder.pad, (tier,), provenance), contents)
     return folder
@@ -139,10 +147,33 @@ def test_rows_leave_early_as_they_do_in_what_ships(tmp_path: Path) -> None:
     models = [teacher, early, recipe[1](early, run, PLAN)]
     folder = made_of(tmp_path / "made.nw", "exits", {"thresholds": [0.9]}, recipe, models)
     found = explain(folder, 1)
-    assert [step.quality for step in found.steps[1:]] == [5 / 9, 5 / 9]
-    first, last = (step.done for step in found.steps[1:])
+    assert [step.quality for step in found.steps[2:]] == [5 / 9, 5 / 9]
+    runtime, first, last = (step.done for step in found.steps[1:])
+    assert runtime == "the same, in ONNX Runtime"
     assert "time limit" not in first
     assert last.endswith("; 8.3 % of its epochs fit into the time limit)")
+    assert first == (
+        "EarlyExit (after [1], epochs 0.1, learning_rate 0.0001, temperature 2, hard 0.1, token_dropout 0.1, splice 4; "
+        "plan: batch_size 64, schedule linear)"
+    )
+    assert "plan" not in last, "it trains nothing"
+
+
+def test_steps_are_told_with_all_that_was_given() -> None:
+    step = {"technique": "Distill", "layers": None, "epochs": 18.0, "aware": False, "teachers": ["f" * 64]}
+    assert _words(step, 1.0, {}) == "Distill (epochs 18, aware False)"
+    assert _words(step, 0.996, {}) == "Distill (epochs 18, aware False; 99.6 % of its epochs fit into the time limit)"
+    plan = {"batch_size": 64, "schedule": "linear", "optimizer": "adam"}
+    said = "Distill (epochs 18, aware False; plan: batch_size 64, schedule linear, optimizer adam)"
+    assert _words(step, 1.0, plan) == said
+    assert _words({**step, "epochs": 0}, 1.0, plan) == "Distill (epochs 0, aware False)"
+    # What a technique says itself, the plan does not; but a schedule of pruning is another thing.
+    own = {"technique": "Prune", "schedule": "oneshot", "epochs": 2.0, "batch_size": 128}
+    assert _words(own, 1.0, plan) == (
+        "Prune (schedule oneshot, epochs 2, batch_size 128; plan: schedule linear, optimizer adam)"
+    )
+    nested = {"technique": "QuantizeAware", "start": {"technique": "Quantize", "rows": 300, "group": None}}
+    assert _words(nested, 1.0, {}) == "QuantizeAware (start Quantize (rows 300))"
 
 
 @pytest.mark.usefixtures("quick")
@@ -157,8 +188,38 @@ def test_what_ships_on_openvino_is_timed_on_openvino(tmp_path: Path, monkeypatch
     monkeypatch.setattr("netweight.explain.tier_engine", watched)
     recipe: Recipe = (Quantize(rows=16),)
     models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
-    explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1)
-    assert seen == ["openvino"]
+    steps = explain(made_of(tmp_path / "made.nw", "openvino", {}, recipe, models), 1).steps
+    assert seen == ["openvino"] * 2
+    assert steps[1].done == "the same, in OpenVINO"
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    manifest = artifact.read_manifest(folder)
+    contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
+    (tier,), known = manifest.tiers, manifest.provenance
+    second = replace(tier, name="second", file=artifact.tier_file(1, "second", "onnx"))
+    contents[second.file] = contents[tier.file]
+    provenance = {key: {**known[key], "second": known[key]["small"]} for key in ("recipes", "shares")}
+    two = replace(manifest, tiers=(tier, second), provenance={**known, **provenance, "trimmed": True})
+    shutil.rmtree(folder)
+    artifact.save(folder, two, contents)
+    with Store(store_of(folder), None) as store:
+        teacher.save(store.model_folder("trimmed"))
+        store.put("steps second", store.get("steps small"))
+        store.put("point second", store.get("point small"))
+        store.write_arrays("points/second", store.read_arrays("points/small"))
+    _, *steps, _ = explain(folder, 1).steps
+    assert [step.tier for step in steps] == ["small"] * 3 + ["second"] * 3
+    begun = ["Vocab, the tokens that occur and common ones", "the same, in ONNX Runtime"]
+    assert [step.done for step in steps if not step.done.startswith("Quantize")] == begun * 2
+    assert [replace(step, tier="small") for step in steps[3:5]] == steps[:2], "measured once"
+    assert steps[0].quality == steps[1].quality
+    assert steps[0].milliseconds != steps[1].milliseconds
 
 
 @pytest.mark.usefixtures("quick")
@@ -183,9 +244,9 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         ):
             said = np.where(np.arange(9) < right, targets, ~targets)
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
-            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
+            store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
             costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
-        store.put("trial trial", {})
+        store.put("trial trial", {"params": {"layers": 3, "learning_rate": 0.0004, "aware": False}})
         store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
         store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
         store.put("trial late", {})
@@ -206,6 +267,11 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
         "late": "it was made after the points of this artifact were timed",
     }
+    (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: trial "))
+    assert "MB; layers 3, learning_rate 0.0004, aware False): a trial that another one beats" in said
+    (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: conv "))
+    assert said.endswith(" MB): conv > small (10 %) was not tested."), "a rung of the ladder has no options of its own"
+    assert json.loads(found.to_json())["tried"][-1]["params"] == {}
     manifest = artifact.read_manifest(folder)
     with Store(store_of(folder), None) as store:
         quick = replace(manifest, provenance=manifest.provenance | {"command": "optimize"})
@@ -233,8 +299,26 @@ def test_a_store_that_does_not_know_cannot_explain(copied: Path) -> None:
     path = store_of(copied) / JOURNAL
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if '"steps ' not in line]
     path.write_text("".join(kept), encoding="utf-8")
-    with pytest.raises(StoreError, match="does not say how tier .* was made"):
+    with pytest.raises(StoreError, match="does not hold what tier .* was made of; optimize again"):
         explain(copied, 1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("gone", ["the model", "the point", "the file"])
+def test_a_store_that_holds_something_else_by_now_cannot_explain(tmp_path: Path, gone: str) -> None:
+    """Another run of the job, killed before it shipped, may have removed the model, or made the tier anew."""
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    assert explain(folder, 1).steps[-1].tier == "small"
+    with Store(store_of(folder), None) as store:
+        if gone == "the model":
+            store.discard("small")
+        else:
+            store.put("point small", None if gone == "the point" else store.get("point small") | {"file": "0" * 64})
+    with pytest.raises(StoreError, match="does not hold what tier 'small' was made of; optimize again"):
+        explain(folder, 1)
 
 
 def test_without_its_run_store_nothing_is_explained(made: Path) -> None:
@@ -274,6 +358,34 @@ def test_a_matrix_of_artifacts_and_scenarios(shop: Shop, made: Path, tmp_path: P
         file.write("\tgood\n")
     said = say("evaluate", made, "--suite", path)
     assert said.err == "1 of 41 rows of few.tsv cannot be used (1 text is empty); the first is row 41.\n"
+
+
+def test_what_cannot_be_scored_is_one_cell_and_not_the_end(shop: Shop, made: Path, tmp_path: Path, say: Say) -> None:
+    path = written(tmp_path, shop)
+    with (tmp_path / "few.tsv").open("a", encoding="utf-8") as file:
+        file.write("a lovely lamp\tso so\n")
+    few = shop.dev.take(range(9))
+    write_table(tmp_path / "pairs.tsv", replace(few, pair=few.text))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('[[scenario]]\nname = "pairs"\ndata = "pairs.tsv"\npair = "pair"\n')
+    found = evaluate([shop.folder, made], suite(path), 1)
+    assert [bool(cell.problem) for cell in found.cells] == [False, True, True] * 2
+    assert [math.isnan(cell.quality) for cell in found.cells] == [False, True, True] * 2
+    unknown, pairs = "1 label(s) do not occur in training: 'so so'.", "made.nw answers single texts; give no second one"
+    wanted = [f"{folder} on few: {unknown}" for folder in (shop.folder, made)]
+    wanted += [f"{folder} on pairs: {pairs}" for folder in (shop.folder, made)]
+    assert [note[: len(start)] for note, start in zip(found.notes, wanted, strict=True)] == wanted
+    assert found.sentence.endswith("; 4 of 6 cells could not be scored, see the notes")
+    assert found.worst == found.cells[0]
+    stored = json.loads(found.to_json(), parse_constant=pytest.fail)
+    assert [cell["problem"] for cell in stored["cells"][:2]] == ["", found.cells[1].problem]
+    said = say("evaluate", made, "--suite", path, "--threads", "1")
+    assert said.status == 1
+    assert "worst: " in said.out, "what could be scored is there"
+    assert f"{made} on few: {unknown}" in said.err
+    assert say("evaluate", made, "--suite", path, "--json").status == 1
+    none = Evaluation("spearman", (replace(found.cells[1], quality=math.nan),))
+    assert none.sentence.endswith("undefined everywhere: 1 of 1 cells could not be scored, see the notes")
 
 
 def test_an_error_and_a_correlation_in_a_matrix() -> None:
@@ -324,6 +436,26 @@ def test_a_scenario_for_each_value_of_a_column(shop: Shop, tmp_path: Path) -> No
     assert sum(cell.quality * cell.rows for cell in cells) / 60 == pytest.approx(whole)
 
 
+def test_a_column_of_many_values_is_walked_once() -> None:
+    """A row is compared with its own value, not with those of all customers."""
+
+    class Counted(str):
+        asked = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.asked += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    values = tuple(Counted(f"{i % 100:03}") for i in range(1000))
+    rows: Any = SimpleNamespace(slices={"shop": values}, take=list)
+    found: Any = _parts(Scenario("all", "all.tsv", by="shop"), rows)
+    assert [title for title, _ in found] == [f"all, {i:03}" for i in range(100)]
+    assert found[7][1] == list(range(7, 1000, 100))
+    assert Counted.asked < 5 * len(values)
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [
@@ -355,7 +487,9 @@ def test_artifacts_of_different_metrics_are_not_compared(shop: Shop, made: Path,
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("minimise", "said"), [("latency", "takes no longer"), ("size", "is no larger")])
-def test_what_was_minimised_decides_what_costs_no_more(minimise: str, said: str, tmp_path: Path) -> None:
+def test_what_was_minimised_decides_what_costs_no_more(
+    minimise: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe: Recipe = (Quantize(rows=16),)
     teacher = tiny_model()
     models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
@@ -371,9 +505,19 @@ def test_what_was_minimised_decides_what_costs_no_more(minimise: str, said: str,
         points = {"small": (50, 5.0, 5.0), "late": (40, 4.0, 6.0), "large": (60, 4.0, 4.0)}
         for name, (size, _, _) in points.items():
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[targets.astype(int)]})
-            store.put(f"point {name}", {"engine": "onnx", "bytes": size})
-        store.put("costs of these", {f"{name} onnx": [row, single] for name, (_, row, single) in points.items()})
-    beaten = {t.name: t.why for t in explain(folder, 1).tried}
+            store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
+        costs = {f"{name} onnx": [row, single] for name, (_, row, single) in points.items()}
+        # Faster in batches only, so that it is not what runs `small` where latency is minimised.
+        store.put("costs of these", costs | {"small openvino": [2.0, 9.0]})
+    timing = Timing(1000.0, 900.0, 1100.0, 32, 7.0, 8.0, 9.0)
+    monkeypatch.setattr("netweight.measure.speed", lambda engines, *_, **options: dict.fromkeys(engines, timing))
+    found = explain(folder, 1)
+    single = minimise == "latency"
+    assert {step.milliseconds for step in found.steps} == {7.0 if single else 1.0}
+    shown = "single requests p50 7.00{} ms" if single else "1.00{} ms a row"
+    assert all(shown.format(more) in sentence for more, sentence in zip(("", "0"), found.sentences))
+    assert json.loads(found.to_json())["minimise"] == minimise
+    beaten = {t.name: t.why for t in found.tried}
     name, by = ("late", "small") if minimise == "latency" else ("large", "small")
     assert beaten[name] == f"{by} is at least as good and {said}"
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
-from netweight import artifact, build, pipeline, ship, summary
+from netweight import artifact, build, measure, pipeline, ship, summary
 from netweight.bench import bench
 from netweight.certify import Outcomes, fit_temperature
 from netweight.certify.match import row_keys
@@ -512,6 +512,20 @@ def test_what_a_run_store_holds_of_another_recipe_is_made_anew(
         assert len(store.keys("costs ")) == costs + 1, "another file is timed"
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_job_that_moves_to_another_processor_is_timed_there(
+    shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, taken = shop.result.manifest.provenance["measured"], looks(copied)
+    assert again(shop, copied).manifest.provenance["measured"] == before
+    monkeypatch.setattr(measure, "cpu", lambda: "another processor with avx512_vnni")
+    moved = again(shop, copied)
+    assert moved.measurements.machine.cpu == "another processor with avx512_vnni"
+    with Store(store_of(copied), None) as store:
+        assert [before, moved.manifest.provenance["measured"]] == store.keys("costs ")
+    assert looks(copied) == taken, "costs that say the same are the same look"
+
+
 def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Path, tmp_path: Path) -> None:
     weights = shop.base / "model.safetensors"
     base = tmp_path / "base"
@@ -521,6 +535,15 @@ def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Pa
     (base / "model.safetensors").write_bytes(weights.read_bytes() + b"x")
     assert weights_digest(str(base)) != first
     assert weights_digest("starter") == weights_digest("org/name") == ""
+    # Weights may lie in several files, none of which is called like a single one, or in one of another name.
+    several, digests = tmp_path / "several", list[str]()
+    several.mkdir()
+    assert weights_digest(str(several)) == "", "no weights yet"
+    for name, data in (("1-of-2", b"a"), ("2-of-2", b"b"), ("2-of-2", b"c"), ("1-of-2", b"c")):
+        (several / f"model-0000{name}.safetensors").write_bytes(data)
+        digests.append(weights_digest(str(several)))
+    assert digests[0] == hashlib.sha256(b"a").hexdigest()
+    assert len({*digests, ""}) == 5
     with Store(store_of(copied), None) as store:
         assert store.job["weights"] == first
 

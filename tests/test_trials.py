@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import Killer, Shop, again, journal, store_of, tiny_dataset, tiny_model
-from netweight import pipeline
+from netweight import artifact, pipeline
+from netweight.artifact import Manifest, Tier
 from netweight.build import Builder, Clock, last_share, part
 from netweight.data import Dataset
 from netweight.errors import OptionError
@@ -616,26 +617,45 @@ def test_steps_of_a_recipe_divide_its_time(
     assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
 
 
-def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limit", "again", "share"),
+    [
+        pytest.param(80.0, (25,), 0.25, id="what is left of what was planned before"),
+        # With more time there are rows beside the real ones, in larger batches: other steps, planned anew.
+        pytest.param(160.0, (400, 200), 0.5, id="another limit"),
+        pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
+    ],
+)
+def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
+    limit: float | None, again: tuple[int, ...], share: float, tmp_path: Path
+) -> None:
     @dataclass(frozen=True)
     class Cut:
+        steps: tuple[int, ...]
         killed: bool
         epochs: float = 2.0
 
         def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-            plan.reporter.start("fit", 100 if self.killed else 25, 0 if self.killed else 10)
+            for steps in self.steps:
+                plan.reporter.start("fit", steps, 0 if self.killed else 10)
             if self.killed:
                 raise KeyboardInterrupt
             return model
 
-    with Store(tmp_path / "made.nw.run", {}) as store:
-        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
+    def made(store: Store, seconds: float, cut: Cut) -> Builder:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=seconds))
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.model("one", lambda: TEACHER, (cut,), seconds, Local(tiny_dataset()))
+        return builder
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
         store.put("steps one", ["one"])
         with pytest.raises(KeyboardInterrupt):
-            builder.model("one", lambda: TEACHER, (Cut(killed=True),), 80.0, Local(tiny_dataset()))
-        builder.model("one", lambda: TEACHER, (Cut(killed=False),), 80.0, Local(tiny_dataset()))
-        assert builder.shares("one") == [0.25]
+            made(store, 80.0, Cut((100,), killed=True))
+        assert store.get("planned one") == {"limit": 80.0, "steps": {"fit": 100}}
+        if limit is None:
+            store.put("planned one", {"fit": 100})
+        assert made(store, limit or 80.0, Cut(again, killed=False)).shares("one") == [share]
 
 
 def test_fits_are_not_made_again_where_their_model_could_not_be_saved(
@@ -706,6 +726,32 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
     assert [one.name for one in resumed.measurements.candidates] == ranked, "what was tried before is not forgotten"
     with pytest.raises(OptionError, match="effort is 'lazy'; use quick, standard or thorough"):
         again(shop, tmp_path / "other.nw", effort="lazy")
+
+
+@pytest.mark.parametrize("standing", [True, False])
+def test_models_of_the_artifact_that_stands_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, standing: bool
+) -> None:
+    """`explain` asks for them, and a job that is killed may never ship what beats them."""
+    monkeypatch.setattr(Builder, "disagreement", lambda _, point: disagreement(point))
+    out, names = tmp_path / "made.nw", ("static-1", "static-2")
+    said = [np.array([[wrong]], np.float32) for wrong in (0.5, 0.4)]
+    points = [Point(name, "static", {}, "", 9 - i, 1.0, said[i]) for i, name in enumerate(names)]
+    if standing:
+        tier = Tier(names[0], "static", "tiers/0-static-1.safetensors")
+        artifact.save(out, Manifest(TEACHER.task, 32, 0, (tier,)), {tier.file: b"a table", artifact.TOKENIZER: b"{}"})
+    with Store(store_of(out), {}) as store:
+        for name in names:
+            store.put(f"trial {name}", {})
+            store.put(f"steps {name}", [f"part-{name}", name])
+            for model in (f"part-{name}", name):
+                store.model_folder(model).mkdir(parents=True)
+                store.put(f"model {model}", {})
+        builder = Builder(None, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.drop(points)
+        kept = {path.name for path in (store.folder / MODELS).iterdir()}
+        assert {name: {name, f"part-{name}"} <= kept for name in names} == {"static-1": standing, "static-2": True}
+        assert (store.get("model static-1") is not None) is standing
 
 
 def test_what_follows_distillation_is_gentler() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import measure
-from netweight.artifact import READS, Tier
+from netweight.artifact import READS, Tier, read_manifest
 from netweight.certify import fit_temperature
 from netweight.certify.compare import require_scores
 from netweight.data import Dataset, Rows
@@ -23,7 +23,7 @@ from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
 from netweight.engine.exits import ExitsEngine, leaves, thresholds
-from netweight.errors import ModelError, OptionError
+from netweight.errors import ArtifactError, ModelError, OptionError
 from netweight.export import export, work
 from netweight.job import Job
 from netweight.model import Model, pretrained
@@ -272,9 +272,14 @@ class Builder:
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
         if first:  # steps that train nothing take time too
             own = min(own, seconds - (time.monotonic() - began))
-        planned = self.store.get(f"planned {name}") or {}
-        told = Boxed(self.reporter, planned, lambda steps: self.store.put(f"planned {name}", steps))
-        options = self.job.options
+        options, held = self.job.options, self.store.get(f"planned {name}") or {}
+        # Under another limit steps may be of other batches. Stores of before this was written hold steps alone.
+        planned = held if "limit" not in held else held["steps"] if held["limit"] == options.seconds else {}
+        told = Boxed(
+            self.reporter,
+            planned,
+            lambda steps: self.store.put(f"planned {name}", {"limit": options.seconds, "steps": steps}),
+        )
         plan = replace(plan, seed=options.seed, seconds=max(own, 1.0), limit=options.seconds, reporter=told)
         model = last(model, run, plan)
         self.store.discard(name)
@@ -388,13 +393,15 @@ class Builder:
 
     def drop(self, points: Collection[Point]) -> None:
         """Remove the models of trials that other points beat, whether bytes are minimised or not: they cannot ship, and
-        nothing else asks for them."""
+        nothing else asks for them but `explain`, of those that are tiers of the artifact that stands."""
 
         def kept(size: Callable[[Point], int]) -> set[str]:
             return {p.name for p in undominated(points, lambda point: (self.disagreement(point), size(point)))}
 
-        good = kept(lambda point: point.bytes) | kept(self._work)
-        steps = {point.name: self.store.get(f"steps {point.name}") or [] for point in points}
+        standing = self.standing
+        good = kept(lambda point: point.bytes) | kept(self._work) | set(standing)
+        names = [*(point.name for point in points), *standing]
+        steps = {name: self.store.get(f"steps {name}") or [] for name in names}
         beaten = [name for name in steps if name not in good and self.store.get(f"trial {name}") is not None]
         needed = {model for name in steps if name not in beaten for model in steps[name]}
         for model in (model for name in beaten for model in steps[name] if model not in needed):
@@ -402,6 +409,15 @@ class Builder:
             if self.store.get(f"model {model}") is not None:
                 self.store.put(f"model {model}", None)
             self.store.discard(model)
+
+    @property
+    def standing(self) -> list[str]:
+        """Names of the tiers of the artifact that stands beside the run store; none where there is none yet."""
+        folder = self.store.folder
+        try:
+            return [tier.name for tier in read_manifest(folder.with_name(folder.name.removesuffix(".run"))).tiers]
+        except ArtifactError:
+            return []
 
     def shares(self, name: str) -> list[float]:
         """Of each step of a point's recipe, the share of its epochs that fit into the time box."""

@@ -53,10 +53,16 @@ _EVEN = 0.5
 _WORTH_IT = 0.9
 
 
-def engine_of(name: str, engine: str, costs: Mapping[str, Cost]) -> str:
-    """What runs a point: its own engine, or OpenVINO where that is enough faster."""
-    fast = costs.get(f"{name} openvino")
-    return "openvino" if fast is not None and fast.row < _WORTH_IT * costs[f"{name} {engine}"].row else engine
+def engine_of(name: str, engine: str, costs: Mapping[str, Cost], minimise: Minimise) -> str:
+    """What runs a point: its own engine, or OpenVINO where that is enough faster: in batches, or, where latency is
+    minimised, in single requests, of which it may be the slower one."""
+
+    def cost(of: str) -> float:
+        found = costs[f"{name} {of}"]
+        return found.single if minimise == "latency" else found.row
+
+    able = f"{name} openvino" in costs
+    return "openvino" if able and cost("openvino") < _WORTH_IT * cost(engine) else engine
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from netweight.data import Columns, Rows, read
 from netweight.engine import Engine, load
-from netweight.errors import OptionError
+from netweight.errors import LabelError, OptionError
 from netweight.report.format import quality
 
 _KEYS = {"name", "data", "text", "label", "pair", "by"}
@@ -33,13 +33,15 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Cell:
-    """Quality of one artifact in one scenario; NaN for a correlation with scores that are all equal. A macro-F1 is the
-    mean over the labels that the scenario's rows have."""
+    """Quality of one artifact in one scenario; NaN for a correlation with scores that are all equal, and where a
+    `problem` kept the artifact from being scored. A macro-F1 is the mean over the labels that the scenario's rows have.
+    """
 
     artifact: str
     scenario: str
     rows: int
     quality: float
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Evaluation:
     def worst(self) -> Cell | None:
         """The cell with the lowest quality; None where no cell has one."""
         return min(_defined(self.cells), key=lambda cell: cell.quality, default=None)
+
+    @property
+    def failed(self) -> int:
+        """Cells that could not be scored; `notes` say why."""
+        return sum(bool(cell.problem) for cell in self.cells)
 
     def to_json(self) -> str:
         """All of it."""
@@ -81,12 +88,14 @@ class Evaluation:
 
     @property
     def sentence(self) -> str:
-        """Where it is worst."""
-        cell = self.worst
+        """Where it is worst, and how many cells could not be scored."""
+        cell, missing = self.worst, f"{self.failed:,} of {len(self.cells):,} cells could not be scored, see the notes"
         if cell is None:
-            return f"worst: none, {self.metric} is undefined everywhere: in each scenario all scores are equal"
+            why = missing if self.failed else "in each scenario all scores are equal"
+            return f"worst: none, {self.metric} is undefined everywhere: {why}"
         shown = quality(self.metric, cell.quality)
-        return f"worst: {cell.artifact} on {cell.scenario}, {self.metric} {shown} on {cell.rows:,} rows"
+        said = f"worst: {cell.artifact} on {cell.scenario}, {self.metric} {shown} on {cell.rows:,} rows"
+        return f"{said}; {missing}" if self.failed else said
 
 
 def _defined(cells: Sequence[Cell]) -> list[Cell]:
@@ -119,7 +128,8 @@ def suite(path: Path) -> tuple[Scenario, ...]:
 
 
 def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: int | None = None) -> Evaluation:
-    """Quality of every artifact in every scenario. Raises OptionError where the artifacts have different metrics."""
+    """Quality of every artifact in every scenario, without those that an artifact cannot be scored on: those have a
+    `problem`. Raises OptionError where the artifacts have different metrics."""
     engines = {str(folder): load(folder, threads) for folder in folders}
     metrics = {engine.task.metric for engine in engines.values()}
     if len(metrics) != 1:
@@ -131,7 +141,13 @@ def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: in
         notes += [loaded.note] if loaded.note else []
         for title, rows in _parts(scenario, loaded.rows):
             for name, engine in engines.items():
-                cells.append(Cell(name, title, len(rows), _quality(engine, rows.text, rows.pair, rows.label or ())))
+                scored, problem = math.nan, ""
+                try:
+                    scored = _quality(engine, rows.text, rows.pair, rows.label or ())
+                except (LabelError, OptionError) as refused:
+                    problem = str(refused)
+                    notes.append(f"{name} on {title}: {problem}")
+                cells.append(Cell(name, title, len(rows), scored, problem))
     order = {name: i for i, name in enumerate(engines)}
     return Evaluation(metrics.pop(), tuple(sorted(cells, key=lambda cell: order[cell.artifact])), tuple(notes))
 
@@ -140,11 +156,10 @@ def _parts(scenario: Scenario, rows: Rows) -> list[tuple[str, Rows]]:
     """The rows of a scenario, or of each value of its column."""
     if not scenario.by:
         return [(scenario.name, rows)]
-    values = rows.slices[scenario.by]
-    return [
-        (f"{scenario.name}, {value}", rows.take([i for i, at in enumerate(values) if at == value]))
-        for value in sorted(set(values))
-    ]
+    parts: dict[str, list[int]] = {}
+    for i, value in enumerate(rows.slices[scenario.by]):
+        parts.setdefault(value, []).append(i)
+    return [(f"{scenario.name}, {value}", rows.take(parts[value])) for value in sorted(parts)]
 
 
 def _quality(engine: Engine, text: Sequence[str], pair: Sequence[str] | None, label: Sequence[str]) -> float:

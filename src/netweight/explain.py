@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,21 @@ from netweight.errors import StoreError
 from netweight.export import Exported, export
 from netweight.measure import Cost
 from netweight.model import Model
-from netweight.report.format import Scale
+from netweight.report.format import Scale, percent
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints, Task
 from netweight.techniques.base import read
 
 _TIMED = 400  # rows; steps are far apart, and the teacher among them is slow
+_RUNTIMES = {"onnx": "ONNX Runtime", "exits": "ONNX Runtime", "openvino": "OpenVINO"}
 _NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no longer", "size": "is no larger"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step: the tier that it belongs to, what was done, and what there was afterwards, measured on dev."""
+    """One step: the tier that it belongs to, what was done, and what there was afterwards, measured on dev:
+    `milliseconds` of a row in batches, or, where latency was minimised, of a single request (p50)."""
 
     tier: str
     done: str
@@ -45,12 +47,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Tried:
-    """A point that did not ship, and why."""
+    """A point that did not ship, and why; of a trial also what it tried."""
 
     name: str
     quality: float
     bytes: int
     why: str
+    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Explanation:
     candidates: tuple[Left, ...]
     tried: tuple[Tried, ...]
     left_out: tuple[Left, ...]
+    minimise: Minimise = "cost"
 
     @property
     def scale(self) -> Scale:
@@ -90,7 +94,7 @@ class Explanation:
         teacher, *steps = self.steps
         found = [
             f"The teacher reaches {self.task.metric} {self.scale.quality(teacher.quality)} on {self.rows:,} dev rows, "
-            f"with {teacher.bytes / 1e6:.1f} MB and {teacher.milliseconds:.2f} ms a row on {self.threads} threads."
+            f"with {teacher.bytes / 1e6:.1f} MB and {self._time(teacher, 2)} on {self.threads} threads."
         ]
         before = teacher
         for step in steps:
@@ -102,7 +106,7 @@ class Explanation:
         found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
         found += [
             f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, "
-            f"{t.bytes / 1e6:.1f} MB): {t.why}."
+            f"{t.bytes / 1e6:.1f} MB{'; ' if t.params else ''}{_listed(t.params)}): {t.why}."
             for t in self.tried
         ]
         return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
@@ -114,8 +118,12 @@ class Explanation:
         return (
             f"{self.task.metric} {self.scale.quality(after.quality)} ({points:+.2f} points), "
             f"{after.bytes / 1e6:.1f} MB ({_times(size, 'smaller', 'larger')}), "
-            f"{after.milliseconds:.3f} ms a row ({_times(times, 'faster', 'slower')})"
+            f"{self._time(after, 3)} ({_times(times, 'faster', 'slower')})"
         )
+
+    def _time(self, step: Step, digits: int) -> str:
+        single, value = self.minimise == "latency", f"{step.milliseconds:.{digits}f} ms"
+        return f"single requests p50 {value}" if single else f"{value} a row"
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -123,10 +131,11 @@ def _times(ratio: float, more: str, less: str) -> str:
 
 
 def explain(folder: Path, threads: int | None = None) -> Explanation:
-    """Build what each step of the shipped tiers gave and measure all of it in one run on the dev rows.
+    """Build what each step of the shipped tiers gave and measure all of it in one run on the dev rows. Of encoders,
+    what they are made of is also shown in the runtime that ships, so that no technique gets the runtime's share.
 
-    Raises StoreError where the run store beside the artifact is gone, or is of an earlier version, and ArtifactError
-    where the artifact has no certificate.
+    Raises StoreError where the run store beside the artifact is gone, is of an earlier version, or holds no longer what
+    a tier was made of, and ArtifactError where the artifact has no certificate.
     """
     count = threads or measure.cores()
     engine, manifest, (certificate, _) = load(folder, count), artifact.read_manifest(folder), certificate_of(folder)
@@ -134,43 +143,60 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         rows = rows_of(folder, None, Columns()).rows
         teacher = Model.load(store.model_folder(TEACHER))
         engines: list[tuple[str, str, Engine, int]] = [("", TEACHER, teacher_engine(teacher, count), teacher.bytes)]
-        first: list[tuple[str, Engine, int]] = []
+        source, first = teacher, list[tuple[str, Engine, int]]()
         if manifest.provenance.get("trimmed"):
             # All tiers are made of it, and have its tokenizer.
-            fewer = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
-            first = [("Vocab, the tokens that occur and common ones", teacher_engine(fewer, count), fewer.bytes)]
+            source = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
+            first = [("Vocab, the tokens that occur and common ones", teacher_engine(source, count), source.bytes)]
+        same: dict[str, tuple[Engine, int]] = {}
         for tier in manifest.tiers:
-            engines += [*((tier.name, *one) for one in first), *_steps(store, manifest, tier, count)]
+            engines += ((tier.name, *one) for one in first)
+            # What the runtime gives would else seem to be the first step's. Engines of tables run no network.
+            if runtime := _RUNTIMES.get(tier.engine):
+                same[runtime] = same.get(runtime) or _shown(tier, source, manifest.pad, count)
+                engines.append((tier.name, f"the same, in {runtime}", *same[runtime]))
+            engines += _steps(store, manifest, tier, count)
         if len(manifest.tiers) > 1:
             engines.append(("", "The artifact, all tiers", engine, artifact.size(folder, manifest)))
         some = rows.take(range(min(_TIMED, len(rows))))
-        timings = measure.speed({f"{i}": e for i, (_, _, e, _) in enumerate(engines)}, some, rounds=3)
+        minimise: Minimise = manifest.provenance.get("minimise", "cost")
+        # What several tiers begin with is measured once.
+        each = {e: f"{i}" for i, e in enumerate(dict.fromkeys(e for _, _, e, _ in engines))}
+        timings = measure.speed({key: e for e, key in each.items()}, some, rounds=3)
         targets = engine.task.targets(rows.label or ())
-        steps = []
-        for i, (tier_name, done, e, size) in enumerate(engines):
+        found: dict[Engine, tuple[float, float]] = {}
+        for e, key in each.items():
             logits = e.outputs(rows.text, rows.pair).logits
             quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
-            steps.append(Step(tier_name, done, quality, size, 1000 / timings[f"{i}"].rows_per_second))
+            found[e] = quality, timings[key].p50 if minimise == "latency" else 1000 / timings[key].rows_per_second
+        steps = [Step(name, done, found[e][0], size, found[e][1]) for name, done, e, size in engines]
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store, manifest)
-    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left)
+    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left, minimise)
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
-    names = store.get(f"steps {tier.name}")
-    recipe = manifest.provenance.get("recipes", {}).get(tier.name)
-    if names is None or recipe is None or len(names) != len(recipe):
+    names, point = store.get(f"steps {tier.name}") or (), store.get(f"point {tier.name}") or {}
+    recipe = manifest.provenance.get("recipes", {}).get(tier.name) or ()
+    # A later run of the job may have made it anew, or have begun to.
+    same = len(names) == len(recipe) > 0 and point.get("file") == manifest.files[tier.file]
+    if not same or not all((store.model_folder(name) / "model.json").is_file() for name in names):
         raise StoreError(
-            f"{store.folder} does not say how tier {tier.name!r} was made; optimize again to have it explained."
+            f"{store.folder} does not hold what tier {tier.name!r} was made of; optimize again to have it explained."
         )
     found, shares = [], manifest.provenance.get("shares", {}).get(tier.name) or [1.0] * len(names)
+    plan = manifest.provenance.get("plans", {}).get(tier.name, {})
     for name, step, share in zip(names, recipe, shares, strict=True):
         model = Model.load(store.model_folder(name))
-        made = export(model)
-        part = _as_shipped(tier, made)
-        runs = tier_engine(part, made.data, manifest.pad, threads)
-        engine = Engine(model.task, model.encoder, [(part, runs)], name)
-        found.append((tier.name, _words(step, share), engine, len(made.data)))
+        found.append((tier.name, _words(step, share, plan), *_shown(tier, model, manifest.pad, threads)))
     return found
+
+
+def _shown(tier: Tier, model: Model, pad: int, threads: int) -> tuple[Engine, int]:
+    """What a tier would be that shipped this model, and the bytes of its file."""
+    made = export(model)
+    part = _as_shipped(tier, made)
+    runs = tier_engine(part, made.data, pad, threads)
+    return Engine(model.task, model.encoder, [(part, runs)], tier.name), len(made.data)
 
 
 def _as_shipped(tier: Tier, made: Exported) -> Tier:
@@ -180,11 +206,21 @@ def _as_shipped(tier: Tier, made: Exported) -> Tier:
     return Tier(tier.name, tier.engine if same else made.kind, "", tier.options if early else made.options)
 
 
-def _words(step: dict[str, Any], share: float) -> str:
-    """A technique with its options, those that say nothing left out, and what the time box left of its epochs."""
-    options = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in step.items() if k != "technique" and v]
-    fit = f"; {100 * share:.2g} % of its epochs fit into the time limit" if share < 1 else ""
-    return f"{step['technique']} ({', '.join(options)}{fit})"
+def _words(step: Mapping[str, Any], share: float, plan: Mapping[str, Any]) -> str:
+    """A technique with its options (but for its teachers, known by a hash), what it leaves to the plan where it trains,
+    and what the time box left of its epochs."""
+    said = [_listed({k: v for k, v in step.items() if k not in ("technique", "teachers")})]
+    # The schedule of `Prune` is another one than the plan's.
+    left = {k: v for k, v in plan.items() if step.get("epochs") and (k == "schedule" or k not in step)}
+    said += [f"plan: {_listed(left)}"] if left else []
+    said += [f"{percent(share)} of its epochs fit into the time limit"] if share < 1 else []
+    return f"{step['technique']} ({'; '.join(said)})"
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    """Options as words; those that are None say nothing."""
+    given = {k: f"{v:g}" if isinstance(v, float) else v for k, v in options.items() if v is not None}
+    return ", ".join(f"{k} {_words(v, 1.0, {}) if isinstance(v, dict) else v}" for k, v in given.items())
 
 
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
@@ -192,10 +228,9 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
     shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
     names = [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
     held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
-    points = [
-        Tried(name, float(task.quality(task.outcomes(held[name], targets))), store.get(f"point {name}")["bytes"], "")
-        for name in names
-    ]
+    quality = {name: float(task.quality(task.outcomes(logits, targets))) for name, logits in held.items()}
+    params = {name: (store.get(f"trial {name}") or {}).get("params", {}) for name in names}
+    points = [Tried(name, quality[name], store.get(f"point {name}")["bytes"], "", params[name]) for name in names]
     minimise = manifest.provenance.get("minimise", "cost")
     measured = manifest.provenance.get("measured")
     if measured is None:
@@ -221,7 +256,7 @@ def _costs(store: Store, measured: str, points: Sequence[Tried], minimise: Minim
     for point in points:
         engine = store.get(f"point {point.name}")["engine"]
         if f"{point.name} {engine}" in costs:
-            cost = costs[f"{point.name} {engine_of(point.name, engine, costs)}"]
+            cost = costs[f"{point.name} {engine_of(point.name, engine, costs, minimise)}"]
             found[point.name] = {"cost": cost.row, "latency": cost.single, "size": float(point.bytes)}[minimise]
     return found
 

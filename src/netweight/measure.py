@@ -131,7 +131,7 @@ def machine(threads: int) -> Machine:
         except metadata.PackageNotFoundError:
             continue
     return Machine(
-        cpu=_cpu(),
+        cpu=cpu(),
         cores=cores(),
         threads=threads,
         system=f"{platform.system()} {platform.machine()}",
@@ -142,7 +142,8 @@ def machine(threads: int) -> Machine:
     )
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor, with what makes integer arithmetic fast on it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

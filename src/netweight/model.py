@@ -39,7 +39,7 @@ _STARTER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d
 
 @dataclass(frozen=True)
 class Base:
-    """Where a model's weights come from; `digest` is the SHA-256 of its weights file."""
+    """Where a model's weights come from; `digest` is the SHA-256 of its weights file, or stands for all of several."""
 
     name: str
     licence: str = "unknown"
@@ -215,9 +215,7 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
     torch.nn.init.zeros_(network.head.bias)
     network.eval()
     limit = min(max_length, positions(backbone) or max_length)
-    weights = folder / "model.safetensors"
-    digest = _sha256(weights) if weights.exists() else ""
-    return Model(network, _encoder(folder, limit, config), task, Base(name, _licence(folder), digest))
+    return Model(network, _encoder(folder, limit, config), task, Base(name, _licence(folder), _weights(folder)))
 
 
 def skeleton(name: str) -> Transformer:
@@ -240,10 +238,16 @@ def skeleton(name: str) -> Transformer:
 
 
 def weights_digest(name: str) -> str:
-    """SHA-256 of the weights in a local folder, where another file may stand under the same name tomorrow; "" for the
-    starter and for Hub ids."""
-    weights = Path(name) / "model.safetensors"
-    return _sha256(weights) if name and name != STARTER and weights.is_file() else ""
+    """SHA-256 of the weights in a local folder, where others may stand under the same name tomorrow; "" for the starter
+    and for Hub ids."""
+    return _weights(Path(name)) if name and name != STARTER and Path(name).is_dir() else ""
+
+
+def _weights(folder: Path) -> str:
+    """SHA-256 of a folder's weights: of their file, or, where there are several, of the names and hashes of all."""
+    digests = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()}
+    several = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+    return several if len(digests) > 1 else "".join(digests.values())
 
 
 def positions(backbone: Any) -> int | None:

@@ -62,7 +62,9 @@ class Ranked:
     def __init__(self, builder: Builder, points: Mapping[str, Point]) -> None:
         self.builder = builder
         able = [(name, point.file, engine) for name, point in points.items() for engine in _able(point)]
-        self.measured = f"costs {fit_digest({'threads': builder.job.options.threads, 'of': able})[:16]}"
+        # One processor has instructions for integers that another lacks: what is fastest there need not be here.
+        timed = {"threads": builder.job.options.threads, "cpu": measure.cpu(), "of": able}
+        self.measured = f"costs {fit_digest(timed)[:16]}"
         costs = self._costs(points)
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
@@ -91,9 +93,9 @@ class Ranked:
         return {name: Cost(*pair) for name, pair in store.get(key).items()}
 
     def _engines(self, points: Mapping[str, Point], costs: Mapping[str, Cost]) -> dict[str, Point]:
-        chosen = {}
+        chosen, minimise = {}, self.builder.job.budget.minimise
         for name, point in points.items():
-            best = engine_of(name, point.engine, costs)
+            best = engine_of(name, point.engine, costs, minimise)
             chosen[name] = point if best == point.engine else self.builder.with_engine(point, best)
         return chosen
 

@@ -149,11 +149,15 @@ def _speed(measured: Measurements) -> str:
 
 
 def _money(measured: Measurements) -> str:
-    threads = measured.machine.threads
-    new, old = (m.dollars_per_million(measured.vcpu_hour, threads) for m in (measured.shipped, measured.reference))
+    threads, both = measured.machine.threads, (measured.shipped, measured.reference)
+    new, old = (m.dollars_per_million(measured.vcpu_hour, threads) for m in both)
+    batch, other = (m.timing.batch if m.timing else 0 for m in both)
     if new is None or old is None:
         return "not measured"
-    return f"${new:.4f} for a million requests, reference ${old:.4f} (a vCPU hour at ${measured.vcpu_hour})"
+    return (
+        f"${new:.4f} for a million rows in batches of {batch}, reference ${old:.4f} in batches of {other} "
+        f"(a vCPU hour at ${measured.vcpu_hour})"
+    )
 
 
 def verify(

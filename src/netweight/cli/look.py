@@ -90,9 +90,11 @@ def evaluate(
         print(note, file=sys.stderr)
     if as_json:
         print(found.to_json())
-        return
-    print_table(found.rows())
-    print(found.sentence)
+    else:
+        print_table(found.rows())
+        print(found.sentence)
+    if found.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
