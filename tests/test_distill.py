@@ -320,13 +320,27 @@ def test_students_and_teachers_of_any_kind(model: Model, dataset: Dataset) -> No
     mean, confidence = several(model, run, PLAN), replace(several, combine="confidence")(model, run, PLAN)
     assert len({model.digest, mean.digest, confidence.digest}) == 3
     # Another tokenizer will do where no row is made of token ids.
-    words = tiny_encoder(max_length=16)
-    other = replace(model, encoder=words)
+    other = replace(model, encoder=tiny_encoder(more=("gloves",)))
     assert replace(QUICK, layers=None, teachers=(other,))(model, run, PLAN).digest != model.digest
     with pytest.raises(ModelError, match="another tokenizer than the model"):
         replace(QUICK, layers=None, teachers=(other,), splice=1.0)(model, run, PLAN)
     with pytest.raises(ModelError, match="another tokenizer than the model"):
         replace(QUICK, layers=None, teachers=(other,), match="hidden")(model, run, PLAN)
+
+
+@pytest.mark.parametrize("reads", [6, 40])
+def test_a_teacher_may_read_more_of_a_text_or_less(reads: int, model: Model, dataset: Dataset) -> None:
+    """Its tokens are the same; but the inside of those that it does not read cannot be matched."""
+    run, teacher = Local(dataset), replace(tiny_model(seed=7), encoder=tiny_encoder(max_length=reads))
+    technique = replace(QUICK, layers=None, teachers=(teacher,), splice=1.0)
+    assert technique(model, run, PLAN).digest != model.digest
+    inside = replace(technique, match=("logits", "hidden"))
+    if reads > model.encoder.max_length:
+        assert inside(model, run, PLAN).digest != model.digest
+        return
+    said = "the teacher reads 6 tokens of a text and the model 32, .* max_length=32 or more, let the model read 6, or"
+    with pytest.raises(ModelError, match=said):
+        inside(model, run, PLAN)
 
 
 def test_a_teacher_is_learned_from(dataset: Dataset) -> None:
