@@ -361,8 +361,10 @@ def test_scores_are_distilled_too(dataset: Dataset) -> None:
     rows = replace(dataset.train, label=tuple(str(len(text)) for text in dataset.train.text))
     select = replace(dataset.select, label=tuple("1" for _ in dataset.select.text))
     model = tiny_model(Score(20.0, 5.0))
-    made = matching(("logits", "hidden"))(model, Local(replace(dataset, train=rows, select=select)), PLAN)
-    assert made.digest != model.digest
+    run, technique = Local(replace(dataset, train=rows, select=select)), matching(("logits", "hidden"))
+    assert technique(model, run, PLAN).digest != model.digest
+    with pytest.raises(OptionError, match="temperature=3.0 does not apply to .* a task of kind score; leave it out"):
+        replace(technique, temperature=3.0)(model, run, PLAN)
 
 
 def test_a_recipe_with_teachers_is_plain(model: Model) -> None:

@@ -118,7 +118,7 @@ class Distill:
         for teacher in teachers:
             self._check_teacher(model, teacher, bool(inside))
         needs = {
-            "temperature": "logits" in matched,
+            "temperature": "logits" in matched and isinstance(model.task, Classify),
             "match_weight": bool(inside),
             "layer_map": bool(inside & {"hidden", "attention"}),
             "relation_heads": "relations" in inside,
