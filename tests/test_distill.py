@@ -125,7 +125,7 @@ def test_attention_maps_are_compared_by_divergence() -> None:
     torch.testing.assert_close(attention_maps(student, teacher, mask), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_layer_maps_are_those_of_the_papers() -> None:
+def test_layer_maps_end_at_the_last_layer() -> None:
     assert mapped("uniform", 6, 12) == (1, 3, 5, 7, 9, 11)
     assert mapped("last", 6, 12) == (6, 7, 8, 9, 10, 11)
     assert mapped("uniform", 4, 6) == (0, 2, 3, 5)
