@@ -125,7 +125,7 @@ def test_attention_maps_are_compared_by_divergence() -> None:
     torch.testing.assert_close(attention_maps(student, teacher, mask), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_layer_maps_are_those_of_the_papers() -> None:
+def test_layer_maps_end_at_the_last_layer() -> None:
     assert mapped("uniform", 6, 12) == (1, 3, 5, 7, 9, 11)
     assert mapped("last", 6, 12) == (6, 7, 8, 9, 10, 11)
     assert mapped("uniform", 4, 6) == (0, 2, 3, 5)
@@ -320,13 +320,27 @@ def test_students_and_teachers_of_any_kind(model: Model, dataset: Dataset) -> No
     mean, confidence = several(model, run, PLAN), replace(several, combine="confidence")(model, run, PLAN)
     assert len({model.digest, mean.digest, confidence.digest}) == 3
     # Another tokenizer will do where no row is made of token ids.
-    words = tiny_encoder(max_length=16)
-    other = replace(model, encoder=words)
+    other = replace(model, encoder=tiny_encoder(more=("gloves",)))
     assert replace(QUICK, layers=None, teachers=(other,))(model, run, PLAN).digest != model.digest
     with pytest.raises(ModelError, match="another tokenizer than the model"):
         replace(QUICK, layers=None, teachers=(other,), splice=1.0)(model, run, PLAN)
     with pytest.raises(ModelError, match="another tokenizer than the model"):
         replace(QUICK, layers=None, teachers=(other,), match="hidden")(model, run, PLAN)
+
+
+@pytest.mark.parametrize("reads", [6, 40])
+def test_a_teacher_may_read_more_of_a_text_or_less(reads: int, model: Model, dataset: Dataset) -> None:
+    """Its tokens are the same; but the inside of those that it does not read cannot be matched."""
+    run, teacher = Local(dataset), replace(tiny_model(seed=7), encoder=tiny_encoder(max_length=reads))
+    technique = replace(QUICK, layers=None, teachers=(teacher,), splice=1.0)
+    assert technique(model, run, PLAN).digest != model.digest
+    inside = replace(technique, match=("logits", "hidden"))
+    if reads > model.encoder.max_length:
+        assert inside(model, run, PLAN).digest != model.digest
+        return
+    said = "the teacher reads 6 tokens of a text and the model 32, .* max_length=32 or more, let the model read 6, or"
+    with pytest.raises(ModelError, match=said):
+        inside(model, run, PLAN)
 
 
 def test_a_teacher_is_learned_from(dataset: Dataset) -> None:
@@ -347,8 +361,10 @@ def test_scores_are_distilled_too(dataset: Dataset) -> None:
     rows = replace(dataset.train, label=tuple(str(len(text)) for text in dataset.train.text))
     select = replace(dataset.select, label=tuple("1" for _ in dataset.select.text))
     model = tiny_model(Score(20.0, 5.0))
-    made = matching(("logits", "hidden"))(model, Local(replace(dataset, train=rows, select=select)), PLAN)
-    assert made.digest != model.digest
+    run, technique = Local(replace(dataset, train=rows, select=select)), matching(("logits", "hidden"))
+    assert technique(model, run, PLAN).digest != model.digest
+    with pytest.raises(OptionError, match="temperature=3.0 does not apply to .* a task of kind score; leave it out"):
+        replace(technique, temperature=3.0)(model, run, PLAN)
 
 
 def test_a_recipe_with_teachers_is_plain(model: Model) -> None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from conftest import BAD, FAMILIES, GOOD, THINGS, net, tiny_encoder, tiny_model
+from netweight.artifact import Tier
 from netweight.data import Dataset
+from netweight.encode import TextEncoder, Tokens
+from netweight.engine.cascade import tier_engine
 from netweight.export import export
-from netweight.model import pretrained
-from netweight.run import Local
-from netweight.run.local import logits_of
+from netweight.model import Model, pretrained
+from netweight.run import Local, local
+from netweight.run.local import logits_of, spliced
 from netweight.task import Classify
-from netweight.techniques import Finetune, Static
+from netweight.techniques import Distill, Finetune, Static
 from netweight.train import Plan
 
 TASK = Classify(("bad", "good"))
@@ -69,6 +74,21 @@ def saved(family: str, folder: Path, **files: Any) -> Path:
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def without_types(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Model:
+    """As RoBERTa's checkpoints are: one row in the table of types, and a tokenizer that marks no second text."""
+    monkeypatch.setitem(FAMILIES, "roberta", {"pad_token_id": 1, "type_vocab_size": 1})
+    made = pretrained(str(saved("roberta", tmp_path)), TASK, max_length=38)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.nn.init.normal_(net(made).head.weight)
+    return made
+
+
+def paired(data: Dataset, other: tuple[str, ...]) -> Dataset:
+    return replace(data, train=replace(data.train, pair=other))
 
 
 @pytest.mark.usefixtures("patched")
@@ -150,3 +170,58 @@ def test_a_padding_id_outside_the_vocabulary_is_not_used(stated: int | None, tmp
     assert pretrained(str(folder), TASK).encoder.pad == 0
     (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 3}), encoding="utf-8")
     assert pretrained(str(folder), TASK).encoder.pad == 3
+
+
+def test_a_second_text_is_marked_whatever_the_tokenizer() -> None:
+    """With what closes it, as BERT's tokenizers do, so that each text is one stretch; and nothing else is."""
+    texts, others = ["great zip", "my", "", ""], ["late dress", "", "zip", ""]
+    for definition, closes in ((with_s(), ["</s>"]), (bare(), [])):
+        encoder = TextEncoder(definition, 16)
+        names, tokens = encoder.tokens(), encoder.encode(texts, others)
+        rows = [tokens.stretch(i, i + 1) for i in range(len(tokens))]
+        marked = [[names[i] for i in row.ids[row.types == 1]] for row in rows]
+        assert marked == [["late", "dress", *closes], [], ["zip", *closes], []]
+        assert all((np.diff(row.types.astype(int)) >= 0).all() for row in rows)
+        assert not encoder.encode(texts).types.any()
+
+
+def test_a_table_of_one_type_answers_pairs_as_if_there_were_none(without_types: Model) -> None:
+    tokens = without_types.encoder.encode(["great zip", "", "my coat"], ["late dress after my week", "zip", ""])
+    assert tokens.types.any()
+    found = logits_of(without_types, tokens)
+    assert found.isfinite().all()
+    assert torch.equal(found, logits_of(without_types, replace(tokens, types=np.zeros_like(tokens.types))))
+    made = export(without_types)
+    engine = tier_engine(Tier("t", made.kind, "f", made.options), made.data, without_types.encoder.pad, 1)
+    np.testing.assert_allclose(engine.logits(tokens, 8), found, atol=1e-4)
+
+
+def test_a_static_student_pools_both_texts_of_pairs_without_types(without_types: Model, dataset: Dataset) -> None:
+    data = paired(dataset, dataset.train.text[::-1])
+    technique = Static(width=8, buckets=64, filters=8, reach=3, epochs=4, batch_size=16)
+    student = technique(without_types, Local(data), PLAN)
+    assert student.network.spec()["segments"]
+    # An engine pools each text by itself, so bigrams and windows must not see what stands behind the other text.
+    made, tokens = export(student), student.encoder.encode(data.train.text, data.train.pair)
+    engine = tier_engine(Tier("t", made.kind, "f", made.options), made.data, student.encoder.pad, 1)
+    wanted = logits_of(student, tokens).numpy()
+    assert np.abs(engine.logits(tokens, 8) - wanted).max() < 0.03 * np.ptp(wanted)
+
+
+def test_pairs_without_types_are_not_spliced(
+    without_types: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor where nothing of a second text is left to be marked."""
+    asked: list[int] = []
+
+    def seen(texts: Tokens, count: int, longest: int, seed: int) -> Tokens:
+        asked.append(count)
+        return spliced(texts, count, longest, seed)
+
+    monkeypatch.setattr(local, "spliced", seen)
+    technique = Distill(layers=1, epochs=1, splice=2.0)
+    for other in (dataset.train.text[::-1], ("",) * len(dataset.train)):
+        technique(without_types, Local(paired(dataset, other)), PLAN)
+    assert asked == [0, 0]
+    technique(without_types, Local(dataset), PLAN)
+    assert asked[2] > 0

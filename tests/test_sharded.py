@@ -381,6 +381,17 @@ def test_what_does_not_work_is_refused(
         attempt(still(), run)
 
 
+def test_attention_maps_of_layers_that_are_computed_again_are_not_matched(dataset: Dataset, pool: Pool) -> None:
+    technique = Distill(layers=2, epochs=1, splice=0.0, match=("attention",))
+    relations = replace(technique, match=("logits", "hidden", "relations"), relation_heads=4)
+    model, setup = still(layers=3), replace(SETUP, activation_checkpointing=True)
+    with Parallel(dataset, strategy="fsdp", setup=setup, pool=pool) as run:
+        with pytest.raises(OptionError, match="leave activation_checkpointing out, or match relations"):
+            technique(model, run, PLAN)
+        made = relations(model, run, PLAN)
+    assert distance(made, relations(model, Local(dataset), PLAN)) <= 1e-5
+
+
 def test_a_network_is_not_divided_over_a_card_and_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -192,7 +192,9 @@ def _table(stem: Path, tier: Tier, data: bytes) -> tuple[TierEngine, dict[str, A
         ]
     if tier.options["segments"]:
         maths.insert(
-            4, "That is done for the first text's tokens (u) and the second's (w); then x = [u, w, |u - w|, u * w]."
+            4,
+            "That is done for the first text's tokens (u) and the second's (w), special ones with those before them; "
+            "then x = [u, w, |u - w|, u * w].",
         )
     said = {"format": "table", "file": file.name, "buckets": buckets, "maths": maths}
     return StaticEngine(file.read_bytes(), tier.options), said
@@ -211,7 +213,7 @@ def inputs_and_outputs(takes: set[str], task: Task, tokens: str) -> dict[str, An
     meaning = {
         "ids": "token ids; short rows are filled with pad",
         "mask": "1 for a token, 0 for filling",
-        "types": "1 for tokens of a pair's second text, else 0",
+        "types": "1 for tokens of a pair's second text and those that close it, else 0",
     }
     return {
         "inputs": [

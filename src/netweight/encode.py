@@ -34,7 +34,8 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ragged token ids of n rows: row i is `ids[offsets[i]:offsets[i + 1]]`. `types` marks a pair's second text."""
+    """Ragged token ids of n rows: row i is `ids[offsets[i]:offsets[i + 1]]`. `types` is 1 for a pair's second text and
+    what closes it, whatever the tokenizer."""
 
     ids: Int32
     types: NDArray[np.uint8]
@@ -204,6 +205,10 @@ class TextEncoder:
         found = self._tokenizer.encode_batch_fast(rows)
         ids, offsets = self._flat([as_bytes(row.ids) for row in found])
         types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(ids))
+        if not types.any():
+            # RoBERTa's tokenizers mark no second text, but know which text each token is from.
+            known = (_text(row.sequence_ids) or [0] for row in found)
+            types = np.fromiter(chain.from_iterable(known), np.uint8, len(ids))
         return Tokens(ids, types, offsets)
 
     def _alone(self, texts: list[str]) -> Tokens:
@@ -222,6 +227,13 @@ class TextEncoder:
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(np.fromiter(map(len, ids), np.int64, len(ids)) // ID, out=offsets[1:])
         return np.frombuffer(bytearray().join(ids), np.int32), offsets
+
+
+def _text(sequence: Sequence[int | None]) -> list[int]:
+    """Which text each token of a row goes with: special ones (None) with the one before them, as BERT's do. So each
+    text is one stretch, in which every reader of it sees the same neighbours."""
+    last = 0
+    return [last := last if own is None else own for own in sequence]
 
 
 def listed(texts: Iterable[str], name: str, limit: int | None = None) -> list[str]:

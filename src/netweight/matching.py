@@ -37,8 +37,9 @@ class Matching:
     Each part is a mean over the real tokens of a row, then a weighted mean over rows:
 
     hidden     |W h - t|^2 / |t|^2 of each student layer h and its teacher layer t, averaged over layers; W is a learned
-               projection where widths differ, else the identity (PKD, Sun et al., 2019; TinyBERT, Jiao et al., 2020).
-               Dividing by the teacher's mean square in the row makes one scale fit models of any size.
+               projection where widths differ, else the identity (after PKD, Sun et al., 2019, which divides each
+               vector of [CLS] by its length, and TinyBERT, Jiao et al., 2020, which does not divide). Dividing by the
+               teacher's mean square in the row makes one scale fit models of any size.
     attention  KL of the student's attention maps from the teacher's, averaged over heads and layers (MiniLM, Wang et
                al., 2020, there of the last layer only). The student's attention dropout is off meanwhile: a map with
                holes is no distribution.
@@ -206,8 +207,8 @@ def placed(loss: Loss, device: torch.device) -> Loss:
 def mapped(layers: LayerMap, student: int, teacher: int) -> tuple[int, ...]:
     """The number of the teacher's layer for each of the student's, both from 0.
 
-    "uniform" spreads them and ends at the last, "last" takes the last ones (PKD-skip and PKD-last). A tuple counts
-    from 1. Raises OptionError where the teacher has too few.
+    "uniform" spreads them and ends at the last, "last" takes the last ones (after PKD-skip and PKD-last, which leave
+    out the last layer of both). A tuple counts from 1. Raises OptionError where the teacher has too few.
     """
     if isinstance(layers, tuple):
         if len(layers) != student or not all(1 <= i <= teacher for i in layers):

@@ -62,7 +62,8 @@ class Transformer(Network):
         self.edits: dict[str, dict[str, Any]] = {}
         self.zeros_stay = False
         self.config = cast(Any, backbone).config
-        self._takes_types = bool(getattr(self.config, "type_vocab_size", 0))
+        # A table of one row, as RoBERTa's, knows no second text.
+        self._takes_types = (getattr(self.config, "type_vocab_size", 0) or 0) > 1
         self.head = nn.Linear(self.config.hidden_size, outputs)
 
     def features(self, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class Adversarial:
     """Adversarial training, FGM (Miyato, Dai and Goodfellow, ICLR 2017): also right where the embeddings are moved.
 
     loss = L(x) + L(x + r), with r = epsilon * g / ||g||: g is the gradient of L by the embeddings of a row's tokens,
-    (length, hidden), and its norm is taken over the whole row. Two forward passes and one and a half backward.
+    (length, hidden), and its norm is taken over the whole row. Two forward passes and two and a half backward: the half
+    one is g's, which needs no gradients of weights.
     """
 
     supervised: Supervised

@@ -195,7 +195,7 @@ class Local:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
         as the plan asks for, or fewer where a few of them tell that labelling would eat the time box. What is labelled
         already, for another fit, costs nothing."""
-        if not len(tokens) or tokens.types.any():
+        if not len(tokens) or self.taught.train.pair is not None:
             return spliced(tokens, 0, longest, plan.seed)
         # The whole texts, whatever this model reads of them, so that students of every kind share what is said.
         whole = int(tokens.lengths.max(initial=0)) < model.encoder.max_length

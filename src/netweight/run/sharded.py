@@ -19,6 +19,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from netweight.errors import OptionError
+from netweight.loss import Loss
+from netweight.matching import Matching
 from netweight.network import Exits, Transformer
 from netweight.run.divided import Divided
 
@@ -45,6 +48,14 @@ class Fsdp(Divided):
         self.policy = CPUOffloadPolicy() if offload else OffloadPolicy()
         self.mesh = init_device_mesh(self.device.type, (self.lanes,))
         self._shards: dict[str, DTensor] = {}
+
+    def admit(self, loss: Loss) -> None:
+        super().admit(loss)
+        if self.activation_checkpointing and isinstance(loss, Matching) and "attention" in loss.match:
+            raise OptionError(
+                "attention maps are matched with the plain kernel, which a layer that is computed again would not use; "
+                "leave activation_checkpointing out, or match relations."
+            )
 
     def divide(self, network: Transformer) -> None:
         # Layer by layer this goes to the device of the mesh, is cut there, and with offload goes back.

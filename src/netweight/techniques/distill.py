@@ -118,7 +118,7 @@ class Distill:
         for teacher in teachers:
             self._check_teacher(model, teacher, bool(inside))
         needs = {
-            "temperature": "logits" in matched,
+            "temperature": "logits" in matched and isinstance(model.task, Classify),
             "match_weight": bool(inside),
             "layer_map": bool(inside & {"hidden", "attention"}),
             "relation_heads": "relations" in inside,
@@ -139,10 +139,17 @@ class Distill:
             raise ModelError(
                 "a teacher has another task than the model: other labels, or another scale; train it on the same rows."
             )
-        if (self.splice or inside) and teacher.encoder.fingerprint != model.encoder.fingerprint:
+        if (self.splice or inside) and teacher.encoder.definition != model.encoder.definition:
             raise ModelError(
                 "a teacher has another tokenizer than the model, so it reads other tokens: "
                 "set splice=0 and match only logits."
+            )
+        reads, wanted = teacher.encoder.max_length, model.encoder.max_length
+        if inside and reads < wanted:
+            raise ModelError(
+                f"the teacher reads {reads} tokens of a text and the model {wanted}, and the inside is matched on the "
+                f"same ones: give a teacher of max_length={wanted} or more, let the model read {reads}, or match only "
+                "logits."
             )
 
 
