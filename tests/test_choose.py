@@ -288,6 +288,15 @@ def test_thresholds_are_quantiles_of_confidence_on_calibrate() -> None:
         assert cascade.name == f"cheap > strong ({100 * handed.mean():.0f} %)"
 
 
+def test_which_tier_comes_first_is_said_by_what_is_minimised() -> None:
+    cheap, strong, targets = two()
+    costs = {"": Cost(1.0, 1.0), "cheap": Cost(2.0, 9.0), "strong": Cost(20.0, 5.0)}
+    first: dict[choose.Minimise, str] = {"cost": "cheap", "latency": "strong"}
+    for minimise, name in first.items():
+        found = choices([cheap, strong], costs, TASK, CALIBRATE, targets, minimise)
+        assert {c.points[0].name for c in found if len(c.points) == 2} == {name}, minimise
+
+
 def both_of(cheap: Point, strong: Point) -> np.ndarray:
     """Half a vote of the cheap one, in units of the strong one's logits."""
     return strong.logits + np.float32(0.5 * strong.temperature / cheap.temperature) * cheap.logits

@@ -57,12 +57,14 @@ def engine_of(name: str, engine: str, costs: Mapping[str, Cost], minimise: Minim
     """What runs a point: its own engine, or OpenVINO where that is enough faster: in batches, or, where latency is
     minimised, in single requests, of which it may be the slower one."""
 
-    def cost(of: str) -> float:
-        found = costs[f"{name} {of}"]
-        return found.single if minimise == "latency" else found.row
+    fast, own = costs.get(f"{name} openvino"), costs[f"{name} {engine}"]
+    enough = fast is not None and _seconds(fast, minimise) < _WORTH_IT * _seconds(own, minimise)
+    return "openvino" if enough else engine
 
-    able = f"{name} openvino" in costs
-    return "openvino" if able and cost("openvino") < _WORTH_IT * cost(engine) else engine
+
+def _seconds(cost: Cost, minimise: Minimise) -> float:
+    """Those that count."""
+    return cost.single if minimise == "latency" else cost.row
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,13 @@ def choices(
     if not task.confident:
         return alone
     found: list[Choice] = []
-    by_cost = sorted(points, key=lambda p: costs[p.name].row)
+    seconds = {p.name: _seconds(costs[p.name], minimise) for p in points}
+    by_cost = sorted(points, key=lambda p: seconds[p.name])
     for pair in itertools.permutations(points, 2):
-        if costs[pair[0].name].row < costs[pair[1].name].row:
+        if seconds[pair[0].name] < seconds[pair[1].name]:
             found += compose.distinct(pair, [(share,) for share in SHARES])
     for three in itertools.combinations(_front(by_cost, task, targets), 3) if tiers > 2 else ():
-        if costs[three[0].name].row < costs[three[1].name].row < costs[three[2].name].row:
+        if seconds[three[0].name] < seconds[three[1].name] < seconds[three[2].name]:
             found += compose.distinct(three, list(itertools.product(FIRST, SECOND)))
     most = {choice.points[0].name: choice.cost for choice in alone}
     return [*alone, *(choice for choice in found if choice.cost < most[choice.points[-1].name])]
@@ -218,8 +221,7 @@ def _cost(points: Sequence[Point], reached: Sequence[float], costs: Mapping[str,
     """What is minimised; `reached` is the share of rows that gets to each tier."""
     if minimise == "size":
         return float(sum(p.bytes for p in points))
-    each = [(costs[p.name].row if minimise == "cost" else costs[p.name].single) for p in points]
-    first = costs[""].row if minimise == "cost" else costs[""].single
+    first, *each = (_seconds(costs[name], minimise) for name in ("", *(p.name for p in points)))
     return first + sum(c * share for c, share in zip(each, reached, strict=True))
 
 
