@@ -51,8 +51,8 @@ def with_s() -> str:
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "xlm-roberta", {"pad_token_id": 1})
-    monkeypatch.setitem(FAMILIES, "roberta", {"pad_token_id": 1})
+    for family in ROBERTAS:
+        monkeypatch.setitem(FAMILIES, family, {"pad_token_id": 1, "type_vocab_size": 1})
 
 
 def saved(family: str, folder: Path, **files: Any) -> Path:
@@ -194,6 +194,19 @@ def test_a_table_of_one_type_answers_pairs_as_if_there_were_none(without_types: 
     made = export(without_types)
     engine = tier_engine(Tier("t", made.kind, "f", made.options), made.data, without_types.encoder.pad, 1)
     np.testing.assert_allclose(engine.logits(tokens, 8), found, atol=1e-4)
+
+
+def test_a_table_of_types_that_its_tokenizer_never_used_begins_as_it_was_trained(tmp_path: Path) -> None:
+    """As multilingual students of BERT's family have it, with XLM-R's tokenizer."""
+    folder = saved("bert", tmp_path)
+    assert len(net(pretrained(str(folder), TASK)).backbone.embeddings.token_type_embeddings.weight.unique(dim=0)) == 2  # type: ignore[operator,union-attr]
+    (folder / "tokenizer.json").write_text(with_s(), encoding="utf-8")
+    made = pretrained(str(folder), TASK, max_length=38)
+    torch.nn.init.normal_(net(made).head.weight)
+    tokens = made.encoder.encode(["great zip"], ["late dress"])
+    assert tokens.types.any()
+    none = replace(tokens, types=np.zeros_like(tokens.types))
+    assert torch.equal(logits_of(made, tokens), logits_of(made, none))
 
 
 def test_a_static_student_pools_both_texts_of_pairs_without_types(without_types: Model, dataset: Dataset) -> None:

@@ -272,6 +272,18 @@ def test_a_rung_that_cannot_be_made_is_left_out_and_the_others_are_not(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_model_that_is_damaged_is_no_rung_that_cannot_be_made(shop: Shop, copied: Path) -> None:
+    path = store_of(copied) / JOURNAL
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(ln for ln in lines if json.loads(ln)["key"] != "point static"), encoding="utf-8")
+    (store_of(copied) / "models" / "static" / "model.safetensors").write_bytes(b"")
+    before = looks(copied)
+    with pytest.raises(StoreError, match="what was made is damaged"):
+        again(shop, copied)
+    assert looks(copied) == before
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_trial_that_cannot_be_made_ends_no_job(shop: Shop, copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_SHORT, "standard", 1)
     monkeypatch.setattr(pipeline, "ladder", lambda teacher, _: ladder(teacher)[:3])
@@ -450,7 +462,7 @@ def test_tiers_know_the_tokens_that_texts_use_and_the_reference_all(
     weights = store_of(out) / "models" / build.TRIMMED / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(b"")
-    with pytest.raises(ModelError):
+    with pytest.raises(StoreError, match=r"what was made is damaged: .* but keep its looks\.jsonl"):
         optimize(train.take(seldom), dev=dev, certify=certify, out=out, **shop.options | {"max_length": 16})
     assert looks(out) == before
     weights.write_bytes(whole)

@@ -316,12 +316,32 @@ def test_trials_that_had_another_time_are_points_and_no_more(tmp_path: Path) -> 
     assert {trial.number for trial in found if not trial.short} <= {trial.number for trial in found if trial.short}
 
 
+def test_what_one_time_box_cut_is_no_beginning_in_another(tmp_path: Path) -> None:
+    short, long = (Trial("encoder", 1, True, usual("encoder", TEACHER)[0], limit) for limit in (60.0, 600.0))
+    (*cut, distil, _), plan = short.rung(TEACHER).recipe, short.rung(TEACHER).plan
+    assert isinstance(distil, Distill)
+    assert part(cut, plan) == part(cut, long.rung(TEACHER).plan)
+    assert part((*cut, distil), plan) != part((*cut, distil), long.rung(TEACHER).plan)
+    assert plan.describe() == long.rung(TEACHER).plan.describe(), "a point of before is still one of this recipe"
+    begun = replace(short, short=False)
+    for limit, asked in ((60.0, begun), (600.0, None)):
+        assert trials(tmp_path / f"{limit}", "standard", [(begun, None)], maker=Pretended(limit=limit)).asked == asked
+    # One that was begun with less time is finished, and Optuna learns nothing of it, now or after another kill.
+    first = Trial("static", 1, True, usual("static", TEACHER)[0], 60.0)
+    path = tmp_path / TRIALS
+    driven = trials(path, "standard", [(first, None)], maker=Pretended(limit=600.0))
+    rung = driven.ask()
+    assert rung is not None
+    driven.tell(made(rung))
+    assert not complete_of(path, "static")
+
+
 def test_trials_that_lack_what_this_job_searches_are_no_part_of_its_number(tmp_path: Path) -> None:
     kept = walk(trials(tmp_path / "cost", "standard"))
     driven = trials(tmp_path / TRIALS, "standard", kept, bytes_count=True)
     found = [trial for trial, _ in walk(driven)]
     short = [trial for trial in found if trial.kind == "encoder" and trial.short]
-    assert short[0].params == usual("encoder", TEACHER, bytes_count=True)[0] | short[0].params
+    assert short[0].params == usual("encoder", TEACHER, bytes_count=True)[0]
     assert all({"bits", "sparsity"} <= set(trial.params) for trial in found if trial.kind == "encoder")
     assert 1 < len(short) <= _SHORT["standard"]
 
@@ -332,12 +352,17 @@ def test_a_kind_that_cannot_be_made_is_asked_for_no_more(tmp_path: Path) -> None
     while (rung := driven.ask()) is not None:
         assert driven.asked is not None
         seen.append(driven.asked)
-        if driven.asked.kind == "exits":
+        if driven.asked.kind == "exits" or driven.asked.name == "encoder-2-short":
             driven.without(driven.asked)
         else:
             driven.tell(made(rung))
     assert [trial.name for trial in seen if trial.kind == "exits"] == ["exits-1-short"]
     assert {trial.kind for trial in seen if not trial.short} == {*kinds(TEACHER)} - {"exits"}
+    assert [trial.name for trial in seen if trial.kind == "encoder"] == [
+        "encoder-1-short",
+        "encoder-2-short",
+        "encoder-1",
+    ]
 
 
 def test_what_the_ladder_made_is_not_made_again(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.engine.base import TierEngine
 from netweight.engine.cascade import tier_engine
 from netweight.engine.exits import ExitsEngine, leaves, thresholds
-from netweight.errors import ArtifactError, ModelError, OptionError
+from netweight.errors import ArtifactError, ModelError, OptionError, StoreError
 from netweight.export import export, work
 from netweight.job import Job
 from netweight.model import Model, pretrained
@@ -68,11 +68,18 @@ _EXIT_TOLERANCE = 0.005
 
 
 def part(recipe: Sequence[Technique], plan: Plan) -> str:
-    """Key of the model that the first steps of a recipe give: a digest of the steps and of the plan. While all steps
-    have `epochs=0` nothing reads the plan, and it is left out."""
+    """Key of the model that the first steps of a recipe give: a digest of the steps and of the plan, and of a trial's
+    time limit, since what one time box cut is no beginning in another. While all steps have `epochs=0` nothing reads
+    the plan, and it is left out."""
     if all(getattr(step, "epochs", None) == 0 for step in recipe):
         plan = Plan()
-    return f"part-{fit_digest({'recipe': describe(tuple(recipe)), 'plan': plan.describe()})[:16]}"
+    limit = {"limit": plan.limit} if plan.limit else {}
+    return f"part-{fit_digest({'recipe': describe(tuple(recipe)), 'plan': plan.describe(), **limit})[:16]}"
+
+
+def _recipe(rung: Rung) -> str:
+    """Key of all that a rung is made by, but for its time."""
+    return part(rung.recipe, replace(rung.plan, limit=None))
 
 
 def last_share(recipe: Recipe) -> float:
@@ -198,8 +205,6 @@ class Builder:
         except OptionError:  # nothing would go
             return self.teacher
         except ModelError as problem:
-            if self.store.get(f"model {TRIMMED}") is not None:
-                raise  # it was made, all tiers read its tokens, and now it is damaged
             self.reporter.note(f"tiers have the teacher's whole vocabulary: {problem}")
             return self.teacher
         if found.encoder.vocabulary > _FEW * self.teacher.encoder.vocabulary:
@@ -264,7 +269,13 @@ class Builder:
         gives: recipes that begin alike share it (until `drop`)."""
         folder = self.store.model_folder(name)
         if self.store.get(f"model {name}") is not None:
-            return Model.load(folder)
+            try:
+                return Model.load(folder)
+            except ModelError as problem:  # not to be taken for a recipe that no model can be made by
+                raise StoreError(
+                    f"what was made is damaged: {problem}; choose another output, or delete {self.store.folder}, but "
+                    "keep its looks.jsonl: looks at certify are counted there."
+                ) from None
         began = time.monotonic()
         plan = plan or Plan()
         *first, last = recipe
@@ -296,7 +307,7 @@ class Builder:
         """The rung's point: from the store, or made now."""
         name = rung.name
         self.rungs[name] = rung = self._reading(rung)
-        known, recipe = self.store.get(f"point {name}"), part(rung.recipe, rung.plan)
+        known, recipe = self.store.get(f"point {name}"), _recipe(rung)
         if self.store.get(f"recipe {name}") not in (None, recipe):
             # It was made, or begun, by a version of Netweight or a trial that had another one.
             self.reporter.note(f"{name} is made anew: its recipe is not the one in the run store")
@@ -367,11 +378,12 @@ class Builder:
         return float(held["seconds"])
 
     def has(self, rung: Rung) -> bool:
-        """Whether another point was made by this rung's very recipe."""
-        rung = self._reading(rung)
-        recipe = part(rung.recipe, rung.plan)
+        """Whether another point was made by this rung's very recipe, and under no other time limit."""
+        recipe = _recipe(self._reading(rung))
         names = [key.removeprefix("recipe ") for key in self.store.keys("recipe ")]
-        return any(self.store.get(f"recipe {n}") == recipe and self.made(n) for n in names if n != rung.name)
+        same = [n for n in names if n != rung.name and self.store.get(f"recipe {n}") == recipe and self.made(n)]
+        limits = {(self.store.get(f"trial {n}") or {}).get("limit", 0.0) for n in same}
+        return bool(limits & {0.0, self.limit})
 
     def told(self, rungs: tuple[Rung, ...]) -> list[Point]:
         """The points that an earlier process finished."""

@@ -177,6 +177,11 @@ class TextEncoder:
         return self._tokenizer.token_to_id(name) if name else None
 
     @cached_property
+    def marks(self) -> bool:
+        """Whether the tokenizer itself marks a pair's second text. RoBERTa's do not, but know whence each token is."""
+        return any(self._tokenizer.encode("a", "a").type_ids)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything that changes the ids."""
         return hashlib.sha256(json.dumps([self.definition, self.max_length, self.pad]).encode()).hexdigest()
@@ -205,8 +210,7 @@ class TextEncoder:
         found = self._tokenizer.encode_batch_fast(rows)
         ids, offsets = self._flat([as_bytes(row.ids) for row in found])
         types = np.fromiter(chain.from_iterable(row.type_ids or [0] for row in found), np.uint8, len(ids))
-        if not types.any():
-            # RoBERTa's tokenizers mark no second text, but know which text each token is from.
+        if not self.marks:
             known = (_text(row.sequence_ids) or [0] for row in found)
             types = np.fromiter(chain.from_iterable(known), np.uint8, len(ids))
         return Tokens(ids, types, offsets)

@@ -97,7 +97,7 @@ class Measurement:
     cold_start: float | None = None
 
     def dollars_per_million(self, vcpu_hour: float, threads: int) -> float | None:
-        """Price of a million requests in batches, at `vcpu_hour` for an hour of one core."""
+        """Price of a million rows in batches, at `vcpu_hour` for an hour of one core."""
         if self.timing is None:
             return None
         return 1e6 / self.timing.rows_per_second / 3600 * threads * vcpu_hour

@@ -214,8 +214,12 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
     network.eval()
-    limit = min(max_length, positions(backbone) or max_length)
-    return Model(network, _encoder(folder, limit, config), task, Base(name, _licence(folder), _weights(folder)))
+    encoder = _encoder(folder, min(max_length, positions(backbone) or max_length), config)
+    types = getattr(getattr(backbone, "embeddings", None), "token_type_embeddings", None)
+    if isinstance(types, torch.nn.Embedding) and not encoder.marks:
+        # It never saw a second text as one, and begins as it was trained.
+        types.weight.data[1:] = types.weight.data[0]
+    return Model(network, encoder, task, Base(name, _licence(folder), _weights(folder)))
 
 
 def skeleton(name: str) -> Transformer:

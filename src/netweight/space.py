@@ -63,7 +63,8 @@ class Trial:
         given = optional | dict(self.params)
         part = 1 / SHORTENED if self.short else 1.0
         given["epochs"], share = given["epochs"] * part, SHARE * part
-        plan = replace(TRAINED, schedule=given.pop("schedule"), optimizer=given.pop("optimizer"))
+        how = {name: given.pop(name) for name in ("schedule", "optimizer")}
+        plan = replace(TRAINED, **how, limit=self.limit or None)
         if self.kind == "static":
             if not given["filters"]:
                 del given["reach"]

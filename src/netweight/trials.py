@@ -112,7 +112,9 @@ class Trials:
         self._began: float | None = None  # seconds that were left then
         self._each = 0.0
         # What Optuna had proposed, it proposes again; which of its proposals were made in full, a clock had decided.
-        self.asked = next((trial for trial, point in kept if point is None and not trial.short), None)
+        full = (trial for trial, point in kept if point is None and not trial.short)
+        self.asked = next(filter(self._alike, full), None)
+        self._over = set[Kind]()
         # A short one is finished as it was begun, even where another effort or budget would now propose something else.
         self._begun = {trial.name: trial for trial, point in kept if point is None and trial.short}
         self._made = {trial.name for trial, point in kept if point is not None}
@@ -131,15 +133,14 @@ class Trials:
     def _study(self, path: Path, kind: Kind) -> optuna.Study:
         study = optuna.create_study(storage=f"sqlite:///{path}", study_name=kind, directions=["minimize", "minimize"])
         for one in self.told[kind]:
-            if self._alike(one.trial):
-                self._add(study, one)
+            self._add(study, one)
         return study
 
     def _add(self, study: optuna.Study, one: Told) -> None:
         values, params = [one.disagreement, float(one.size)], dict(one.trial.params)
         # What this job does not search another one may have; of what it does, Optuna takes no other choices.
         where = space(one.trial.kind, self.teacher) | space(one.trial.kind, self.teacher, self._bytes_count)
-        if _among(params, where):
+        if self._alike(one.trial) and _among(params, where):
             held = {name: where[name] for name in params}
             study.add_trial(create_trial(values=values, params=params, distributions=held))
 
@@ -165,8 +166,8 @@ class Trials:
         left = self._maker.left
         if self._began is None:
             self._began = left
-            if self.least < math.inf:
-                self._each = self._maker.box((1 - _FOR_FULL) * left / (_EACH * len(self.told)))
+            each = (1 - _FOR_FULL) * max(left, 1.0) / (_EACH * len(self.told))
+            self._each = self._maker.box(each) if self.least < math.inf else each
         if self.asked is None:
             short = left > _FOR_FULL * self._began or not any(map(self._here, self.told))
             self.asked = (self._short() if short else None) or self._full()
@@ -180,7 +181,7 @@ class Trials:
     def _short(self) -> Trial | None:
         for kind in sorted(self.told, key=lambda kind: len(self._here(kind))):
             here, number, most = self._here(kind), len(self.told[kind]) + 1, _most(_SHORT, self.effort, kind)
-            if len(here) < most and not _flat(here, most):
+            if kind not in self._over and len(here) < most and not _flat(here, most):
                 with _quiet():
                     params = self._proposed(kind, number, len(here), most)
                 found = Trial(kind, number, True, params, self._maker.limit)
@@ -209,10 +210,10 @@ class Trials:
         return None
 
     def without(self, trial: Trial) -> None:
-        """It cannot be made: nor, perhaps, can others of its kind, so this process asks for no more of these."""
+        """It cannot be made: nor, perhaps, can others of its kind, so this process proposes no more of these."""
         self.asked = None
-        self._begun.pop(trial.name, None)
-        del self.told[trial.kind]
+        self._made.add(trial.name)
+        self._over.add(trial.kind)
 
     def tell(self, point: Point) -> None:
         """What the rung that was asked for gave. Raises ValueError for another one."""
@@ -227,7 +228,7 @@ class Trials:
             with _quiet():
                 study = self._studies[trial.kind]
                 *_, proposed = study.get_trials(states=[TrialState.RUNNING])
-                if proposed.params == dict(trial.params):
+                if proposed.params == dict(trial.params) and self._alike(trial):
                     study.tell(proposed.number, [one.disagreement, float(one.size)])
                 else:  # it was begun before, as something else
                     study.tell(proposed.number, state=TrialState.FAIL)

@@ -27,7 +27,7 @@ def candidates_section(measured: Measurements, scale: Scale, command: str) -> Ht
     words = f"Quality by price, at {dollars(measured.vcpu_hour)} for an hour of one virtual core"
     plots = []
     if by_price:
-        picture = pareto("by-price", _fewer(by_price), scale, "US$ per million requests", _tick)
+        picture = pareto("by-price", _fewer(by_price), scale, "US$ per million rows in batches", _tick)
         plots.append(figure(picture, f"{words}. Up and left is better; the line is the front."))
     if by_latency:
         picture = pareto("by-latency", _fewer(by_latency), scale, "latency of one request, p95 (ms)", _tick)
@@ -89,7 +89,7 @@ def _table(
         "p95",
         "p99",
         "size",
-        "a million requests",
+        "a million rows",
     )
     return table(
         f"{count(len(shown))} of {count(len(found))} candidates; front by price, agreement with the reference.",

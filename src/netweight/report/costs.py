@@ -46,7 +46,7 @@ def costs_section(measured: Measurements, command: str) -> Html:
     add("Size to travel", (before.bytes, after.bytes), size, "larger", "smaller")
     add("Peak memory of a process", (before.memory, after.memory), size, "more", "less")
     add("Cold start to the first answer", (before.cold_start, after.cold_start), seconds, "slower", "faster")
-    add("Price of a million requests", money, dollars, "dearer", "cheaper")
+    add("Price of a million rows in batches", money, dollars, "dearer", "cheaper")
     return section(
         "costs",
         "Before and after",
@@ -76,7 +76,7 @@ def _cards(before: Measurement, after: Measurement, money: tuple[float | None, f
             (times(*speeds, "faster", "slower"), f"throughput: {significant(speeds[0])} → {rate(speeds[1])}"),
             (times(*waits, "slower", "faster"), f"latency p95: {significant(waits[0])} → {milliseconds(waits[1])}"),
         ]
-        prices = f"a million requests: {dollars(money[0])} → {dollars(money[1])}"
+        prices = f"a million rows in batches: {dollars(money[0])} → {dollars(money[1])}"
         cards.append((times(*money, "dearer", "cheaper"), prices))
     items = (element("li", element("b", big), element("span", small)) for big, small in cards)
     return element("ul", join(items), kind="cards")
