@@ -178,8 +178,9 @@ class TextEncoder:
 
     @cached_property
     def marks(self) -> bool:
-        """Whether the tokenizer itself marks a pair's second text. RoBERTa's do not, but know whence each token is."""
-        return any(self._tokenizer.encode("a", "a").type_ids)
+        """Whether the tokenizer itself marks a pair's second text: RoBERTa's and GPT-2's do not."""
+        (both,) = self._tokenizer.encode_batch_fast([("a", "a")])
+        return any(both.type_ids)
 
     @cached_property
     def fingerprint(self) -> str:
