@@ -140,7 +140,7 @@ def main() -> None:
     best = peaks(given.threads)
     tiers: dict[str, tuple[Work, Callable[[int], object], int]] = {}
     with Store(store_of(given.artifact), None) as store:
-        encoders = [f"{kind}-int8" for kind in ("full", "slim", "half", "third")]
+        encoders = [f"{kind}-int8" for kind in ("full", "slim", "thin", "half", "third")]
         for name in given.tier or [name for name in encoders if store.get(f"point {name}")]:
             known = store.get(f"point {name}")
             data = store.read(f"points/{name}.bin")

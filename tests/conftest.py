@@ -160,6 +160,7 @@ COSTS = {
     "static": 2e-6,
     "conv": 4e-6,
     "slim-int8": 7e-5,
+    "thin-int8": 6e-5,
     "half-int8": 5e-5,
     "third-int8": 4e-5,
     "half-int4": 5e-5,

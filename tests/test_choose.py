@@ -147,11 +147,25 @@ def test_a_student_where_nothing_can_be_cut_has_fewer_layers(monkeypatch: pytest
     teacher = tiny_model()
     assert [type(step) for step in student(teacher, 1)] == [Distill, Quantize]
     unknown = ladder(teacher)
-    assert not {"full-mixed", "slim-int8"} & {rung.name for rung in unknown}
+    assert not {"full-mixed", "slim-int8", "thin-int8"} & {rung.name for rung in unknown}
     assert next(rung for rung in unknown if isinstance(rung.recipe[0], Distill)).after == ""
     monkeypatch.undo()
-    assert {"full-mixed", "slim-int8"} <= {rung.name for rung in ladder(teacher)}
+    assert {"full-mixed", "slim-int8", "thin-int8"} <= {rung.name for rung in ladder(teacher)}
     assert [type(s) for s in student(teacher, 2, 1.0, None)] == [Distill, Quantize], "and where nothing is to be cut"
+
+
+def test_the_thin_student_is_cut_of_the_slim_one_once_that_has_learned(dataset: Dataset) -> None:
+    teacher = tiny_model(layers=2)
+    slim, thin = (next(r for r in ladder(teacher) if r.name == name) for name in ("slim-int8", "thin-int8"))
+    *learned, last = slim.recipe
+    *first, cut, healed, rounded = thin.recipe
+    assert (first, healed, rounded, thin.plan) == (learned, learned[-1], last, slim.plan), "they share what is made"
+    model, wide = teacher, blocks(teacher.network)[0].neurons  # type: ignore[arg-type]
+    for step, share in ((learned[0], 2), (cut, 4)):
+        assert isinstance(step, Shrink)
+        model = step(model, Local(dataset), Plan())
+        assert [b.neurons for b in blocks(model.network)] == [wide // share] * 2  # type: ignore[arg-type]
+        assert [b.heads for b in blocks(model.network)] == [2, 2], "heads are not cut twice"  # type: ignore[arg-type]
 
 
 def test_ask_and_tell_walk_the_ladder_once() -> None:
@@ -261,7 +275,7 @@ def test_nothing_that_costs_more_is_made_where_the_static_student_passes_alone()
     assert set(found.points) == {"linear", "full-int8", "static"}
     assert notes[1:] == [
         f"{name} is not made: static, which costs less, will hardly fail alone"
-        for name in ("conv", "full-mixed", "slim-int8", "half-int8", "third-int8")
+        for name in ("conv", "full-mixed", "slim-int8", "thin-int8", "half-int8", "third-int8")
     ]
 
 

@@ -651,6 +651,26 @@ def test_steps_of_a_recipe_divide_its_time(
         pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
     ],
 )
+def test_what_is_there_of_a_recipe_takes_none_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[float, float | None]] = []
+    monkeypatch.setattr("netweight.build.time.monotonic", lambda: 0.0)
+
+    @dataclass(frozen=True)
+    class Timed:
+        epochs: float
+
+        def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+            given.append((self.epochs, plan.seconds))
+            return model
+
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=80.0))
+        builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        builder.model("one", lambda: TEACHER, (Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
+        builder.model("other", lambda: TEACHER, (Timed(6), Timed(0), Timed(6), Timed(1)), 70.0, Local(tiny_dataset()))
+    assert given == [(6, 60.0), (2, 20.0), (0, 1.0), (6, 60.0), (1, 10.0)]
+
+
 def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
     limit: float | None, again: tuple[int, ...], share: float, tmp_path: Path
 ) -> None:
@@ -712,7 +732,7 @@ def test_a_job_with_more_effort_goes_on_from_the_ladder(
 ) -> None:
     monkeypatch.setitem(_SHORT, "standard", 1)
     # Of so small a teacher that rung beats all that is tried.
-    rungs = lambda *given: tuple(rung for rung in ladder(*given) if rung.name != "slim-int8")  # noqa: E731
+    rungs = lambda *given: tuple(rung for rung in ladder(*given) if rung.name not in ("slim-int8", "thin-int8"))  # noqa: E731
     monkeypatch.setattr(pipeline, "ladder", rungs)
     before = journal(copied)
     result = again(shop, copied, effort="standard")

@@ -83,7 +83,7 @@ def _recipe(rung: Rung) -> str:
 
 
 def last_share(recipe: Recipe) -> float:
-    """The share of a recipe's time that its last step gets: its epochs of all of them."""
+    """The share of the time of what is to be made of a recipe that its last step gets: its epochs of all of them."""
     epochs = [getattr(step, "epochs", 0.0) for step in recipe]
     return epochs[-1] / sum(epochs) if sum(epochs) else 1.0
 
@@ -279,7 +279,8 @@ class Builder:
         began = time.monotonic()
         plan = plan or Plan()
         *first, last = recipe
-        own = seconds * last_share(recipe)
+        there = [i for i in range(1, len(recipe)) if self.store.get(f"model {part(recipe[:i], plan)}") is not None]
+        own = seconds * last_share(recipe[max(there, default=0) :])
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
         if first:  # steps that train nothing take time too
             own = min(own, seconds - (time.monotonic() - began))
