@@ -129,8 +129,9 @@ def student(
     heads = heads if min(block.heads for block in found) > 1 else 1.0
     steps: Recipe = ()
     if (layers, neurons, heads) != (teacher.depth, 1.0, 1.0):
-        ranked: dict[str, int] = {"multiple": _multiple(found), "rows": _RANKED_BY}
-        steps += (Shrink(heads, neurons, layers, spacing="even", epochs=0, **ranked),)
+        multiple = _multiple(found)
+        cut = Shrink(heads, neurons, layers, spacing="even", multiple=multiple, rows=_RANKED_BY, epochs=0)
+        steps += (cut,)
     steps += (SwapActivation(activation, epochs=0),) if activation else ()
     return *steps, replace(distil, layers=None, teachers=(teacher,)), *then
 
