@@ -44,8 +44,13 @@ def _holds(cell: Cell, points: float) -> bool:
 
 def speed(shop: Shop) -> float:
     """Rows per second over those of the fastest certified transformer peer; 0 where none was certified."""
+    return fastest(shop)[0]
+
+
+def fastest(shop: Shop) -> tuple[float, str]:
+    """That ratio, and the peer."""
     _, _, certified = shop
-    return min((float(c["timing"][p]["ratio"]) for p, c in _transformers(certified).items()), default=0.0)
+    return min(((float(c["timing"][p]["ratio"]), p) for p, c in _transformers(certified).items()), default=(0.0, ""))
 
 
 def _against(cell: Cell, peer: str, key: str) -> float:

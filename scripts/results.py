@@ -74,6 +74,9 @@ def headline(language: str) -> str:
     c, m = own["certificate"], own["machine"]
     where = f"{m['cpu']}, {m['threads']} threads, {m['date']}, Netweight's row of commit {m['commit']}"
     drop, sure = f"{100 * c['drop']['high']:.2f}", f"{100 * (1 - c['level']):g} %"
+    # One seed alone would not say what the others were against.
+    against = ((*figures.fastest(shop), shop[1]["seed"]) for shop in found)
+    each = [f"{ratio:.1f}x ({said(peers.TITLES[p], language)}, seed {s})" for ratio, p, s in against if p]
     command, page = f"`make bench SET=banking77 SEED={seed}`", "[docs/results.md](docs/results.md)"
     if language == "zh":
         return "\n".join(
@@ -81,7 +84,7 @@ def headline(language: str) -> str:
                 *lines,
                 "",
                 f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，在 {sure} 置信水平下最多下降 {drop} 个百分点，允许 "
-                f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
+                f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）；与各种子中最快的、已认证的 Transformer 对手相比：{'，'.join(each)}。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
                 f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
             ]
         )
@@ -91,7 +94,7 @@ def headline(language: str) -> str:
             "",
             f"The certificate: against the teacher on {c['rows']:,} rows that no search saw, with {sure} confidence at most "
             f"{drop} points are lost; {c['margin']:g} was allowed. Of {len(found)} seeds the median one by speed "
-            f"(seed {seed}). Each ratio of speeds is from rounds that take turns with that peer, and so not quite that of two "
+            f"(seed {seed}); beside the fastest certified transformer peer of each: {', '.join(each)}. Each ratio of speeds is from rounds that take turns with that peer, and so not quite that of two "
             f"numbers of the table. {where}. Command: {command}; all figures and how each came about: {page}.",
         ]
     )
