@@ -235,6 +235,7 @@ def test_large_tables_are_tokenized_in_parts(paired: bool, monkeypatch: pytest.M
             return tokenizer.encode_batch_fast(rows)
 
     tokenizer = encoder._tokenizer
+    assert encoder.marks
     monkeypatch.setattr(encoder, "_tokenizer", Spy())
     monkeypatch.setattr("netweight.encode._TEXTS", 4)
     found = encoder.encode(*given)

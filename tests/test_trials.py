@@ -642,15 +642,6 @@ def test_steps_of_a_recipe_divide_its_time(
     assert last_share((LinearFloor(),)) == last_share((Static(),)) == 1
 
 
-@pytest.mark.parametrize(
-    ("limit", "again", "share"),
-    [
-        pytest.param(80.0, (25,), 0.25, id="what is left of what was planned before"),
-        # With more time there are rows beside the real ones, in larger batches: other steps, planned anew.
-        pytest.param(160.0, (400, 200), 0.5, id="another limit"),
-        pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
-    ],
-)
 def test_what_is_there_of_a_recipe_takes_none_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[float, float | None]] = []
     monkeypatch.setattr("netweight.build.time.monotonic", lambda: 0.0)
@@ -671,6 +662,15 @@ def test_what_is_there_of_a_recipe_takes_none_of_its_time(tmp_path: Path, monkey
     assert given == [(6, 60.0), (2, 20.0), (0, 1.0), (6, 60.0), (1, 10.0)]
 
 
+@pytest.mark.parametrize(
+    ("limit", "again", "share"),
+    [
+        pytest.param(80.0, (25,), 0.25, id="what is left of what was planned before"),
+        # With more time there are rows beside the real ones, in larger batches: other steps, planned anew.
+        pytest.param(160.0, (400, 200), 0.5, id="another limit"),
+        pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
+    ],
+)
 def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
     limit: float | None, again: tuple[int, ...], share: float, tmp_path: Path
 ) -> None:
