@@ -84,7 +84,7 @@ def headline(language: str) -> str:
                 *lines,
                 "",
                 f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，在 {sure} 置信水平下最多下降 {drop} 个百分点，允许 "
-                f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）；与各种子中最快的、已认证的 Transformer 对手相比：{'，'.join(each)}。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
+                f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）；与每个种子下最快的、已认证的 Transformer 对手相比：{'，'.join(each)}。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
                 f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
             ]
         )

@@ -659,7 +659,28 @@ def test_what_is_there_of_a_recipe_takes_none_of_its_time(tmp_path: Path, monkey
         builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
         builder.model("one", lambda: TEACHER, (Timed(6), Timed(2)), 80.0, Local(tiny_dataset()))
         builder.model("other", lambda: TEACHER, (Timed(6), Timed(0), Timed(6), Timed(1)), 70.0, Local(tiny_dataset()))
-    assert given == [(6, 60.0), (2, 20.0), (0, 1.0), (6, 60.0), (1, 10.0)]
+        trial = ("trial", lambda: TEACHER, (Timed(6), Timed(2)), 80.0, Local(tiny_dataset()), Plan(limit=80.0))
+        builder.model(*trial)
+        store.put("model trial", None)  # it was killed before
+        builder.model(*trial)
+    rungs, boxes = given[:5], given[5:]
+    assert rungs == [(6, 60.0), (2, 20.0), (0, 1.0), (6, 60.0), (1, 10.0)]
+    assert boxes == [(6, 60.0), (2, 20.0), (2, 20.0)], "boxes of trials are alike"
+
+
+def test_a_trial_of_another_time_limit_is_no_reason_to_make_none(tmp_path: Path) -> None:
+    full = Trial("encoder", 1, False, usual("encoder", TEACHER)[0], 60.0)
+    with Store(tmp_path / "made.nw.run", {}) as store:
+        job = SimpleNamespace(options=SimpleNamespace(seed=0, seconds=600.0))
+        builder = Builder(job, None, None, store, Silent(), None, None)  # type: ignore[arg-type]
+        rung = full.rung(TEACHER)
+        store.put("recipe encoder-1", part(rung.recipe, replace(rung.plan, limit=None)))
+        store.put("point encoder-1", {})
+        asked = replace(full, number=2, limit=600.0).rung(TEACHER)
+        for limit, there in ((60.0, False), (600.0, True), (0.0, True)):
+            store.put("trial encoder-1", {"limit": limit})
+            assert builder.has(asked) == there
+        assert not builder.has(rung), "it is itself"
 
 
 @pytest.mark.parametrize(

@@ -279,8 +279,9 @@ class Builder:
         began = time.monotonic()
         plan = plan or Plan()
         *first, last = recipe
+        # What is there already takes no time, but of trials, whose boxes are alike whatever was killed.
         there = [i for i in range(1, len(recipe)) if self.store.get(f"model {part(recipe[:i], plan)}") is not None]
-        own = seconds * last_share(recipe[max(there, default=0) :])
+        own = seconds * last_share(recipe[0 if plan.limit else max(there, default=0) :])
         model = self.model(part(first, plan), base, tuple(first), seconds - own, run, plan) if first else base()
         if first:  # steps that train nothing take time too
             own = min(own, seconds - (time.monotonic() - began))
@@ -379,7 +380,7 @@ class Builder:
         return float(held["seconds"])
 
     def has(self, rung: Rung) -> bool:
-        """Whether another point was made by this rung's very recipe, and under no other time limit."""
+        """Whether another point was made by this rung's very recipe, and, if a trial, under this time limit."""
         recipe = _recipe(self._reading(rung))
         names = [key.removeprefix("recipe ") for key in self.store.keys("recipe ")]
         same = [n for n in names if n != rung.name and self.store.get(f"recipe {n}") == recipe and self.made(n)]

@@ -56,7 +56,6 @@ _WORTH_IT = 0.9
 def engine_of(name: str, engine: str, costs: Mapping[str, Cost], minimise: Minimise) -> str:
     """What runs a point: its own engine, or OpenVINO where that is enough faster: in batches, or, where latency is
     minimised, in single requests, of which it may be the slower one."""
-
     fast, own = costs.get(f"{name} openvino"), costs[f"{name} {engine}"]
     enough = fast is not None and _seconds(fast, minimise) < _WORTH_IT * _seconds(own, minimise)
     return "openvino" if enough else engine
