@@ -12,6 +12,7 @@ import torch
 
 from conftest import Asked, tiny_model, tiny_rows
 from netweight.data import Dataset
+from netweight.errors import OptionError
 from netweight.loss import Penalized, SoftTargets
 from netweight.matching import Matching
 from netweight.model import Model
@@ -19,6 +20,7 @@ from netweight.network import Exits, Transformer
 from netweight.network import Static as StaticNetwork
 from netweight.objectives import Adversarial, Contrastive, MaskedLM, RDrop
 from netweight.run import Local
+from netweight.task import Score
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -73,6 +75,18 @@ def test_options_of_healing(name: str, model: Model, dataset: Dataset) -> None:
     if name == "Shrink":
         assert loss.hard == 0.1
     assert plan.batch_size == (7 if name == "Static" else PLAN.batch_size)
+
+
+@pytest.mark.parametrize("name", [name for name in HEALING if name not in ("EarlyExit", "Shrink")])
+def test_a_temperature_of_scores_is_refused_before_rows_are_read(name: str, dataset: Dataset) -> None:
+    make, options = HEALING[name]
+    numbers = tuple(str(i % 5) for i in range(len(dataset.train)))
+    model, run = tiny_model(Score(2.0, 1.5)), Asked(replace(dataset, train=replace(dataset.train, label=numbers)))
+    with pytest.raises(OptionError, match="temperature=1.3 is for classification; this model predicts scores"):
+        make(**options)(model, run, PLAN)
+    assert [*run.limits, *run.fits] == []
+    make(**options | {"temperature": 2.0})(model, run, PLAN)
+    assert len(run.fits) == 1
 
 
 def test_options_of_matching(model: Model, dataset: Dataset) -> None:

@@ -363,8 +363,10 @@ def test_scores_are_distilled_too(dataset: Dataset) -> None:
     model = tiny_model(Score(20.0, 5.0))
     run, technique = Local(replace(dataset, train=rows, select=select)), matching(("logits", "hidden"))
     assert technique(model, run, PLAN).digest != model.digest
-    with pytest.raises(OptionError, match="temperature=3.0 does not apply to .* a task of kind score; leave it out"):
+    with pytest.raises(OptionError, match="temperature=3.0 is for classification; this model predicts scores"):
         replace(technique, temperature=3.0)(model, run, PLAN)
+    with pytest.raises(OptionError, match="combine='confidence' is for classification"):
+        Distill(layers=1, teachers=(model, model), combine="confidence")(model, run, PLAN)
 
 
 def test_a_recipe_with_teachers_is_plain(model: Model) -> None:

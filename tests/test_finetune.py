@@ -329,9 +329,9 @@ def test_refusals(dataset: Dataset) -> None:
     labels = tuple(str(i % 7) for i in range(80))
     rows = Rows(dataset.train.text, labels)
     run = Local(replace(dataset, train=rows))
-    for options, name in (({"class_weights": True}, "class_weights"), ({"smoothing": 0.1}, "smoothing")):
-        with pytest.raises(OptionError, match=f"{name} is for classification; this model predicts scores"):
-            Finetune(**options)(tiny_model(Score()), run, PLAN)  # type: ignore[arg-type]
+    for name, value in {"class_weights": True, "smoothing": 0.1}.items():
+        with pytest.raises(OptionError, match=f"{name}={value} is for classification; this model predicts scores"):
+            Finetune(**{name: value})(tiny_model(Score()), run, PLAN)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="two passes under dropout, and this qwen3 has none"):
         Finetune(regularizer="r-drop")(tiny_model(family="qwen3"), Local(dataset), PLAN)
     static = Static(width=4, buckets=8, epochs=0.2)(tiny_model(), Local(dataset), PLAN)

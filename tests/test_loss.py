@@ -100,6 +100,17 @@ def test_numbers_that_would_turn_a_loss_over_are_refused() -> None:
         Supervised(TASK, smoothing=1.5)
 
 
+def test_what_scores_have_no_use_for_is_refused() -> None:
+    for name, given in {"temperature": 3.0, "combine": "confidence"}.items():
+        with pytest.raises(OptionError, match=f"^{name}={given!r} is for classification; this model predicts scores: "):
+            SoftTargets(SCORE, (), **{name: given})  # type: ignore[arg-type]
+    for name, given in {"smoothing": 0.1, "class_weights": (1.0,)}.items():
+        with pytest.raises(OptionError, match=f"^{name}=.* is for classification; this model predicts scores: leave"):
+            Supervised(SCORE, **{name: given})  # type: ignore[arg-type]
+    assert SoftTargets(SCORE, (), 2.0, 0.3).temperature == SoftTargets.temperature == 2.0
+    assert Supervised(SCORE, 0.0).smoothing == 0.0
+
+
 def test_the_gradient_of_unlabelled_rows_is_zero() -> None:
     network = Says(torch.randn(3, 3))
     Supervised(TASK)(network, batch_of(torch.tensor([1, -1, 0]))).backward()

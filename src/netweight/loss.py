@@ -76,6 +76,14 @@ class Loss(Protocol):
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor: ...
 
 
+def for_labels(options: object, task: Classify | Score, *names: str) -> None:
+    """Raise OptionError where one of these options is set and the task is of scores, for which it would do nothing."""
+    for name in names:
+        given = getattr(options, name)
+        if isinstance(task, Score) and given != getattr(type(options), name):
+            raise OptionError(f"{name}={given!r} is for classification; this model predicts scores: leave it out.")
+
+
 def over_exits(network: nn.Module, batch: Batch, loss: Callable[[Tensor], Tensor]) -> Tensor:
     """The mean of the losses of all exits' logits (n, outputs), the i-th weighing i (Kaya, Hong and Dumitras, ICML
     2019). Most networks have one."""
@@ -100,6 +108,7 @@ class Supervised:
 
     def __post_init__(self) -> None:
         within(self, "a loss", {"smoothing": (0 <= self.smoothing < 1, "0 or more, and less than 1")})
+        for_labels(self, self.task, "smoothing", "class_weights")
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         return over_exits(network, batch, lambda logits: self.of(logits, batch))
@@ -134,6 +143,7 @@ class SoftTargets:
             "hard": (0 <= self.hard <= 1, "a share, 0 to 1"),
         }
         within(self, "a distillation", checks)
+        for_labels(self, self.task, "temperature", "combine")
 
     def __call__(self, network: nn.Module, batch: Batch) -> Tensor:
         said = torch.stack([t.float() for t in batch.teachers])

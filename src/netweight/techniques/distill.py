@@ -21,7 +21,6 @@ from netweight.matching import LayerMap, Match, Matching, mapped, project, unpro
 from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
-from netweight.task import Classify
 from netweight.techniques.base import transformer
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan
@@ -118,17 +117,17 @@ class Distill:
         for teacher in teachers:
             self._check_teacher(model, teacher, bool(inside))
         needs = {
-            "temperature": "logits" in matched and isinstance(model.task, Classify),
+            "temperature": "logits" in matched,
             "match_weight": bool(inside),
             "layer_map": bool(inside & {"hidden", "attention"}),
             "relation_heads": "relations" in inside,
-            "combine": len(teachers) > 1 and isinstance(model.task, Classify),
+            "combine": len(teachers) > 1,
         }
         for option in fields(self):
             if not needs.get(option.name, True) and getattr(self, option.name) != option.default:
                 raise OptionError(
                     f"{option.name}={getattr(self, option.name)!r} does not apply to match={self.match!r} "
-                    f"with {len(teachers)} teacher(s) and a task of kind {model.task.kind}; leave it out."
+                    f"with {len(teachers)} teacher(s); leave it out."
                 )
         if self.match_weight <= 0 or self.relation_heads < 1:
             raise OptionError("match_weight must be above 0, and relation_heads 1 or more.")

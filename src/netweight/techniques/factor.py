@@ -94,6 +94,7 @@ class Factor:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         network = copy.deepcopy(transformer(model, "Factor"))
+        loss = SoftTargets(model.task, (model,), self.temperature)
         layers = factorable(network)
         moments: Mapping[str, Tensor] = {}
         if self.aware:
@@ -109,7 +110,6 @@ class Factor:
         student = model.with_network(network)
         if self.epochs:
             plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
-            loss = SoftTargets(model.task, (model,), self.temperature)
             student = heal(student, loss, run, plan, "heal factored layers")
         return student
 

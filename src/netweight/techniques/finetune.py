@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from netweight.errors import ModelError, OptionError
-from netweight.loss import Batch, Loss, Penalty, Supervised, checked_penalty, penalized
+from netweight.loss import Batch, Loss, Penalty, Supervised, checked_penalty, for_labels, penalized
 from netweight.model import Model
 from netweight.network import Exits, Network, Transformer
 from netweight.objectives import Adversarial, RDrop, drops_out
@@ -127,12 +127,9 @@ class Finetune:
                     part.requires_grad_(True)
 
     def _loss(self, model: Model, network: Transformer, run: Run) -> Loss:
+        for_labels(self, model.task, "class_weights")
         weights = None
-        if not isinstance(model.task, Classify):
-            for name in ("class_weights", "smoothing"):
-                if getattr(self, name):
-                    raise OptionError(f"{name} is for classification; this model predicts scores: leave it out.")
-        elif self.class_weights:
+        if self.class_weights:
             weights = inverse_frequencies(run.reduce(model, LabelCounts(model.task.outputs))["rows"])
         loss = Supervised(model.task, self.smoothing, class_weights=weights)
         if self.regularizer == "adversarial":

@@ -54,11 +54,11 @@ class QuantizeAware:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         transformer(model, "QuantizeAware")
+        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         start = self.start(model, run, plan)
         if not (start.ranges or start.weights):
             raise OptionError(f"{type(self.start).__name__} quantizes nothing; start from Quantize or MixedBits.")
         student = model.with_network(faked(start, self.ranges == "learned"))
-        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         return unfaked(heal(student, loss, run, planned(plan, self), "quantization-aware training"), start)
 
 

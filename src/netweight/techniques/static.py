@@ -61,6 +61,7 @@ class Static:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         teacher = transformer(model, "Static")
+        loss = SoftTargets(model.task, (model,), self.temperature)
         reading = read(model, self.reads)
         counts = run.reduce(reading, TokenCounts(model.encoder.vocabulary))["tokens"]
         share = (counts + 1) / (counts + 1).sum()
@@ -85,7 +86,6 @@ class Static:
             if self.filters:
                 network.windows.words.copy_(vectors)
                 network.windows.known.copy_(counts >= self.least)
-        loss = SoftTargets(model.task, (model,), self.temperature)
         plan = replace(
             plan,
             epochs=self.epochs,
