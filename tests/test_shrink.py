@@ -456,7 +456,9 @@ def test_refusals(model: Model, dataset: Dataset) -> None:
     refused("neurons=0.8 of 64, in steps of 32, rounds to all", neurons=0.8, rows=10)
     refused("speedup and table go together", speedup=2.0)
     refused("speedup and table go together", table=table, heads=0.5)
-    refused("speedup chooses heads and neurons", speedup=2.0, table=table, hidden=0.5)
+    for name, value in {"heads": 0.5, "neurons": 0.5, "hidden": 0.5, "uniform": False, "multiple": 8}.items():
+        said = "speedup takes heads and neurons of its table; leave heads, neurons, hidden, uniform, multiple out"
+        refused(said, speedup=2.0, table=table, **{name: value})
     refused("speedup is 1.0; use more than 1", speedup=1.0, table=table)
     refused(
         "nothing in the table is 9.0 times faster; the fastest pair is 2.48 times", speedup=9.0, table=table, rows=10

@@ -125,10 +125,9 @@ class Shrink:
             )
         if (self.speedup is None) != (self.table is None):
             raise OptionError("speedup and table go together: a table says how long what is left would take.")
-        if self.speedup is not None and (self.heads, self.neurons, self.hidden, self.uniform) != (1, 1, 1, True):
-            raise OptionError(
-                "speedup chooses heads and neurons, the same for each layer; leave these and hidden at 1."
-            )
+        chosen = ("heads", "neurons", "hidden", "uniform", "multiple")
+        if self.speedup is not None and any(getattr(self, name) != getattr(Shrink, name) for name in chosen):
+            raise OptionError(f"speedup takes heads and neurons of its table; leave {', '.join(chosen)} out.")
         if self.speedup is not None and self.speedup <= 1:
             raise OptionError(f"speedup is {self.speedup}; use more than 1.")
         if self.importance == "magnitude" and self.rows != Shrink.rows:
