@@ -368,6 +368,19 @@ def test_smoothing_moves_outliers_into_weights(dataset: Dataset) -> None:
     assert error(0.5) < 0.7 * error(0.0)
 
 
+def test_smoothing_is_refused_where_layers_are_not_known(
+    model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(network: nn.Module) -> None:
+        raise ModelError("Netweight does not know the parts of the layers.")
+
+    monkeypatch.setattr("netweight.techniques.quantize.blocks", unknown)
+    usual, none = (one(model, Local(dataset), PLAN) for one in (Quantize(rows=8), Quantize(rows=8, smooth=0.0)))
+    assert usual.ranges == none.ranges
+    with pytest.raises(OptionError, match="smooth=0.4 is for layers that are known; leave it out. Netweight does not"):
+        Quantize(rows=8, smooth=0.4)(model, Local(dataset), PLAN)
+
+
 def test_layers_that_read_the_same_are_divided_by_the_same(dataset: Dataset) -> None:
     for family in FAMILIES:
         model = tiny_model(family=family, layers=1)

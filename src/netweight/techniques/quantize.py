@@ -210,7 +210,9 @@ class Quantize:
         """
         try:
             found = blocks(transformer(model, "Quantize")) if self.smooth else []
-        except ModelError:
+        except ModelError as why:
+            if self.smooth != Quantize.smooth:
+                raise OptionError(f"smooth={self.smooth} is for layers that are known; leave it out. {why}") from None
             return {}
         layers = linears(model.network)
         scales: dict[str, Tensor] = {}
