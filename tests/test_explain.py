@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import Say, Shop, store_of, tiny_dataset, tiny_model, tiny_rows, write_table
+from conftest import COSTS, Say, Shop, store_of, tiny_dataset, tiny_model, tiny_rows, write_table
 from netweight import artifact
 from netweight.artifact import Manifest, Tier
 from netweight.certify import Candidate, Certificate, Estimate, Outcomes, Registration
@@ -24,7 +24,7 @@ from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
 from netweight.evaluate import Cell, Evaluation, Scenario, _parts, _quality, evaluate, suite
-from netweight.explain import Explanation, Step, Tried, _times, _tried, _why, _words, explain
+from netweight.explain import Explanation, Step, Tried, _times, _took, _tried, _why, _words, explain
 from netweight.export import export
 from netweight.measure import Timing
 from netweight.model import Model
@@ -59,6 +59,12 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
         assert (last.bytes, last.quality) == (points[tier.name].bytes, pytest.approx(points[tier.name].quality))
     assert {t.name for t in found.tried} == set(points) - {t.name for t in manifest.tiers}
     assert all(t.quality == pytest.approx(points[t.name].quality) for t in found.tried)
+    # Each as the job took it.
+    assert {t.name: (t.bytes, t.microseconds) for t in found.tried} == {
+        t.name: (points[t.name].bytes, pytest.approx(1e6 * COSTS[t.name])) for t in found.tried
+    }
+    ships = [t.name for t in manifest.tiers]
+    assert found.parts == {name or "tokenization": pytest.approx(1e6 * COSTS[name]) for name in ("", *ships)}
     certificate = shop.result.certificate
     others = [c.name for c in certificate.registration.candidates if c != certificate.shipped]
     assert [c.name for c in found.candidates] == others
@@ -76,7 +82,17 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert said.out.count("\n") == len(found.sentences)
     assert said.out.startswith("The teacher reaches accuracy ")
     assert "points" in said.out
-    assert json.loads(say("explain", copied, "--json").out)["metric"] == "accuracy"
+    assert "Times of what was tried are microseconds of a row in batches of 32 at most, without token" in said.out
+    shown = json.loads(say("explain", copied, "--json").out)
+    assert shown["metric"] == "accuracy"
+    assert shown["timed"] == found.timed
+    assert [t["microseconds"] for t in shown["tried"]] == [t.microseconds for t in found.tried]
+
+    name = found.tried[0].name
+    with Store(store_of(copied), None) as store:
+        assert name in _took(store, manifest)
+        store.put(f"point {name}", store.get(f"point {name}") | {"file": "0" * 64})
+        assert name not in _took(store, manifest), "by this name there is another point now, which nobody timed"
 
 
 def test_errors_are_said_as_errors() -> None:
@@ -241,13 +257,16 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
             ("large-but-fast", 7, 95, 2.0),
             ("trial", 6, 80, None),
             ("for-bytes", 9, 20, None),
+            ("again", 7, 10, 1.0),
         ):
             said = np.where(np.arange(9) < right, targets, ~targets)
             store.write_arrays(f"points/{name}", {"logits": np.eye(2, dtype=np.float32)[said.astype(int)]})
             store.put(f"point {name}", {**(store.get(f"point {name}") or {}), "engine": "onnx", "bytes": size})
             costs |= {} if seconds is None else {f"{name} onnx": [seconds, seconds]}
         store.put("trial trial", {"params": {"layers": 3, "learning_rate": 0.0004, "aware": False}})
-        store.put("costs of these", costs | {"small openvino": [4.9, 9.0]})
+        store.put("point again", store.get("point again") | {"file": "0" * 64})
+        store.put("files costs of these", {"again": "f" * 64})
+        store.put("costs of these", costs | {"small openvino": [4.9, 9.0], "": [1.0, 2.0]})
         store.put("costs of others", {"for-bytes onnx": [1.0, 1.0], "small onnx": [1.0, 1.0]})
         store.put("trial late", {})
         store.write_arrays("points/late", store.read_arrays("points/trial"))
@@ -265,12 +284,21 @@ def test_why_each_thing_did_not_ship(tmp_path: Path) -> None:
         "large-but-fast": "the candidates that were registered promised more: they cost less, or are likelier to pass",
         "trial": "a trial that another one beats in agreement with the teacher and in size is not timed",
         "for-bytes": "it was made for another run of this job, which asked for something else, and not considered here",
+        "again": "it was made after the points of this artifact were timed",
         "late": "it was made after the points of this artifact were timed",
     }
+    untimed = dict.fromkeys(("trial", "for-bytes", "again", "late"))
+    timed = {"full": 9e6, "half": 4e6, "conv": 3e6, "small-but-slow": 6e6, "large-but-fast": 2e6}
+    assert {t.name: t.microseconds for t in found.tried} == timed | untimed
+    assert (
+        "Times of what was tried are microseconds of a row in batches of 32 at most, without tokenization, as the job "
+        "timed them on its own machine (–: not timed). Timed beside them: tokenization 1,000,000, small 5,000,000."
+    ) in found.sentences
     (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: trial "))
-    assert "MB; layers 3, learning_rate 0.0004, aware False): a trial that another one beats" in said
+    assert "MB, – us a row; layers 3, learning_rate 0.0004, aware False): a trial that another one beats" in said
     (said,) = (s for s in found.sentences if s.startswith("Tried and not taken: conv "))
-    assert said.endswith(" MB): conv > small (10 %) was not tested."), "a rung of the ladder has no options of its own"
+    wanted = " MB, 3,000,000 us a row): conv > small (10 %) was not tested."
+    assert said.endswith(wanted), "a rung of the ladder has no options of its own"
     assert json.loads(found.to_json())["tried"][-1]["params"] == {}
     manifest = artifact.read_manifest(folder)
     with Store(store_of(folder), None) as store:
@@ -517,6 +545,12 @@ def test_what_was_minimised_decides_what_costs_no_more(
     shown = "single requests p50 7.00{} ms" if single else "1.00{} ms a row"
     assert all(shown.format(more) in sentence for more, sentence in zip(("", "0"), found.sentences))
     assert json.loads(found.to_json())["minimise"] == minimise
+    assert {t.name: t.microseconds for t in found.tried} == {"late": 6e6 if single else 4e6, "large": 4e6}
+    assert found.parts == {"small": 5e6 if single else 2e6}, "on the engine that it would ship on"
+    said_of = found.sentences[-1]
+    assert said_of.startswith("Tried and not taken: large (")
+    assert f", 4,000,000 us a {'request' if single else 'row'}): " in said_of
+    assert ("of a single request, " if single else "of a row in batches of 32 at most, ") in found.timed
     beaten = {t.name: t.why for t in found.tried}
     name, by = ("late", "small") if minimise == "latency" else ("large", "small")
     assert beaten[name] == f"{by} is at least as good and {said}"

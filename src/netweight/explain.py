@@ -20,9 +20,9 @@ from netweight.engine import Engine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import StoreError
 from netweight.export import Exported, export
-from netweight.measure import Cost
+from netweight.measure import COST_BATCH, Cost
 from netweight.model import Model
-from netweight.report.format import Scale, percent
+from netweight.report.format import Scale, percent, significant
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints, Task
@@ -47,13 +47,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Tried:
-    """A point that did not ship, and why; of a trial also what it tried."""
+    """A point that did not ship, and why; of a trial also what it tried. `microseconds`: see `Explanation.timed`; None
+    where it was not timed for this artifact."""
 
     name: str
     quality: float
     bytes: int
     why: str
     params: Mapping[str, Any] = field(default_factory=dict)
+    microseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Left:
 @dataclass(frozen=True)
 class Explanation:
     """Steps of each tier from the teacher, then the artifact; candidates of the certificate that did not ship; points
-    that are no part of what ships; rungs that were not made."""
+    that are no part of what ships; rungs that were not made. `parts`: microseconds of tokenization, and of each tier
+    that ships, timed with what was tried."""
 
     task: Task
     rows: int
@@ -77,16 +80,23 @@ class Explanation:
     tried: tuple[Tried, ...]
     left_out: tuple[Left, ...]
     minimise: Minimise = "cost"
+    parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scale(self) -> Scale:
         """How qualities are written, with the teacher's as the reference."""
         return Scale(self.task, self.steps[0].quality)
 
+    @property
+    def timed(self) -> str:
+        """What the times of what was tried are."""
+        what = "a single request" if self.minimise == "latency" else f"a row in batches of {COST_BATCH} at most"
+        return f"microseconds of {what}, without tokenization, as the job timed them on its own machine"
+
     def to_json(self) -> str:
         """All of it; `point` is one point in units of quality."""
         values = asdict(self) | {"task": self.task.to_dict(), "metric": self.task.metric, "point": self.scale.point}
-        return json.dumps(values, indent=1)
+        return json.dumps(values | {"timed": self.timed}, indent=1)
 
     @property
     def sentences(self) -> list[str]:
@@ -104,9 +114,15 @@ class Explanation:
             found.append(f"{where}: {self._change(before, step)}.")
             before = step
         found += [f"Candidate {c.name} {c.why}." for c in self.candidates]
+        if self.tried:
+            beside = ", ".join(f"{name} {significant(value)}" for name, value in self.parts.items())
+            beside = f" Timed beside them: {beside}." if beside else ""
+            found.append(f"Times of what was tried are {self.timed} (–: not timed).{beside}")
+        per = "request" if self.minimise == "latency" else "row"
         found += [
             f"Tried and not taken: {t.name} ({self.task.metric} {self.scale.quality(t.quality)}, "
-            f"{t.bytes / 1e6:.1f} MB{'; ' if t.params else ''}{_listed(t.params)}): {t.why}."
+            f"{t.bytes / 1e6:.1f} MB, {'–' if t.microseconds is None else significant(t.microseconds)} us a {per}"
+            f"{'; ' if t.params else ''}{_listed(t.params)}): {t.why}."
             for t in self.tried
         ]
         return found + [f"Not made: {r.name}: {r.why}." for r in self.left_out]
@@ -166,12 +182,14 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         targets = engine.task.targets(rows.label or ())
         found: dict[Engine, tuple[float, float]] = {}
         for e, key in each.items():
-            logits = e.outputs(rows.text, rows.pair).logits
-            quality = float(engine.task.quality(engine.task.outcomes(logits, targets)))
-            found[e] = quality, timings[key].p50 if minimise == "latency" else 1000 / timings[key].rows_per_second
-        steps = [Step(name, done, found[e][0], size, found[e][1]) for name, done, e, size in engines]
+            said, single = e.outputs(rows.text, rows.pair), minimise == "latency"
+            quality = float(engine.task.quality(engine.task.outcomes(said.logits, targets)))
+            found[e] = quality, timings[key].p50 if single else 1000 / timings[key].rows_per_second
+        steps = tuple(Step(name, done, found[e][0], size, found[e][1]) for name, done, e, size in engines)
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store, manifest)
-    return Explanation(engine.task, len(rows), count, tuple(steps), _candidates(certificate), tried, left, minimise)
+        took, ships = _took(store, manifest), ("", *(tier.name for tier in manifest.tiers))
+    parts = {name or "tokenization": took[name] for name in ships if name in took}
+    return Explanation(engine.task, len(rows), count, steps, _candidates(certificate), tried, left, minimise, parts)
 
 
 def _steps(store: Store, manifest: Manifest, tier: Tier, threads: int) -> list[tuple[str, str, Engine, int]]:
@@ -226,22 +244,19 @@ def _listed(options: Mapping[str, Any]) -> str:
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
     """Points of the store that did not ship."""
     shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
-    names = [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
+    names, took = _made(store), _took(store, manifest)
     held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
     quality = {name: float(task.quality(task.outcomes(logits, targets))) for name, logits in held.items()}
     params = {name: (store.get(f"trial {name}") or {}).get("params", {}) for name in names}
-    points = [Tried(name, quality[name], store.get(f"point {name}")["bytes"], "", params[name]) for name in names]
+    size = {name: store.get(f"point {name}")["bytes"] for name in names}
+    points = [Tried(name, quality[name], size[name], "", params[name], took.get(name)) for name in names]
     minimise = manifest.provenance.get("minimise", "cost")
-    measured = manifest.provenance.get("measured")
-    if measured is None:
-        raise StoreError(f"{store.folder} does not say what was timed; optimize again to have it explained.")
-    costs = _costs(store, measured, points, minimise)
+    costs = {name: float(size[name]) if minimise == "size" else took[name] for name in names if name in took}
     # A job that walked the ladder alone looked at no trial.
     searched = "--effort" in manifest.provenance.get("command", "")
     trials = {name for name in names if searched and store.get(f"trial {name}") is not None}
     # A job that the clock ended goes on with its search when it is called again.
-    order = store.keys("")
-    later = {name for name in names if measured in order[: order.index(f"point {name}")]}
+    later = {name for name in names if _later(store, manifest.provenance["measured"], name)}
     return tuple(
         replace(p, why=_why(p, points, costs, later, trials, minimise, certificate))
         for p in points
@@ -249,16 +264,31 @@ def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: 
     )
 
 
-def _costs(store: Store, measured: str, points: Sequence[Tried], minimise: Minimise) -> dict[str, float]:
-    """What was minimised, of each point that was timed for this artifact: seconds of a row or of a single request, or
-    bytes."""
-    costs, found = {name: Cost(*pair) for name, pair in (store.get(measured) or {}).items()}, {}
-    for point in points:
-        engine = store.get(f"point {point.name}")["engine"]
-        if f"{point.name} {engine}" in costs:
-            cost = costs[f"{point.name} {engine_of(point.name, engine, costs, minimise)}"]
-            found[point.name] = {"cost": cost.row, "latency": cost.single, "size": float(point.bytes)}[minimise]
-    return found
+def _made(store: Store) -> list[str]:
+    """Names of all points."""
+    return [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
+
+
+def _later(store: Store, measured: str, name: str) -> bool:
+    """Whether a point was made, or made anew, after those of this artifact were timed."""
+    order, file = store.keys(""), store.get(f"point {name}").get("file")
+    timed = (store.get(f"files {measured}") or {}).get(name, file)
+    return bool(file != timed) or measured in order[: order.index(f"point {name}")]
+
+
+def _took(store: Store, manifest: Manifest) -> dict[str, float]:
+    """Microseconds (`Explanation.timed`) of each point that was timed for this artifact, and so on its machine, on the
+    engine that was chosen for it; the key "" is tokenization."""
+    measured, minimise = manifest.provenance.get("measured"), manifest.provenance.get("minimise", "cost")
+    if measured is None:
+        raise StoreError(f"{store.folder} does not say what was timed; optimize again to have it explained.")
+    costs = {name: Cost(*pair) for name, pair in (store.get(measured) or {}).items()}
+    found = {name: cost for name, cost in costs.items() if not name}
+    for name in _made(store):
+        engine = store.get(f"point {name}")["engine"]
+        if f"{name} {engine}" in costs and not _later(store, measured, name):
+            found[name] = costs[f"{name} {engine_of(name, engine, costs, minimise)}"]
+    return {name: 1e6 * (cost.single if minimise == "latency" else cost.row) for name, cost in found.items()}
 
 
 def _why(

@@ -35,6 +35,7 @@ from netweight.task import Floats, Ints, Prediction, ScorePrediction, Task
 VCPU_HOUR = 0.04
 
 BATCHES = (1, 8, 32, 128)
+COST_BATCH = 32  # rows that `tier_costs` gives a tier at a time
 _PILOT = 0.15  # seconds of each batch size in a look of the pilot
 _LOOKS = 3
 _ROUND = 0.5  # seconds of each engine in each round
@@ -283,7 +284,7 @@ def tier_costs(
         for name, tier in tiers.items():
             part = tokens.take((turn * 64 + np.arange(min(counts[name], len(rows)))) % len(rows))
             began = time.perf_counter()
-            tier.logits(part, 32)
+            tier.logits(part, COST_BATCH)
             each = (time.perf_counter() - began) / len(part)
             counts[name] = max(64, int(_ROUND / 2 / each))
             spent[name].append(each)

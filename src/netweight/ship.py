@@ -89,6 +89,8 @@ class Ranked:
                 for engine in _able(point):
                     tiers[f"{name} {engine}"] = builder.run_tier(name, engine, point.options)
             found = measure.tier_costs(tiers, builder.reading, builder.data.dev)
+            # A name may mean another point later, which was not timed.
+            store.put(f"files {key}", {name: point.file for name, point in points.items()})
             store.put(key, {name: [c.row, c.single] for name, c in found.items()})
         return {name: Cost(*pair) for name, pair in store.get(key).items()}
 
