@@ -180,12 +180,20 @@ def bought(run: Run) -> str:
     others = [
         *(f"- Candidate {c['name']} {c['why']}." for c in found["candidates"]),
         *(
-            f"- {t['name']} ({100 * t['quality']:.2f}, {t['bytes'] / 1e6:.1f} MB{_asked(t)}): {t['why']}."
+            f"- {t['name']} ({100 * t['quality']:.2f}, {t['bytes'] / 1e6:.1f} MB{_took(t)}{_asked(t)}): {t['why']}."
             for t in found["tried"]
         ),
         *(f"- {r['name']} was not made: {r['why']}." for r in found["left_out"]),
     ]
-    return "\n".join([*lines, "", "Tried and not taken:", "", *others]) + "\n"
+    timed = f" (–: not timed; the others' times are {found['timed']})" if "timed" in found else ""
+    return "\n".join([*lines, "", f"Tried and not taken{timed}:", "", *others]) + "\n"
+
+
+def _took(tried: Run) -> str:
+    """Microseconds, where what was stored says them, and a dash where it says that there are none."""
+    if "microseconds" not in tried:
+        return ""
+    return ", – us" if tried["microseconds"] is None else f", {tried['microseconds']:,.1f} us"
 
 
 def _asked(tried: Run) -> str:
