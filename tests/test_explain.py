@@ -53,6 +53,7 @@ def test_every_step_of_every_tier_is_explained(shop: Shop, copied: Path, say: Sa
     assert teacher.quality == pytest.approx(shop.result.measurements.reference.quality)
     assert whole.quality == pytest.approx(shop.result.measurements.shipped.quality)
     assert whole.bytes == artifact.size(copied, manifest)
+    assert not whole.stops, "it is timed in batches"
     points = {m.name: m for m in shop.result.measurements.candidates}
     for tier in manifest.tiers:
         last = [s for s in steps if s.tier == tier.name][-1]
@@ -219,9 +220,11 @@ def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_p
     contents = {name: artifact.read_file(folder, manifest, name) for name in manifest.files}
     (tier,), known = manifest.tiers, manifest.provenance
     second = replace(tier, name="second", file=artifact.tier_file(1, "second", "onnx"))
+    tier = replace(tier, threshold=2.0)  # of which no row is sure
     contents[second.file] = contents[tier.file]
     provenance = {key: {**known[key], "second": known[key]["small"]} for key in ("recipes", "shares")}
-    two = replace(manifest, tiers=(tier, second), provenance={**known, **provenance, "trimmed": True})
+    asked = {"trimmed": True, "minimise": "latency"}
+    two = replace(manifest, tiers=(tier, second), provenance={**known, **provenance, **asked})
     shutil.rmtree(folder)
     artifact.save(folder, two, contents)
     with Store(store_of(folder), None) as store:
@@ -229,8 +232,12 @@ def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_p
         store.put("steps second", store.get("steps small"))
         store.put("point second", store.get("point small"))
         store.write_arrays("points/second", store.read_arrays("points/small"))
-    _, *steps, _ = explain(folder, 1).steps
+    found = explain(folder, 1)
+    _, *steps, whole = found.steps
     assert [step.tier for step in steps] == ["small"] * 3 + ["second"] * 3
+    assert [step.stops for step in found.steps] == [*[""] * 7, "second"]
+    assert f" p50 {whole.milliseconds:.3f} ms, mostly of rows that second answers (" in found.sentences[7]
+    assert not any("mostly of rows" in sentence for sentence in found.sentences[:7])
     begun = ["Vocab, the tokens that occur and common ones", "the same, in ONNX Runtime"]
     assert [step.done for step in steps if not step.done.startswith("Quantize")] == begun * 2
     assert [replace(step, tier="small") for step in steps[3:5]] == steps[:2], "measured once"

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import inf
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from netweight import artifact, measure
@@ -36,13 +37,15 @@ _NO_WORSE: dict[Minimise, str] = {"cost": "costs no more", "latency": "takes no 
 @dataclass(frozen=True)
 class Step:
     """One step: the tier that it belongs to, what was done, and what there was afterwards, measured on dev:
-    `milliseconds` of a row in batches, or, where latency was minimised, of a single request (p50)."""
+    `milliseconds` of a row in batches, or, where latency was minimised, of a single request (p50): with several tiers,
+    mostly of rows that the tier `stops` answers."""
 
     tier: str
     done: str
     quality: float
     bytes: int
     milliseconds: float
+    stops: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class Explanation:
 
     def _time(self, step: Step, digits: int) -> str:
         single, value = self.minimise == "latency", f"{step.milliseconds:.{digits}f} ms"
-        return f"single requests p50 {value}" if single else f"{value} a row"
+        mostly = f", mostly of rows that {step.stops} answers" if step.stops else ""
+        return f"single requests p50 {value}{mostly}" if single else f"{value} a row"
 
 
 def _times(ratio: float, more: str, less: str) -> str:
@@ -180,12 +184,13 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         each = {e: f"{i}" for i, e in enumerate(dict.fromkeys(e for _, _, e, _ in engines))}
         timings = measure.speed({key: e for e, key in each.items()}, some, rounds=3)
         targets = engine.task.targets(rows.label or ())
-        found: dict[Engine, tuple[float, float]] = {}
+        found: dict[Engine, tuple[float, float, str]] = {}
         for e, key in each.items():
             said, single = e.outputs(rows.text, rows.pair), minimise == "latency"
             quality = float(engine.task.quality(engine.task.outcomes(said.logits, targets)))
-            found[e] = quality, timings[key].p50 if single else 1000 / timings[key].rows_per_second
-        steps = tuple(Step(name, done, found[e][0], size, found[e][1]) for name, done, e, size in engines)
+            stops = e.tiers[median_low(map(int, said.tier))].name if single and len(e.tiers) > 1 else ""
+            found[e] = quality, timings[key].p50 if single else 1000 / timings[key].rows_per_second, stops
+        steps = tuple(Step(name, done, found[e][0], size, *found[e][1:]) for name, done, e, size in engines)
         tried, left = _tried(store, manifest, certificate, targets), _left_out(store, manifest)
         took, ships = _took(store, manifest), ("", *(tier.name for tier in manifest.tiers))
     parts = {name or "tokenization": took[name] for name in ships if name in took}
