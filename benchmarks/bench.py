@@ -13,6 +13,9 @@ The certificate is Netweight's own test of the peer against the same teacher. It
 the least margin (in tenths of a point) with 80 % power if the true drop were 0, from what dev shows of the two and the
 number of certify rows. It is printed before the certify labels are read. Netweight has to fix one margin for all its
 candidates, by the same rule (`--max-drop auto`), and is held to that.
+
+Every such look at certify labels, a trial's too, is a line of looks.jsonl beside the cells before it is taken. No level
+is lower for it.
 """
 
 from __future__ import annotations
@@ -39,9 +42,11 @@ from safetensors.numpy import save_file
 from netweight.artifact import CERTIFICATE, MEASUREMENTS, read_file, read_manifest
 from netweight.certify import Answers, Candidate, Certificate, certify, register
 from netweight.certify.compare import Pairs, extended
+from netweight.certify.ledger import locked
 from netweight.certify.power import CHANCE, binary_power
 from netweight.certify.tails import normal_quantile, normal_tail
 from netweight.data import Columns, Dataset
+from netweight.data.files import append
 from netweight.export import export
 from netweight.job import Job, Options, Tables, prepare
 from netweight.measure import cores, machine
@@ -76,6 +81,7 @@ ASKED = {
 }
 CONFIDENCE = 0.95
 LEAST_POINTS = 1.0
+LOOKS = "looks.jsonl"
 
 
 @dataclass(frozen=True)
@@ -321,6 +327,19 @@ def margin_of(task: Task, dev: Pairs, rows: int, level: float) -> float:
     return max(LEAST_POINTS, tenths / 10)
 
 
+def look(shop: Shop, peer: str, points: float, rows: str) -> None:
+    """Write down, on disk when this returns, that labels are about to be opened: of which rows, and for what."""
+    given = shop.given
+    now = machine(given.threads)
+    said: dict[str, Any] = {"set": shop.name, "seed": shop.seed, "peer": peer, "quick": given.quick}
+    said |= {"artifact": shop.digest, "rows": rows, "margin": points, "commit": now.commit, "date": now.date}
+    given.results.mkdir(parents=True, exist_ok=True)
+    with locked(given.results / LOOKS) as file:
+        data = os.pread(file, os.fstat(file).st_size, 0)
+        os.ftruncate(file, data.rfind(b"\n") + 1)  # a line that a kill tore: nothing was opened after it
+        append(file, (json.dumps(said) + "\n").encode())
+
+
 def certified(shop: Shop, peer: str, said: Mapping[str, NDArray[np.float32]]) -> dict[str, Any]:
     """The peer against the teacher: registered, then tested on the certify rows."""
     task, level = shop.task, (1 - CONFIDENCE) / 2
@@ -339,6 +358,7 @@ def certified(shop: Shop, peer: str, said: Mapping[str, NDArray[np.float32]]) ->
         confidence=CONFIDENCE,
         seed=shop.seed,
     )
+    look(shop, peer, points, registration.fingerprint)
     mine, base = (Answers(s, task.confidence(s)) for s in (said["test"], shop.said["test"]))
     certificate, outcomes = certify(registration, shop.data.certify, base, {peer: mine})
     final = certificate.final

@@ -113,6 +113,15 @@ def test_a_peer_and_a_broken_one(
     monkeypatch.setattr("rounds._PAUSE", 0.0)
     monkeypatch.setattr("rounds._ROUND", 0.01)
     shops: dict[tuple[str, int], Any] = {}
+    looks, certify, before_labels = given.results / "looks.jsonl", bench.certify, []
+    given.results.mkdir()
+    looks.write_text('{"set": "ma', encoding="utf-8")  # what a kill tore
+
+    def opening(*words: Any) -> Any:
+        before_labels.append([json.loads(line) for line in looks.read_text(encoding="utf-8").splitlines()])
+        return certify(*words)
+
+    monkeypatch.setattr(bench, "certify", opening)
     for peer in ("constant", "broken"):
         bench.cell("made", peer, 0, given, shops)
     fine, broken = (
@@ -127,6 +136,11 @@ def test_a_peer_and_a_broken_one(
     assert c["margin"] >= 1.0
     assert fine["timing"]["constant"]["batch"] in (8, 32)
     assert fine["timing"]["netweight"]["ratio"] == 1.0
+    ((one,),) = before_labels
+    assert one["rows"] == shop.result.certificate.registration.fingerprint  # type: ignore[union-attr]
+    for key in ("set", "peer", "seed", "quick", "artifact"):
+        assert one[key] == fine[key], "a look stands in the ledger before labels are opened"
+    assert (one["commit"], one["date"]) == (fine["machine"]["commit"], fine["machine"]["date"])
     said = capsys.readouterr().out
     assert said.index("margin") < said.index("worse"), "the margin is known before the labels are"
     held = (given.work / "made-seed0.trial" / "data" / "test.jsonl").read_text(encoding="utf-8")
@@ -141,6 +155,7 @@ def test_a_peer_and_a_broken_one(
     bench.cell("made", "constant", 0, replace(given, again=True), {})
     assert path.read_bytes() == before
     assert f"{path.name} keeps what was measured before" in capsys.readouterr().out
+    assert len(looks.read_text(encoding="utf-8").splitlines()) == 1, "who fails in training opens nothing"
     # Nor does it stand beside another artifact.
     manifest = given.work / "made-seed0.nw" / "manifest.json"
     manifest.write_text(manifest.read_text(encoding="utf-8") + "\n", encoding="utf-8")

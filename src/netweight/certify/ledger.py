@@ -59,7 +59,7 @@ def decided(registration: Registration) -> str:
 
 
 def _recorded(plan: Registration, ledger: Path) -> Registration:
-    with _locked(ledger) as file:
+    with locked(ledger) as file:
         earlier: dict[str, int] = {}
         for entry in _entries(file, ledger):
             if entry.fingerprint == plan.fingerprint:
@@ -73,7 +73,7 @@ def _recorded(plan: Registration, ledger: Path) -> Registration:
 
 
 @contextmanager
-def _locked(ledger: Path) -> Iterator[int]:
+def locked(ledger: Path) -> Iterator[int]:
     """The ledger, open, for this process alone: two jobs on one store must not both take look 1."""
     fresh = not ledger.exists()
     file = os.open(ledger, os.O_RDWR | os.O_CREAT, 0o644)
