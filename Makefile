@@ -11,7 +11,8 @@
 #   make bench-servers ARTIFACT=reviews.nw INPUT=reviews.csv     the same behind LitServe and Ray Serve, in turns
 #   make bench-fuzz ARTIFACT=reviews.nw      10,000 odd requests; make bench-endure ARTIFACT=reviews.nw INPUT=reviews.csv      a million right ones
 #   make bench [SET=banking77] [PEER=tfidf] [SEED=0] [DATA=../shared/data] [WORK=runs] [ARGS='--limit 1h']
-#                                  netweight beside its peers, one cell for each set, peer and seed; without them, all
+#                                  netweight beside its peers, one cell for each set, peer and seed; without them, all;
+#                                  then docs/results.md, its plots and the README's table from them
 #   make bench-runs [ARGS='--rounds 3']      what several processes gain in training, and what federated runs reach
 #   make size                      lines per file, held to the budget
 #
@@ -90,6 +91,7 @@ lock:
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench.py $(foreach s,$(SET),--set $(s)) $(foreach p,$(PEER),--peer $(p)) \
 		$(foreach s,$(SEED),--seed $(s)) $(if $(DATA),--data $(DATA)) $(if $(WORK),--work $(WORK)) $(ARGS)
+	$(BIN)/python scripts/results.py
 
 # ARTIFACT is a finished one, INPUT a table of texts in a column `text`.
 bench-serve: $(INSTALLED)

@@ -114,7 +114,7 @@ def page() -> tuple[str, dict[str, str]]:
         of.extend([name.split()[0]] if name.split()[0] not in of else [])
     where = "; ".join(f"{machine} ({', '.join(of)})" for machine, of in machines.items())
     parts = [
-        "# Results\n\nWritten by `make docs` from `benchmarks/results/`: tables from what commands stored, and beneath them notes, whose "
+        "# Results\n\nWritten by `make docs`, and by `make bench` after its cells, from `benchmarks/results/`: tables from what commands stored, and beneath them notes, whose "
         "numbers were read off the commands that they name.\n",
         f"Machines: {where}. Shared and noisy: trust ratios, which come from interleaved rounds of one run on one machine.\n",
     ]

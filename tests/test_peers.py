@@ -287,6 +287,11 @@ def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.Monk
         assert said in line
 
 
+def test_make_bench_writes_the_page_of_results(bench: ModuleType) -> None:
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nbench: ")[1].split("\n\n")[0]
+    assert recipe.index("benchmarks/bench.py") < recipe.index("scripts/results.py")
+
+
 def test_every_peer_has_a_script_a_title_and_pinned_requirements(bench: ModuleType) -> None:
     import peers
 
