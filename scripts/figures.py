@@ -193,6 +193,12 @@ def _left_out(found: list[Shop]) -> str:
         said.append(f"No transformer peer is certified, so that rows against one lack it: {', '.join(alone)}.")
     if floor := [name for name, own, _ in found if not {"static", "conv"} & set(own["made"].get("points", ()))]:
         said.append(f"The linear floor won and no static tier was made: {', '.join(floor)}.")
+    held = [(name, p) for name, own, certified in found for p, c in certified.items() if peers.apart(c, own)]
+    if each := [f"{peers.TITLES[p]} ({name})" for name, p in held]:
+        said.append(
+            f"Timed beside another artifact, or on another machine ({peers.APART} in the tables), and counted all the same, since "
+            f"the best of more peers is no weaker rival: {', '.join(each)}."
+        )
     cells = peers.cells()
     for peer, title in (("torch_pruning", "Torch-Pruning"), ("olive", "Olive"), ("setfit", "SetFit")):
         without = [name for name, _, _ in found if "timing" not in cells.get((*_split(name), peer), {})]

@@ -27,6 +27,8 @@ TITLES = {
     "tfidf": "TF-IDF + logistic regression",
 }
 NOT_RUN = "not run"
+TO_DO = "still to be done"
+APART = "†"
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _FOOT = 640.0, 380.0, 60.0, 480.0, 20.0, 330.0
 _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#57606a}.grid{stroke:#d0d7de;stroke-width:.5}.axis{stroke:#57606a}"
@@ -49,12 +51,44 @@ def cells() -> dict[tuple[str, int, str], Cell]:
     return {(c["set"], c["seed"], c["peer"]): c for c in found if not c["quick"]}
 
 
-def row(peer: str, cell: Cell | None, allowed: float = 0.0) -> str:
-    """One line of a set's table; `allowed` are the points that Netweight was, within which a peer may be that failed."""
-    title = TITLES.get(peer, peer)
+def where(machine: Cell) -> str:
+    """The machine, the day, and the code."""
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['date']}, commit {machine['commit']}"
+
+
+def apart(cell: Cell, own: Cell) -> str:
+    """How what a cell took turns with differs from what its job's Netweight cell is of; empty where it does not.
+
+    Cells of before d0a9639 name no artifact. There another teacher tells that it was another one, and an earlier day
+    that Netweight's cell was made anew after it. One that was timed again later is no case: that artifact still lay
+    there, and since then the driver refuses any other.
+    """
+    here, there = cell.get("machine", {}), own.get("machine", {})
+    known = all(one.get("artifact") for one in (cell, own))
+    said = []
+    if cell["artifact"] != own["artifact"] if known else _teacher(cell, own):
+        said.append("another artifact")
+    elif not known and here.get("commit") != there.get("commit") and "" < here.get("date", "") < there.get("date", ""):
+        said.append("the artifact of an earlier day")
+    # Before f48978e a processor with AVX2 alone had no more than its name.
+    if len({m["cpu"].removesuffix(" with avx2") for m in (here, there) if "cpu" in m}) > 1:
+        said.append("another machine")
+    return ", ".join(said)
+
+
+def _teacher(cell: Cell, own: Cell) -> bool:
+    """Whether both were certified against teachers, and these do not have the same quality."""
+    found = [one["certificate"] for one in (cell, own) if "certificate" in one]
+    return len({(c.get("reference"), c.get("dev", {}).get("reference")) for c in found}) > 1
+
+
+def row(name: str, peer: str, cell: Cell | None, own: Cell) -> str:
+    """One line of a set's table; `own` is Netweight's cell there: a peer that failed may be within what that was allowed."""
+    title = TITLES.get(peer, peer) + (f" {APART}" if cell and apart(cell, own) else "")
     if cell is None or "error" in cell:
-        said = NOT_RUN if cell is None else _failed(cell["error"])
+        said = _not_run(name, peer) if cell is None else _failed(cell["error"])
         return f"| {title} | {said} |" + " |" * 9
+    allowed = own.get("certificate", {}).get("margin", 0.0)
     c, t, made = cell["certificate"], cell["timing"][peer], cell["made"]
     seconds = "" if made["seconds"] is None else f"{made['seconds']:,.0f} s"
     verdict = c["verdict"]
@@ -66,6 +100,13 @@ def row(peer: str, cell: Cell | None, allowed: float = 0.0) -> str:
         f"{100 * c['drop']['high']:.2f} | {c['margin']:.1f} | {verdict} | {t['rows_per_second']:,.0f} | {ratio} | "
         f"{t['p50']:.2f} ms | {t['p99']:.2f} ms | {made['bytes'] / 1e6:.1f} MB | {seconds} |"
     )
+
+
+def _not_run(name: str, peer: str) -> str:
+    """With the reason that was written down, for this set or for all of them."""
+    path = RESULTS / "not-run.json"
+    why: dict[str, str] = json.loads(path.read_text(encoding="utf-8")).get(peer, {}) if path.exists() else {}
+    return f"{NOT_RUN}: {why.get(name) or why.get('') or TO_DO}"
 
 
 def _failed(error: str) -> str:
@@ -84,7 +125,7 @@ def tables() -> tuple[list[str], dict[str, str]]:
         "peer's, the median over rounds of pairs: above 1, Netweight is faster. Netweight's own rows per second are of rounds by "
         "itself, so they are no numerator of these. The verdict is Netweight's own test against the "
         "teacher, at the larger of 1.0 point and the margin that dev says has 80 % power, and where that fails at the one that Netweight was allowed; `trained in` is what making it took, "
-        "given the teacher where it needs one.\n",
+        "given the teacher where it needs one. A peer that failed, or that a limit of ours stopped, has a row that says so.\n",
     ]
     plots: dict[str, str] = {}
     for name in names_in("SETS"):
@@ -96,21 +137,41 @@ def tables() -> tuple[list[str], dict[str, str]]:
             here = {peer: found.get((name, seed, peer)) for peer in peers}
             some = next((c for c in here.values() if c and "certificate" in c), None)
             if some:
-                c, m = some["certificate"], some["machine"]
+                c, of = some["certificate"], TITLES.get(some["peer"], some["peer"])
                 parts.append(
-                    f"Seed {seed}; {c['metric']}, {c['rows']:,} certify rows, teacher {100 * c['reference']:.2f}; {m['cpu']}, "
-                    f"{m['threads']} threads.\n"
+                    f"Seed {seed}; {c['metric']}, {c['rows']:,} certify rows, teacher {100 * c['reference']:.2f}; "
+                    f"{of}: {where(some['machine'])}.\n"
                 )
             own = here.get("netweight") or {}
-            allowed = own.get("certificate", {}).get("margin", 0.0)
             lines = ["| | quality | drop, points | margin | verdict | rows/s | speed | p50 | p99 | size | trained in |"]
-            lines += ["|---|---|---|---|---|---|---|---|---|---|---|", *(row(p, c, allowed) for p, c in here.items())]
+            lines += ["|---|---|---|---|---|---|---|---|---|---|---|", *(row(name, p, c, own) for p, c in here.items())]
             parts.append("\n".join(lines) + "\n")
+            parts += _apart(here, own)
             if shown := {p: c for p, c in here.items() if c and "timing" in c}:
-                file = f"peers-{name}-seed{seed}.svg"
+                file = plot(name, seed)
                 plots[file] = scatter(f"{name}: quality against speed", shown)
                 parts.append(f"![Quality against speed of Netweight and its peers on {name}]({file})\n")
     return parts, plots
+
+
+def _apart(here: dict[str, Cell | None], own: Cell) -> list[str]:
+    """What the sign in a table means; nothing where no row has it."""
+    each = [
+        f"{TITLES.get(peer, peer)} ({why}: {where(c['machine'])})"
+        for peer, c in here.items()
+        if c and (why := apart(c, own))
+    ]
+    if not each:
+        return []
+    return [
+        f"{APART} belongs to another artifact than Netweight's row, or to another machine: {'; '.join(each)}. Drop and verdict are "
+        "against the teacher of that job, and of the times only `speed`, a ratio within one run, stands beside those of other rows.\n"
+    ]
+
+
+def plot(name: str, seed: int) -> str:
+    """The file of a set's plot, in docs/."""
+    return f"peers-{name}-seed{seed}.svg"
 
 
 def scatter(title: str, shown: dict[str, Cell]) -> str:
@@ -185,7 +246,7 @@ def roofline() -> str:
     m, peak = found["machine"], found["peak"]
     lines = [
         f"Peak: {peak['operations'] / 1e9:,.0f} billion int8 operations a second ({peak['name']}), the best of "
-        f"{len(found['peaks'])} large products in ONNX Runtime with {m['threads']} threads; {m['cpu']}. {found['rows']} dev rows of "
+        f"{len(found['peaks'])} large products in ONNX Runtime ({where(m)}). {found['rows']} dev rows of "
         f"{found['tokens']:.1f} tokens; operations are 2 x multiply-adds of the int8 matrices.\n",
         "| tier | operations a row | rows/s | billion operations a second | of the peak | batch | padding |",
         "|---|---|---|---|---|---|---|",
@@ -211,7 +272,7 @@ def scaling() -> tuple[list[str], dict[str, str]]:
         steps, m = sorted(found["steps"], key=lambda s: int(s["rows"])), found["machine"]
         first, last = steps[0], steps[-1]
         parts.append(
-            f"`{what}` on {found['set']}, {m['threads']} threads: {last['rows'] / first['rows']:.1f} times the rows take "
+            f"`{what}` on {found['set']} ({where(m)}): {last['rows'] / first['rows']:.1f} times the rows take "
             f"{last['seconds'] / first['seconds']:.1f} times the seconds and {last['memory'] / first['memory']:.2f} times the memory.\n"
         )
         lines = ["| rows | seconds | milliseconds a row | peak memory |", "|---|---|---|---|"]

@@ -28,7 +28,11 @@ WORDS = {
     ),
     "zh": ("BANKING77 官方测试集", "准确率", "认证结论", "条/秒", "Netweight 相对其速度", "p50、p99", "大小"),
 }
+PLOT = "Quality against speed, filled where certified"
+ELSEWHERE = "took turns with another artifact or on another machine: of its times only the ratio compares with others. "
 CHINESE = {
+    PLOT: "质量与速度，实心为已认证",
+    ELSEWHERE: "与另一个模型产物、或在另一台机器上交替计时：只有速度比可与其他行相比。",
     "the teacher, PyTorch fp32": "教师模型，PyTorch fp32",
     "the teacher, ONNX Runtime dynamic int8": "教师模型，ONNX Runtime 动态 int8",
     "the teacher, OpenVINO + NNCF int8": "教师模型，OpenVINO + NNCF int8",
@@ -60,12 +64,15 @@ def headline(language: str) -> str:
     seed, words = own["seed"], WORDS[language]
     lines = [f"| {' | '.join(words)} |", "|---" * len(words) + "|"]
     cells = {peer: peers.cells().get(("banking77", seed, peer)) for peer in peers.names_in("PEERS")}
+    sign = ""
     for peer, cell in cells.items():
         if cell is None or "timing" not in cell:
             continue
         c, t = cell["certificate"], cell["timing"][peer]
         own_row = peer == "netweight"
         title = f"**Netweight** ({' > '.join(own['made']['tiers'])})" if own_row else said(peers.TITLES[peer], language)
+        if peers.apart(cell, own):
+            title, sign = f"{title} {peers.APART}", f"{peers.APART} {said(ELSEWHERE, language)}"
         times = "" if own_row else f"{t['ratio']:.3g}x"
         lines.append(
             f"| {title} | {100 * c['quality']['value']:.2f} % | {said(c['verdict'], language)} | {t['rows_per_second']:,.0f} | "
@@ -77,6 +84,7 @@ def headline(language: str) -> str:
     # One seed alone would not say what the others were against.
     against = ((*figures.fastest(shop), shop[1]["seed"]) for shop in found)
     each = [f"{ratio:.1f}x ({said(peers.TITLES[p], language)}, seed {s})" for ratio, p, s in against if p]
+    plot = f"![{said(PLOT, language)}](docs/{peers.plot('banking77', seed)})"
     command, page = f"`make bench SET=banking77 SEED={seed}`", "[docs/results.md](docs/results.md)"
     if language == "zh":
         return "\n".join(
@@ -85,7 +93,9 @@ def headline(language: str) -> str:
                 "",
                 f"认证：在任何搜索都没有见过的 {c['rows']:,} 条数据上与教师模型配对比较，在 {sure} 置信水平下最多下降 {drop} 个百分点，允许 "
                 f"{c['margin']:g} 个百分点。{len(found)} 个种子中按速度取中间的一个（seed {seed}）；与每个种子下最快的、已认证的 Transformer 对手相比：{'，'.join(each)}。每个速度比都来自与该对手交替进行的计时轮次，与表中两个“条/秒”之商略有不同。"
-                f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。命令：{command}；全部数字与说明见 {page}。",
+                f"{m['cpu']}，{m['threads']} 线程，{m['date']}，Netweight 一行来自 commit {m['commit']}。{sign}命令：{command}；全部数字与说明见 {page}。",
+                "",
+                plot,
             ]
         )
     return "\n".join(
@@ -95,7 +105,9 @@ def headline(language: str) -> str:
             f"The certificate: against the teacher on {c['rows']:,} rows that no search saw, with {sure} confidence at most "
             f"{drop} points are lost; {c['margin']:g} was allowed. Of {len(found)} seeds the median one by speed "
             f"(seed {seed}); beside the fastest certified transformer peer of each: {', '.join(each)}. Each ratio of speeds is from rounds that take turns with that peer, and so not quite that of two "
-            f"numbers of the table. {where}. Command: {command}; all figures and how each came about: {page}.",
+            f"numbers of the table. {where}. {sign}Command: {command}; all figures and how each came about: {page}.",
+            "",
+            plot,
         ]
     )
 
@@ -144,11 +156,11 @@ def _notes(name: str) -> list[str]:
 
 def profile(run: Run) -> str:
     """Where a cascade's time goes, from the job's own costs."""
-    tiers, costs = run["inspect"]["tiers"], run["costs"]
+    tiers, costs, m = run["inspect"]["tiers"], run["costs"], run["bench"]["machine"]
     lines = [
         "## Where the time goes\n",
-        f"BANKING77, seed {run['seed']}, the artifact of `--effort standard` (commit {run['bench']['machine']['commit']}, "
-        f"{run['bench']['machine']['cpu']}): microseconds of a row in batches, as the job measured its tiers.\n",
+        f"BANKING77, seed {run['seed']}, the artifact of `--effort standard` ({peers.where(m)}): "
+        "microseconds of a row in batches, as the job measured its tiers.\n",
     ]
     lines += ["| part | alone | share of rows | together | size |", "|---|---|---|---|---|"]
     parts = [("tokenization", costs[""][0], 1.0, "")]

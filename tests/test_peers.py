@@ -48,7 +48,7 @@ BROKEN = "raise SystemExit('this peer is not for this machine')"
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for folder in ("benchmarks", "scripts", "benchmarks/peers"):
         monkeypatch.syspath_prepend(str(ROOT / folder))
-    for name in ("bench", "rounds", "figures", "peers", "protocol"):
+    for name in ("bench", "rounds", "figures", "peers", "protocol", "results", "examples", "serving", "runs"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import bench as module  # type: ignore[import-not-found]
 
@@ -240,6 +240,9 @@ def test_turns_are_of_one_length(bench: ModuleType, monkeypatch: pytest.MonkeyPa
     assert sum(fast.asked) > 7 * 5000, "a second of passes in each round"
 
 
+MACHINE = {"cpu": "a processor", "threads": 2, "date": "2026-11-30", "commit": "2222222"}
+
+
 def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import peers  # type: ignore[import-not-found]
 
@@ -254,7 +257,7 @@ def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.Monk
         "peer": "tfidf",
         "seed": 0,
         "quick": False,
-        "machine": {"cpu": "a processor", "threads": 2},
+        "machine": MACHINE,
         "made": {"seconds": 3.0, "bytes": 4_000_000},
         "certificate": {
             "quality": {"value": 0.9},
@@ -276,7 +279,15 @@ def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.Monk
     assert "| TF-IDF + logistic regression | 90.00 | 1.00, at most 2.00 | 1.5 | not certified | 1,234 | 0.5 |" in page
     assert "failed: pip / said no" in page
     assert "| stopped by us: train: not done after 540 s |" in page
-    assert f"| fastText | {peers.NOT_RUN} |" in page, "a trial is no result"
+    assert f"| fastText | {peers.NOT_RUN}: still to be done |" in page, "a trial is no result"
+    assert "**Netweight**" not in page.split("Seed 0; ")[1].splitlines()[0]
+    assert "TF-IDF + logistic regression: a processor, 2 threads, 2026-11-30, commit 2222222." in page
+    assert peers.APART not in page
+    why = {"fasttext": {"": "for one reason"}, "model2vec": {"banking77": "for another", "other": "for none"}}
+    (tmp_path / "not-run.json").write_text(json.dumps(why))
+    told = "\n".join(peers.tables()[0])
+    assert f"| fastText | {peers.NOT_RUN}: for one reason |" in told
+    assert f"| model2vec classifier | {peers.NOT_RUN}: for another |" in told
     assert "1,234" in page
     assert list(peers.tables()[1]) == ["peers-banking77-seed0.svg"]
     ours = cell | {"peer": "netweight", "timing": {"netweight": timing}}
@@ -285,6 +296,116 @@ def test_tables_say_what_was_not_run(bench: ModuleType, monkeypatch: pytest.Monk
         (tmp_path / "cells" / "netweight.json").write_text(json.dumps(own))
         (line,) = [line for line in "\n".join(peers.tables()[0]).splitlines() if line.startswith("| TF-IDF")]
         assert said in line
+
+
+def test_reasons_are_of_sets_and_peers(bench: ModuleType) -> None:
+    import peers
+
+    why = json.loads((peers.RESULTS / "not-run.json").read_text(encoding="utf-8"))
+    cells = peers.cells()
+    assert set(why) <= set(bench.PEERS)
+    assert {name for of in why.values() for name in of} <= {"", *bench.SETS}
+    for peer, of in why.items():
+        for name, words in of.items():
+            missing = [seed for seed in bench.SEEDS if (name, seed, peer) not in cells]
+            assert missing or not name, f"{peer} was run on all of {name}"
+            assert "|" not in words
+
+
+def test_a_row_of_another_artifact_or_machine_is_marked(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import peers
+
+    (tmp_path / "cells").mkdir()
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    early = {"date": "2026-11-29", "commit": "1111111"}
+    teacher = {"certificate": {"reference": 0.9, "dev": {"reference": 0.8}}}
+    own = {"artifact": "b", "machine": MACHINE} | teacher
+    bare = {"machine": MACHINE} | teacher
+    for cell, of, why in (
+        (own, own, ""),
+        (own | {"machine": MACHINE | early}, own, ""),
+        (own | {"artifact": "a"}, own, "another artifact"),
+        (bare, own, ""),
+        (own, bare, ""),
+        # Without digests the day tells, and the teacher.
+        (bare | {"machine": MACHINE | early}, own, "the artifact of an earlier day"),
+        (bare | {"machine": MACHINE | early}, bare, "the artifact of an earlier day"),
+        (bare | {"machine": MACHINE | early | {"commit": "2222222"}}, bare, ""),
+        (bare, bare | {"machine": MACHINE | early}, ""),
+        (bare | {"certificate": {"reference": 0.9, "dev": {"reference": 0.7}}}, bare, "another artifact"),
+        ({"error": "no", "machine": MACHINE | early}, own, "the artifact of an earlier day"),
+        ({"error": "no", "machine": MACHINE}, {}, ""),
+        # The name of a processor with AVX2 alone was longer later on.
+        (own | {"machine": MACHINE | {"cpu": "a processor with avx2"}}, own, ""),
+        (own | {"machine": MACHINE | {"cpu": "a processor with avx512_vnni"}}, own, "another machine"),
+        (bare | {"machine": MACHINE | early | {"cpu": "x"}}, own, "the artifact of an earlier day, another machine"),
+    ):
+        assert peers.apart(cell, of) == why, (cell, of)
+    timing = {"rows_per_second": 9.0, "ratio": 1.0, "p50": 1.0, "p99": 2.0}
+    whole = {"quality": {"value": 0.9}, "drop": {"value": 0.0, "high": 0.01}, "margin": 1.0, "verdict": "certified"}
+    whole |= {"reference": 0.9, "metric": "accuracy", "rows": 10}
+    for peer, artifact in (("netweight", "b"), ("tfidf", "a"), ("olive", "b")):
+        found = {"set": "banking77", "seed": 0, "peer": peer, "quick": False, "artifact": artifact, "machine": MACHINE}
+        found |= {"made": {"seconds": 3.0, "bytes": 1}, "certificate": whole, "timing": {peer: timing}}
+        (tmp_path / "cells" / f"{peer}.json").write_text(json.dumps(found))
+    page = "\n".join(peers.tables()[0])
+    assert "| TF-IDF + logistic regression † | 90.00 |" in page
+    (said,) = [line for line in page.splitlines() if line.startswith(peers.APART)]
+    assert "(another artifact: a processor, 2 threads, 2026-11-30, commit 2222222)" in said
+    assert page.count(peers.APART) == 2, "what is of this artifact has no sign"
+
+
+def test_the_readmes_show_the_plot_of_their_table(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import peers
+    import results  # type: ignore[import-not-found]
+
+    (tmp_path / "cells").mkdir()
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    whole = {"quality": {"value": 0.9}, "drop": {"value": 0.0, "high": 0.005}, "margin": 1.0, "verdict": "certified"}
+    whole |= {"reference": 0.9, "metric": "accuracy", "rows": 10, "level": 0.025}
+
+    def cell(seed: int, peer: str, ratio: float, artifact: str = "b") -> None:
+        timing = {"rows_per_second": 9.0, "ratio": ratio, "p50": 1.0, "p99": 2.0}
+        found = {"set": "banking77", "seed": seed, "peer": peer, "quick": False, "artifact": artifact}
+        made = {"seconds": 3.0, "bytes": 1, "tiers": ["conv"]}
+        found |= {"made": made, "certificate": whole, "timing": {peer: timing}}
+        (tmp_path / "cells" / f"{peer}-{seed}.json").write_text(json.dumps(found | {"machine": MACHINE}))
+
+    for seed, ratio in ((0, 12.0), (1, 8.0), (2, 10.0)):
+        cell(seed, "netweight", 1.0)
+        cell(seed, "olive", ratio)
+    plots = peers.tables()[1]
+    for language in ("en", "zh"):
+        lines = results.headline(language).splitlines()
+        assert lines[-1].endswith("](docs/peers-banking77-seed2.svg)"), "of the median seed, below its table"
+        assert "peers-banking77-seed2.svg" in plots
+        assert peers.APART not in "".join(lines)
+    cell(2, "olive", 10.0, "a")
+    for language, words in (("en", "took turns with another artifact"), ("zh", "与另一个模型产物")):
+        said = results.headline(language)
+        assert said.count(peers.APART) == 2
+        assert f"{peers.APART} {words}" in said
+
+
+def test_where_time_goes_and_the_peak_say_commit_and_date(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import peers
+    import results
+
+    monkeypatch.setattr(peers, "RESULTS", tmp_path)
+    peak = {"operations": 1e9, "name": "a product"}
+    stored: dict[str, Any] = {"machine": MACHINE, "peak": peak, "peaks": {"a product": 1e9}, "rows": 8, "tokens": 5.0}
+    (tmp_path / "roofline.json").write_text(json.dumps(stored | {"tiers": {}}))
+    steps = [{"rows": rows, "seconds": 1.0, "memory": 10} for rows in (10, 100)]
+    (tmp_path / "scaling-predict.json").write_text(json.dumps({"set": "x", "machine": MACHINE, "steps": steps}))
+    run = {"seed": 0, "inspect": {"tiers": []}, "costs": {"": [1e-6]}, "bench": {"machine": MACHINE}}
+    for page in (peers.roofline(), "\n".join(peers.scaling()[0]), results.profile(run)):
+        assert "(a processor, 2 threads, 2026-11-30, commit 2222222)" in page
 
 
 def test_make_bench_writes_the_page_of_results(bench: ModuleType) -> None:
@@ -353,6 +474,14 @@ def test_figures_take_the_best_certified_peer(
     missing = ("bitext_support 1", "bitext_support 2", "online_shopping_10_cats 0")
     assert ", ".join(missing) in said.split("- Not measured at all: ")[1].splitlines()[0]
     assert "Torch-Pruning was not" not in said, "a peer that was measured nowhere is in the tables"
+    assert "another artifact" not in said
+    stale = tmp_path / "cells" / "banking77-onnx_int8.json"
+    kept, before = stale.read_text(), lines[2]
+    for one, digest in ((stale, "a"), (tmp_path / "cells" / "banking77-netweight.json", "b")):
+        one.write_text(json.dumps(json.loads(one.read_text()) | {"artifact": digest}))
+    assert "no weaker rival: the teacher, ONNX Runtime dynamic int8 (banking77 0).\n" in figures.table()
+    assert figures.table().splitlines()[6] == before, "it counts all the same"
+    stale.write_text(kept)
     cell("amazon_multidomain", "netweight", "certified", 1.0, 1.0, 10, margin=3.3)
     cell("amazon_multidomain", "onnx_int8", "certified", 44.0, 10.0, 40)
     assert "| 10x | 22.00x in the geometric mean" in figures.table()
