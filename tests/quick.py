@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from conftest import tiny_model
+from netweight.model import Model
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -48,6 +50,28 @@ VARIANTS: tuple[Technique, ...] = (
     Finetune(train="head", epochs=2, learning_rate=1e-2),
     Shrink(heads=0.5, neurons=0.5, rows=20, epochs=1, multiple=8),
 )
+# One of each technique and of each way that one trains, by the names of docs/parallel-techniques.md.
+WAYS: dict[str, Technique] = {
+    **{type(technique).__name__: technique for technique in TECHNIQUES if not isinstance(technique, Pretrain)},
+    "Pretrain, masked": Pretrain("masked", epochs=1),
+    "Pretrain, contrastive": Pretrain("contrastive", epochs=1),
+    "Pretrain, causal": Pretrain("causal", epochs=1),
+    "Finetune, lora": Finetune(epochs=1, train="lora"),
+    "Finetune, head": Finetune(epochs=1, train="head"),
+    "Finetune, r-drop": Finetune(epochs=1, regularizer="r-drop"),
+    "Finetune, adversarial": Finetune(epochs=1, regularizer="adversarial"),
+    "Distill": Distill(layers=2, epochs=1, splice=1.0),
+    "Distill, hidden states": Distill(layers=2, epochs=1, splice=0.0, match=("logits", "hidden")),
+    "Distill, attention": Distill(layers=2, epochs=1, splice=0.0, match=("attention",)),
+    "Distill, relations": Distill(layers=2, epochs=1, splice=0.0, match=("relations",), relation_heads=4),
+    "QuantizeAware, fixed": QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1, ranges="fixed"),
+}
+
+
+def suited(technique: Technique) -> Model:
+    """A tiny model of three layers that this one of `WAYS` can be tried on, with words that no row has."""
+    causal = isinstance(technique, Pretrain) and technique.objective == "causal"
+    return tiny_model(family="gpt2" if causal else "bert", layers=3, more=("never", "nowhere", "[MASK]"))
 
 
 def some(*kinds: type[Technique]) -> list[Technique]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import KIND, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows
+from conftest import KIND, journal, many_rows, net, quick_measuring, tiny_base, tiny_model, tiny_rows
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
 from netweight.engine import load
@@ -32,23 +32,29 @@ from netweight.techniques import (
     LinearFloor,
     Prune,
     QuantizeAware,
+    Shrink,
     Technique,
 )
 from netweight.techniques.finetune import Moments
 from netweight.techniques.prune import Gradients
 from netweight.testing import TechniqueContract
 from netweight.train import Plan
-from quick import LORA, TECHNIQUES, VARIANTS, some
+from quick import LORA, TECHNIQUES, VARIANTS, WAYS, some, suited
 
 PLAN = Plan(batch_size=16, precision="fp32")
 FEW = [LORA, *some(Distill, Prune, QuantizeAware)]
 # A floor is fitted where its rows are.
 ALL = [technique for technique in (*TECHNIQUES, *VARIANTS) if not isinstance(technique, LinearFloor)]
+FURTHER = [way for way, technique in WAYS.items() if technique not in (*TECHNIQUES, *VARIANTS)]
 
 
 def federated(data: Dataset, travel: Travel | None = None) -> Federated:
     clients = [Client(name, mine) for name, mine in datasets(data, Quantity(3, 2.0)).items()]
     return Federated(clients, data, rounds=Rounds(2), travel=travel, privacy=None)
+
+
+def pooled(data: Dataset) -> Dataset:
+    return replace(data, pool=tiny_rows(160).take(range(120, 160)).unlabelled())
 
 
 @pytest.mark.parametrize("technique", FEW, ids=lambda t: type(t).__name__)
@@ -96,8 +102,30 @@ def test_a_short_row_tells_the_form_of_every_statistic(dataset: Dataset) -> None
 @pytest.mark.parametrize("technique", ALL, ids=lambda t: type(t).__name__)
 def test_whole_contract(technique: Technique, dataset: Dataset, tmp_path: Path) -> None:
     """With words that no row has, and a pool."""
-    model, pooled = tiny_model(more=KIND[:5]), replace(dataset, pool=tiny_rows(160).take(range(120, 160)).unlabelled())
-    TechniqueContract(technique, model, lambda: federated(pooled), PLAN, dataset.train.text).check(tmp_path)
+    model, data = tiny_model(more=KIND[:5]), pooled(dataset)
+    TechniqueContract(technique, model, lambda: federated(data), PLAN, dataset.train.text).check(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", FURTHER)
+def test_whole_contract_of_every_other_way_to_train(way: str, dataset: Dataset, tmp_path: Path) -> None:
+    """Losses that look inside of a network, adapters and heads."""
+    technique, data = WAYS[way], pooled(dataset)
+    TechniqueContract(technique, suited(technique), lambda: federated(data), PLAN, dataset.train.text).check(tmp_path)
+
+
+@pytest.mark.slow
+def test_projections_to_a_wider_teacher_travel(model: Model, dataset: Dataset, tmp_path: Path) -> None:
+    """The student has them while it trains, and not afterwards."""
+    student = Shrink(hidden=0.5, multiple=8, rows=16, epochs=0)(model, Local(dataset), PLAN)
+    technique = Distill(layers=None, teachers=(model,), match=("logits", "hidden"), epochs=1, splice=0.0)
+    TechniqueContract(technique, student, lambda: federated(dataset), PLAN, dataset.train.text).check(tmp_path)
+    with_them, without = federated(dataset), federated(dataset)
+    technique(student, with_them, PLAN)
+    replace(technique, match="logits")(student, without, PLAN)
+    numbers = student.depth * net(model).width * (net(student).width + 1)
+    more = with_them.report.rounds[0].down - without.report.rounds[0].down
+    assert more == 3 * 4 * numbers, "to each of three clients, four bytes a number"
 
 
 def test_adapters_and_heads_are_all_that_travels(model: Model, dataset: Dataset) -> None:
