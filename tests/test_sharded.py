@@ -33,6 +33,7 @@ from netweight.techniques import (
     EarlyExit,
     Factor,
     Finetune,
+    Pretrain,
     Quantize,
     QuantizeAware,
     Shrink,
@@ -153,6 +154,15 @@ def test_language_modelling(family: str, strategy: Strategy, dataset: Dataset, p
         assert distance(made, model) > 1e-4
     else:
         assert_equal(made, Local(dataset).fit(model, loss, PLAN), dataset)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_causal_pretraining(strategy: Strategy, dataset: Dataset, pool: Pool) -> None:
+    model, technique = still("gpt2"), Pretrain("causal", epochs=2, learning_rate=1e-3)
+    with Parallel(dataset, strategy=strategy, setup=SETUP, pool=pool) as run:
+        made = technique(model, run, PLAN)
+    assert distance(made, model) > 1e-4
+    assert_equal(made, technique(model, Local(dataset), PLAN), dataset)
 
 
 MANDATORY: tuple[Technique, ...] = (
