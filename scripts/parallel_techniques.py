@@ -1,4 +1,4 @@
-"""Write docs/parallel-techniques.md: which technique works under which strategy, found out by trying (a few minutes)."""
+"""Write docs/parallel-techniques.md: which technique works under which run, found out by trying (a few minutes)."""
 
 from __future__ import annotations
 

@@ -1,50 +1,45 @@
-"""What works under which strategy: every technique, one short fit each, works or is refused with a sentence.
+"""What works under which run: every way of every technique, one short fit each, works or is refused with a sentence.
 
-`scripts/parallel_techniques.py` writes docs/parallel-techniques.md from `table`; a slow test holds the page to it.
+`scripts/parallel_techniques.py` writes docs/parallel-techniques.md from `table`; a slow test holds the page to it, and a
+fast one holds its rows, its columns and what needs no processes.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, get_args
 
 import pytest
 
-from conftest import tiny_model
+from conftest import tiny_dataset
 from netweight.errors import NetweightError
 from netweight.network import tensors
 from netweight.run import Local, Parallel, Pool, Run, Setup
 from netweight.run.commands import Strategy
-from netweight.techniques import Distill, Finetune, Pretrain, Quantize, QuantizeAware, Technique
 from netweight.testing import fresh_digest
 from netweight.train import Plan
-from quick import TECHNIQUES
+from quick import WAYS, suited
 from test_compose import few
+from test_federated_techniques import federated, pooled
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "parallel-techniques.md"
-STRATEGIES: tuple[Strategy | None, ...] = (None, "ddp", "fsdp", "tensor", "pipeline")
 PLAN = Plan(batch_size=16, precision="fp32")
-ALL: dict[str, Technique] = {
-    **{type(technique).__name__: technique for technique in TECHNIQUES},
-    "Pretrain, masked": Pretrain("masked", epochs=1),
-    "Pretrain, contrastive": Pretrain("contrastive", epochs=1),
-    "Finetune, lora": Finetune(epochs=1, train="lora"),
-    "Finetune, head": Finetune(epochs=1, train="head"),
-    "Finetune, r-drop": Finetune(epochs=1, regularizer="r-drop"),
-    "Finetune, adversarial": Finetune(epochs=1, regularizer="adversarial"),
-    "Distill": Distill(layers=2, epochs=1, splice=1.0),
-    "Distill, hidden states": Distill(layers=2, epochs=1, splice=0.0, match=("logits", "hidden")),
-    "Distill, attention": Distill(layers=2, epochs=1, splice=0.0, match=("attention",)),
-    "Distill, relations": Distill(layers=2, epochs=1, splice=0.0, match=("relations",), relation_heads=4),
-    "QuantizeAware, fixed": QuantizeAware(Quantize(weight_bits=4, rows=16), epochs=1, ranges="fixed"),
-}
-ALL.pop("Pretrain")
+Where = Literal["local", "federated"] | Strategy
+RUNS: tuple[Where, ...] = ("local", *get_args(Strategy), "federated")
 
 
-def outcome(technique: Technique, strategy: Strategy | None, pool: Pool) -> str:
+def opened(where: Where, pool: Pool | None) -> Run:
+    if where == "local":
+        return Local(few())
+    if where == "federated":
+        return federated(pooled(tiny_dataset()))
+    return Parallel(few(), strategy=where, setup=Setup(timeout=60), pool=pool)
+
+
+def outcome(way: str, where: Where, pool: Pool | None = None) -> str:
     """Nothing where it works, else the sentence with which it was refused."""
-    data, model = few(), tiny_model(layers=3, more=("never", "nowhere", "[MASK]"))
-    setup = Setup(timeout=60)
-    run: Run = Local(data) if strategy is None else Parallel(data, strategy=strategy, setup=setup, pool=pool)
+    technique = WAYS[way]
+    model, run = suited(technique), opened(where, pool)
     before = fresh_digest(model)
     try:
         made = technique(model, run, PLAN)
@@ -55,29 +50,44 @@ def outcome(technique: Technique, strategy: Strategy | None, pool: Pool) -> str:
             run.close()
     assert fresh_digest(model) == before != made.digest, "it did nothing, or to the given model"
     assert all(t.isfinite().all() for t in tensors(made.network).values() if t.is_floating_point())
-    assert len(pool.members) in (0, pool.processes), "a process was lost: it did not work, nor was it refused"
+    if pool is not None:
+        assert len(pool.members) in (0, pool.processes), "a process was lost: it did not work, nor was it refused"
     return ""
 
 
 def table() -> str:
     """The page: a matrix with a number for each sentence."""
     sentences: dict[str, int] = {}
-    lines = ["| technique | local | ddp | fsdp | tensor | pipeline |", "|---|---|---|---|---|---|"]
+    lines = [f"| technique | {' | '.join(RUNS)} |", "|---" * (1 + len(RUNS)) + "|"]
     with Pool(2) as pool:
-        for name, technique in ALL.items():
+        for way in WAYS:
             cells = []
-            for strategy in STRATEGIES:
-                said = outcome(technique, strategy, pool)
-                assert not said or len(said.split()) > 5, f"{name} under {strategy}: {said!r} is no sentence"
+            for where in RUNS:
+                said = outcome(way, where, pool)
+                assert not said or len(said.split()) > 5, f"{way} under {where}: {said!r} is no sentence"
                 cells.append(f"[{sentences.setdefault(said, len(sentences) + 1)}]" if said else "yes")
-            lines.append(f"| **{name}** | {' | '.join(cells)} |")
+            lines.append(f"| **{way}** | {' | '.join(cells)} |")
     notes = [f"- [{number}] {said}" for said, number in sentences.items()]
     head = (
-        "# What works under which strategy\n\nEvery technique on one tiny BERT of three layers, one short fit each, alone "
-        "and on two processes. What is refused is\nrefused with the sentence of its number. Written by "
-        "`scripts/parallel_techniques.py`.\n"
+        "# What works under which run\n\nEvery technique on one tiny BERT of three layers (on a GPT-2 where it is causal), "
+        "one short fit each: alone, on two\nprocesses under each strategy, and on three clients without privacy. What is "
+        "refused is refused with the sentence of its\nnumber. Written by `scripts/parallel_techniques.py`.\n"
     )
     return "\n".join([head, *lines, "", *notes, ""])
+
+
+def test_the_page_has_every_way_under_every_run() -> None:
+    """And a sentence for each number, of which those that need no processes are still said."""
+    again, lines = "run scripts/parallel_techniques.py and commit it", PAGE.read_text(encoding="utf-8").splitlines()
+    head, _, *rows = ([cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines if "|" in line)
+    notes = dict(line.removeprefix("- ").split(" ", 1) for line in lines if line.startswith("- ["))
+    assert head == ["technique", *RUNS], again
+    assert [way for way, *_ in rows] == list(WAYS), again
+    refused = {(way, where): cell for way, *cells in rows for where, cell in zip(RUNS, cells) if cell != "yes"}
+    assert list(dict.fromkeys(refused.values())) == list(notes) == [f"[{i + 1}]" for i in range(len(notes))], again
+    here = {(way, where): notes[cell] for (way, where), cell in refused.items() if where in ("local", "federated")}
+    assert here == {(way, where): outcome(way, where) for way, where in here}, again
+    assert ("LinearFloor", "federated") in here, again
 
 
 @pytest.mark.slow
