@@ -26,7 +26,7 @@ from netweight.loss import Batch
 from netweight.network import Network
 from netweight.progress import Bar
 from netweight.seams import Lost, Seams, State
-from netweight.train import Plan, fit, fit_digest
+from netweight.train import Plan, fit, fit_digest, half_pays
 
 ROWS = 24
 
@@ -260,6 +260,28 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.clear()
         fitted(plan_of(precision="auto"), loss=Nosy())
         assert {half for half, _ in seen} == {able}
+
+
+def test_half_pays_where_bf16_is_native_and_not_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    here = half_pays(cpu)
+    assert isinstance(here, bool)
+    assert half_pays(cpu) is here
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert not torch.is_autocast_enabled("cpu")
+    for avx, amx in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert half_pays(cpu) is (avx or amx)
+    # An old card, which does so in software; what the processor can is nothing to it.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert half_pays(card) is False
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert half_pays(card) is True
 
 
 def test_a_fit_leaves_the_global_random_state_alone() -> None:
