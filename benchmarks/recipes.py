@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
+from netweight.active import Method, select
 from netweight.bench import block_latency
+from netweight.data import Rows
 from netweight.measure import cores
 from netweight.model import Model, pretrained
-from netweight.run import Run
+from netweight.run import Local, Run
+from netweight.scratch import scratch
 from netweight.techniques import (
     Distill,
     EarlyExit,
@@ -34,7 +39,8 @@ from netweight.train import Plan
 FEW = 10  # labelled rows of a class that the semi-supervised examples keep
 TEACHER, PRETRAINED = "teacher", "pretrained"
 ALONE: dict[str, Any] = {"weight_bits": 4, "granularity": "group", "group": 32, "activations": "none"}
-# Page, name, what it starts from, recipe; "few" has FEW labels a class and all other texts as its pool.
+# Page, name, what it starts from, recipe; "few" has FEW labels a class and all other texts as its pool, "few-alone" has
+# no pool, and "scratch" is the teacher of a student with a tokenizer of its own.
 EXAMPLES: tuple[tuple[str, str, str, Recipe], ...] = (
     ("", "the teacher", TEACHER, ()),
     ("finetune", "all weights, from a probe", PRETRAINED, (Finetune(),)),
@@ -194,4 +200,56 @@ RARE: tuple[tuple[str, str, str, Recipe], ...] = (
     ("finetune", "all weights, from a probe", PRETRAINED, (Finetune(),)),
     ("finetune", "the same, rare labels weigh more", PRETRAINED, (Finetune(class_weights=True),)),
 )
-GROUPS = {"techniques": EXAMPLES, "further": FURTHER, "rest": REST, "rare": RARE}
+ASKED = 3  # labelled rows of a class that the examples of active learning begin with
+
+
+def first(rows: Rows, count: int) -> list[int]:
+    """Positions of the first `count` rows of each label."""
+    seen: dict[str, list[int]] = {}
+    for i, label in enumerate(rows.label or ()):
+        seen.setdefault(label, []).append(i)
+    return sorted(i for some in seen.values() for i in some[:count])
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """`Distill` from the given model, asked about all rows before, into one that is made of nothing but their texts."""
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        assert isinstance(run, Local)
+        run.outputs(model, unlabelled=True, half=True)
+        student = scratch(run.data.train.text, model.task, seed=plan.seed)
+        return Distill(None, epochs=20, learning_rate=5e-4, splice=0.0, teachers=model)(student, run, plan)
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """`Finetune` on as many rows as FEW labels a class would be: ASKED of each, and others that a model of these asks
+    for by `method`, from their texts alone, or that are drawn at random (None)."""
+
+    method: Method | None
+
+    def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
+        assert isinstance(run, Local)
+        rows = run.data.train
+        known = first(rows, ASKED)
+        others = np.setdiff1d(np.arange(len(rows)), known)
+        count = FEW * model.task.outputs - len(known)
+        if self.method is None:
+            chosen = np.random.default_rng(plan.seed).choice(len(others), count, replace=False)
+        else:
+            asks = Finetune()(model, Local(replace(run.data, train=rows.take(known))), plan)
+            chosen = select(asks, rows.take(others).unlabelled(), count, plan.seed, self.method, rows.take(known))
+        return Finetune()(model, Local(replace(run.data, train=rows.take([*known, *others[chosen]]))), plan)
+
+
+POOL: tuple[tuple[str, str, str, Recipe], ...] = (
+    ("", "the teacher", TEACHER, ()),
+    ("distill", "a student from scratch, outputs", "scratch", (FromScratch(),)),
+    ("distill", f"{FEW} labels a class, fine-tuned, then 3 of 6 layers", "few-alone", (Finetune(), One())),
+    ("distill", "the same, also of the other texts, as a pool", "few", (Finetune(), One())),
+    ("semi-supervised", f"{ASKED} labels a class, then others at random", PRETRAINED, (Revealed(None),)),
+    ("semi-supervised", "the same, others by margin", PRETRAINED, (Revealed("margin"),)),
+    ("semi-supervised", "the same, others by badge", PRETRAINED, (Revealed("badge"),)),
+)
+GROUPS = {"techniques": EXAMPLES, "further": FURTHER, "rest": REST, "rare": RARE, "pool": POOL}

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from recipes import FEW, GROUPS, PRETRAINED, TEACHER
+from recipes import FEW, GROUPS, PRETRAINED, TEACHER, first
 
 from netweight import measure
 from netweight.artifact import Tier
@@ -62,11 +62,8 @@ class Within:
 
 def few(data: Dataset) -> Dataset:
     """FEW labelled rows of each class; the other texts are the pool."""
-    seen: dict[str, int] = {}
-    kept, rest = [], []
-    for i, label in enumerate(data.train.label or ()):
-        seen[label] = seen.get(label, 0) + 1
-        (kept if seen[label] <= FEW else rest).append(i)
+    kept = first(data.train, FEW)
+    rest = np.setdiff1d(np.arange(len(data.train)), kept)
     return replace(data, train=data.train.take(kept), pool=Rows(data.train.take(rest).text))
 
 
@@ -116,6 +113,8 @@ def main() -> None:
         TEACHER: (data, lambda: teacher),
         PRETRAINED: (data, lambda: pretrained("starter", task, seed=given.seed)),
         "few": (few(data), lambda: pretrained("starter", task, seed=given.seed)),
+        "few-alone": (replace(few(data), pool=None), lambda: pretrained("starter", task, seed=given.seed)),
+        "scratch": (data, lambda: teacher),
         "gpt2": (data, lambda: scratch(data.train.text, task, family="gpt2", seed=given.seed)),
     }
     targets = task.targets(data.dev.label or ())
@@ -131,7 +130,7 @@ def main() -> None:
         facts, exported = json.loads((kept / "facts.json").read_text()), (kept / "file").read_bytes()
         key = f"{page}: {name}"
         engine = tier_engine(Tier(name, facts["kind"], "", facts["options"]), exported, teacher.encoder.pad, cores())
-        if start != "gpt2":  # its tokenizer cuts texts into other numbers of tokens
+        if start not in ("gpt2", "scratch"):  # their tokenizers cut texts into other numbers of tokens
             engines[key] = Within(engine, facts["vocabulary"])
         said = np.load(kept / "dev.npy")
         reference = said if reference is None else reference

@@ -8,7 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-STORED = tuple(RESULTS / name for name in ("techniques.json", "further.json", "rest.json", "rare.json"))
+STORED = tuple(RESULTS / f"{group}.json" for group in ("techniques", "further", "rest", "rare", "pool"))
 CASCADE = RESULTS / "cascade.json"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 

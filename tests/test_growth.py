@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Shop, tiny_model
+from conftest import Asked, Shop, tiny_model
+from netweight.active import select
 from netweight.data import Dataset, Rows
 from netweight.export import export
 from netweight.model import pretrained
@@ -128,13 +129,14 @@ def test_examples_of_techniques_are_made_once_and_timed_together(
         ("", "the teacher", techniques.TEACHER, ()),
         ("quantize", "int8", techniques.TEACHER, (Quantize(rows=64),)),
         ("semi-supervised", "few, then its own", "few", (Finetune(1, 1e-3), SelfTrain(floor=0.6, epochs=1, drift=1.0))),
+        next(one for one in techniques.GROUPS["pool"] if one[2] == "scratch"),
     )
     monkeypatch.setitem(techniques.GROUPS, "techniques", examples)
     techniques.main()
     path = tmp_path / "techniques.json"
     first = json.loads(path.read_text(encoding="utf-8"))
     assert first["rows"] == len(shop.dev)
-    teacher, int8, few = first["examples"]
+    teacher, int8, few, scratch = first["examples"]
     assert [(e["page"], e["name"]) for e in first["examples"]] == [(page, name) for page, name, _, _ in examples]
     assert teacher["agreement"] == 1
     assert int8["agreement"] > 0.9
@@ -142,7 +144,8 @@ def test_examples_of_techniques_are_made_once_and_timed_together(
     assert int8["recipe"] == [repr(Quantize(rows=64))]
     assert [one.partition("(")[0] for one in few["recipe"]] == ["Finetune", "SelfTrain"]
     assert few["agreement"] < 1
-    assert all(e["row"] > 0 for e in first["examples"])
+    assert all(e["row"] > 0 for e in (teacher, int8, few))
+    assert "row" not in scratch, "its rows are cut into other tokens than the teacher's"
     monkeypatch.setattr(techniques, "make", lambda *_: pytest.fail("an example was made twice"))
     techniques.main()
     for before, after in zip(first["examples"], json.loads(path.read_text())["examples"], strict=True):
@@ -164,6 +167,44 @@ def test_few_labels_of_each_class_and_the_rest_a_pool(dataset: Dataset, monkeypa
     assert set(Counter(found.train.label).values()) == {techniques.FEW}
     assert Counter(found.train.text) + Counter(found.pool.text) == Counter(dataset.train.text)
     assert found.pool.label is None
+
+
+@pytest.mark.parametrize("method", [None, "margin", "badge"])
+def test_labels_are_revealed_of_rows_that_a_model_asked_for(
+    method: str | None, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = script("recipes", monkeypatch)
+    trained: list[Rows] = []
+
+    class Watched(Asked):
+        def __init__(self, data: Dataset) -> None:
+            super().__init__(data)
+            trained.append(data.train)
+
+    def choosing(model: Any, rows: Rows, *how: Any) -> Any:
+        assert rows.label is None
+        return select(model, rows, *how)
+
+    monkeypatch.setattr(recipes, "Local", Watched)
+    monkeypatch.setattr(recipes, "select", choosing)
+    recipes.Revealed(method)(tiny_model(), Watched(dataset), Plan(seed=1))
+    _, *asking, last = trained
+    each = dict.fromkeys(("good", "bad"), recipes.ASKED)
+    assert [Counter(rows.label) for rows in asking] == ([] if method is None else [each])
+    assert len(last) == recipes.FEW * 2
+    assert not Counter(zip(last.text, last.label or ())) - Counter(zip(dataset.train.text, dataset.train.label or ()))
+    assert min(Counter(last.label).values()) >= recipes.ASKED
+
+
+def test_a_student_from_scratch_knows_the_teacher_by_its_outputs(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, run = tiny_model(), Asked(dataset)
+    student = script("recipes", monkeypatch).FromScratch()(teacher, run, Plan())
+    ((_, loss, plan),) = run.fits
+    assert student.encoder.definition != teacher.encoder.definition
+    assert loss.teachers == (teacher,)
+    assert plan.splice == 0, "spliced rows would be of the teacher's tokens"
 
 
 def test_an_ordinary_fine_tune_is_timed(
