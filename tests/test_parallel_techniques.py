@@ -70,8 +70,9 @@ def table() -> str:
     notes = [f"- [{number}] {said}" for said, number in sentences.items()]
     head = (
         "# What works under which run\n\nEvery technique on one tiny BERT of three layers (on a GPT-2 where it is causal), "
-        "one short fit each: alone, on two\nprocesses under each strategy, and on three clients without privacy. What is "
-        "refused is refused with the sentence of its\nnumber. Written by `scripts/parallel_techniques.py`.\n"
+        "one short fit each: alone, on two\nprocesses under each strategy, and on three clients without "
+        "[privacy](federated-privacy.md). What is refused is refused with\nthe sentence of its number. Written by "
+        "`scripts/parallel_techniques.py`.\n"
     )
     return "\n".join([head, *lines, "", *notes, ""])
 
