@@ -12,6 +12,7 @@ from netweight.data import Dataset
 from netweight.data.rows import Sealed
 from netweight.errors import OptionError
 from netweight.loss import Penalized, PseudoLabels, SoftTargets, Supervised
+from netweight.matching import Matching
 from netweight.network import Static
 from netweight.objectives import Adversarial, CausalLM, Contrastive, MaskedLM, RDrop
 from netweight.run import Local
@@ -274,7 +275,8 @@ def test_a_resumed_fit_takes_the_same_number_of_noisy_steps(tmp_path):
 def test_losses_that_are_no_sum_over_rows_are_refused():
     model = prepared()
     loss = Supervised(model.task)
-    for bad in (Contrastive(), Adversarial(loss), Penalized(loss, "l1", 0.1, ("head.weight",))):
+    inside = Matching(SoftTargets(model.task, (model,)), ("logits", "hidden"), (0, 1), 4, 1.0)
+    for bad in (Contrastive(), Adversarial(loss), inside, Penalized(loss, "l1", 0.1, ("head.weight",))):
         with pytest.raises(OptionError, match=f"{type(bad).__name__} is no sum over rows"):
             require(model.network, bad, Plan())
     for good in (loss, MaskedLM(1, (0,), 10), RDrop(loss)):
