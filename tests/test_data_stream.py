@@ -101,6 +101,21 @@ def test_jsonl_keeps_values(tmp_path: Path) -> None:
     assert stored[1]["text"] == "\\ud83d"
 
 
+def test_json_that_is_nested_deep_costs_one_row(tmp_path: Path) -> None:
+    """Python reads it, and ran out of stack where it was to be written: the output of all other rows was gone."""
+
+    def row(deep: int) -> str:  # the object and its lists
+        return '{"text":"a","n":' + "[" * (deep - 1) + "NaN" + "]" * (deep - 1) + "}\n"
+
+    wide = '{"text":"[[{{' + "[" * 100 + '","n":[' + ",".join(["[{}]"] * 100) + "]}\n"
+    path = table(tmp_path / "a.jsonl", row(100) + row(101) + row(600) + wide)
+    (chunk,) = stream(path, TEXT)
+    assert [(row.number, row.reason) for row in chunk.unusable] == [(n, "JSON nested over 100 deep") for n in (2, 3)]
+    for out in ("out.jsonl", "out.csv", "out.parquet"):
+        writer = predict(path, tmp_path / out)
+        assert (writer.rows, writer.bad) == (4, 2)
+
+
 def test_parquet_keeps_types(tmp_path: Path) -> None:
     source = pa.table(
         {

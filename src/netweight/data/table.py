@@ -19,6 +19,8 @@ from netweight.errors import DataError
 BROKEN_QUOTES = "quotes are broken"
 WRONG_CELLS = "wrong number of cells"
 NOT_JSON = "not a JSON object"
+_DEEPEST = 100  # lists and objects of a line in one another; what walks through many more runs out of Python's stack
+TOO_DEEP = f"JSON nested over {_DEEPEST} deep"
 CELL_LIMIT = 100_000
 CELL_TOO_LONG = f"cell over {CELL_LIMIT:,} characters"
 # How far to look for the end of a quoted cell that is longer than Python's csv reads (131,072 characters).
@@ -116,9 +118,9 @@ class JsonTable:
         return self.file.path.name
 
     def records(self) -> Iterator[Record]:
-        for number, (line, row) in enumerate(_objects(self.file), 1):
-            if row is None:
-                yield Record(number, (line.rstrip("\r\n"),), NOT_JSON)
+        for number, (line, row, broken) in enumerate(_objects(self.file), 1):
+            if broken:
+                yield Record(number, (line.rstrip("\r\n"),), broken)
             else:
                 yield Record(number, tuple([row.get(column) for column in self.columns]))
 
@@ -251,9 +253,9 @@ def _jsonl(file: File) -> JsonTable:
     # A key may turn up in any line, so they are all read once before the first row is handed out.
     columns: dict[str, None] = {}
     first = None
-    for line, row in _objects(file):
+    for line, row, _ in _objects(file):
         first = first or line
-        columns.update(dict.fromkeys(row or ()))
+        columns.update(dict.fromkeys(row))
     if first is None:
         raise DataError(f"{file.path.name} is empty; each line must be a JSON object.")
     if not columns:
@@ -261,7 +263,8 @@ def _jsonl(file: File) -> JsonTable:
     return JsonTable(file, tuple(columns))
 
 
-def _objects(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
+def _objects(file: File) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each line that is not blank, its object and "", or an empty one and why it cannot be read."""
     with opened_text(file, newline="\n") as text:
         for line in text:
             if not line.strip():
@@ -270,7 +273,20 @@ def _objects(file: File) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            yield line, row if isinstance(row, dict) else None
+            if not isinstance(row, dict):
+                yield line, {}, NOT_JSON
+            elif line.count("{") + line.count("[") > _DEEPEST and _too_deep(row):  # few lines have so many
+                yield line, {}, TOO_DEEP
+            else:
+                yield line, row, ""
+
+
+def _too_deep(row: dict[str, Any]) -> bool:
+    level: list[Any] = [row]
+    for _ in range(_DEEPEST):
+        inner = (cell.values() if isinstance(cell, dict) else cell for cell in level)
+        level = [cell for cells in inner for cell in cells if isinstance(cell, dict | list)]
+    return bool(level)
 
 
 def _distinct(names: Iterable[str], table: str) -> None:
