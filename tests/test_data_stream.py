@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from netweight.data import Columns, Rows, Writer, rows_file, stream, write_rows
+from netweight.data import table as data_table
 from netweight.errors import ColumnError, DataError, MissingExtra, OptionError
 
 TEXT = Columns("text")
@@ -114,6 +115,43 @@ def test_json_that_is_nested_deep_costs_one_row(tmp_path: Path) -> None:
     for out in ("out.jsonl", "out.csv", "out.parquet"):
         writer = predict(path, tmp_path / out)
         assert (writer.rows, writer.bad) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "broken"),
+    [
+        ("a.csv.gz", "id,text\n1,a\n2,…\n3,c\n", 0),
+        ("a.csv.gz", "id,text\r\n1,a\r\n2,b~\r\n3,c\r\n", 0),
+        ("a.csv.gz", "text\ra\r…\rc\r", 0),
+        ("a.csv.gz", 'id,text\n1,a\n2,"b\n…"\n3,c\n', 1),  # too long within quotes that were open
+        ("a.csv.gz", 'id,text\n1,a\n2,"^\n…"\n3,c\n', 1),  # and where their end is looked for
+        ("a.jsonl.gz", '{"text":"a"}\n{"text":"…"}\n{"text":"c"}\n', 0),
+        ("a.jsonl.gz", '{"text":"a"}\n{"text":"b"}~x\n{"text":"c"}', 0),
+        ("a.jsonl.gz", '{"text":"a"}\n~{"text":"b"}\n{"text":"c"}\n', 0),
+    ],
+)
+def test_a_line_without_end_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, broken: int
+) -> None:
+    for sign, filling in (("…", "x" * 10_000_000), ("~", " " * 10_000_000), ("^", "x" * 140_000)):
+        content = content.replace(sign, filling)
+    (tmp_path / name).write_bytes(gzip.compress(content.encode()))
+    monkeypatch.setattr(data_table, "_RECORD_LIMIT", 150_000)
+    tracemalloc.start()
+    try:
+        (chunk,) = stream(tmp_path / name, TEXT)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 5_000_000
+    assert chunk.texts == ("a", "c")
+    reasons = ["quotes are broken"] * broken + ["line is over 4,000,000 characters"]
+    assert [row.reason for row in chunk.unusable] == reasons
+
+
+def test_a_first_line_without_end_names_no_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="name the columns, but its line is over 4,000,000 characters: 'xxx"):
+        stream(table(tmp_path / "a.csv", "x" * 4_000_001), TEXT)
 
 
 def test_parquet_keeps_types(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ _DEEPEST = 100  # lists and objects of a line in one another; what walks through
 TOO_DEEP = f"JSON nested over {_DEEPEST} deep"
 CELL_LIMIT = 100_000
 CELL_TOO_LONG = f"cell over {CELL_LIMIT:,} characters"
-# How far to look for the end of a quoted cell that is longer than Python's csv reads (131,072 characters).
+# Of a line; and how far to look for the end of a quoted cell longer than Python's csv reads (131,072 characters).
 _RECORD_LIMIT = 4_000_000
+LINE_TOO_LONG = f"line is over {_RECORD_LIMIT:,} characters"
 _BATCH = 1024
 
 
@@ -266,7 +267,10 @@ def _jsonl(file: File) -> JsonTable:
 def _objects(file: File) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Each line that is not blank, its object and "", or an empty one and why it cannot be read."""
     with opened_text(file, newline="\n") as text:
-        for line in text:
+        for line in _lines(text):
+            if len(line) > _RECORD_LIMIT:
+                yield line, {}, LINE_TOO_LONG
+                continue
             if not line.strip():
                 continue
             try:
@@ -304,11 +308,19 @@ def _filled(parsed: Iterator[tuple[list[str], str]]) -> Iterator[tuple[list[str]
     return ((cells, broken) for cells, broken in parsed if broken or (cells and cells != [""]))
 
 
+def _lines(text: TextIO) -> Iterator[str]:
+    """Of a line over `_RECORD_LIMIT` only the beginning, still over it: what a small .gz holds may have gigabytes."""
+    while line := text.readline(_RECORD_LIMIT + 1):
+        yield line
+        while len(line) > _RECORD_LIMIT and not line.endswith("\n"):
+            line = text.readline(_RECORD_LIMIT + 1)
+
+
 class _Lines:
-    """The lines of a text, of which some can be given back."""
+    """The lines of a text, of which some can be given back. Raises csv.Error after it took one that is too long."""
 
     def __init__(self, text: TextIO) -> None:
-        self._text, self._back = text, deque[str]()
+        self._text, self._back = _lines(text), deque[str]()
         self.taken: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
@@ -317,6 +329,8 @@ class _Lines:
     def __next__(self) -> str:
         line = self._back.popleft() if self._back else next(self._text)
         self.taken.append(line)
+        if len(line) > _RECORD_LIMIT:
+            raise csv.Error(LINE_TOO_LONG)
         return line
 
     def keep(self, count: int) -> str:
@@ -330,8 +344,9 @@ class _Lines:
         """Take lines until quotes are balanced; False where that does not happen within `_RECORD_LIMIT`."""
         quotes, size = sum(line.count('"') for line in self.taken), sum(map(len, self.taken))
         while quotes % 2 and size < _RECORD_LIMIT:
-            line = next(self, None)
-            if line is None:
+            try:
+                line = next(self)
+            except (StopIteration, csv.Error):
                 return False
             quotes, size = quotes + line.count('"'), size + len(line)
         return quotes % 2 == 0
@@ -353,4 +368,5 @@ def _parsed(text: TextIO, delimiter: str) -> Iterator[tuple[list[str], str]]:
             if "field limit" in str(error) and lines.close_quote():
                 yield [lines.keep(len(lines.taken)).rstrip("\r\n")], CELL_TOO_LONG
             else:
-                yield [lines.keep(1).rstrip("\r\n")], BROKEN_QUOTES
+                line = lines.keep(1)
+                yield [line.rstrip("\r\n")], LINE_TOO_LONG if len(line) > _RECORD_LIMIT else BROKEN_QUOTES
