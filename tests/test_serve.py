@@ -153,6 +153,8 @@ def test_a_number_may_be_written_as_a_fraction(server: Server) -> None:
         ({"texts": "a"}, 422, "invalid-request", "texts"),
         ({"texts": ["a"] * (MOST_ROWS + 1)}, 422, "invalid-request", "at most 1024 items"),
         ({"texts": ["a"], "more": 1}, 422, "invalid-request", "more"),
+        ({str(n): n for n in range(5000)}, 422, "invalid-request", "5,000 faults; send only texts, pairs, scores, "),
+        ({"pairs": [[1, 1]] * 1024, "texts": [1] * 1024}, 422, "invalid-request", "texts.0: "),
         ({"texts": ["a"], "deadline_ms": 0}, 422, "invalid-request", "deadline_ms"),
         (b'{"texts": ["' + b"a" * MOST_BYTES + b'"]}', 413, "too-large", "4,194,304 bytes"),
     ],

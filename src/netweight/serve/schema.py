@@ -12,6 +12,7 @@ MOST_ROWS = 1024
 MOST_BYTES = 4 * 2**20
 MOST_CHARACTERS = 10_000  # of a text that is explained: it is answered some sixty times
 _SHOWN = 200  # characters of a faulty place that are said again
+_FAULTS = 4 * MOST_ROWS  # more than known fields can have: hundreds of thousands of others would hold up the event loop
 Text = Annotated[str, Field(max_length=100_000)]
 _Asked = TypeVar("_Asked", bound=BaseModel)
 
@@ -158,6 +159,11 @@ def _valid(kind: type[_Asked], body: bytes) -> _Asked:
     try:
         return kind.model_validate_json(body)
     except ValidationError as problem:
+        if (count := problem.error_count()) > _FAULTS:
+            fields = ", ".join(kind.model_fields)
+            raise Problem(
+                422, "invalid-request", f"the body has {count:,} faults; send only {fields}, as /openapi.json says."
+            ) from None
         first = problem.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))[:_SHOWN] or "the body"
         if first["type"] == "json_invalid":
