@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import stat
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import httpx
@@ -104,6 +105,27 @@ def test_a_change_right_after_the_first_reading_is_seen(tmp_path: Path, monkeypa
     door = Door(path)
     door.now = 2.0
     assert door.ask(key).status_code == 401
+
+
+def test_a_key_that_is_removed_while_another_is_added_stays_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "keys.jsonl", read_keys
+    add_key(path, "shop")
+    with ThreadPoolExecutor(1) as pool:
+        removals = list[Future[None]]()
+
+        def meanwhile(which: Path) -> tuple[Key, ...]:
+            found = read(which)
+            monkeypatch.setattr(keys, "read_keys", read)
+            removals.append(pool.submit(remove_key, path, "shop"))
+            wait(removals, 0.2)
+            return found
+
+        monkeypatch.setattr(keys, "read_keys", meanwhile)
+        add_key(path, "other")
+        removals[0].result(10)
+    assert [key.name for key in read_keys(path)] == ["other"]
 
 
 def test_keys_change_under_a_running_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

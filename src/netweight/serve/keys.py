@@ -7,6 +7,7 @@ holds, so a plain hash keeps them. Rotation: add a second key under the same nam
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -17,7 +18,8 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -60,22 +62,37 @@ def add_key(path: Path, name: str, per_minute: int | None = None) -> str:
     if not _NAME.fullmatch(name):
         raise OptionError(f"a key cannot be called {name!r}; use letters, digits, dot, dash and underscore.")
     text = f"nw_{secrets.token_urlsafe(32)}"
-    kept = read_keys(path) if path.exists() else ()
-    _write(path, (*kept, Key(name, _hash(text), per_minute)))
+    with _alone(path):
+        kept = read_keys(path) if path.exists() else ()
+        _write(path, (*kept, Key(name, _hash(text), per_minute)))
     return text
 
 
 def remove_key(path: Path, name: str, sha256: str = "") -> None:
     """Take away the key of a name whose hash begins so. Raises OptionError for none, and for more than one."""
-    kept = read_keys(path)
-    gone = [key for key in kept if key.name == name and key.sha256.startswith(sha256)]
-    if not gone:
-        names = ", ".join(sorted({key.name for key in kept})) or "none"
-        raise OptionError(f"{path} has no such key of {name!r}; its names are: {names}.")
-    if len(gone) > 1:
-        which = " or ".join(f"{name}:{key.sha256[:12]}" for key in gone)
-        raise OptionError(f"{path} has {len(gone)} keys of {name!r}; say which one: {which}.")
-    _write(path, tuple(key for key in kept if key not in gone))
+    with _alone(path):
+        kept = read_keys(path)
+        gone = [key for key in kept if key.name == name and key.sha256.startswith(sha256)]
+        if not gone:
+            names = ", ".join(sorted({key.name for key in kept})) or "none"
+            raise OptionError(f"{path} has no such key of {name!r}; its names are: {names}.")
+        if len(gone) > 1:
+            which = " or ".join(f"{name}:{key.sha256[:12]}" for key in gone)
+            raise OptionError(f"{path} has {len(gone)} keys of {name!r}; say which one: {which}.")
+        _write(path, tuple(key for key in kept if key not in gone))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One change at a time: of two, the later one would bring back a key that the other removes. The folder is what is
+    locked, since each change puts another file in the place of the last."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _hash(text: str) -> str:
