@@ -77,7 +77,8 @@ def stream(source: str | Path, columns: Columns, chunk: int = 1024) -> Stream:
     """Chunks of at most `chunk` rows of a table, a Hub dataset, or '-' (lines on standard input, column `text`).
 
     Only `text` and `pair` of `columns` apply. A row that cannot be used stays in its chunk, marked as bad; a line
-    that cannot be read keeps its raw text in the first column. Raises DataError, ColumnError, OptionError.
+    that cannot be read keeps its raw text, or the beginning of what is too long, in the first column. Raises DataError,
+    ColumnError, OptionError.
     """
     if columns != Columns(columns.text, pair=columns.pair):
         raise OptionError("rows to predict have a text and perhaps a pair; label, group, weight, slices do not apply.")
