@@ -184,51 +184,15 @@ def test_a_changed_number_is_found_and_named() -> None:
         verify(certificate, replace(outcomes, candidates={**outcomes.candidates, "bad": better}))
 
 
-def test_what_earlier_versions_stored_otherwise_is_verified() -> None:
-    """Rows needed by Tango's statistic where nothing differs, 2 of them at a gain of the margin, flat intervals."""
-    rows = labelled(376)
-    same = certify(plan(rows, SAFE), Sealed(rows), answers(rows, []), {"safe": answers(rows, [])})
-    assert (same[0].verdict, same[0].power, same[0].rows_needed) == ("certified", 1.0, (369, 369))
-    verify(replace(same[0], power=0.0, rows_needed=(381, 381)), same[1])
-    for power, needed in ((0.0, (380, 381)), (1.0, (381, 381)), (0.0, (369, 369))):
-        with pytest.raises(CertificateError, match="recomputed from its outcomes"):
-            verify(replace(same[0], power=power, rows_needed=needed), same[1])
-
-    rows = labelled(90)
-    gains = certify(plan(rows, SAFE), Sealed(rows), answers(rows, [1]), {"safe": answers(rows, [])})
-    none, observed = gains[0].rows_needed
-    assert gains[0].verdict == "not certified"
-    assert observed is not None
-    assert observed > 90
-    verify(replace(gains[0], rows_needed=(none, 2)), gains[1])
-    with pytest.raises(CertificateError, match=r"rows_needed\[1\] is 3 in the certificate"):
-        verify(replace(gains[0], rows_needed=(none, 3)), gains[1])
-
-    scores = Rows(tuple(f"text {i}" for i in range(400)), tuple(str(i % 7) for i in range(400)))
+def test_slices_in_which_nothing_differs_have_no_interval() -> None:
+    rows = Rows(tuple(f"text {i}" for i in range(400)), tuple(str(i % 7) for i in range(400)))
     said = Answers(np.arange(400.0)[:, None] % 5, np.ones(400))
-    equal = certify(plan(scores, SAFE, task=Score()), Sealed(scores), said, {"safe": said})
-    assert equal[0].slices
-    assert all(s.drop is None for s in equal[0].slices)
-    flat, wide = (tuple(replace(s, drop=Estimate(0.0, -w, w)) for s in equal[0].slices) for w in (0.0, 0.01))
-    verify(replace(equal[0], slices=flat), equal[1])
+    certificate, outcomes = certify(plan(rows, SAFE, task=Score()), Sealed(rows), said, {"safe": said})
+    assert certificate.slices
+    assert all(s.drop is None for s in certificate.slices)
+    flat = tuple(replace(s, drop=Estimate(0.0, 0.0, 0.0)) for s in certificate.slices)
     with pytest.raises(CertificateError, match=r"slices\[0\].drop is .* and None recomputed"):
-        verify(replace(equal[0], slices=wide), equal[1])
-
-
-@pytest.mark.parametrize(("rows_needed", "fine"), [(2**23, False), (2**23 + 1, True), (10_000_000, True)])
-def test_earlier_versions_counted_no_rows_beyond_a_power_of_two(
-    rows_needed: int, fine: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("netweight.certify.decide.rows_needed", lambda *_: rows_needed)
-    rows = labelled(90)
-    given, outcomes = certify(plan(rows, SAFE), Sealed(rows), answers(rows, [1]), {"safe": answers(rows, [])})
-    assert given.rows_needed == (rows_needed, rows_needed)
-    for stored in ((None, rows_needed), (rows_needed, None), (None, None)):
-        if fine:
-            verify(replace(given, rows_needed=stored), outcomes)
-        else:
-            with pytest.raises(CertificateError, match="is None in the certificate"):
-                verify(replace(given, rows_needed=stored), outcomes)
+        verify(replace(certificate, slices=flat), outcomes)
 
 
 @pytest.mark.parametrize("metric", ["spearman", "mae"])

@@ -323,9 +323,9 @@ def test_what_a_bootstrap_shows_is_about_what_it_says() -> None:
         assert "at most 1.25 %" not in said
 
 
-def test_an_interval_without_a_width_tells_nothing() -> None:
+def test_a_slice_without_an_interval_tells_nothing() -> None:
     manifest, certificate, measured, outcomes = CASES["spearman"]
-    flat = tuple(replace(s, drop=Estimate(0.0, 0.0, 0.0)) for s in certificate.slices)
+    flat = tuple(replace(s, drop=None) for s in certificate.slices)
     said = text(render(manifest, replace(certificate, slices=flat), measured, outcomes))
     assert said.count("too little to say –") == len(flat)
 

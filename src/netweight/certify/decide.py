@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from netweight.certify.calibration import calibration_of
-from netweight.certify.certificate import Candidate, Certificate, Outcomes, Registration, Slice, Tested, Verdict
+from netweight.certify.certificate import Candidate, Certificate, Outcomes, Registration, Tested, Verdict
 from netweight.certify.compare import Pairs, absolute, chance, compare, require, rows_needed
 from netweight.certify.match import Answers, row_keys
 from netweight.certify.slices import columns, slices_of
-from netweight.certify.tails import normal_quantile
 from netweight.data.rows import Sealed, groups_of
 from netweight.errors import CertificateError
 from netweight.task import Task
@@ -80,42 +79,9 @@ def verify(certificate: Certificate, outcomes: Outcomes) -> None:
         raise CertificateError(f"the certificate tested {', '.join(sorted(names))}; its outcomes are of {has}.")
     again = _conclude(registration, outcomes, _fixed_sequence(registration, outcomes))
     least = _rounding(registration.task)
-    if found := _difference(asdict(_as_now(certificate, again, outcomes)), asdict(again), "", least):
+    if found := _difference(asdict(certificate), asdict(again), "", least):
         where, stored, now = found
         raise CertificateError(f"{where} is {stored!r} in the certificate, and {now!r} recomputed from its outcomes.")
-
-
-def _as_now(stored: Certificate, now: Certificate, outcomes: Outcomes) -> Certificate:
-    """`stored`, with what earlier versions wrote otherwise as `now` has it. None of it was a verdict:
-
-    - power and rows needed where nothing differs: from Tango's statistic, z^2 (1 - margin) / margin rows;
-    - rows needed at a gain of the margin or more: 2;
-    - rows needed between 2^23 and ten million: none;
-    - slices in which nothing differs from one draw to the next: an interval without a width.
-    """
-    final, n, z = now.final, now.registration.rows, normal_quantile(now.registration.level)
-    exact = _pairs(now.registration, outcomes, now.shipped).exact
-    if len(stored.rows_needed) == len(now.rows_needed):
-        both = zip(stored.rows_needed, now.rows_needed, strict=True)
-        unchanged, observed = (new if old is None and (new or 0) > 2**23 else old for old, new in both)
-        stored = replace(stored, rows_needed=(unchanged, observed))
-    needed, slices = stored.rows_needed, stored.slices
-    if exact and final.lost + final.gained == 0:
-        most = max(2, math.ceil(z * z * (1 - final.margin) / final.margin))
-        if (stored.power, needed) == (float(n >= most), (most, most)):
-            stored = replace(stored, power=now.power, rows_needed=now.rows_needed)
-    elif exact and final.drop.value <= -final.margin and needed[1:] == (2,):
-        stored = replace(stored, rows_needed=(needed[0], now.rows_needed[1]))
-    if len(slices) == len(now.slices):
-        least = _rounding(now.registration.task)
-        slices = tuple(_without_flat(one, other, least) for one, other in zip(slices, now.slices, strict=True))
-    return replace(stored, slices=slices)
-
-
-def _without_flat(stored: Slice, now: Slice, least: float) -> Slice:
-    drop = stored.drop
-    flat = now.drop is None and drop is not None and _difference(drop.low, drop.high, "", least) is None
-    return replace(stored, drop=None) if flat else stored
 
 
 def _fixed_sequence(registration: Registration, outcomes: Outcomes) -> tuple[Tested, ...]:

@@ -108,9 +108,4 @@ def _drop(task: Task, reference: Floats, candidate: Floats, groups: Ints | None,
         return np.asarray(task.quality(sample.rows[:, :2], weights) - task.quality(sample.rows[:, [2, 1]], weights))
 
     found = interval(sample, drop, level, task.step)
-    return found if tells(found, task) else None
-
-
-def tells(found: Estimate, task: Task) -> bool:
-    """Whether an interval has a width."""
-    return found.high - found.low > _WIDTH * task.step
+    return found if found.high - found.low > _WIDTH * task.step else None

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from netweight.certify.certificate import Certificate, Slice
-from netweight.certify.slices import VALUES, tells
+from netweight.certify.slices import VALUES
 from netweight.report.format import Scale, count, fixed, level, percent, probability
 from netweight.report.html import Html, code, cut, element, figure, section, source, table
 from netweight.report.intervals import intervals
@@ -60,9 +60,7 @@ def calibration_section(certificate: Certificate) -> Html:
 
 def slices_section(certificate: Certificate, scale: Scale) -> Html:
     """Quality in parts of the data."""
-    # Older certificates give an interval without a width where nothing differed.
-    task = certificate.registration.task
-    slices = [s if s.drop is None or tells(s.drop, task) else replace(s, drop=None) for s in certificate.slices]
+    slices = certificate.slices
     if not slices:
         return section("slices", "Slices", element("p", "No column to slice by was given."))
     # Slices of any classification are scored by the share of right rows: macro-F1 within one label says nothing.
