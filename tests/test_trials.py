@@ -689,11 +689,10 @@ def test_a_trial_of_another_time_limit_is_no_reason_to_make_none(tmp_path: Path)
         pytest.param(80.0, (25,), 0.25, id="what is left of what was planned before"),
         # With more time there are rows beside the real ones, in larger batches: other steps, planned anew.
         pytest.param(160.0, (400, 200), 0.5, id="another limit"),
-        pytest.param(None, (25,), 0.25, id="a store of before, which knew no limit"),
     ],
 )
 def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
-    limit: float | None, again: tuple[int, ...], share: float, tmp_path: Path
+    limit: float, again: tuple[int, ...], share: float, tmp_path: Path
 ) -> None:
     @dataclass(frozen=True)
     class Cut:
@@ -719,9 +718,7 @@ def test_what_a_time_box_left_of_a_fit_is_known_after_a_kill_too(
         with pytest.raises(KeyboardInterrupt):
             made(store, 80.0, Cut((100,), killed=True))
         assert store.get("planned one") == {"limit": 80.0, "steps": {"fit": 100}}
-        if limit is None:
-            store.put("planned one", {"fit": 100})
-        assert made(store, limit or 80.0, Cut(again, killed=False)).shares("one") == [share]
+        assert made(store, limit, Cut(again, killed=False)).shares("one") == [share]
 
 
 def test_fits_are_not_made_again_where_their_model_could_not_be_saved(
@@ -807,8 +804,9 @@ def test_models_of_the_artifact_that_stands_are_kept(
         tier = Tier(names[0], "static", "tiers/0-static-1.safetensors")
         artifact.save(out, Manifest(TEACHER.task, 32, 0, (tier,)), {tier.file: b"a table", artifact.TOKENIZER: b"{}"})
     with Store(store_of(out), {}) as store:
-        for name in names:
+        for i, name in enumerate(names):
             store.put(f"trial {name}", {})
+            store.put(f"work {name}", 9 - i)
             store.put(f"steps {name}", [f"part-{name}", name])
             for model in (f"part-{name}", name):
                 store.model_folder(model).mkdir(parents=True)

@@ -286,8 +286,8 @@ class Builder:
         if first:  # steps that train nothing take time too
             own = min(own, seconds - (time.monotonic() - began))
         options, held = self.job.options, self.store.get(f"planned {name}") or {}
-        # Under another limit steps may be of other batches. Stores of before this was written hold steps alone.
-        planned = held if "limit" not in held else held["steps"] if held["limit"] == options.seconds else {}
+        # Under another limit steps may be of other batches.
+        planned = held["steps"] if held.get("limit") == options.seconds else {}
         told = Boxed(
             self.reporter,
             planned,
@@ -452,9 +452,8 @@ class Builder:
         return point.bytes if self.job.budget.minimise == "size" else self._work(point)
 
     def _work(self, point: Point) -> int:
-        """What a row's time grows with; bytes of the point's file, where an older version made it."""
-        held = self.store.get(f"work {point.name}")
-        return point.bytes if held is None else int(held)
+        """What a row's time grows with."""
+        return int(self.store.get(f"work {point.name}"))
 
     def objectives(self, point: Point) -> tuple[float, int]:
         """What the search beyond the ladder makes small."""

@@ -203,8 +203,7 @@ def _table(stem: Path, tier: Tier, data: bytes) -> tuple[TierEngine, dict[str, A
 def _multiplied(data: bytes) -> bytes:
     """A static tier's file with the table of its windows in place of its factors: readers only add and compare."""
     held = load(data)
-    if "windows.table" not in held:
-        held["windows.table"] = window_table(held)
+    held["windows.table"] = window_table(held)
     return save({name: array for name, array in held.items() if name not in FACTORS})
 
 
