@@ -157,7 +157,6 @@ def test_predictions_have_label_confidence_and_tier() -> None:
     assert found.tier == "only"
     (value,) = engine_of("static, scores").predict(["great lovely zip"])
     assert isinstance(value, ScorePrediction)
-    assert engine_of("static").health()
 
 
 def slow_cascade(task: Classify, tiers: list[Tier], logits: list[np.ndarray]) -> Outputs:

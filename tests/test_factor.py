@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import FAMILIES, net, tiny_model
 from netweight.data import Dataset
@@ -21,7 +21,6 @@ from netweight.errors import ModelError, OptionError
 from netweight.export import QuantizedLinear, Signed, export, lowered
 from netweight.layers import LowRank
 from netweight.model import Model
-from netweight.network import parameters
 from netweight.run import Local
 from netweight.run.local import logits_of
 from netweight.techniques import Factor, Finetune, Prune, Quantize, Static
@@ -31,6 +30,10 @@ from netweight.testing import TechniqueContract, fresh_digest
 from netweight.train import Plan
 
 PLAN = Plan(batch_size=16, precision="fp32")
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
 
 
 def ranks(model: Model) -> dict[str, int]:

@@ -31,10 +31,10 @@ from netweight.serve.occlusion import MOST_PIECES, pieces, without, words
 from netweight.serve.pages import PATHS
 from netweight.serve.queue import Queue
 from netweight.serve.schema import MOST_BYTES, MOST_CHARACTERS
-from netweight.serve.steady import answer, begin, step
+from netweight.serve.steady import begin, step
 from netweight.task import Score
 from test_keys import Door
-from test_serve import Server, cascade_of_two
+from test_serve import Server, answer, cascade_of_two
 from test_server import Process, until
 
 FILES = Path(netweight.__file__).parent / "serve" / "playground"

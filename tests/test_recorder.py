@@ -25,10 +25,9 @@ from netweight.serve.hosted import Models
 from netweight.serve.metrics import Metrics
 from netweight.serve.recorder import Keeper, Recorder
 from netweight.serve.server import checked
-from netweight.serve.steady import answer
 from netweight.serve.watching import Watching
 from netweight.signals import AGREES, NAMES, Histogram
-from test_serve import TEXTS, Server
+from test_serve import TEXTS, Server, answer
 from test_server import until
 
 

@@ -33,7 +33,7 @@ from netweight.serve.problems import Problem
 from netweight.serve.queue import Queue
 from netweight.serve.schema import MOST_BYTES, MOST_ROWS
 from netweight.serve.standing import Standing
-from netweight.serve.steady import Said, Work, answer, begin, step
+from netweight.serve.steady import Said, Work, begin, step
 
 TEXTS = list(many_rows(40).text)
 
@@ -61,6 +61,14 @@ class Server:
 
     def get(self, path: str) -> Any:
         return self.run(lambda c: c.get(path))
+
+
+def answer(engine: Engine, texts: Sequence[str]) -> Said:
+    """What all tiers say, one after another."""
+    work = begin(engine, texts)
+    while work.open.any():
+        work = step(engine, work)
+    return work.said
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -369,8 +368,3 @@ def causal(config: Any) -> bool:
 def tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name, detached and contiguous."""
     return {name: value.detach().contiguous() for name, value in network.state_dict().items()}
-
-
-def parameters(network: nn.Module) -> int:
-    """Number of parameters."""
-    return int(np.sum([p.numel() for p in network.parameters()]))

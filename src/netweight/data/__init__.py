@@ -1,7 +1,7 @@
 """Tables in, checked and split rows out: csv, tsv, jsonl, parquet and Hub datasets. Numpy only at import."""
 
 from netweight.data.check import BadRow, Columns, normalise, write_quarantine
-from netweight.data.read import Loaded, read, suggest
+from netweight.data.read import Loaded, read
 from netweight.data.rows import Dataset, Rows, Sealed, concat
 from netweight.data.split import split, without_train
 from netweight.data.stream import Chunk, Stream, stream
@@ -23,7 +23,6 @@ __all__ = [
     "rows_file",
     "split",
     "stream",
-    "suggest",
     "without_train",
     "write_quarantine",
     "write_rows",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,11 +24,6 @@ class Loaded:
     rows: Rows
     bad: tuple[BadRow, ...]
     read: int
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Quarantined rows by reason, the most frequent first."""
-        return dict(Counter(row.reason for row in self.bad).most_common())
 
     @property
     def note(self) -> str:
@@ -69,16 +63,12 @@ def read(
     return Loaded(table.name, _rows(check.names, good, numbers), tuple(bad), len(good) + len(bad))
 
 
-def suggest(source: str | Path) -> Columns:
+def suggest(table: Table) -> Columns:
     """Guess which column holds the text and which the label, from the first 1,000 rows.
 
     The text is the column with the most characters among those that seldom repeat; the label is a column of few
     distinct values, preferably one with a usual name. Either may stay empty.
     """
-    return _suggest(open_table(source))
-
-
-def _suggest(table: Table) -> Columns:
     records = [r for r in islice(table.records(), _SAMPLED) if not r.broken]
     columns = {name: [_plain(r.cells[i]) for r in records] for i, name in enumerate(table.columns)}
     size = {name: sum(map(len, cells)) / max(1, len(cells)) for name, cells in columns.items()}
@@ -101,7 +91,7 @@ def _plain(cell: object) -> str:
 
 def ask(table: Table, columns: Columns, label_required: bool) -> str:
     """The text of the error for columns that were not given, with a guess."""
-    guess = _suggest(table)
+    guess = suggest(table)
     asked = [("text", columns.text, guess.text)]
     if label_required:
         asked.append(("label", columns.label or "", guess.label or ""))

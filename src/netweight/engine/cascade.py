@@ -79,10 +79,6 @@ class Engine:
             for engine in self._engines:
                 engine.logits(tokens, 2)
 
-    def health(self) -> bool:
-        """Whether it answers."""
-        return len(self.run(self.encoder.encode(["ok"])).tier) == 1
-
 
 def expect(paired: bool | None, pairs: bool, name: str) -> None:
     """Raises OptionError where rows are not of the kind that the artifact answers, pairs of texts or single ones."""

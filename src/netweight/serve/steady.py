@@ -90,11 +90,3 @@ def step(engine: Engine, work: Work) -> Work:
             raise
         still[rows] = not last
     return replace(work, said=Said(Outputs(logits, sure, answered), failed), open=still, tier=i + 1)
-
-
-def answer(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Said:
-    """All tiers, one after another."""
-    work = begin(engine, texts, pairs)
-    while work.open.any():
-        work = step(engine, work)
-    return work.said
