@@ -103,11 +103,17 @@ def cascade(task: Task, tiers: Sequence[Tier], n: int, answer: Callable[[int, ND
     for i, tier in enumerate(tiers):
         if not len(rows):
             break
-        found = together(answer(i, rows), tier.before, logits[rows])
-        sure = task.confidence(found, tier.temperature)
-        logits[rows], confidence[rows], answered[rows] = found, sure, i
-        rows = rows[sure < tier.threshold]
+        logits[rows], confidence[rows], still = heard(task, tier, answer(i, rows), logits[rows])
+        answered[rows] = i
+        rows = rows[still]
     return Outputs(logits, confidence, answered)
+
+
+def heard(task: Task, tier: Tier, own: Floats, before: Floats) -> tuple[Floats, NDArray[np.float64], NDArray[np.bool_]]:
+    """Logits (n, outputs) and confidence (n,) of rows once a tier said its `own`, and which it hands over (n,)."""
+    found = together(own, tier.before, before)
+    sure = task.confidence(found, tier.temperature)
+    return found, sure, sure < tier.threshold
 
 
 def together(own: Floats, weight: float, before: Floats) -> Floats:

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from netweight.encode import Tokens
 from netweight.engine import Engine, Outputs
-from netweight.engine.cascade import together
-from netweight.task import Floats
+from netweight.engine.cascade import heard
 
 log = logging.getLogger("netweight.serve")
 
@@ -78,11 +77,9 @@ def step(engine: Engine, work: Work) -> Work:
     still = np.zeros(len(work.open), bool)
     failed = work.said.failed
     try:
-        found: Floats = engine.logits(i, work.tokens if len(rows) == len(still) else work.tokens.take(rows))
-        found = together(found, tier.before, logits[rows])
-        logits[rows], answered[rows] = found, i
-        sure[rows] = engine.task.confidence(found, tier.temperature)
-        still[rows] = (sure[rows] < tier.threshold) & (not last)
+        own = engine.logits(i, work.tokens if len(rows) == len(still) else work.tokens.take(rows))
+        logits[rows], sure[rows], on = heard(engine.task, tier, own, logits[rows])
+        answered[rows], still[rows] = i, on & (not last)
     except Exception:
         log.exception("tier %s failed on %d rows", tier.name, len(rows))
         failed += (tier.name,)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -201,7 +200,12 @@ def shallower(network: Transformer, layers: int) -> Transformer:
     depth = len(network.layers())
     if not 1 <= layers <= depth:
         raise OptionError(f"cannot keep {layers} layers of {depth}; choose 1 to {depth}.")
-    return with_layers(network, [int(i) for i in np.arange(layers) * depth // layers])
+    return with_layers(network, evenly(layers, depth))
+
+
+def evenly(layers: int, depth: int) -> list[int]:
+    """Numbers of so many evenly spaced layers of `depth`, the first among them."""
+    return [i * depth // layers for i in range(layers)]
 
 
 def with_layers(network: Transformer, chosen: Sequence[int]) -> Transformer:

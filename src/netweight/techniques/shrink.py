@@ -25,7 +25,7 @@ from netweight.network import Exits, Network, Transformer
 from netweight.run import Run
 from netweight.task import Classify, Score
 from netweight.techniques.base import transformer
-from netweight.techniques.distill import heal, planned, with_layers
+from netweight.techniques.distill import evenly, heal, planned, with_layers
 from netweight.train import Plan
 
 Importance = Literal["fisher", "taylor", "magnitude"]
@@ -167,7 +167,7 @@ class Shrink:
         if self.layers is None:
             return list(range(depth))
         if self.spacing == "even":
-            return [i * depth // self.layers for i in range(self.layers)]
+            return evenly(self.layers, depth)
         return top(worth.layers, self.layers).tolist()
 
     def _cut(self, new: Transformer, worth: Worth, depth: int) -> None:
