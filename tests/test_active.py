@@ -21,7 +21,6 @@ from netweight import load
 from netweight.active import (
     badge,
     choose,
-    distinct,
     hashed,
     judged,
     k_center,
@@ -117,7 +116,7 @@ def test_labelled_rows_are_not_chosen_again() -> None:
 def test_rows_that_are_set_aside_stay_the_same() -> None:
     rows = many_rows(300)
     aside = {rows.keys()[i] for i in watched(rows)}
-    assert len(aside) == len(distinct(rows)) // 5
+    assert len(aside) == len(rows.distinct()) // 5
     fewer = rows.take([i for i, key in enumerate(rows.keys()) if key in aside or i % 2])
     assert {fewer.keys()[i] for i in watched(fewer)} <= aside
 
@@ -132,13 +131,13 @@ def test_of_a_large_pool_the_same_rows_are_looked_at_in_any_order(monkeypatch: p
     whole = select(model, rows, 9, method="margin")
     monkeypatch.setattr("netweight.active._MOST", 20)
     turned = rows.take(range(59, -1, -1))
-    n, said = len(distinct(rows)), []
+    n, said = len(rows.distinct()), []
     for pool in (rows, turned):
         with pytest.warns(UserWarning, match=f"chosen among 20 of {n} distinct ones, those whose texts have the sma"):
             chosen = select(model, pool, 9, method="margin")
         said.append({pool.keys()[i] for i in chosen})
     assert said[0] == said[1]
-    assert said[0] <= {rows.keys()[i] for i in distinct(rows)[rows.take(distinct(rows)).sample(20)]}
+    assert said[0] <= {rows.keys()[i] for i in rows.distinct()[rows.take(rows.distinct()).sample(20)]}
     assert said[0] != {rows.keys()[i] for i in whole}
     with pytest.warns(UserWarning, match="20 of"), pytest.raises(OptionError, match="choose 1 to 20"):
         select(model, rows, 21)
@@ -173,7 +172,7 @@ def test_selecting_with_a_model(method: str) -> None:
     chosen = select(model, doubled, 5, 1, method)  # type: ignore[arg-type]
     assert chosen.tolist() == select(model, doubled, 5, 1, method).tolist()  # type: ignore[arg-type]
     assert len({doubled.keys()[i] for i in chosen}) == 5
-    assert set(chosen.tolist()) <= set(distinct(doubled).tolist())
+    assert set(chosen.tolist()) <= set(doubled.distinct().tolist())
     if method in ("entropy", "margin"):
         logits = logits_of(model, model.encoder.encode(rows.text)).numpy()
         gaps = np.abs(softmax(logits)[:, 0] - 0.5)

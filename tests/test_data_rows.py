@@ -75,6 +75,11 @@ def test_keys_of_pairs_cannot_run_together() -> None:
     assert len(set(Rows(("a\x1fb", "a"), pair=("c", "b\x1fc")).keys())) == 2
 
 
+def test_the_first_row_of_each_text_is_distinct() -> None:
+    assert Rows(("b", "a", "B ", "c", "a")).distinct().tolist() == [0, 1, 3]
+    assert Rows(()).distinct().tolist() == []
+
+
 def test_lengths_must_agree() -> None:
     with pytest.raises(DataError, match="must have one length; these have text 2, label 1, number 2"):
         Rows(("a", "b"), ("x",))

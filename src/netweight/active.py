@@ -7,7 +7,6 @@ the last layer would get if the model's answer were right (Ash et al., ICLR 2020
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from netweight.certify.match import row_keys
 from netweight.data import Rows
 from netweight.data.files import atomic
 from netweight.encode import TextEncoder
@@ -86,11 +86,11 @@ def select_with(
 
 def _candidates(rows: Rows, labelled: Rows | None) -> tuple[Indices, int, Rows]:
     """Where the rows stand that may be chosen; how many labelled ones there are; and the latter, then the former."""
-    there = Rows((), pair=None if rows.pair is None else ()) if labelled is None else labelled.take(distinct(labelled))
+    there = Rows((), pair=None if rows.pair is None else ()) if labelled is None else labelled.take(labelled.distinct())
     if (there.pair is None) != (rows.pair is None):
         raise OptionError("of the pool and the labelled rows, one has pairs of texts and the other has not.")
     taken, keys = set(there.keys()), rows.keys()
-    at = np.array([i for i in distinct(rows) if keys[i] not in taken], np.int64)
+    at = np.array([i for i in rows.distinct() if keys[i] not in taken], np.int64)
     if len(at) > _MOST:
         warnings.warn(
             f"rows to label are chosen among {_MOST:,} of {len(at):,} distinct ones, those whose texts have the "
@@ -101,14 +101,6 @@ def _candidates(rows: Rows, labelled: Rows | None) -> tuple[Indices, int, Rows]:
     new = rows.take(at)
     pair = None if new.pair is None else (*(there.pair or ()), *new.pair)
     return at, len(there), Rows((*there.text, *new.text), pair=pair)
-
-
-def distinct(rows: Rows) -> Indices:
-    """Position of the first row of each normalised text."""
-    first: dict[str, int] = {}
-    for i, key in enumerate(rows.keys()):
-        first.setdefault(key, i)
-    return np.array(sorted(first.values()), np.int64)
 
 
 def _probabilities(task: Task, logits: NDArray[Any]) -> Floats | None:
@@ -263,7 +255,7 @@ class Rounds:
 def watched(rows: Rows) -> Indices:
     """Positions of rows to set aside, a fifth of the distinct ones and at most 2,000: those whose texts have the
     smallest hashes, so that they stay the same while others leave the pool."""
-    at = distinct(rows)
+    at = rows.distinct()
     return at[rows.take(at).sample(min(_WATCHED, len(at) // 5))]
 
 
@@ -279,7 +271,7 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
     if not len(rows):
         raise OptionError("the pool has fewer than 5 distinct rows to set a fifth of them aside; leave rounds out.")
     chosen = engine.outputs(rows.text, rows.pair).logits.argmax(axis=1)
-    said = {_hash(key): engine.task.labels[i] for key, i in zip(rows.keys(), chosen, strict=True)}
+    said = {key: engine.task.labels[i] for key, i in zip(row_keys(rows), chosen, strict=True)}
     new = {"artifact": engine.version, "labels": said}
     try:
         text = path.read_text(encoding="utf-8") if path.exists() else None
@@ -299,7 +291,3 @@ def judged(path: Path, engine: Engine, rows: Rows) -> Rounds:
         file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
     held = [np.array([labels[key] for key in common]) for labels in last]
     return Rounds(len(lines), tuple(kappa(one, two) for one, two in pairwise(held)), settled(held))
-
-
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -217,9 +217,7 @@ def speed(engines: Mapping[str, Answering], rows: Rows, *, rounds: int = _ROUNDS
 
 
 def _distinct(rows: Rows, most: int) -> Rows:
-    first = {key: i for i, key in reversed(list(enumerate(rows.keys())))}
-    chosen = np.random.default_rng(0).permutation(sorted(first.values()))[:most]
-    return rows.take(chosen)
+    return rows.take(np.random.default_rng(0).permutation(rows.distinct())[:most])
 
 
 def _window(rows: Rows, start: int, count: int) -> Rows:

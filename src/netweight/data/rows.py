@@ -81,6 +81,11 @@ class Rows:
         """The normalised text of each row, joined with that of its pair: equal keys mean the same input."""
         return self._keys
 
+    def distinct(self) -> NDArray[np.int64]:
+        """Position of the first row of each normalised text, in order."""
+        first = dict(zip(reversed(self.keys()), range(len(self) - 1, -1, -1), strict=True))
+        return np.array(sorted(first.values()), np.int64)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
         shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
