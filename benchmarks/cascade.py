@@ -35,9 +35,8 @@ def timed(store: Store, measured: str) -> tuple[list[Point], dict[str, Cost]]:
     """Points that a job timed, and what each costs in the engine that suits it; "": tokenization."""
     costs = {name: Cost(*pair) for name, pair in store.get(measured).items()}
     points = []
-    for key in store.keys("point "):
-        name, held = key.removeprefix("point "), store.get(key)
-        if held is not None and f"{name} {held['engine']}" in costs:
+    for name, held in store.held("point").items():
+        if f"{name} {held['engine']}" in costs:
             points.append(Point(name, **held, logits=store.read_arrays(f"points/{name}")["logits"]))
     own = {p.name: costs[f"{p.name} {engine_of(p.name, p.engine, costs, 'cost')}"] for p in points}
     return points, own | {"": costs[""]}

@@ -38,6 +38,14 @@ def test_values_are_those_that_a_restart_would_read(tmp_path: Path) -> None:
         assert store.get("x") == {"pair": [1, 2]}
 
 
+def test_work_of_one_kind_is_held_by_name(tmp_path: Path) -> None:
+    with Store(tmp_path, JOB) as store:
+        for key, value in (("point b c", 1), ("points", 2), ("point a", 3), ("point gone", 4), ("the point a", 5)):
+            store.put(key, value)
+        store.put("point gone", None)
+        assert list(store.held("point").items()) == [("b c", 1), ("a", 3)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_a_torn_last_line_is_forgotten(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:

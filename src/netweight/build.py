@@ -273,8 +273,8 @@ class Builder:
                 return Model.load(folder)
             except ModelError as problem:  # not to be taken for a recipe that no model can be made by
                 raise StoreError(
-                    f"what was made is damaged: {problem}; choose another output, or delete {self.store.folder}, but "
-                    "keep its looks.jsonl: looks at certify are counted there."
+                    f"what was made is damaged: {problem}; choose another output, or delete {self.store.folder}"
+                    f"{self.store.kept}."
                 ) from None
         began = time.monotonic()
         plan = plan or Plan()
@@ -382,8 +382,8 @@ class Builder:
     def has(self, rung: Rung) -> bool:
         """Whether another point was made by this rung's very recipe, and, if a trial, under this time limit."""
         recipe = _recipe(self._reading(rung))
-        names = [key.removeprefix("recipe ") for key in self.store.keys("recipe ")]
-        same = [n for n in names if n != rung.name and self.store.get(f"recipe {n}") == recipe and self.made(n)]
+        held = self.store.held("recipe")
+        same = [n for n, known in held.items() if n != rung.name and known == recipe and self.made(n)]
         limits = {(self.store.get(f"trial {n}") or {}).get("limit", 0.0) for n in same}
         return bool(limits & {0.0, self.limit})
 
@@ -395,7 +395,7 @@ class Builder:
         """What proposes rungs beyond the ladder, told of what is there already; None where effort is quick."""
         if self.job.options.effort == "quick":
             return None
-        kept = [Trial(**value) for value in self.store.values("trial ")]
+        kept = [Trial(**value) for value in self.store.held("trial").values()]
         begun = [(t, self.point(t.rung(self.source)) if self.made(t.name) else None) for t in kept]
         path, options = self.store.folder / TRIALS, self.job.options
         return Trials(path, self.source, options.effort, options.seed, self, self.job.budget.minimise == "size", begun)

@@ -249,29 +249,23 @@ def _listed(options: Mapping[str, Any]) -> str:
 def _tried(store: Store, manifest: Manifest, certificate: Certificate, targets: Ints | Floats) -> tuple[Tried, ...]:
     """Points of the store that did not ship."""
     shipped, task = {tier.name for tier in manifest.tiers}, manifest.task
-    names, took = _made(store), _took(store, manifest)
-    held = {name: store.read_arrays(f"points/{name}")["logits"] for name in names}
+    made, trials, took = store.held("point"), store.held("trial"), _took(store, manifest)
+    held = {name: store.read_arrays(f"points/{name}")["logits"] for name in made}
     quality = {name: float(task.quality(task.outcomes(logits, targets))) for name, logits in held.items()}
-    params = {name: (store.get(f"trial {name}") or {}).get("params", {}) for name in names}
-    size = {name: store.get(f"point {name}")["bytes"] for name in names}
-    points = [Tried(name, quality[name], size[name], "", params[name], took.get(name)) for name in names]
+    params = {name: trials.get(name, {}).get("params", {}) for name in made}
+    size = {name: point["bytes"] for name, point in made.items()}
+    points = [Tried(name, quality[name], size[name], "", params[name], took.get(name)) for name in made]
     minimise = manifest.provenance.get("minimise", "cost")
-    costs = {name: float(size[name]) if minimise == "size" else took[name] for name in names if name in took}
+    costs = {name: float(size[name]) if minimise == "size" else took[name] for name in made if name in took}
     # A job that walked the ladder alone looked at no trial.
-    searched = "--effort" in manifest.provenance.get("command", "")
-    trials = {name for name in names if searched and store.get(f"trial {name}") is not None}
+    searched = trials if "--effort" in manifest.provenance.get("command", "") else {}
     # A job that the clock ended goes on with its search when it is called again.
-    later = {name for name in names if _later(store, manifest.provenance["measured"], name)}
+    later = {name for name in made if _later(store, manifest.provenance["measured"], name)}
     return tuple(
-        replace(p, why=_why(p, points, costs, later, trials, minimise, certificate))
+        replace(p, why=_why(p, points, costs, later, searched, minimise, certificate))
         for p in points
         if p.name not in shipped
     )
-
-
-def _made(store: Store) -> list[str]:
-    """Names of all points."""
-    return [key.removeprefix("point ") for key in store.keys("point ") if store.get(key) is not None]
 
 
 def _later(store: Store, measured: str, name: str) -> bool:
@@ -289,8 +283,8 @@ def _took(store: Store, manifest: Manifest) -> dict[str, float]:
         raise StoreError(f"{store.folder} does not say what was timed; optimize again to have it explained.")
     costs = {name: Cost(*pair) for name, pair in (store.get(measured) or {}).items()}
     found = {name: cost for name, cost in costs.items() if not name}
-    for name in _made(store):
-        engine = store.get(f"point {name}")["engine"]
+    for name, point in store.held("point").items():
+        engine = point["engine"]
         if f"{name} {engine}" in costs and not _later(store, measured, name):
             found[name] = costs[f"{name} {engine_of(name, engine, costs, minimise)}"]
     return {name: 1e6 * (cost.single if minimise == "latency" else cost.row) for name, cost in found.items()}
@@ -362,7 +356,6 @@ def _candidates(certificate: Certificate) -> tuple[Left, ...]:
 
 def _left_out(store: Store, manifest: Manifest) -> tuple[Left, ...]:
     """Rungs that this job did not make, nor another run of it."""
-    names = [key.removeprefix("left out ") for key in store.keys("left out ")]
-    held = {n: store.get(f"left out {n}") for n in names if store.get(f"point {n}") is None}
-    command = manifest.provenance.get("command")
+    made, command = store.held("point"), manifest.provenance.get("command")
+    held = {n: said for n, said in store.held("left out").items() if n not in made}
     return tuple(Left(n, said[0]) for n, said in held.items() if said == [said[0], command])

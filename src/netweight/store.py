@@ -123,7 +123,7 @@ class Store:
                 held[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
                 raise StoreError(
-                    f"line {number} of {path} is damaged; to start over, delete {self.folder}{self._kept}."
+                    f"line {number} of {path} is damaged; to start over, delete {self.folder}{self.kept}."
                 ) from None
         return held
 
@@ -139,12 +139,12 @@ class Store:
             other = {key for key in ("data", "seed") if known.get(key) != wanted.get(key)}  # a seed cuts other rows
             rows = " New rows need an --out of their own." if other == {"data"} else ""
             raise StoreError(
-                f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it{self._kept}."
+                f"{self.folder} belongs to another job ({differs}). Choose another output, or delete it{self.kept}."
                 f"{rows}"
             )
 
     @property
-    def _kept(self) -> str:
+    def kept(self) -> str:
         """What who deletes the folder must keep: models can be made again, looks stay taken."""
         there = (self.folder / LOOKS).exists()
         return f", but keep its {LOOKS}: looks at certify are counted there" if there else ""
@@ -167,9 +167,10 @@ class Store:
         """Keys that begin so, in their order."""
         return [key for key in self._held if key.startswith(prefix)]
 
-    def values(self, prefix: str) -> list[Any]:
-        """The finished pieces of work whose key begins so, in their order."""
-        return [value for key, value in self._held.items() if key.startswith(prefix)]
+    def held(self, kind: str) -> dict[str, Any]:
+        """The finished pieces of work "KIND NAME" by their names, in their order."""
+        named = {key.removeprefix(f"{kind} "): value for key, value in self._held.items() if key.startswith(f"{kind} ")}
+        return {name: value for name, value in named.items() if value is not None}
 
     def put(self, key: str, value: Any) -> None:
         """Append a finished piece of work; it is on disk when this returns."""
@@ -192,7 +193,7 @@ class Store:
             return (self.folder / name).read_bytes()
         except OSError:
             raise StoreError(
-                f"{self.folder / name} is missing; to start over, delete {self.folder}{self._kept}."
+                f"{self.folder / name} is missing; to start over, delete {self.folder}{self.kept}."
             ) from None
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -206,7 +207,7 @@ class Store:
             return load_file(path)
         except (OSError, SafetensorError) as problem:
             raise StoreError(
-                f"{path} is missing or damaged ({problem}); to start over, delete {self.folder}{self._kept}."
+                f"{path} is missing or damaged ({problem}); to start over, delete {self.folder}{self.kept}."
             ) from None
 
     def model_folder(self, name: str) -> Path:
