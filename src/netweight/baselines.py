@@ -112,10 +112,7 @@ def nncf_int8(data: bytes, tokens: Tokens, pad: int, folder: Path) -> Path:
     logging.getLogger("nncf").setLevel(logging.ERROR)
     model = ov.Core().read_model(data)
     takes = {name for i in model.inputs for name in i.names}
-    batches = [
-        {k: v for k, v in zip(("ids", "mask", "types"), tokens.padded(rows, pad), strict=True) if k in takes}
-        for rows in tokens.buckets(8)
-    ]
+    batches = [{k: v for k, v in tokens.named(rows, pad).items() if k in takes} for rows in tokens.buckets(8)]
     with redirect_stdout(sys.stderr):  # NNCF draws progress bars where `--json` goes
         made = nncf.quantize(
             model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)

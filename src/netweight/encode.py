@@ -25,6 +25,7 @@ from netweight.words import ID, Words, around, as_bytes
 # texts we measured needs half as many on average.
 _CHARACTERS_PER_TOKEN = 16
 MOST_TOKENS = 8192
+INPUTS = ("ids", "mask", "types")  # of encoders, as `padded` gives them
 # Texts that are tokenized at a time: until all are done, `tokenizers` holds of each token many times an id's bytes.
 _TEXTS = 4096
 
@@ -109,6 +110,10 @@ class Tokens:
             flat = self.take(rows)
             ids[mask], types[mask] = flat.ids, flat.types
         return ids, mask.astype(np.int32), types
+
+    def named(self, rows: Index, pad: int) -> dict[str, Int32]:
+        """`padded`, by the names that files of encoders give it."""
+        return dict(zip(INPUTS, self.padded(rows, pad), strict=True))
 
     def buckets(self, size: int) -> Iterator[Index]:
         """Row numbers in batches of at most `size`, sorted by length so that little is padded."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from netweight.artifact import Manifest, Tier
 from netweight.convert import Format, inputs_and_outputs
-from netweight.encode import Tokens
+from netweight.encode import INPUTS, Tokens
 from netweight.engine.base import TierEngine
 from netweight.errors import MissingExtra
 from netweight.export import lowered
@@ -64,7 +64,7 @@ class LitertEngine:
         return np.concatenate([self._row(tokens, i) for i in range(len(tokens))])
 
     def _row(self, tokens: Tokens, i: int) -> NDArray[np.float32]:
-        found = dict(zip(("ids", "mask", "types"), tokens.padded(np.array([i]), self._pad), strict=True))
+        found = tokens.named(np.array([i]), self._pad)
         fill = {"ids": self._pad, "mask": 0, "types": 0}
         given = {}
         for name in self.takes:
@@ -75,7 +75,7 @@ class LitertEngine:
 
 def example(length: int) -> dict[str, Tensor]:
     """Inputs (1, length)."""
-    return {name: torch.ones(1, length, dtype=torch.int32) for name in ("ids", "mask", "types")}
+    return {name: torch.ones(1, length, dtype=torch.int32) for name in INPUTS}
 
 
 def program(model: Model, given: dict[str, Tensor]) -> torch.export.ExportedProgram:

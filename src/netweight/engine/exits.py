@@ -14,7 +14,6 @@ from netweight.errors import CorruptArtifact
 from netweight.packing import unpacked, unpacked_file
 
 Floats = NDArray[np.float32]
-_INPUTS = ("ids", "mask", "types")
 
 
 class ExitsEngine:
@@ -64,7 +63,7 @@ class ExitsEngine:
         self, sessions: list[Any], tokens: Tokens, rows: Index, thresholds: list[float]
     ) -> list[tuple[int, Index, Floats]]:
         """Stage, rows and logits of all that each stage was asked about; later entries supersede earlier ones."""
-        given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
+        given = tokens.named(rows, self._pad)
         found = []
         for i, stage in enumerate(sessions):
             takes = {x.name for x in stage.get_inputs()}

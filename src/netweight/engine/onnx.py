@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import quiet
-from netweight.encode import Tokens
+from netweight.encode import INPUTS, Tokens
 from netweight.errors import MissingExtra
 
 Index = NDArray[np.int64]
 
-_INPUTS = ("ids", "mask", "types")
 # Rows of a batch: more pad more, and leave the cache. 8 was best of 1 to 64 for MiniLM in int8 and 17 tokens a row.
 _MOST = 8
 
@@ -85,7 +84,7 @@ class OnnxEngine:
         out = np.zeros((len(tokens), self._width), np.float32)
 
         def answer(sessions: list[Any], rows: Index) -> None:
-            given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
+            given = tokens.named(rows, self._pad)
             out[rows] = sessions[0].run(None, {k: v for k, v in given.items() if k in self.takes})[0]
 
         self._sessions.each(tokens, batch, answer)
@@ -115,7 +114,7 @@ class OpenvinoEngine:
         model = core.read_model(data)
         self._compiled: Any = core.compile_model(model, "CPU", hints)
         # An input also bears the names of what was folded into it (a cast, say), so `any_name` may be none of ours.
-        self.takes = {name for i in self._compiled.inputs for name in i.names} & set(_INPUTS)
+        self.takes = {name for i in self._compiled.inputs for name in i.names} & set(INPUTS)
         self._pad = pad
         self._width = self._compiled.output(0).partial_shape[-1].get_length()
 
@@ -124,7 +123,7 @@ class OpenvinoEngine:
         request = self._compiled.create_infer_request()
         out = np.zeros((len(tokens), self._width), np.float32)
         for rows in tokens.buckets(batch):
-            given = dict(zip(_INPUTS, tokens.padded(rows, self._pad), strict=True))
+            given = tokens.named(rows, self._pad)
             result = request.infer({k: v for k, v in given.items() if k in self.takes})
             out[rows] = result[self._compiled.output(0)]
         return out
