@@ -48,7 +48,7 @@ class Batch:
         """The same rows on a device."""
         return self._each(lambda tensor: tensor.to(device))
 
-    def part(self, rows: slice) -> Batch:
+    def part(self, rows: slice | Tensor) -> Batch:
         """Some of the rows, padded as all are."""
         return self._each(lambda tensor: tensor[rows])
 

@@ -19,11 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netweight.model import Range, Weights
-from netweight.quantizer import TINY, affine, by_token, grid, integers, symmetric
-
-# Block sizes along a layer's inputs that MatMulNBits takes.
-BLOCKS = (16, 32, 64, 128, 256)
-
+from netweight.quantizer import GROUPS, TINY, affine, by_token, grid, integers, symmetric
 
 # --- operators ---
 
@@ -293,7 +289,7 @@ class WeightOnlyLinear(nn.Module):
         outputs, inputs = linear.weight.shape
         self.sizes, self.bits = [inputs, outputs], 4 if spec.bits == 4 else 8
         # Where a whole channel shares a scale, the blocks that divide it best repeat that.
-        self.block = spec.group or max(min(BLOCKS), math.gcd(inputs, max(BLOCKS)))
+        self.block = spec.group or max(min(GROUPS), math.gcd(inputs, max(GROUPS)))
         scale, zero = grid(linear.weight, spec)
         held = integers(linear.weight, scale, zero, spec)
         middle = 2 ** (self.bits - 1)

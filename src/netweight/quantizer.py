@@ -16,6 +16,7 @@ from torch import Tensor
 
 from netweight.model import Range, Weights
 
+GROUPS = (16, 32, 64, 128, 256)  # inputs that share a scale, of which ONNX Runtime has a kernel (MatMulNBits)
 TINY = 1e-12
 _RATIOS = 64  # clips that a search tries between a tenth of the extreme and all of it
 _LEAST = 0.1

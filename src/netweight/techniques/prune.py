@@ -215,9 +215,7 @@ class Gradients:
             for weight in held.values():
                 weight.requires_grad_()
             for some in rows.split(1 if self.squared else len(rows)) if len(rows) else ():
-                part = Batch(
-                    batch.ids[some], batch.mask[some], batch.types[some], batch.targets[some], batch.weight[some]
-                )
+                part = batch.part(some)
                 logits = functional_call(network, held, (part.ids, part.mask, part.types))
                 mean = supervised(self.task, logits, part, 0.0)
                 found = torch.autograd.grad(mean, list(held.values()), allow_unused=True, materialize_grads=True)

@@ -20,7 +20,7 @@ from netweight.errors import ModelError, OptionError, within
 from netweight.loss import Batch
 from netweight.model import Model, Range, Weights
 from netweight.network import Network, Transformer
-from netweight.quantizer import entropy_range, grid, mse_range, percentile_range, settled
+from netweight.quantizer import GROUPS, entropy_range, grid, mse_range, percentile_range, settled
 from netweight.run import Run
 from netweight.techniques.base import transformer
 from netweight.techniques.factor import SecondMoments
@@ -32,9 +32,6 @@ _CHOICES = {
     "weight_clip": ("minmax", "mse"),
     "rounding": ("nearest", "gptq"),
 }
-
-# Group sizes of which ONNX Runtime has a kernel.
-GROUPS = (16, 32, 64, 128, 256)
 
 # Of the mean over channels: what a channel's largest value is taken to be at least.
 _QUIET = 0.01

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -157,9 +157,7 @@ def require(network: nn.Module, loss: Loss, plan: Plan) -> None:
 def parts(batch: Batch, size: int) -> Iterator[Batch]:
     """The rows of a batch, `size` at a time."""
     for start in range(0, len(batch), size):
-        cut = slice(start, start + size)
-        held = {f.name: getattr(batch, f.name)[cut] for f in fields(batch) if f.name not in ("teachers", "everywhere")}
-        yield replace(batch, **held, teachers=tuple(t[cut] for t in batch.teachers))
+        yield batch.part(slice(start, start + size))
 
 
 def nobodys(batch: Batch, length: int, vocabulary: int) -> Batch:
