@@ -445,10 +445,8 @@ def _retry_after(given: str | None) -> float:
     if not given:
         return 0.0
     try:
-        return max(0.0, float(given) if given.strip().isdigit() else _seconds_until(given))
+        if given.strip().isdigit():
+            return float(given)
+        return max(0.0, email.utils.parsedate_to_datetime(given).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
-
-
-def _seconds_until(date: str) -> float:
-    return email.utils.parsedate_to_datetime(date).timestamp() - time.time()

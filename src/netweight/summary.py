@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from netweight.data import Columns, Loaded, read
 from netweight.data.files import atomic
 from netweight.engine import load
 from netweight.errors import ArtifactError, CertificateError, OptionError
-from netweight.measure import Measurement, Measurements
+from netweight.measure import Measurements
 from netweight.report import Example, render
 from netweight.report.format import Scale, quality
 from netweight.task import Classify
@@ -59,9 +59,9 @@ def summary(folder: Path) -> dict[str, Any]:
             "level": certificate.registration.level,
             "look": certificate.registration.look,
             "rows": certificate.registration.rows,
-            "reference": _estimate(certificate.reference),
-            "artifact": _estimate(final.quality),
-            "drop": _estimate(final.drop),
+            "reference": asdict(certificate.reference),
+            "artifact": asdict(final.quality),
+            "drop": asdict(final.drop),
             "p_value": final.p_value,
             "power": certificate.power,
             "rows_needed": {"no drop": certificate.rows_needed[0], "observed drop": certificate.rows_needed[1]},
@@ -82,10 +82,6 @@ def summary(folder: Path) -> dict[str, Any]:
         "measurements": measure.to_dict(measured),
         "provenance": dict(manifest.provenance),
     }
-
-
-def _estimate(found: Any) -> dict[str, float]:
-    return {"value": found.value, "low": found.low, "high": found.high}
 
 
 def lines(folder: Path) -> list[tuple[str, str]]:
@@ -116,18 +112,15 @@ def lines(folder: Path) -> list[tuple[str, str]]:
         found.append(
             ("rows needed", f"{zero} certify rows if the true drop were 0, {observed} if it were the observed one")
         )
+    answers = zip(measured.shipped.tiers, measured.shipped.answered, strict=True)
     found += [
-        ("tiers", "; ".join(f"{n} answers {100 * a:.0f} %" for n, a in zip(*_tiers(measured.shipped), strict=True))),
+        ("tiers", "; ".join(f"{n} answers {100 * a:.0f} %" for n, a in answers)),
         ("size", f"{artifact.size(folder, manifest) / 1e6:.1f} MB, reference {measured.reference.bytes / 1e6:.1f} MB"),
         ("speed", _speed(measured)),
         ("money", _money(measured)),
         ("report", str(folder / artifact.REPORT)),
     ]
     return found
-
-
-def _tiers(measured: Measurement) -> tuple[Sequence[str], Sequence[float]]:
-    return measured.tiers, measured.answered
 
 
 def _written(scale: Scale, found: Estimate) -> str:

@@ -210,18 +210,13 @@ def noise_to_signal(privacy: Privacy, setting: Setting) -> tuple[float, float]:
     every = sum(setting.rows.values())
     apart, along, most = 0.0, 0.0, 0.0
     for rows in setting.rows.values():
-        steps = planned(rows, round_plan_epochs(setting.plan, rounds), setting.plan.batch_size) * rounds
+        steps = planned(rows, setting.plan.epochs / rounds, setting.plan.batch_size) * rounds
         noise = row_noise(privacy.epsilon, privacy.delta, rows, setting.plan.batch_size, steps)
         apart += (rows / every) ** 2 * steps * (noise / min(rows, setting.plan.batch_size)) ** 2
         along += rows / every * steps
         most = max(most, noise)
     share = setting.cohort / len(setting.rows)
     return math.sqrt(d / share * apart) / along, most
-
-
-def round_plan_epochs(plan: Plan, rounds: int) -> float:
-    """Epochs of one round."""
-    return plan.epochs / rounds
 
 
 def planned(rows: int, epochs: float, batch_size: int) -> int:
