@@ -140,25 +140,9 @@ def bench(
     targets = task.targets(rows.label) if rows.label else None
     measured = []
     for name, (e, size) in engines.items():
-        out = said[name]
-        found, agreement, distance = measure.quality(task, out.logits, base, targets)
-        answered = tuple(float((out.tier == i).mean()) for i in range(len(e.tiers)))
+        found = measure.measured(task, name, e, said[name], base, targets, size, timings[name])
         mine = name == folder.name
-        measured.append(
-            Measurement(
-                name,
-                tuple(t.name for t in e.tiers),
-                len(rows),
-                found,
-                agreement,
-                distance,
-                answered,
-                size,
-                timings[name],
-                fresh.memory if mine else None,
-                fresh.cold_start if mine else None,
-            )
-        )
+        measured.append(replace(found, memory=fresh.memory, cold_start=fresh.cold_start) if mine else found)
     return Bench(measure.machine(count), task.metric, targets is not None, tuple(measured), loaded.note)
 
 

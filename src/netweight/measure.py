@@ -26,6 +26,7 @@ import numpy as np
 
 from netweight.data import Rows
 from netweight.encode import TextEncoder, Tokens
+from netweight.engine import Engine, Outputs
 from netweight.engine.base import TierEngine
 from netweight.errors import ArtifactError, OptionError
 from netweight.task import Floats, Ints, Prediction, ScorePrediction, Task
@@ -189,6 +190,22 @@ def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Float
         task.agreement(outcomes, task.outcomes(reference, known)),
         float(distance),
     )
+
+
+def measured(
+    task: Task,
+    name: str,
+    engine: Engine,
+    said: Outputs,
+    reference: Floats,
+    targets: Ints | Floats | None,
+    size: int,
+    timing: Timing,
+) -> Measurement:
+    """What an engine said of some rows, whose `reference` are another model's logits (n, outputs)."""
+    found = quality(task, said.logits, reference, targets)
+    answered = tuple(float((said.tier == i).mean()) for i in range(len(engine.tiers)))
+    return Measurement(name, tuple(t.name for t in engine.tiers), len(said.tier), *found, answered, size, timing)
 
 
 def speed(engines: Mapping[str, Answering], rows: Rows, *, rounds: int = _ROUNDS) -> dict[str, Timing]:

@@ -255,13 +255,8 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     fresh = measure.fresh(out, rows, threads)
 
     def row(key: str, name: str, size: int) -> Measurement:
-        said = engines[key].outputs(rows.text, rows.pair)
-        quality, agreement, distance = measure.quality(builder.task, said.logits, ranked.reference, builder.dev_targets)
-        tiers = engines[key].tiers
-        answered = tuple(float((said.tier == i).mean()) for i in range(len(tiers)))
-        return Measurement(
-            name, tuple(t.name for t in tiers), len(rows), quality, agreement, distance, answered, size, timings[key]
-        )
+        e, known = engines[key], (ranked.reference, builder.dev_targets)
+        return measure.measured(builder.task, name, e, e.outputs(rows.text, rows.pair), *known, size, timings[key])
 
     reference = (
         row("reference", "linear", ranked.points["linear"].bytes)
