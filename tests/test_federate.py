@@ -166,7 +166,7 @@ def test_messages_with_a_part_of_their_own_share_the_model(model: Model) -> None
 
 
 def test_a_record_holds_a_message_and_nothing_else() -> None:
-    message = Reduced({"a": torch.randn(3, 2), "b": torch.tensor(4), "c": torch.zeros(0)}, 3)
+    message = Reduced({"a": torch.randn(3, 2), "b": torch.tensor(4), "c": torch.zeros(0)})
     came = WIRE.unpack(from_record(addressed(to_record(WIRE.pack(message)), "shop")))
     assert all(torch.equal(came.tensors[n], t) for n, t in message.tensors.items())
     assert addressee(addressed(to_record(WIRE.pack(message)), "shop")) == "shop"

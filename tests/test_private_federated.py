@@ -555,7 +555,7 @@ def test_a_time_box_that_stops_early_costs_less(tmp_path):
     found = client.answer(task)
     held = json.loads((tmp_path / "shop0" / "privacy.json").read_text())
     ((one,),) = held.values()
-    assert one["count"] == found.steps < planned(48, 4000, 16)
+    assert 0 < one["count"] < planned(48, 4000, 16)
     assert found.epsilon == pytest.approx(epsilon([Steps(**one)], 1e-5))
     assert found.epsilon < 8
 
@@ -617,7 +617,7 @@ def test_what_private_runs_say_travels():
         task = FitTask("f", 1, model, loss, PLAN, privacy=privacy, seat=seat)
         found = Wire().unpack(Wire().pack(task))
         assert (found.privacy, found.seat) == (privacy, seat)
-    words = Fitted({"masked": torch.tensor([-1, 5], dtype=torch.int32)}, 9, 4, 0.1, float("nan"), epsilon=2.5)
+    words = Fitted({"masked": torch.tensor([-1, 5], dtype=torch.int32)}, 9, float("nan"), epsilon=2.5)
     found = Wire().unpack(Wire().pack(words))
     assert torch.equal(found.tensors["masked"], words.tensors["masked"])
     assert (found.epsilon, np.isnan(found.loss)) == (2.5, True)

@@ -126,8 +126,8 @@ def test_every_other_message_arrives_as_it_was_sent(model: Model) -> None:
     for message in (
         Join(MANIFEST),
         Joined(MANIFEST, 10, 2),
-        Fitted(odd, 10, 3, 0.5, float("nan"), {"v": torch.randn(3)}),
-        Reduced(odd, 4),
+        Fitted(odd, 10, float("nan"), {"v": torch.randn(3)}),
+        Reduced(odd),
         ScoreTask(model, "f"),
         Scored(None, 0),
         Scored(0.5, 7),
@@ -170,7 +170,7 @@ def test_a_model_stands_in_a_message_once(model: Model) -> None:
 )
 def test_updates_of_any_shape_and_name_arrive(shapes: dict[str, Any], rows: int, loss: float) -> None:
     sent = {name: (torch.rand(shape) * 50).to(dtype) for name, (dtype, shape) in shapes.items()}
-    assert same(travelled(Fitted(sent, rows, 1, 0.1, loss)), Fitted(sent, rows, 1, 0.1, loss))
+    assert same(travelled(Fitted(sent, rows, loss)), Fitted(sent, rows, loss))
 
 
 # --- what techniques put into a network for the time of a fit ---
@@ -237,12 +237,12 @@ def test_only_known_kinds_are_sent(model: Model) -> None:
     with pytest.raises(WireError, match="a Plan is no message"):
         WIRE.pack(Plan())
     with pytest.raises(WireError, match="keys are no strings"):
-        WIRE.pack(Reduced({1: torch.ones(1)}, 1))  # type: ignore[dict-item]
+        WIRE.pack(Reduced({1: torch.ones(1)}))  # type: ignore[dict-item]
     deep: Any = 1
     for _ in range(30):
         deep = (deep,)
     with pytest.raises(WireError, match="nested more than 24 deep"):
-        WIRE.pack(Reduced(deep, 1))
+        WIRE.pack(Reduced(deep))
 
 
 def forged(packed: Packed, change: Any) -> Packed:
@@ -317,8 +317,8 @@ def test_more_layers_than_tensors_are_not_built_whatever_a_family_calls_them(fam
     [
         (Joined(MANIFEST, 10, 2), "rows", 10**400),
         (Joined(MANIFEST, 10, 2), "labels", -(2**63)),
-        (Fitted({}, 10, 3, 0.5, 0.1), "epsilon", 10**400),
-        (Fitted({}, 10, 3, 0.5, 0.1), "loss", 2**53 + 1),
+        (Fitted({}, 10, 0.1), "epsilon", 10**400),
+        (Fitted({}, 10, 0.1), "loss", 2**53 + 1),
         (Membership(0.5, 0.4, 0.6, 0.0, 10, 10), "auc", 10**400),
     ],
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -109,8 +108,7 @@ class Client:
             return membership(model, self.data.train, self.data.select, _ATTACKED)
         if isinstance(task, Advertise | Share | Unmask):
             return self._guard.answer(task)
-        found = self._local.reduce(task.model, task.statistic, task.limit, task.unlabelled)
-        return Reduced(found, len(self.data.train) if task.limit is None else task.limit)
+        return Reduced(self._local.reduce(task.model, task.statistic, task.limit, task.unlabelled))
 
     def own(self, model: Model, fit: str, taken: int | None = None) -> Model:
         """The model with the parameters that this client kept for itself in a fit, after the round `taken` (None: the
@@ -143,13 +141,12 @@ class Client:
         old, names = travelling(task.model.network, task.personal), trained(task.model) - set(task.personal)
         # Asked again, as by a server that was killed: a second answer of the same rows would cost twice.
         said = self._kept.after(task.fit, task.round, "said") if task.privacy else {}
-        fitted = Fitted(said, len(self.data.train), 0, 0.0, math.nan) if said else self._train(task, old, names)
+        fitted = Fitted(said, len(self.data.train), math.nan) if said else self._train(task, old, names)
         spent, in_all = self._guard.spent(task)
         tensors = self._guard.masked(task, old, fitted.tensors, names)
         return replace(fitted, tensors=tensors, epsilon=spent, in_all=in_all)
 
     def _train(self, task: FitTask, old: Tensors, names: frozenset[str]) -> Fitted:
-        began = time.monotonic()
         model = task.model
         personal = self._kept.after(task.fit, task.taken, "personal")
         if personal:
@@ -185,8 +182,7 @@ class Client:
             keep["variate"] = seams.variate()
             change = {n: v - mine[n] if n in mine else v for n, v in keep["variate"].items()}
         self._kept.save(task, keep)
-        rows, seconds = len(self.data.train), time.monotonic() - began
-        return Fitted(sent, rows, meter.steps, seconds, math.nan if task.privacy else meter.loss, change)
+        return Fitted(sent, len(self.data.train), math.nan if task.privacy else meter.loss, change)
 
 
 def _strange(found: Collection[str], labels: tuple[str, ...]) -> list[str]:

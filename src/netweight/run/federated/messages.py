@@ -197,8 +197,6 @@ class Fitted:
 
     tensors: Tensors
     rows: int
-    steps: int
-    seconds: float
     loss: float
     variate: Tensors | None = None
     epsilon: float = 0.0
@@ -220,7 +218,6 @@ class Reduced:
     """A client's part of a statistic."""
 
     tensors: Tensors
-    rows: int
 
 
 @dataclass(frozen=True)
