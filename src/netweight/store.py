@@ -2,9 +2,13 @@
 
     journal.jsonl      append-only: the job, then one line for each finished piece of work
     models/NAME/       models, as `Model.save` writes them
+    points/NAME.bin    exported models, each with its logits on dev in NAME.safetensors
     NAME.safetensors   tables of numbers that a journal line refers to
+    work/              what runs keep: checkpoints, outputs of teachers
+    trial/             the artifact that was measured last, before its report
     looks.jsonl        registrations on certify splits
     dev.jsonl          the dev rows, for `netweight bench`
+    quarantine-*.jsonl rows that were set aside
     trials.db          what Optuna was told, for its dashboard; every process makes it anew
 
 A line is written after the files that it speaks of, and flushed to disk; a last line that was cut off is forgotten.

@@ -31,7 +31,7 @@ def monitors(folders: Sequence[Path], budget: float) -> dict[tuple[str, str], Mo
 
 
 def read_fingerprint(folder: Path, manifest: artifact.Manifest) -> Fingerprint:
-    """Raises ArtifactError where an older version made the artifact."""
+    """What an artifact's certify rows looked like to it. Raises ArtifactError where it holds nothing of them."""
     if artifact.FINGERPRINT not in manifest.files:
         raise ArtifactError(
             f"{folder.name} has no fingerprint to compare with; run `optimize` again with the same --out."

@@ -165,7 +165,7 @@ def inverse_frequencies(counts: Tensor) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over rows of the pooled features x (with a 1 appended) and targets y: x x^T, x y^T and y."""
+    """Sums over rows of the pooled features x (with a 1 appended) and targets y: x x^T and x y^T."""
 
     task: object
     combine: Literal["sum", "max"] = "sum"
