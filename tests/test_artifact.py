@@ -121,6 +121,32 @@ def test_nothing_but_an_artifact_is_overwritten(tmp_path: Path, monkeypatch: pyt
     assert check(tmp_path / "empty") == check(tmp_path / "some" / "where" / "else")
 
 
+@pytest.mark.parametrize("text", [b'{"name": "Webshop", "icons": []}', b"{}", b""])
+def test_a_file_of_the_name_makes_no_artifact_and_a_damaged_one_is_left_to_its_owner(made: Path, text: bytes) -> None:
+    for manifest in (text, (made / MANIFEST).read_bytes().replace(b"bad", b"sad")):
+        (made / MANIFEST).write_bytes(manifest)
+        with pytest.raises(ArtifactError, match=r"a\.nw exists and is not an artifact; .* this one by hand\. .*manif"):
+            save(made, manifest_of(), contents_of("other"))
+        assert (made / STATIC).read_bytes() == b"table new"
+
+
+@pytest.mark.parametrize("name", ["keys.jsonl", "tiers/rows.log", "my texts/rows.csv", "link"])
+def test_files_of_others_in_an_artifact_are_not_deleted_with_it(made: Path, name: str) -> None:
+    (made / name).parent.mkdir(exist_ok=True)
+    if name == "link":
+        (made / name).symlink_to(made.parent)
+    else:
+        (made / name).write_bytes(b"dear")
+    with pytest.raises(ArtifactError, match=rf"a\.nw/{name} is no file of the artifact that .* move it away"):
+        save(made, manifest_of(), contents_of("other"))
+    assert (made / name).exists()
+    (made / name).unlink()
+    (made / STATIC).write_bytes(b"damaged")  # what the manifest lists may be replaced, whatever has become of it
+    (made / ONNX).unlink()
+    save(made, manifest_of(), contents_of("other"))
+    assert (made / STATIC).read_bytes() == b"table other"
+
+
 def test_what_cannot_be_exchanged_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
     with pytest.raises(ArtifactError, match=r"link is a link to .*gone, which is not there; remove it, or choose"):

@@ -97,6 +97,7 @@ def test_a_server_answers_follows_its_folder_and_ends_in_order(
     assert server.version() == engine.version
     with Client(server.url) as client:
         assert [m["version"] for m in client.models()] == [engine.version], "it is not asked of the damaged folder"
+    made.rename(tmp_path / "damaged.nw")
     other = changed(tmp_path / "kept.nw", made)
     until(lambda: server.version() == load(other, 1).version)
     assert server.end() in (0, -signal.SIGTERM)  # uvicorn ends by the signal that it was sent, once all is answered

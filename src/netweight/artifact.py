@@ -133,8 +133,9 @@ def name_of(folder: Path) -> str:
 
 
 def writable(folder: Path) -> None:
-    """Raises ArtifactError where `folder` exists and is not an artifact, since nothing else is ever overwritten, and
-    where it could not be exchanged: without a name, as a mount point, or as a link to nothing."""
+    """Raises ArtifactError where `folder` exists and is not an artifact, or holds a file that its manifest does not
+    list, since nothing else is ever overwritten, and where it could not be exchanged: without a name, as a mount point,
+    or as a link to nothing."""
     if folder.name in ("", ".."):
         raise ArtifactError(f"the folder {str(folder)!r} has no name of its own; name a new one, such as shop.nw.")
     if os.path.ismount(folder):
@@ -146,14 +147,25 @@ def writable(folder: Path) -> None:
         raise ArtifactError(
             f"{folder} is a link to {folder.readlink()}, which is not there; remove it, or choose another folder."
         )
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is not an artifact; choose another folder.")
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        listed = {MANIFEST, *read_manifest(folder).files}
+    except ArtifactError as problem:
+        raise ArtifactError(
+            f"{folder} exists and is not an artifact; choose another folder, or remove this one by hand. {problem}"
+        ) from problem
+    for path in sorted(folder.rglob("*")):
+        if path.relative_to(folder).as_posix() not in listed and (path.is_symlink() or not path.is_dir()):
+            raise ArtifactError(
+                f"{path} is no file of the artifact that would be replaced; move it away, or choose another folder."
+            )
 
 
 def save(folder: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Manifest:
     """Write an artifact, replacing one of the same place; returns the manifest with its hashes.
 
-    Raises ArtifactError where `folder` exists and is not an artifact: nothing else is ever overwritten.
+    Raises ArtifactError as `writable` does: nothing but an artifact is ever overwritten.
     """
     writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
