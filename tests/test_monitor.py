@@ -25,7 +25,7 @@ from netweight import artifact
 from netweight.encode import Tokens
 from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CorruptArtifact, DataError, OptionError
-from netweight.monitor import Monitor, Record, Webhook, lines, monitors, replay
+from netweight.monitor import Alert, Monitor, Record, Webhook, lines, monitors, replay
 from netweight.monitor import alerts as alerts_module
 from netweight.monitor.martingale import _JUMP, Jumper, Ranks, share_bounds
 from netweight.monitor.watch import MONTH
@@ -396,6 +396,8 @@ def test_a_log_is_read_to_its_end(tmp_path: Path) -> None:
 
 # --- alerts ---
 
+GIBBERISH = 0  # in place of a status: what answers speaks no HTTP
+
 
 @pytest.fixture
 def hook() -> Iterator[tuple[str, list[bytes], list[int]]]:
@@ -405,7 +407,16 @@ def hook() -> Iterator[tuple[str, list[bytes], list[int]]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             taken.append(self.rfile.read(int(self.headers["Content-Length"])))
-            self.send_response(answers.pop(0) if len(answers) > 1 else answers[0])
+            status = answers.pop(0) if len(answers) > 1 else answers[0]
+            if status == GIBBERISH:
+                self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+                return
+            self.send_response(status)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
             self.end_headers()
 
         def log_message(self, *args: object) -> None:
@@ -440,6 +451,21 @@ def test_alerts_are_posted_and_tried_again(
     for wrong in ("ftp://host/x", "host", "file:///etc/passwd"):
         with pytest.raises(OptionError, match="no URL that alerts can be posted to"):
             Webhook(wrong)
+    for secret in ("http://user:hunter2@host/x", "https://hunter2@host"):
+        with pytest.raises(OptionError, match="holds a user or password, which are not sent; leave them out") as caught:
+            Webhook(secret)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [GIBBERISH, 301, 302, 303, 307])
+def test_an_alert_is_not_taken_where_no_http_is_spoken_or_another_place_is_named(
+    status: int, hook: tuple[str, list[bytes], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts_module, "_WAITS", (0.0, 0.0))
+    url, taken, answers = hook
+    answers[:] = [status]
+    assert not Webhook(url)(Alert(0.0, "shop", "v1", "tier", 9, 0.5, 1.5))
+    assert len(taken) == 3
 
 
 def test_the_command_replays(say: Say, made: Path, tmp_path: Path, hook: tuple[str, list[bytes], list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster, and messages between processes in it."""
+"""Connections: to a Ray cluster, with messages between processes in it, and over HTTP."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import urllib.request
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,6 +17,13 @@ from netweight.errors import EndpointError, MissingExtra, OptionError
 
 _STORE = 256 * 2**20  # bytes for objects of a cluster started here: what travels are names of files, never rows
 _ADDRESS = re.compile(r"(ray://)?[^/:\s]+:\d+")
+
+
+class Still(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: urllib would send a key along to whatever host is named, and make a GET of a POST."""
+
+    def redirect_request(self, *given: Any) -> None:
+        return None
 
 
 @contextmanager

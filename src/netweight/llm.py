@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from netweight.answers import Answer, Answers
+from netweight.connect import Still
 from netweight.data import Rows
 from netweight.errors import EndpointError, OptionError
 from netweight.task import Classify
@@ -248,13 +249,6 @@ class _Refused(EndpointError):
         self.tokens = tokens
 
 
-class _Still(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: urllib would send the key along to whatever host is named."""
-
-    def redirect_request(self, *given: Any) -> None:
-        return None
-
-
 @dataclass
 class _Asking:
     """Threads that ask until all is answered, a limit is reached, or one of them fails."""
@@ -270,7 +264,7 @@ class _Asking:
 
     def __post_init__(self) -> None:
         self.key = self.teacher.key()
-        self.opener = urllib.request.build_opener(_Still)
+        self.opener = urllib.request.build_opener(Still)
         self.refused: dict[str, _Refused] = {}  # by digest, since the last answer
         self.now = False  # whether one was given in this run
         self.answer_tokens = self.cache.room
