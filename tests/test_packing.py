@@ -158,3 +158,38 @@ def test_a_deflated_stream_is_exactly_what_its_form_says() -> None:
         unpacked(bomb)
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"dtype": "<U1000"}, "'w' is said to be of dtype '<U1000' and shape"),
+        ({"dtype": "|V1000"}, "'w' is said to be of dtype"),
+        ({"dtype": "(,)f4"}, "'w' is said to be of dtype"),
+        ({"dtype": "<f3"}, "data type '<f3' not understood"),
+        ({"dtype": None}, "TypeError"),
+        ({"shape": [-1]}, r"'w' is said to be of dtype '\|i1' and shape \[-1\]"),
+        ({"shape": [3, (2**64 - 1) // 3]}, "OverflowError"),  # of int64, the product is -1
+        ({"shape": [10**30]}, "OverflowError"),
+        ({"shape": ["x", 10**9]}, "TypeError"),
+        ({"shape": 9000}, "TypeError"),
+    ],
+)
+def test_forms_are_of_numbers_and_of_a_size(said: dict[str, object], why: str) -> None:
+    values = peaked(0, 9000)
+    stored = header(packed({"w": values}))
+    forms = json.loads(stored["netweight"])
+    forms["forms"]["w"] |= {"coded": True} | said
+    stored["netweight"] = json.dumps(forms)
+    data = save({"w": np.frombuffer(deflated(bytes(30_000_000)), np.uint8)}, stored)
+    tracemalloc.start()
+    with pytest.raises(CorruptArtifact, match=f"cannot be unpacked: .*{why}"):
+        unpacked(data)
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_masks_of_models_stay_what_they_are() -> None:
+    mask = np.tril(np.ones((64, 64), bool))
+    assert form_of(mask).dtype == "|b1"
+    assert unpacked(packed({"w": mask}))[0]["w"].tobytes() == mask.tobytes()

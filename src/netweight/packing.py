@@ -8,6 +8,8 @@ Nothing computes on packed arrays. They make files small; an engine unpacks them
 from __future__ import annotations
 
 import json
+import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -67,7 +69,7 @@ def unpacked(data: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         held = {name: _array(given) for name, given in deserialize(data)}  # type: ignore[no-untyped-call]
         forms = {name: Form(**given) for name, given in header["forms"].items()}
         return {name: _restored(name, held, form) for name, form in forms.items()}, dict(header["more"])
-    except (SafetensorError, zlib.error, ValueError, KeyError, TypeError, IndexError, RecursionError) as problem:
+    except (SafetensorError, zlib.error, ValueError, LookupError, TypeError, OverflowError, RecursionError) as problem:
         raise CorruptArtifact(f"a packed file cannot be unpacked: {problem!r}") from problem
 
 
@@ -188,7 +190,10 @@ def _unpackbits(held: NDArray[Any], count: int) -> NDArray[np.uint8]:
 
 
 def _restored(name: str, held: Mapping[str, NDArray[Any]], form: Form) -> NDArray[Any]:
-    dtype, size = np.dtype(form.dtype), int(np.prod(form.shape, dtype=np.int64))
+    # As long as what is written says: a text of 100,000 characters is a dtype too, and nothing bounds -1 bytes.
+    if not re.fullmatch(r"[<>|][biuf]\d+", form.dtype) or min(form.shape, default=0) < 0:
+        raise ValueError(f"{name!r} is said to be of dtype {form.dtype!r} and shape {form.shape!r}")
+    dtype, size = np.dtype(form.dtype), math.prod(form.shape)
     values, there = held[name], None
     if form.sparse:
         there = _unpackbits(held[name + _BITMASK], size).astype(bool)
