@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import KIND, MEAN, tiny_base, tiny_encoder, tiny_model, tiny_rows
 from netweight import model as module
@@ -152,6 +153,41 @@ def test_no_pickle_is_read(base: Path, tmp_path: Path) -> None:
     assert not mark.exists()
     pickle.loads((base / "pytorch_model.bin").read_bytes())
     assert mark.exists(), "the trap does not work, so nothing was tested"
+
+
+@pytest.mark.parametrize("where", ["index", "config", "outside"])
+def test_a_model_may_name_no_pickle_as_its_weights(where: str, base: Path, tmp_path: Path) -> None:
+    """transformers would give it to torch.load: what an index lists, and what a configuration names."""
+    weights, config = base / "model.safetensors", json.loads((base / "config.json").read_text(encoding="utf-8"))
+    torch.save(load_file(weights), base / "adapter_model.bin")
+    if where == "config":
+        (base / "config.json").write_text(json.dumps(config | {"transformers_weights": "adapter_model.bin"}))
+    else:
+        other = {"index": "adapter_model.bin", "outside": "../elsewhere.safetensors"}[where]
+        weights.rename(base / "part.safetensors")
+        shutil.copy(base / "part.safetensors", tmp_path / "elsewhere.safetensors")
+        listed = dict.fromkeys(load_file(base / "part.safetensors"), other)
+        index = base / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    with pytest.raises(ModelError, match=r"no weights in safetensors, or not all, .*can run code"):
+        pretrained(str(base), TASK)
+    if where == "index":
+        index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(listed, "part.safetensors")}))
+        assert pretrained(str(base), TASK).base.digest
+        index.write_text("[]")
+        with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json lists no weights"):
+            pretrained(str(base), TASK)
+
+
+def test_an_adapter_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder or the Hub: transformers with peft would load it by itself, from a pickle where there is one."""
+    (base / "adapter_config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(module, "_download", lambda name: base)
+    for name in (str(base), "org/name"):
+        with pytest.raises(ModelError, match=r"holds an adapter .*Merge it .* merge_and_unload\(\) of peft"):
+            pretrained(name, TASK)
+        with pytest.raises(ModelError, match="only whole models are read"):
+            skeleton(name)
 
 
 def test_no_code_of_a_model_is_run(base: Path, tmp_path: Path) -> None:

