@@ -240,7 +240,15 @@ def test_errors_say_what_came() -> None:
     for options in ({}, {"thresholds": None}, {"thresholds": []}):
         with pytest.raises(CorruptArtifact, match="exits need thresholds, and stages that are numbered"):
             tier_engine(Tier("t", "exits", "f", options), stages, 0, 1)
+    with pytest.raises(CorruptArtifact, match="OverflowError"):
+        tier_engine(Tier("t", "exits", "f", {"thresholds": [10**400]}), stages, 0, 1)
     _, tier, data = tier_of("static")
+    for wrong in (None, "many", 10**30, -1, float("inf")):
+        with pytest.raises(CorruptArtifact, match="lacks what its engine needs"):
+            tier_engine(replace(tier, options={**tier.options, "buckets": wrong}), data, 0, 1)
+    flat = load_arrays(unpacked_file(data) if tier.options.get("packed") else data) | {"table": np.zeros(99, np.int8)}
+    with pytest.raises(CorruptArtifact, match="lacks what its engine needs: IndexError"):
+        tier_engine(replace(tier, options={**tier.options, "packed": False}), save(flat), 0, 1)
     with pytest.raises(CorruptArtifact, match="'norm'"):
         tier_engine(replace(tier, options={"buckets": 64}), data, 0, 1)
     _, tier, data = tier_of("static, windows")

@@ -270,7 +270,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _typed(manifest: Manifest) -> None:
-    """Raises TypeError where values are not what they are declared to be: the file may come from anywhere."""
+    """Raises TypeError where values are not as declared, or beyond int32: the file may come from anywhere."""
     whole = [("max_length", manifest.max_length), ("pad", manifest.pad)]
     texts = [("a file", text) for pair in manifest.files.items() for text in pair]
     numbers: list[tuple[str, Any]] = []
@@ -280,7 +280,8 @@ def _typed(manifest: Manifest) -> None:
         numbers += [("temperature", tier.temperature), ("threshold", tier.threshold), ("before", tier.before)]
     for wanted, values in ((int, whole), (str, texts), ((int, float), numbers)):
         for name, value in values:
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            beyond = isinstance(value, int) and not 0 <= value < 2**31  # ids of tokens are int32
+            if not isinstance(value, wanted) or isinstance(value, bool) or beyond:
                 raise TypeError(f"{name} is {value!r}")
 
 

@@ -113,10 +113,10 @@ def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 
         tiers, compared = [], []
         for i, tier in enumerate(manifest.tiers):
             data = artifact.read_file(folder, manifest, tier.file)
-            engine, said = _written(new / f"{i}-{tier.name}", manifest, tier, data, writer)
             most, closing = tier.options.get(artifact.READS, (manifest.max_length, encoder.closing))
             part = tokens.cut(most, closing)
             own = tier_engine(tier, data, manifest.pad, threads).logits(part, 32)
+            engine, said = _written(new / f"{i}-{tier.name}", manifest, tier, data, writer)
             distance = _distance(manifest.task, tier, own, engine.logits(part, 32), said["file"])
             said |= {"tokens": most, "closing": closing} if most < manifest.max_length else {}
             compared.append(Compared(tier.name, said["file"], len(tokens), distance))

@@ -28,7 +28,7 @@ class ExitsEngine:
         try:
             self._thresholds = [float(t) for t in options["thresholds"]]
             names = sorted(stages, key=int)
-        except (KeyError, TypeError, ValueError) as problem:
+        except (KeyError, TypeError, ValueError, OverflowError) as problem:
             raise CorruptArtifact(f"exits need thresholds, and stages that are numbered: {problem!r}.") from None
         if len(stages) != len(self._thresholds) + 1:
             raise CorruptArtifact(f"{len(stages)} stages need one threshold less, not {len(self._thresholds)}.")

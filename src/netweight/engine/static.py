@@ -33,16 +33,18 @@ class StaticEngine:
             layers = sum(name.startswith("bias.") for name in held)
             self._head = [(held.get(f"matrix.{i}"), held[f"bias.{i}"]) for i in range(layers)]
             self._buckets = int(options["buckets"])
+            if not 0 <= self._buckets < len(table):
+                raise ValueError(f"buckets are {self._buckets}, of {len(table)} rows")
             self._squared = options["norm"] == "l2"
             self._segments = bool(options["segments"])
-            self._windows = _Windows(held, len(table) - self._buckets) if "reach" in options else None
-        except (SafetensorError, KeyError, IndexError, ValueError) as problem:
+            self._vocabulary = len(table) - self._buckets
+            self._windows = _Windows(held, self._vocabulary) if "reach" in options else None
+            # The divisor of each row is a sum over the same features, so it rides along as the last column.
+            self._table = np.zeros((len(table), table.shape[1] + 1), np.float32)
+            np.multiply(table, scale[:, None], out=self._table[:, :-1])
+            self._table[: len(norm), -1] = norm**2 if self._squared else norm
+        except (SafetensorError, KeyError, IndexError, TypeError, ValueError, OverflowError) as problem:
             raise CorruptArtifact(f"a static tier's file lacks what its engine needs: {problem!r}.") from problem
-        self._vocabulary = len(table) - self._buckets
-        # The divisor of each row is a sum over the same features, so it rides along as the last column.
-        self._table = np.zeros((len(table), table.shape[1] + 1), np.float32)
-        np.multiply(table, scale[:, None], out=self._table[:, :-1])
-        self._table[: len(norm), -1] = norm**2 if self._squared else norm
 
     def logits(self, tokens: Tokens, batch: int) -> Floats:
         starts = range(0, max(len(tokens), 1), batch)
