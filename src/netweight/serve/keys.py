@@ -70,6 +70,7 @@ def add_key(path: Path, name: str, per_minute: int | None = None) -> str:
 
 def remove_key(path: Path, name: str, sha256: str = "") -> None:
     """Take away the key of a name whose hash begins so. Raises OptionError for none, and for more than one."""
+    read_keys(path)  # a file that is not there is told by its name
     with _alone(path):
         kept = read_keys(path)
         gone = [key for key in kept if key.name == name and key.sha256.startswith(sha256)]

@@ -59,9 +59,9 @@ class SwapActivation:
         network = transformer(student, "SwapActivation")
         for name in activating(network):
             network.replace(name, Activate(self.kind))
+        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         if not self.epochs:
             return student
-        loss = SoftTargets(model.task, (model,), self.temperature, self.hard)
         return heal(student, loss, run, planned(plan, self), f"swap activations for {self.kind}")
 
 
