@@ -177,7 +177,25 @@ def test_threads_may_share_it() -> None:
     assert found == [wanted] * 4
 
 
-def test_an_added_token_that_begins_with_a_space_takes_the_usual_way() -> None:
-    stored = json.loads(definition())
-    told = json.dumps(stored | {"added_tokens": [stored["added_tokens"][0] | {"content": " foo"}]})
+@pytest.mark.parametrize("token", [" foo", "\n", "\u3000", "\x00foo"])
+def test_an_added_token_that_begins_with_a_space_or_a_letter_takes_the_usual_way(token: str) -> None:
+    told = adding(token)
     assert Words.of(Tokenizer.from_str(told), told, 12) is None
+
+
+@pytest.mark.parametrize("token", ["……", "——", "《退货》", "$$", "\u0387\u0387"])
+def test_what_an_added_token_begins_with_takes_the_usual_way(token: str) -> None:
+    told = adding(token)
+    fast, slow = TextEncoder(told), usual(TextEncoder(told))
+    assert fast._words is not None
+    assert fast._words.ids("好评，good!") is not None
+    texts = [f"好{token}a", f"{token[0]}好", "好··a", "good, bad"]
+    assert fast.encode(texts).ids.tolist() == slow.encode(texts).ids.tolist()
+    assert len(PIECES) in fast.encode([f"好{token}a"]).ids
+
+
+def adding(token: str) -> str:
+    """The definition with a further token that is looked for in normalised text, as those of `add_tokens`."""
+    made = Tokenizer.from_str(definition())
+    made.add_tokens([token])
+    return str(made.to_str())

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 _MOST = 200_000  # words that are remembered, and as many stretches
 _LONG = 32  # characters of a word, above which it is none that comes again
 # Each is a word of its own for BERT, and has no accent that could be split off.
-_CHINESE = "\u4e00-\u9fff，。！？；：、（）“”‘’《》…—·"
+_HAN = "\u4e00-\u9fff"
+_MARKS = "，。！？；：、（）“”‘’《》…—·"
 ID = array("i").itemsize  # bytes of an id
 _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
 
@@ -29,12 +30,10 @@ _WORD = re.compile(r"[A-Za-z0-9]+|[^A-Za-z0-9 ]")
 class Words:
     """The fast way of one tokenizer, which must cut what is longer than `max_length` at its end."""
 
-    def __init__(self, tokenizer: Tokenizer, stored: dict[str, Any], max_length: int) -> None:
-        normalizer = stored["normalizer"]
-        added = {token["content"][0] for token in stored["added_tokens"]}
-        plain = "".join(re.escape(chr(c)) for c in range(32, 127) if chr(c) not in added)
-        chinese = _CHINESE if normalizer["handle_chinese_chars"] else ""
-        plain_text = re.compile(f"[{plain}{chinese}]*")
+    def __init__(self, tokenizer: Tokenizer, normalizer: dict[str, Any], starts: set[str], max_length: int) -> None:
+        han, marks = (_HAN, _MARKS) if normalizer["handle_chinese_chars"] else ("", "")
+        plain = "".join(re.escape(c) for c in (*map(chr, range(32, 127)), *marks) if c not in starts)
+        plain_text = re.compile(f"[{plain}{han}]*")
         self._stretches = _Stretches(_Table(tokenizer), plain_text, bool(normalizer["lowercase"]))
         before, after = around(tokenizer)
         self._before, self._after = as_bytes(before), as_bytes(after)
@@ -47,10 +46,12 @@ class Words:
         kinds = [(stored[part] or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
         if kinds != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
             return None
-        starts = [token["content"][:1] for token in stored["added_tokens"]]
-        if any(start in ("", " ") or start.isalnum() for start in starts):
+        added = [token["content"] for token in stored["added_tokens"]]
+        # Some are looked for in the normalised text, in their own normalised form: "\n" is a space there.
+        starts = {form[:1] for token in added for form in (token, tokenizer.normalizer.normalize_str(token))}
+        if any(start == "" or start.isspace() or start.isalnum() for start in starts):
             return None
-        return Words(tokenizer, stored, max_length)
+        return Words(tokenizer, stored["normalizer"], starts, max_length)
 
     def ids(self, text: str) -> bytes | None:
         """As `as_bytes` has them; None where the text is not plain."""
