@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from conftest import many_rows, tiny_rows
 from netweight.data import Dataset
-from netweight.encode import Tokens
+from netweight.encode import TextEncoder, Tokens
 from netweight.errors import DataError, OptionError
 from netweight.model import Model
 from netweight.network import Transformer
@@ -49,6 +49,13 @@ def test_chinese_is_taken_apart_and_words_are_not() -> None:
     pair = encoder.encode(["zip"], ["was"])
     assert pair.types.tolist() == [0, 0, 0, 1, 1]
     assert special_ids(small()) == (4, (0, 2, 3, 4))
+
+
+@pytest.mark.parametrize("word", ["バッグ", "ดีมาก", "tệ", "हिन्दी"])
+def test_what_stands_on_letters_stays(word: str) -> None:
+    made = word_pieces([word], 60)
+    assert "".join(made.encode(word, add_special_tokens=False).tokens).replace("##", "") == word
+    assert TextEncoder(made.to_str())._words is not None
 
 
 @pytest.mark.parametrize("family", get_args(Family))

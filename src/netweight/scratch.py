@@ -44,10 +44,10 @@ def scratch(  # noqa: PLR0913  (the sizes of a model are one noun, but a call na
 ) -> Model:
     """A backbone with random layers and a zero head for `task`, and a tokenizer and token vectors that know the texts.
 
-    Encoders get WordPiece under BERT's rules, which take Chinese apart into characters; GPT-2 and Qwen3 get byte-level
-    BPE with an end token behind every text. Tokens start from what stands beside them (`token_vectors`), which takes
-    seconds; the layers know nothing yet: see `techniques.Pretrain`. Attention has no dropout, which would keep
-    processors from their fused kernel. The same texts and seed give the same model.
+    Encoders get WordPiece under BERT's rules, which take Chinese apart into characters, but leave accents and vowel
+    signs; GPT-2 and Qwen3 get byte-level BPE with an end token behind every text. Tokens start from what stands beside
+    them (`token_vectors`), which takes seconds; the layers know nothing yet: see `techniques.Pretrain`. Attention has
+    no dropout, which would keep processors from their fused kernel. The same texts and seed give the same model.
 
     Args:
         texts: what the tokenizer is trained on; texts in the same order.
@@ -152,7 +152,8 @@ def _sizes(family: Family, layers: int, hidden: int, heads: int, max_length: int
 
 def word_pieces(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """WordPiece over BERT's normaliser and pre-tokeniser (Devlin et al., 2019), with [CLS] and [SEP] around texts."""
-    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    # Where BERT drops what stands on letters, kana lose their sound, Thai and Devanagari their vowels.
+    normalizer, splitter = normalizers.BertNormalizer(strip_accents=False), pre_tokenizers.BertPreTokenizer()
     alphabet, seen = _characters(texts, normalizer, splitter, vocabulary - len(_SPECIAL))
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer, trained.pre_tokenizer = normalizer, splitter
