@@ -58,6 +58,16 @@ def test_what_stands_on_letters_stays(word: str) -> None:
     assert TextEncoder(made.to_str())._words is not None
 
 
+def test_a_clause_without_spaces_is_not_one_unknown_word() -> None:
+    made = word_pieces(["ดีมากดีมาก"], 60)
+    assert "[UNK]" not in made.encode("ดีมาก" * 60).tokens
+    # The table of words asks the same tokenizer.
+    encoder = TextEncoder(word_pieces(["abcabc"], 60).to_str())
+    assert encoder._words is not None
+    assert encoder._words.ids("abc" * 60) is not None
+    assert encoder.unknown not in encoder.encode(["abc" * 60]).ids
+
+
 @pytest.mark.parametrize("family", get_args(Family))
 def test_every_family_is_made_saved_and_exact(family: Family, tmp_path: Path) -> None:
     made = small(family)

@@ -24,6 +24,7 @@ SCRATCH = "scratch"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD, _CLS, _SEP = 0, 2, 3
 _END = "<|endoftext|>"
+_LONGEST_WORD = 1000  # characters; the work of cutting one up grows with their square
 _LEAST = 260  # the 256 bytes, and what stands for no text
 # Neighbours at each side that count, and the power that keeps rare contexts from looking telling (Levy et al., 2015).
 _WINDOW = 4
@@ -168,7 +169,8 @@ def word_pieces(texts: Sequence[str], vocabulary: int) -> Tokenizer:
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
-    made = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    # Thai, Lao and kana have no spaces: a clause is one word here, and BERT's 100 characters would make it one [UNK].
+    made = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=_LONGEST_WORD))
     made.normalizer, made.pre_tokenizer = normalizer, splitter
     made.decoder = decoders.WordPiece()
     made.add_special_tokens(list(_SPECIAL))
