@@ -60,7 +60,7 @@ def test_the_teacher_is_pretrained_on_train_and_pool_and_then_tuned(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("word", "told"), [(GOOD[0], []), ("好用", ["50 % of the tokens of dev are unknown to starter: "])]
+    ("word", "told"), [(GOOD[0], []), ("好用", ["50 % of the tokens of dev are unknown to starter, such as '好用'; "])]
 )
 def test_a_model_of_another_language_is_told_of(
     word: str, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model, dataset: Dataset
@@ -81,7 +81,30 @@ def test_a_model_of_another_language_is_told_of(
     assert [remark for remark in remarks if "--model scratch" in remark] == notes
     assert [note[: len(start)] for note, start in zip(notes, told, strict=True)] == told
     assert all("--model scratch" in note for note in notes)
-    assert away == "".join(f"{start}it does not know this language; name a model that does." for start in told)
+    assert away == "".join(f"{start}if labels depend on them, name a model that knows them." for start in told)
+
+
+def test_of_what_a_tokenizer_does_not_know_the_most_frequent_is_named(model: Model) -> None:
+    texts = [f"{GOOD[0]} 👍", "👍 “好用”", "好用 iphone13", f"{'x' * 30} 👍 好用"]
+    assert model.encoder.missing(texts, 2) == ["👍", "好用"]
+    assert model.encoder.missing(texts[3:]) == ["x" * 20, "👍", "好用"]
+    assert model.encoder.missing([GOOD[0]]) == []
+
+
+def test_rows_that_a_model_from_scratch_does_not_know_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: Dataset
+) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(Silent, "note", lambda _, message: notes.append(message))
+    texts = replace(dataset.select, text=("好用",) * len(dataset.select))
+    data = replace(dataset, select=texts, calibrate=texts)
+    job = Job(Tables(data.train), options=Options(model="scratch"))
+    with Store(tmp_path, {"a": 1}) as store:
+        builder = Builder(job, data, Classify(("bad", "good")), store, Silent(), Clock(8), Local(data))
+        builder._scratch()
+    (said,) = notes
+    assert said.startswith("50 % of the tokens of dev are unknown to scratch, such as '")
+    assert said.endswith("; if labels depend on them, name a model that knows them.")
 
 
 @pytest.mark.parametrize(("few", "trimmed"), [(0.5, False), (0.99, True)])

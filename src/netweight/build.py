@@ -161,34 +161,37 @@ class Builder:
         return self.model(TEACHER, self._pretrained, (options.finetune,), seconds, self.run)
 
     def _pretrained(self) -> Model:
-        """The given model; said before it costs time, if it cannot read these rows."""
+        """The given model."""
         options = self.job.options
-        made = pretrained(options.model, self.task, options.max_length, options.seed)
+        return self._told(pretrained(options.model, self.task, options.max_length, options.seed))
+
+    def _told(self, made: Model) -> Model:
+        """The same; said before it costs time, if it cannot read these rows."""
         if said := self.foreign(made.encoder):
             self.reporter.note(said)
         return made
 
     def foreign(self, encoder: TextEncoder) -> str:
-        """A sentence where much of dev is unknown to this tokenizer; else nothing."""
-        if self.job.options.model == SCRATCH:
-            return ""  # nothing knows these texts better
-        ids = encoder.encode(self.data.dev.text[:_LOOK]).ids
-        share = float(np.mean(ids == encoder.unknown))
-        name = self.job.options.model
+        """A sentence where much of dev is unknown to this tokenizer; else nothing. To one of bytes nothing is."""
+        texts, name = self.data.dev.text[:_LOOK], self.job.options.model
+        share = float(np.mean(encoder.encode(texts).ids == encoder.unknown))
+        if share <= _UNKNOWN:
+            return ""
         # Words of training rows that are elsewhere cannot be learned.
-        other = ", or train one on these rows with --model scratch" if self.job.tables.train is not None else ""
+        learns = self.job.tables.train is not None and name != SCRATCH
+        other = ", or train one on these rows with --model scratch" if learns else ""
         return (
-            f"{100 * share:.0f} % of the tokens of dev are unknown to {name}: it does not know this language; name a "
-            f"model that does{other}."
-            if share > _UNKNOWN
-            else ""
+            f"{100 * share:.0f} % of the tokens of dev are unknown to {name}, such as "
+            f"{', '.join(map(repr, encoder.missing(texts)))}; if labels depend on them, name a model that knows "
+            f"them{other}."
         )
 
     def _scratch(self) -> Model:
         """A model that knows the words of train and pool, and nothing else."""
         rows = [self.data.train, *([self.data.pool] if self.data.pool is not None else [])]
         texts = [text for part in rows for text in (*part.text, *(part.pair or ()))]
-        return scratch(texts, self.task, max_length=self.job.options.max_length, seed=self.job.options.seed)
+        options = self.job.options
+        return self._told(scratch(texts, self.task, max_length=options.max_length, seed=options.seed))
 
     @cached_property
     def source(self) -> Model:

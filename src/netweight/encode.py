@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,7 @@ MOST_TOKENS = 8192
 INPUTS = ("ids", "mask", "types")  # of encoders, as `padded` gives them
 # Texts that are tokenized at a time: until all are done, `tokenizers` holds of each token many times an id's bytes.
 _TEXTS = 4096
+_SHOWN = 20  # characters of a stretch that is unknown
 
 Int32 = NDArray[np.int32]
 Index = NDArray[np.int64]
@@ -180,6 +182,14 @@ class TextEncoder:
             return found
         name = model.get("unk_token")
         return self._tokenizer.token_to_id(name) if name else None
+
+    def missing(self, texts: Sequence[str], most: int = 3) -> list[str]:
+        """Of what `unknown` stands for in these texts, the most frequent stretches, the first characters of each."""
+        kept, counts = listed(texts, "texts", self.max_length * _CHARACTERS_PER_TOKEN), Counter[str]()
+        for text, row in zip(kept, self._tokenizer.encode_batch(kept), strict=True):
+            spans = (span for i, span in zip(row.ids, row.offsets, strict=True) if i == self.unknown)
+            counts.update(text[first:last].strip()[:_SHOWN] for first, last in spans)
+        return [stretch for stretch, _ in counts.most_common(most)]
 
     @cached_property
     def marks(self) -> bool:
