@@ -40,6 +40,11 @@ FULL = Rows(
         ("Straße", "STRASSE"),
         ("\u00a0ﬁne ", "fine"),
         ("cafe\u0301", "CAFÉ"),
+        ("很好\u200b", "很好"),
+        ("\ufeff好", "好"),
+        ("❤\ufe0f", "❤"),
+        ("goo\xadd", "good"),
+        ("\u200b", ""),
     ],
 )
 def test_normalise_equates(one: str, other: str) -> None:
@@ -48,6 +53,13 @@ def test_normalise_equates(one: str, other: str) -> None:
 
 def test_normalise_keeps_apart() -> None:
     assert len({normalise(text) for text in ("good", "not good", "goods", "good!")}) == 4
+
+
+def test_normalise_leaves_out_what_nobody_sees() -> None:
+    unseen = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
+    assert [c for c in unseen if normalise(f"a{c}b") != "ab"] == []
+    # Nothing else goes, but what NFKC and folding change.
+    assert [c for c in "अहिन्दी好ü\u0301👍🏽" if c not in "".join(map(normalise, "अहिन्दी好ü\u0301👍🏽"))] == []
 
 
 def test_normalise_is_stable_on_every_character() -> None:

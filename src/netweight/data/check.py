@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,13 @@ _MISSING = ("NAType", "NaTType")  # pandas' own, which need not be installed
 # called none or NA, and a text may say null; these are not taken for missing.
 _NO_TEXT = ("NULL", "\\N")
 _NO_LABEL = ("nan", "null", "\\n", "<na>", "#n/a")
+# Characters that nobody sees: Unicode's category Cf (zero-width, directions, byte order mark, ...), and selectors of a
+# character's looks.
+_UNSEEN = re.compile(
+    r"[\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
+    r"\ufe00-\ufe0f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+    r"\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f\U000e0100-\U000e01ef]+"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +168,10 @@ def spelling(label: str) -> float | str:
 
 
 def normalise(text: str) -> str:
-    """The form in which texts are compared: NFKC, case folded, white space collapsed and stripped."""
+    """The form in which texts are compared: without characters that nobody sees, NFKC, case folded, white space
+    collapsed and stripped."""
     if not text.isascii():
+        text = _UNSEEN.sub("", text)
         # Folding can leave composable characters behind, so the form is taken again (Unicode 3.13, D146).
         text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(text.casefold().split())
