@@ -65,7 +65,7 @@ class Tokens:
         return Tokens(self.ids[where], self.types[where], offsets)
 
     def cut(self, most: int, closing: int) -> Tokens:
-        """At most `most` tokens of each row: its first ones and its `closing` last, as if no more had been read."""
+        """At most `most` tokens of each row: its first ones and its `closing` last."""
         if self.lengths.max(initial=0) <= most:
             return self
         lengths = np.minimum(self.lengths, most)
@@ -171,7 +171,8 @@ class TextEncoder:
         return self if max_length == self.max_length else TextEncoder(self.definition, max_length, self.pad)
 
     def cut(self, tokens: Tokens) -> Tokens:
-        """What this encoder keeps of texts, not pairs, that one with the same tokenizer has read as far or farther."""
+        """What this encoder keeps of texts, not pairs, that one with the same tokenizer has read as far or farther;
+        more of a text with above 16 characters a token, of which `encode` reads no more characters than that."""
         return tokens.cut(self.max_length, self.closing)
 
     @cached_property
