@@ -38,7 +38,9 @@ def script(text: str) -> str:
 
     Hiragana or Katakana make a text Japanese though most of its letters be Han.
     """
-    names = Counter(unicodedata.name(char, "NONE").split()[0].split("-")[0] for char in text if char.isalpha())
+    # ｉＰｈｏｎｅ and ｶﾜｲｲ are Latin and kana, whatever their width.
+    letters = unicodedata.normalize("NFKC", "".join(filter(str.isalpha, text)))
+    names = Counter(unicodedata.name(char, "NONE").split()[0].split("-")[0] for char in letters if char.isalpha())
     if not names:
         return "none"
     if names["HIRAGANA"] + names["KATAKANA"] > 0.1 * names.total():
