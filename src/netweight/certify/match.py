@@ -68,7 +68,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
         )
     now, then = task.outcomes(answers.logits, np.zeros(len(rows)))[:, 0], outcomes.candidates[name][:, 0]
     allowed = tolerance(task)
-    # Texts that are equal but for capitals or spaces have one key, and need not have one prediction.
+    # Texts that are equal but for capitals, spaces and the like have one key, and need not have one prediction.
     if differ := sum(
         not (np.abs(now[found[key]] - said) <= allowed).any() for key, said in zip(outcomes.keys, then, strict=True)
     ):
