@@ -24,7 +24,7 @@ SCRATCH = "scratch"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PAD, _CLS, _SEP = 0, 2, 3
 _END = "<|endoftext|>"
-_LONGEST_WORD = 1000  # characters; the work of cutting one up grows with their square
+_LONGEST_WORD = 300  # characters; the work of cutting one up grows with their square
 _LEAST = 260  # the 256 bytes, and what stands for no text
 # Neighbours at each side that count, and the power that keeps rare contexts from looking telling (Levy et al., 2015).
 _WINDOW = 4
