@@ -21,7 +21,7 @@ import pytest
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
 from netweight import artifact, build, measure, pipeline, ship, summary
 from netweight.bench import bench
-from netweight.certify import Outcomes, fit_temperature
+from netweight.certify import Estimate, Outcomes, fit_temperature
 from netweight.certify.match import row_keys
 from netweight.convert import SPEC
 from netweight.data import Columns, Dataset, Rows
@@ -104,7 +104,8 @@ def test_a_certificate_that_a_single_label_would_get_says_so(shop: Shop) -> None
         counts = {"bad": len(shop.certify) - good, "good": good}
         data = Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify), counts=counts)
         builder = SimpleNamespace(run=None, data=data, teacher=SimpleNamespace(encoder=None), foreign=lambda _: "")
-        remarks = ship._remarks(builder, SimpleNamespace(floor_wins=False), shop.result.certificate)  # type: ignore[arg-type]
+        found, ranked = summary.certificate_of(shop.folder), SimpleNamespace(floor_wins=False)
+        remarks = ship._remarks(builder, ranked, *found)  # type: ignore[arg-type]
         return [remark for remark in remarks if remark.startswith("Always")]
 
     reference = 100 * shop.result.certificate.reference.value
@@ -115,6 +116,33 @@ def test_a_certificate_that_a_single_label_would_get_says_so(shop: Shop) -> None
     assert said(250) == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "reference", "said"),
+    [
+        # The median of 0, 1, 2, 3 and 14 is 2, its mean absolute error 3.2; 5 points of 3.1 are 0.155.
+        ("mae", Estimate(-3.1, -3.5, -2.7), "Always answering 2 errs by 3.2 on the certify rows, the reference by 3.1"),
+        ("mae", Estimate(-3.0, -3.5, -2.7), ""),
+        (
+            "spearman",
+            Estimate(0.2, 0.04, 0.4),
+            "One answer to all rows has a correlation of 0, the reference one that may be as low as 0.0400",
+        ),
+        ("spearman", Estimate(0.2, 0.06, 0.4), ""),
+    ],
+)
+def test_a_certificate_that_a_single_score_would_get_says_so(
+    metric: str, reference: Estimate, said: str, shop: Shop
+) -> None:
+    task, made = Score(metric=metric), shop.result.certificate  # type: ignore[arg-type]
+    final = replace(made.final, margin=task.margin(5.0, reference.value))
+    asked = replace(made.registration, task=task, max_drop=5.0)
+    made = replace(made, registration=asked, reference=reference, tested=(final,))
+    true = np.array([0.0, 1.0, 2.0, 3.0, 14.0])
+    outcomes = Outcomes(("k",) * 5, np.stack([true, true], axis=1), {}, np.ones(5))
+    wanted = f"{said}, and 5 points may be lost: this certificate cannot tell it from a model." if said else ""
+    assert ship._unread(Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify)), made, outcomes) == wanted
+
+
 def test_a_result_that_could_not_be_certified_says_so(shop: Shop) -> None:
     """At the 11th look no bootstrap shows anything; the exact test has no such end."""
     data = Dataset(shop.train, shop.dev, shop.dev, Sealed(shop.certify))
@@ -123,7 +151,8 @@ def test_a_result_that_could_not_be_certified_says_so(shop: Shop) -> None:
         made = shop.result.certificate
         task = replace(made.registration.task, metric=metric)  # type: ignore[type-var]
         failed = replace(made, verdict="not certified", registration=replace(made.registration, task=task, look=11))
-        remarks = ship._remarks(builder, SimpleNamespace(floor_wins=False), failed)  # type: ignore[arg-type]
+        ranked, outcomes = SimpleNamespace(floor_wins=False), summary.certificate_of(shop.folder)[1]
+        remarks = ship._remarks(builder, ranked, failed, outcomes)  # type: ignore[arg-type]
         assert any("no candidate could pass. Give a fresh certify table" in remark for remark in remarks) == late
 
 

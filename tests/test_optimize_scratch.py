@@ -75,8 +75,8 @@ def test_a_model_of_another_language_is_told_of(
         builder._pretrained()
         # A job that is resumed reads its teacher from the store: the result says it again.
         monkeypatch.setattr(Builder, "teacher", model)
-        passed = SimpleNamespace(verdict="certified")
-        remarks = _remarks(builder, SimpleNamespace(floor_wins=False), passed)  # type: ignore[arg-type]
+        passed = SimpleNamespace(verdict="certified", registration=SimpleNamespace(task=model.task), reference=None)
+        remarks = _remarks(builder, SimpleNamespace(floor_wins=False), passed, None)  # type: ignore[arg-type]
         away = replace(builder, job=Job(Tables(None, dev=texts, certify=texts))).foreign(model.encoder)
     assert [remark for remark in remarks if "--model scratch" in remark] == notes
     assert [note[: len(start)] for note, start in zip(notes, told, strict=True)] == told

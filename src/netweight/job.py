@@ -206,7 +206,8 @@ def _too_few(data: Dataset) -> str:
 
 
 def _unread(task: Task, data: Dataset, budget: Budget) -> tuple[str, ...]:
-    """A sentence where who reads no text may pass: accuracy hardly counts rare labels."""
+    """A sentence where who reads no text may pass: accuracy hardly counts rare labels. Of scores only the result can
+    say it, which knows the reference."""
     if task.metric != "accuracy":
         return ()
     label, share = data.commonest

@@ -147,7 +147,7 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     )
     certificate, outcomes, said_by = _certified(builder, ranked, registration, packs)
     shipped = next(pack for pack in packs if pack.candidate == certificate.shipped)
-    notes = (*notes, *_remarks(builder, ranked, certificate))
+    notes = (*notes, *_remarks(builder, ranked, certificate, outcomes))
     manifest = replace(shipped.manifest, provenance=_provenance(builder, ranked, shipped, notes))
     # A draft in the run store, without certificate and report: measured are the files that will ship, and nothing that
     # is incomplete ever stands at `out`.
@@ -272,7 +272,7 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     return Measurements(measure.machine(threads), reference, ships, points, measure.VCPU_HOUR)
 
 
-def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tuple[str, ...]:
+def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate, outcomes: Outcomes) -> tuple[str, ...]:
     """Sentences that the reader of the result must know."""
     said = list(builder.run.remarks()) if isinstance(builder.run, Accounting) else []
     if foreign := builder.foreign(builder.teacher.encoder):
@@ -284,7 +284,7 @@ def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tupl
         )
     else:
         said.append("Whether the reference is as good as an ordinary full fine-tune was not checked in this job.")
-    if unread := _unread(builder.data, certificate):
+    if unread := _unread(builder.data, certificate, outcomes):
         said.append(unread)
     if certificate.verdict != "certified":
         said.append("No candidate passed; what ships is the safest of them, not certified.")
@@ -294,18 +294,25 @@ def _remarks(builder: Builder, ranked: Ranked, certificate: Certificate) -> tupl
     return tuple(said)
 
 
-def _unread(data: Dataset, certificate: Certificate) -> str:
-    """A sentence where one label for all rows is about as good as the certificate asks for."""
-    if not data.counts or certificate.registration.task.metric != "accuracy":
+def _unread(data: Dataset, certificate: Certificate, outcomes: Outcomes) -> str:
+    """A sentence where one answer to all rows is about as good as the certificate asks for."""
+    asked, reference = certificate.registration, certificate.reference
+    if asked.task.metric == "accuracy" and data.counts:
+        label, share = data.commonest
+        lost, right = reference.value - share, f"{100 * share:.2f} % of the certify rows"
+        said = f"Always answering {label!r} is right on {right}, the reference on {100 * reference.value:.2f} %"
+    elif asked.task.metric == "mae":
+        middle = float(np.median(true := outcomes.reference[:, 1]))  # no other constant has a smaller error
+        error, least = float(np.abs(true - middle).mean()), -reference.value
+        lost = error - least
+        said = f"Always answering {middle:g} errs by {error:.4g} on the certify rows, the reference by {least:.4g}"
+    elif asked.task.metric == "spearman":
+        lost = reference.low
+        said = f"One answer to all rows has a correlation of 0, the reference one that may be as low as {lost:.4f}"
+    else:
         return ""
-    (label, share), reference = data.commonest, certificate.reference.value
-    if reference - share > certificate.final.margin:
-        return ""
-    return (
-        f"Always answering {label!r} is right on {100 * share:.2f} % of the certify rows, the reference on "
-        f"{100 * reference:.2f} %, and {certificate.registration.max_drop:g} points may be lost: this certificate "
-        "cannot tell it from a model."
-    )
+    told = f"{said}, and {asked.max_drop:g} points may be lost: this certificate cannot tell it from a model."
+    return told if lost <= certificate.final.margin else ""
 
 
 def _provenance(builder: Builder, ranked: Ranked, shipped: Pack, notes: Sequence[str]) -> dict[str, Any]:
