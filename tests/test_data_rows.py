@@ -127,8 +127,9 @@ def test_any_sequence_is_a_column_and_cells_are_what_a_table_has() -> None:
     assert made.fingerprint() == FULL.fingerprint()
     assert all(type(cell) is str for column in (made.text, made.label, made.slices["text"]) for cell in column or ())
     assert made.take([2]).text == ("d",)
-    labels = Rows(("a",) * 5, [1, 2.5, True, np.int64(3), np.bool_(False)])  # type: ignore[arg-type]
-    assert labels.label == ("1", "2.5", "true", "3", "false")
+    labels = Rows(("a",) * 6, [1, 2.5, True, np.int64(3), np.bool_(False), " x "])  # type: ignore[arg-type]
+    assert labels.label == ("1", "2.5", "true", "3", "false", "x")
+    assert Rows(("a", "b"), ("x ", "none")).label == ("x", "none"), "as in a table"
     with pytest.raises(AttributeError):
         made.text = ()  # type: ignore[misc]
 
@@ -147,6 +148,12 @@ def test_any_sequence_is_a_column_and_cells_are_what_a_table_has() -> None:
         ({"text": ("a", 3)}, "text of row 2 is 3, of type int"),
         ({"pair": (b"a", "b"), "number": (7, 8)}, "pair of row 7 is b'a', of type bytes"),
         ({"label": ("x", float("nan"))}, "label of row 2 is nan, of type float"),
+        (
+            {"label": ("x", "")},
+            "label of row 2 is '', of type str; pass a label, which is not empty, nan or null, or leave the row out.",
+        ),
+        ({"label": ("nan", "x")}, "label of row 1 is 'nan', of type str"),
+        ({"label": (" ", 3)}, "label of row 1 is ' ', of type str"),
         ({"label": ("x", ["y"])}, r"label of row 2 is \['y'\], of type list"),
         ({"group": ("x", {})}, r"group of row 2 is {}, of type dict"),
         ({"slices": {"shop": ("x", b"")}}, "slice shop of row 2 is b'', of type bytes"),

@@ -32,9 +32,9 @@ class Rows:
     `number` is the row's number in its source (1 is the first row under the header), for messages; without it
     rows are numbered from 1.
 
-    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Other
-    labels, groups, slices and weights become what they would be in a table: 1 is "1", True is "true". Raises DataError
-    where that cannot be, or where the lengths differ.
+    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Labels,
+    other groups, slices and weights become what they would be in a table: 1 is "1", True is "true", and "" or "nan" no
+    label. Raises DataError where that cannot be, or where the lengths differ.
     """
 
     text: tuple[str, ...]
@@ -172,14 +172,16 @@ def _checked(name: str, column: tuple[Any, ...], numbers: tuple[int, ...]) -> tu
     if name == "weight":
         if set(map(type, column)) <= {float} and all(map(math.isfinite, column)) and min(column, default=0.0) >= 0:
             return column
-    elif set(map(type, column)) <= {str}:
+    elif name != "label" and set(map(type, column)) <= {str}:
         return column
     found = []
     for cell, number in zip(column, numbers, strict=True):
         try:
             found.append(_cell(name, cell))
         except Unusable:
-            wanted = "a number of at least 0" if name == "weight" else "a string (str() makes one)"
+            wanted = {"weight": "a number of at least 0", "label": "a label, which is not empty, nan or null"}.get(
+                name, "a string (str() makes one)"
+            )
             raise DataError(
                 f"{name} of row {number} is {repr(cell)[:80]}, of type {type(cell).__name__}; pass {wanted}, or leave "
                 "the row out."
@@ -191,11 +193,13 @@ def _cell(name: str, cell: Any) -> str | float:
     """One cell as what a column of this name holds. Raises Unusable."""
     if name == "weight":
         return cell_weight(cell)
+    if name == "label":
+        return cell_label(cell)
     if isinstance(cell, str):
         return str(cell)
     if name in ("text", "pair"):
         raise Unusable
-    return cell_label(cell) if name == "label" else cell_text(cell).strip()
+    return cell_text(cell).strip()
 
 
 class Sealed:
