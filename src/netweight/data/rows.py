@@ -32,9 +32,9 @@ class Rows:
     `number` is the row's number in its source (1 is the first row under the header), for messages; without it
     rows are numbered from 1.
 
-    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Labels,
-    other groups, slices and weights become what they would be in a table: 1 is "1", True is "true", and "" or "nan" no
-    label. Raises DataError where that cannot be, or where the lengths differ.
+    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Labels and
+    what else is no string become what they would be in a table: 1 is "1", True is "true", "" or "nan" is no label.
+    Raises DataError where that cannot be, or where the lengths differ.
     """
 
     text: tuple[str, ...]
