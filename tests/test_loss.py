@@ -71,6 +71,17 @@ def test_supervised_scores_leave_unlabelled_rows_out() -> None:
     assert float(supervised(SCORE, logits[:1], nothing, 0.0)) == 0
 
 
+def test_scores_of_mae_are_trained_for_the_median() -> None:
+    task, row = Score(metric="mae"), torch.ones(5, 1)
+    batch = batch_of(torch.tensor([0.0, 1.0, 2.0, 9.0, float("nan")]), torch.tensor([1.0, 1.0, 3.0, 1.0, 7.0]))
+    assert float(supervised(task, 4 * row, batch, 0.0)) == pytest.approx((4 + 3 + 3 * 2 + 5) / 6)
+    # The weighted median is 2, the mean 8 / 3.
+    found = {at: float(Supervised(task).of(at * row, batch)) for at in (1.5, 2.0, 2.5, 8 / 3)}
+    assert min(found, key=found.__getitem__) == 2.0
+    # What a teacher says is matched as it is.
+    assert float(matching(task, row, row + 3, torch.ones(5), 1.0)) == pytest.approx(9)
+
+
 def test_soft_targets_mix_and_average_teachers() -> None:
     torch.manual_seed(2)
     logits, one, two = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 3)

@@ -95,7 +95,8 @@ def over_exits(network: nn.Module, batch: Batch, loss: Callable[[Tensor], Tensor
 
 @dataclass(frozen=True)
 class Supervised:
-    """Cross entropy for classification (with label smoothing), squared error for scores; weighted mean over rows.
+    """Cross entropy for classification (with label smoothing), for scores squared error, or with the metric "mae" the
+    absolute one, which is least at the median as MAE is; weighted mean over rows.
 
     `class_weights`, one for each label, multiply the rows' own weights.
     """
@@ -292,7 +293,8 @@ def supervised(task: Classify | Score, logits: Tensor, batch: Batch, smoothing: 
     logits = logits.float()
     if isinstance(task, Score):
         known = batch.targets.isfinite()
-        per_row = (logits[:, 0] - batch.targets.nan_to_num()).square()
+        apart = logits[:, 0] - batch.targets.nan_to_num()
+        per_row = apart.abs() if task.metric == "mae" else apart.square()
     else:
         known = batch.targets >= 0
         per_row = F.cross_entropy(logits, batch.targets.clamp(min=0), reduction="none", label_smoothing=smoothing)
