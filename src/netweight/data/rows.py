@@ -32,8 +32,8 @@ class Rows:
     `number` is the row's number in its source (1 is the first row under the header), for messages; without it
     rows are numbered from 1.
 
-    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Labels and
-    what else is no string become what they would be in a table: 1 is "1", True is "true", "" or "nan" is no label.
+    Any sequence will do for a column, such as one of pandas, whose index does not count. Texts must be strings. Labels,
+    and what else is no string, become what they would be in a table: 1 is "1", True is "true", "nan" is no label.
     Raises DataError where that cannot be, or where the lengths differ.
     """
 
