@@ -27,6 +27,7 @@ from netweight.serve.recorder import Keeper, Recorder
 from netweight.serve.server import checked
 from netweight.serve.watching import Watching
 from netweight.signals import AGREES, NAMES, Histogram
+from netweight.task import Score
 from test_serve import TEXTS, Server, answer
 from test_server import until
 
@@ -286,4 +287,12 @@ def test_refusals(say: Say, made: Path, tmp_path: Path) -> None:
     artifact.save(tmp_path / "old.nw", manifest, contents)
     log = tmp_path / "rows.log"
     assert "old.nw has no fingerprint" in say("serve", tmp_path / "old.nw", "--log", log).err
+    contents = {n: artifact.read_file(made, manifest, n) for n in manifest.files}
+    artifact.save(tmp_path / "stars.nw", replace(manifest, task=Score()), contents)
+    assert (
+        "scores carry no confidence: leave it out."
+        in say("serve", tmp_path / "stars.nw", "--log", log, "--keep", tmp_path / "keep").err
+    )
+    both = Options((str(made), str(tmp_path / "stars.nw")), log=str(log), keep=str(tmp_path / "keep"))
+    assert checked(both).keep == both.keep, "one of them has rows to keep"
     assert "no URL that alerts can be posted to" in say("serve", made, "--log", log, "--webhook", "x").err

@@ -87,6 +87,10 @@ def checked(options: Options) -> Options:
         comparable(name, held[name], artifact.check(folder))
     if options.keys is not None:
         read_keys(Path(options.keys))
+    if options.keep is not None and not any(manifest.task.confident for manifest in held.values()):
+        raise OptionError(
+            "--keep is for texts of which a model is not sure, and scores carry no confidence: leave it out."
+        )
     if options.log is not None:
         monitors(folders, options.false_alarms)
         writable(Path(options.log))
