@@ -330,6 +330,29 @@ def test_a_slice_without_an_interval_tells_nothing() -> None:
     assert said.count("too little to say –") == len(flat)
 
 
+def test_a_slice_of_equal_scores_has_no_correlation() -> None:
+    manifest, certificate, measured, outcomes = CASES["spearman"]
+    equal = (Slice("shop", "one", 40, 0.0, 0.0, None), Slice("shop", "two", 40, 0.0, -0.25, None))
+    said = text(render(manifest, replace(certificate, slices=equal), measured, outcomes))
+    assert "shop = one 40 – – too little to say –" in said
+    assert "shop = two 40 0.0000 −0.2500 too little to say –" in said
+
+
+def test_a_slice_is_held_to_its_own_error() -> None:
+    """One percent of 0.431 is more than all of the error where that is 0.004."""
+    manifest, certificate, measured, outcomes = CASES["mae"]
+    cheap = (
+        Slice("shop", "one", 40, -0.004, -0.008, Estimate(0.004, 0.002, 0.0042)),
+        Slice("shop", "two", 40, -0.004, -0.005, Estimate(0.001, -0.001, 0.003)),
+        Slice("shop", "three", 40, -4.0, -4.01, Estimate(0.01, -0.01, 0.03)),
+    )
+    said = text(render(manifest, replace(certificate, slices=cheap), measured, outcomes))
+    assert "A point is 1 % of the reference's error on the slice." in said
+    assert "shop = one 40 0.004000 0.008000 100.00 points (50.00 to 105.00) ✗ worse, beyond the margin" in said
+    assert "shop = two 40 0.004000 0.005000 25.00 points (−25.00 to 75.00) no clear change" in said
+    assert "shop = three 40 4.000 4.010 0.25 points (−0.25 to 0.75) ✓ within the margin" in said
+
+
 def test_tiers_show_their_numbers() -> None:
     said = text(PAGES["certified"])
     assert re.search(r"1: static-256 static \S+ % below 0\.83 1\.31 0 ", said)

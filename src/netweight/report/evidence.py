@@ -20,11 +20,8 @@ def calibration_section(certificate: Certificate) -> Html:
     """Whether confidence means what it says."""
     found = certificate.calibration
     if found is None or not found.rows:
-        words = (
-            "Not shown: scores carry no confidence."
-            if certificate.registration.task.kind == "score"
-            else "Not measured."
-        )
+        score = certificate.registration.task.kind == "score"
+        words = "Not shown: scores carry no confidence." if score else "Not measured."
         return section("calibration", "Whether confidence means what it says", element("p", words))
     bins = [
         (str(i + 1), percent(c), percent(r), f"{fixed(100 * (r - c), 1)} points", count(n))
@@ -65,20 +62,20 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
         return section("slices", "Slices", element("p", "No column to slice by was given."))
     # Slices of any classification are scored by the share of right rows: macro-F1 within one label says nothing.
     own = Scale(replace(scale.task, metric="accuracy"), scale.reference) if isinstance(scale.task, Classify) else scale
-    margin = certificate.final.margin if own.task.metric == scale.task.metric else None
+    points = certificate.registration.max_drop if own.task.metric == scale.task.metric else None
     rows = [
         (
             f"{cut(s.column, 40)} = {cut(s.value, 80)}",
             count(s.rows),
-            own.quality(s.reference),
-            own.quality(s.quality),
-            "too little to say" if s.drop is None else own.drop(s.drop),
-            _reading(s, margin),
+            *_qualities(s, own),
+            "too little to say" if s.drop is None else replace(own, reference=s.reference).drop(s.drop),
+            _reading(s, None if points is None else own.task.margin(points, s.reference)),
         )
         for s in slices[:_SLICES]
     ]
     more = f" The first {len(rows)} of {count(len(slices))}." if len(rows) < len(slices) else ""
     most = Counter(s.column for s in slices).most_common(1)[0][1]
+    more += " A point is 1 % of the reference's error on the slice." if own.task.metric == "mae" else ""
     more += f" Of a column, the {VALUES} values with most rows." if most >= VALUES else ""
     return section(
         "slices",
@@ -95,6 +92,12 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
         ),
         source("From certify rows; ", code("netweight verify DIR"), "."),
     )
+
+
+def _qualities(found: Slice, own: Scale) -> tuple[str, str]:
+    """Of reference and shipped. With scores that are all equal there is no correlation, which counts as 0."""
+    unranked = own.task.metric == "spearman" and found.reference == found.quality == 0
+    return ("–", "–") if unranked else (own.quality(found.reference), own.quality(found.quality))
 
 
 def _reading(found: Slice, margin: float | None) -> str:
