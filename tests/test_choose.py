@@ -800,6 +800,26 @@ def test_a_drop_that_answers_without_reading_may_lose_is_told_of(tmp_path: Path)
     assert said(rare, max_drop=0.4) == said(labelled(1000, 400)) == []
 
 
+@pytest.mark.parametrize("side", ["text", "pair"])
+def test_pairs_of_one_query_that_no_group_joins_are_told_of(side: str, tmp_path: Path) -> None:
+    def said(a_query: int, **more: Any) -> list[str]:
+        own, query = labelled(800, 400, "row"), tuple(f"Query {i // a_query}" for i in range(800))
+        certify = (
+            replace(own, pair=query, **more) if side == "pair" else replace(own, text=query, pair=own.text, **more)
+        )
+        train = labelled(200, 80)
+        tables = Tables(replace(train, pair=train.text), certify=certify)
+        return [note for note in prepare(Job(tables), tmp_path)[2] if "--group" in note]
+
+    assert said(20) == [
+        f"800 of 800 certify rows share their {side} with another one, and pairs are taken for drawn one by one: name "
+        f"its column with --group, so that rows of one {side} count together."
+    ]
+    assert said(20, group=tuple(f"{i // 20}" for i in range(800))) == []
+    assert said(1) == []
+    assert said(200) == [], "four kinds of pairs are no groups that a test could count"
+
+
 def test_plans_count_copies_that_were_cut_together_once() -> None:
     rows = Rows(tuple(f"text {i // 4 if i < 40 else i}" for i in range(100)))
     assert _telling(rows) == 100, "drawn one by one, each tells something"

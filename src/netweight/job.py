@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from netweight.certify.compare import CLASS_ROWS, require_groups
+from netweight.certify.compare import CLASS_ROWS, GROUPS, require_groups
 from netweight.choose import Minimise
 from netweight.data import BadRow, Columns, Dataset, Rows, read, split, without_train
+from netweight.data.check import normalise
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
@@ -221,6 +223,22 @@ def _unread(task: Task, data: Dataset, budget: Budget) -> tuple[str, ...]:
     )
 
 
+def _one_sided(rows: Rows) -> tuple[str, ...]:
+    """A sentence where pairs come many to one text, as titles to a query, and no group says so. Fewer such texts than a
+    test takes groups are kinds of rows rather than what was drawn."""
+    if rows.pair is None or rows.group is not None:
+        return ()
+    for name, column in (("text", rows.text), ("pair", rows.pair)):
+        counts = Counter(map(normalise, column))
+        shared = sum(count for count in counts.values() if count > 1)
+        if 2 * shared > len(rows) and len(counts) >= GROUPS:
+            return (
+                f"{shared:,} of {len(rows):,} certify rows share their {name} with another one, and pairs are taken for "
+                f"drawn one by one: name its column with --group, so that rows of one {name} count together.",
+            )
+    return ()
+
+
 def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...], dict[Path, Sequence[BadRow]]]:
     """Read and split the tables. Returns sentences about what was set aside as well, and bad rows by their file in
     `folder`, for who has opened the run store there: until then it may be that of another job. Only where it has no
@@ -263,7 +281,7 @@ def prepare(job: Job, folder: Path) -> tuple[Dataset, Task, tuple[str, ...], dic
         notes.append(f"The metric is {task.metric}, {why}.")
     else:
         _refuse_macro_f1(task, data, tables, train)
-    notes += _unread(task, data, job.budget)
+    notes += (*_unread(task, data, job.budget), *_one_sided(data.certify.rows))
     require_groups(groups_of(data.certify.rows))
     if tables.labels and isinstance(task, Classify):
         task = replace(task, labels=tables.labels)
