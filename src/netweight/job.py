@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 
 from netweight.certify.compare import CLASS_ROWS, GROUPS, require_groups
 from netweight.choose import Minimise
-from netweight.data import BadRow, Columns, Dataset, Rows, read, split, without_train
-from netweight.data.check import normalise
+from netweight.data import BadRow, Columns, Dataset, Rows, normalise, read, split, without_train
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
@@ -233,8 +232,8 @@ def _one_sided(rows: Rows) -> tuple[str, ...]:
         shared = sum(count for count in counts.values() if count > 1)
         if 2 * shared > len(rows) and len(counts) >= GROUPS:
             return (
-                f"{shared:,} of {len(rows):,} certify rows share their {name} with another one, and pairs are taken for "
-                f"drawn one by one: name its column with --group, so that rows of one {name} count together.",
+                f"{shared:,} of {len(rows):,} certify rows share their {name} with another one, and pairs are taken "
+                f"for drawn one by one: name its column with --group, so that rows of one {name} count together.",
             )
     return ()
 
