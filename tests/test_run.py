@@ -356,6 +356,24 @@ def test_what_a_teacher_said_before_a_kill_is_not_asked_for_again(
     assert len(asked) == 4
 
 
+def test_what_a_teacher_says_is_held_once(
+    model: Model, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of thousands of labels it is gigabytes, which are not copied whenever a few rows are added."""
+    held, usual = list[tuple[int, int]](), local.save_file
+
+    def seen(tensors: dict[str, torch.Tensor], file: Path) -> None:
+        held.append((len(tensors["logits"]), tensors["logits"].data_ptr()))
+        usual(tensors, file)
+
+    monkeypatch.setattr(local, "save_file", seen)
+    monkeypatch.setattr(local, "_ASKED", 30)
+    monkeypatch.setattr(local, "_OFTEN", 0.0)
+    said = Local(dataset, tmp_path).outputs(model)
+    assert held == [(n, said.data_ptr()) for n in (30, 60, 80)]
+    assert torch.equal(Local(dataset, tmp_path).outputs(model), said), "what was kept is the same"
+
+
 def test_outputs_that_are_damaged_are_asked_for_again(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     said = Local(dataset, str(tmp_path)).outputs(model)
     (kept,) = tmp_path.glob("outputs-*")

@@ -226,18 +226,20 @@ class Local:
         more may be asked for another time. What was said before a kill is not asked for again."""
         kept = self._file(model, unlabelled, half, key)
         known = min(int(self.seams.agree(_rows_of(kept))), len(tokens))
-        logits = load_file(kept)["logits"][:known] if kept and known else torch.zeros(0, model.task.outputs)
+        before = load_file(kept)["logits"][:known] if kept and known else torch.zeros(0, model.task.outputs)
         if known == len(tokens):
-            return logits
+            return before
+        logits = torch.empty(len(tokens), model.task.outputs)  # of thousands of labels too large to be copied often
+        logits[:known] = before
         model, half, written = model.on(self.seams.device), half and half_pays(self.seams.device), time.monotonic()
         for begin in range(known, len(tokens), _ASKED):
-            some = tokens.take(np.arange(begin, min(begin + _ASKED, len(tokens))))
-            logits = torch.cat([logits, self._said(model, some, half)])
-            enough = len(logits) == len(tokens) or time.monotonic() - written >= _OFTEN
+            end = min(begin + _ASKED, len(tokens))
+            logits[begin:end] = self._said(model, tokens.take(np.arange(begin, end)), half)
+            enough = end == len(tokens) or time.monotonic() - written >= _OFTEN
             if kept and enough and self.seams.first:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with beside(kept) as new:
-                    save_file({"logits": logits}, new)
+                    save_file({"logits": logits[:end]}, new)
                 written = time.monotonic()
         return logits
 
