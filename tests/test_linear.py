@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,26 @@ def test_scores() -> None:
     known = Ridge(alpha=2.5).fit(matrix, (np.array(rows.label, float) - 2.5) / 1.5, rows.weight)
     said = logits_of(made, model.encoder.encode(rows.text)).numpy()[:, 0]
     np.testing.assert_allclose(said, known.predict(matrix), atol=1e-3)
+
+
+def test_where_rows_times_labels_are_many_each_label_keeps_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that holds each answer to each row in fp64 takes all memory where rows and labels are many."""
+    labels = ("bad", "good", "so so")
+    rows = replace(tiny_rows(60), label=("bad",) * 40 + ("so so",) * 2 + ("good",) * 18)
+    model, run, fitted, usual = tiny_model(Classify(labels)), Local(data_of(rows)), list[Any](), LogisticRegression.fit
+
+    def seen(self: Any, matrix: Any, targets: NDArray[np.int64], weight: Any) -> Any:
+        fitted.append(targets)
+        return usual(self, matrix, targets, weight)
+
+    monkeypatch.setattr(LogisticRegression, "fit", seen)
+    whole = LinearFloor(buckets=64)(model, run, Plan()).digest
+    monkeypatch.setattr("netweight.techniques.linear._MOST_CELLS", 3 * 60)
+    assert LinearFloor(buckets=64)(model, run, Plan()).digest == whole
+    monkeypatch.setattr("netweight.techniques.linear._MOST_CELLS", 3 * 30)
+    made = [LinearFloor(buckets=64)(model, run, Plan(seed=seed)).digest for seed in (0, 0, 1)]
+    assert [np.bincount(targets).tolist() for targets in fitted] == [[40, 18, 2]] * 2 + [[20, 9, 1]] * 3
+    assert made[0] == made[1] != made[2]
 
 
 def test_where_labels_are_many_the_most_frequent_columns_are_fitted(monkeypatch: pytest.MonkeyPatch) -> None:

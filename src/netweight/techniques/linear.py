@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from netweight.data import Rows
 from netweight.encode import Tokens
 from netweight.errors import ModelError
 from netweight.features import features
@@ -22,12 +23,16 @@ from netweight.train import Plan
 _RIDGE = 10.0  # with the default strength, scikit-learn's own alpha of 1
 # That are fitted at most: of each, scikit-learn's L-BFGS holds some 25 numbers of 8 bytes. BANKING77 has 5 million.
 _MOST_WEIGHTS = 10_000_000
+# Rows times labels that are fitted at most: the solver holds two numbers of 8 bytes for each, and more for a while, and
+# knows no time box. BANKING77 has 0.8 million.
+_MOST_CELLS = 50_000_000
 
 
 @dataclass(frozen=True)
 class LinearFloor:
     """Ignores the given network; fits scikit-learn's solver on token and hashed-bigram counts of the rows, where labels
-    are many on the most frequent ones: on 10 million weights at most.
+    are many on the most frequent ones: on 10 million weights at most. Where rows times labels are more than 50 million,
+    so many rows are drawn, with the plan's seed: of each label its share, and one at least.
 
     `strength` is the inverse of the L2 penalty: C of logistic regression; alpha of ridge regression is 10 / strength.
     `reads`: tokens of a text, where they are not as many as the model reads. Needs rows in one place: `Local` and
@@ -43,7 +48,7 @@ class LinearFloor:
 
         if not isinstance(run, InOnePlace):
             raise ModelError("LinearFloor needs all rows in one place; run it under Local or Parallel.")
-        rows = run.data.train
+        rows = _drawn(run.data.train, model.task.outputs, plan.seed)
         model = read(model, self.reads)
         tokens = model.encoder.encode(rows.text, rows.pair)
         vocabulary = model.encoder.vocabulary
@@ -69,6 +74,18 @@ class LinearFloor:
             network.weight.copy_(torch.from_numpy(idf))
             network.bias.copy_(torch.from_numpy(bias))
         return model.with_network(network)
+
+
+def _drawn(rows: Rows, labels: int, seed: int) -> Rows:
+    """The rows, or as many as the solver may hold, in order."""
+    if len(rows) * labels <= _MOST_CELLS:
+        return rows
+    _, label, counts = np.unique(np.array(rows.label, object), return_inverse=True, return_counts=True)
+    mixed = np.random.default_rng(seed).permutation(len(rows))
+    mixed = mixed[np.argsort(label[mixed], kind="stable")]
+    # How much of a label's rows stands before each of them: nothing before the first, so that no label is left out.
+    before = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) / np.repeat(counts, counts)
+    return rows.take(np.sort(mixed[np.argsort(before, kind="stable")[: max(_MOST_CELLS // labels, labels)]]))
 
 
 def _table(
