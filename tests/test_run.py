@@ -167,6 +167,26 @@ def test_of_a_large_pool_teachers_label_a_sample(
     assert int(run.reduce(model, Counted())["rows"]) == rows
 
 
+def test_of_many_labels_teachers_label_fewer_rows(
+    model: Model, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gigabyte holds what is said of 89,000 rows, where labels are 3,000: spliced rows go first, then real ones."""
+    rows, outputs = len(dataset.train), model.task.outputs
+    counted = replace(dataset, counts=dict.fromkeys(map(str, range(outputs)), 1))
+    loss, plan, sources = SoftTargets(model.task, (model,)), Plan(precision="fp32", splice=1.0), list[local._Source]()
+    monkeypatch.setattr(local, "fit", lambda network, source, *_, **__: sources.append(source))
+    for room in (rows + 9, 30):
+        for module in ("netweight.run.local", "netweight.data.rows"):
+            monkeypatch.setattr(f"{module}.MOST_SAID", outputs * room)
+        run = Local(counted)
+        run.fit(model, loss, plan)
+        assert [len(sources[-1]), len(sources[-1].teachers[0])] == [room, room]
+    known = model.task.targets(run.taught.train.label or ())
+    assert sources[-1].targets.tolist() == known.tolist(), "those of the rows that were taken"
+    run.fit(model, replace(loss, teachers=()), replace(plan, splice=0.0))
+    assert len(sources[-1]) == rows, "who learns from labels alone has all of them"
+
+
 def test_students_of_every_kind_share_what_the_teacher_says(model: Model, dataset: Dataset, tmp_path: Path) -> None:
     """One file for the rows and one for those that were spliced: labelling them takes longer than a small student."""
     kinds = (

@@ -18,6 +18,8 @@ from netweight.errors import CertificateError, DataError, no_list
 
 # Rows of a pool that teachers label: millions would take hours, in which no student learns, and gigabytes of logits.
 MOST_TAUGHT = 200_000
+# Logits of a teacher, rows times labels, that are kept at most: a gigabyte. Of 3,000 labels those of 89,000 rows.
+MOST_SAID = 2**28
 
 # Between the two texts of a pair: normalised text holds no white space but single blanks, so this cannot occur in it.
 _PAIR = "\x1f"
@@ -234,6 +236,10 @@ class Sealed:
         return self._labelled
 
 
+def _sampled(rows: Rows, most: int) -> Rows:
+    return rows if len(rows) <= most else rows.take(rows.sample(most))
+
+
 @dataclass(frozen=True)
 class Dataset:
     """All splits of one job. `select` serves early stopping and choices, `calibrate` thresholds and temperatures.
@@ -257,11 +263,19 @@ class Dataset:
         """select and calibrate together."""
         return concat(self.select, self.calibrate)
 
+    @property
+    def most_taught(self) -> tuple[int, int]:
+        """How many rows of train, and how many of pool, teachers label. Labels that nobody counted (`counts`) bound
+        neither."""
+        room = MOST_SAID // max(len(self.counts), 1)
+        train = min(len(self.train), room)
+        return train, min(len(self.pool or ()), MOST_TAUGHT, room - train)
+
     def taught(self) -> Dataset:
-        """The same, with a sample of the pool where it has more rows than teachers label."""
-        if self.pool is None or len(self.pool) <= MOST_TAUGHT:
-            return self
-        return replace(self, pool=self.pool.take(self.pool.sample(MOST_TAUGHT)))
+        """The same, with samples of train and pool where they have more rows than teachers label."""
+        most, of_pool = self.most_taught
+        train, pool = _sampled(self.train, most), self.pool and _sampled(self.pool, of_pool)
+        return self if train is self.train and pool is self.pool else replace(self, train=train, pool=pool)
 
     @property
     def commonest(self) -> tuple[str, float]:

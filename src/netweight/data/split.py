@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from netweight.data.check import BadRow, alike, spelling
 from netweight.data.cluster import Bools, Ints, clusters, cut, numbered, one_for_each, oversized
-from netweight.data.rows import MOST_TAUGHT, Dataset, Rows, Sealed, groups_of
+from netweight.data.rows import Dataset, Rows, Sealed, groups_of
 from netweight.errors import DataError, LabelError, OptionError
 
 # A larger certify split would hardly sharpen the certificate: at 5,000 rows, 1 point and 5 % discordant rows its
@@ -91,7 +91,7 @@ def split(
     if to_certify.any():
         ordered = _drawn_together(ordered, notes)
     counts, units = _counts(train.label or (), ordered) if kind == "classify" else ({}, {})
-    return Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts, units)
+    return _told(Dataset(train, select, calibrate, Sealed(ordered), pool, tuple(notes), counts, units))
 
 
 def without_train(
@@ -123,7 +123,8 @@ def without_train(
     parts = {"select": select, "calibrate": calibrate, "certify": certify}
     _enough(parts if pool is None else {**parts, "pool": pool})
     counts, units = _counts(labels or dev.label or (), certify) if kind == "classify" else ({}, {})
-    return Dataset(dev.take([]), select, calibrate, Sealed(_in_order(certify)), pool, tuple(notes), counts, units)
+    sealed = Sealed(_in_order(certify))
+    return _told(Dataset(dev.take([]), select, calibrate, sealed, pool, tuple(notes), counts, units))
 
 
 def _require(parts: Mapping[str, Rows | None]) -> None:
@@ -262,17 +263,23 @@ def _drawn_together(certify: Rows, notes: list[str]) -> Rows:
 
 
 def _apart(pool: Rows | None, dev: Rows, certify: Rows, notes: list[str]) -> Rows | None:
-    """The pool without labels, and without rows of dev and certify. A note tells where teachers do not label all."""
+    """The pool without labels, and without rows of dev and certify."""
     if pool is None:
         return None
     leaks = _shared(pool, "pool", certify, "certify", notes)
-    kept = _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
-    if len(kept) > MOST_TAUGHT:
-        notes.append(
-            f"Teachers label {MOST_TAUGHT:,} of the {len(kept):,} rows of pool, those whose texts have the smallest "
-            "hashes: with all of them no time would be left for students."
-        )
-    return kept
+    return _pick(pool.unlabelled(), ~(leaks | _shared(pool, "pool", dev, "dev", notes, but=leaks)))
+
+
+def _told(data: Dataset) -> Dataset:
+    """With a note where teachers do not label all rows."""
+    rows = (len(data.train), len(data.pool or ()))
+    notes = (
+        f"Teachers label {most:,} of the {there:,} rows of {name}, those whose texts have the smallest hashes: "
+        "with all of them no time, or no memory, would be left for students."
+        for name, there, most in zip(("train", "pool"), rows, data.most_taught, strict=True)
+        if most < there
+    )
+    return replace(data, notes=(*data.notes, *notes))
 
 
 def _cuts(

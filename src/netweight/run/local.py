@@ -21,6 +21,7 @@ from torch import Tensor
 
 from netweight.data import Dataset, Rows, concat
 from netweight.data.files import atomic, beside
+from netweight.data.rows import MOST_SAID
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
 from netweight.errors import OptionError, RunError
 from netweight.loss import Batch, Loss
@@ -65,7 +66,7 @@ class Local:
         self.data = data
         self.folder = None if folder is None else Path(folder)
         self.seams = seams or Seams(device_of(0))
-        self._tokens: dict[tuple[str, int], Tokens] = {}
+        self._tokens: dict[tuple[str, int, int], Tokens] = {}
 
     @cached_property
     def taught(self) -> Dataset:
@@ -96,7 +97,7 @@ class Local:
             every = tokens.joined(added)
             plan = replace(plan, epochs=plan.epochs * len(tokens.ids) / len(every.ids))
             tokens = every
-        source = _Source(tokens, self.data.train, model, teachers)
+        source = _Source(tokens, data.train, model, teachers)
         digest = fit_digest(
             {
                 "model": model.digest,
@@ -150,7 +151,7 @@ class Local:
         return merge(statistic, [{n: t.cpu() for n, t in part.items()} for part in self.seams.collect(parts)])
 
     def outputs(self, model: Model, unlabelled: bool = False, half: bool = False) -> Tensor:
-        """Logits of the training rows (and of the pool behind them), computed once per content of the model; with
+        """Logits of the taught rows of train (and of pool behind them), computed once per content of the model; with
         `half` in bf16 where that pays, which is good enough for what students learn from."""
         return self._kept(model, self._encoded(model.encoder, self.taught, unlabelled), unlabelled, half, {})
 
@@ -193,15 +194,16 @@ class Local:
 
     def _spliced(self, model: Model, loss: Loss, tokens: Tokens, plan: Plan, longest: int) -> Tokens:
         """Rows of at most `longest` tokens, spliced of the texts whose `tokens` the model reads; none of pairs. As many
-        as the plan asks for, or fewer where a few of them tell that labelling would eat the time box. What is labelled
-        already, for another fit, costs nothing."""
+        as the plan asks for, or fewer where their logits would be too many (`MOST_SAID`), or where a few of them tell
+        that labelling would eat the time box. What is labelled already, for another fit, costs nothing."""
         if not len(tokens) or self.taught.train.pair is not None:
             return spliced(tokens, 0, longest, plan.seed)
         # The whole texts, whatever this model reads of them, so that students of every kind share what is said.
         whole = int(tokens.lengths.max(initial=0)) < model.encoder.max_length
         texts = tokens if whole else self._encoded(model.encoder.reading(MOST_TOKENS), self.taught, loss.unlabelled)
         mean = float(np.minimum(texts.lengths, longest).mean())
-        count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean))
+        room = max(MOST_SAID // model.task.outputs - len(texts), 0)
+        count = min(round(plan.splice * len(texts)), int(plan.spliced_tokens / mean), room)
         if not plan.seconds or not count:
             return spliced(texts, count, longest, plan.seed)
         digests = [t.digest for t in loss.teachers]
@@ -263,7 +265,7 @@ class Local:
     def _encoded(self, encoder: TextEncoder, data: Dataset, unlabelled: bool) -> Tokens:
         """The training rows of `data`, which is all of this run's or what of it teachers label; and the pool."""
         pool = data.pool if unlabelled else None
-        key = (encoder.fingerprint, len(pool or ()))
+        key = (encoder.fingerprint, len(data.train), len(pool or ()))
         if key not in self._tokens:
             rows = _joined(data.train, pool)
             self._tokens[key] = encoder.encode(rows.text, rows.pair)

@@ -158,7 +158,7 @@ class Client:
         meter = Meter(task.plan.reporter)
         data = self._local.taught if task.loss.teachers else self.data
         pool = data.pool if task.loss.unlabelled else None
-        drawn = len(self.data.train) + len(pool or ())
+        drawn = len(data.train) + len(pool or ())
         self._local.seams = self._guard.seams(task, drawn, seams)
         try:
             fitted = self._local.fit(model, task.loss, replace(task.plan, reporter=meter), task.label)
