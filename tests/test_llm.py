@@ -230,8 +230,9 @@ def test_one_endpoint_in_two_spellings_and_a_label_without_a_name(served: Served
     asked = teacher(served, "plain")
     label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10)
     assert label_pool(pool(), TASK, replace(asked, url=f"{asked.url}/"), tmp_path / "cache", limit=10).asked == 0
-    with pytest.raises(OptionError, match="a label of the task is empty"):
-        label_pool(pool(), Classify(("bad", " ")), asked, tmp_path / "cache", limit=10)
+    for label in (" ", "null", " good"):
+        with pytest.raises(OptionError, match=f"{label!r} is no label that a table can hold: it is empty, nan or null"):
+            label_pool(pool(), Classify(("bad", label)), asked, tmp_path / "cache", limit=10)
 
 
 def test_limits_count_what_is_known(served: Served, tmp_path: Path) -> None:

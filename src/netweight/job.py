@@ -227,7 +227,9 @@ def _one_sided(rows: Rows) -> tuple[str, ...]:
     test takes groups are kinds of rows rather than what was drawn."""
     if rows.pair is None or rows.group is not None:
         return ()
-    for name, column in (("text", rows.text), ("pair", rows.pair)):
+    if rows.drawn is not None:  # rows that are equal in both are one group already
+        rows = rows.take(rows.distinct())
+    for name, column in (("text", rows.text), ("pair", rows.pair or ())):
         counts = Counter(map(normalise, column))
         shared = sum(count for count in counts.values() if count > 1)
         if 2 * shared > len(rows) and len(counts) >= GROUPS:

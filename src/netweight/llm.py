@@ -28,6 +28,7 @@ from typing import Any
 from netweight.answers import Answer, Answers
 from netweight.connect import Still
 from netweight.data import Rows
+from netweight.data.check import Unusable, cell_label
 from netweight.errors import EndpointError, OptionError
 from netweight.task import Classify
 
@@ -165,8 +166,10 @@ def label_pool(
     """
     if not isinstance(task, Classify):
         raise OptionError(f"an LLM teacher gives labels; a task of kind {task.kind} has none.")
-    if not all(map(str.strip, task.labels)):
-        raise OptionError("a label of the task is empty, and an empty answer would be it; name every label.")
+    if odd := [label for label in task.labels if not _kept(label)]:
+        raise OptionError(
+            f"{odd[0]!r} is no label that a table can hold: it is empty, nan or null, or begins or ends blank; use another."
+        )
     if limit < 1 or (token_limit is not None and token_limit < 1):
         raise OptionError(f"limit is {limit} and token_limit {token_limit}; use 1 or more.")
     prompts: dict[str, list[dict[str, str]]] = {}
@@ -432,6 +435,14 @@ class _Asking:
         if isinstance(reason, socket.gaierror):
             return EndpointError(f"the host of {self.teacher.shown} cannot be found ({reason.strerror}).")
         return _Again(f"was lost ({type(reason).__name__})")
+
+
+def _kept(label: str) -> bool:
+    """Whether a column of labels has it as it is."""
+    try:
+        return cell_label(label) == label
+    except Unusable:
+        return False
 
 
 def _retry_after(given: str | None) -> float:

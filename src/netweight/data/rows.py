@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
@@ -176,6 +177,10 @@ def _checked(name: str, column: tuple[Any, ...], numbers: tuple[int, ...]) -> tu
             return column
     elif name != "label" and set(map(type, column)) <= {str}:
         return column
+    elif name == "label" and set(map(type, column)) <= {str}:
+        with suppress(Unusable):
+            known = {cell: cell_label(cell) for cell in set(column)}
+            return tuple([known[cell] for cell in column])
     found = []
     for cell, number in zip(column, numbers, strict=True):
         try:

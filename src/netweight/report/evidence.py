@@ -67,8 +67,7 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
         (
             f"{cut(s.column, 40)} = {cut(s.value, 80)}",
             count(s.rows),
-            *_qualities(s, own),
-            "too little to say" if s.drop is None else replace(own, reference=s.reference).drop(s.drop),
+            *_said(s, own),
             _reading(s, None if points is None else own.task.margin(points, s.reference)),
         )
         for s in slices[:_SLICES]
@@ -94,10 +93,13 @@ def slices_section(certificate: Certificate, scale: Scale) -> Html:
     )
 
 
-def _qualities(found: Slice, own: Scale) -> tuple[str, str]:
-    """Of reference and shipped. With scores that are all equal there is no correlation, which counts as 0."""
+def _said(found: Slice, own: Scale) -> tuple[str, str, str]:
+    """Of reference and shipped, and the drop. Scores that are all equal have no correlation, which counts as 0, and of
+    an error of nothing no drop is a share."""
+    drop = "too little to say" if found.drop is None else replace(own, reference=found.reference).drop(found.drop)
+    drop = "–" if own.task.metric == "mae" and not found.reference else drop
     unranked = own.task.metric == "spearman" and found.reference == found.quality == 0
-    return ("–", "–") if unranked else (own.quality(found.reference), own.quality(found.quality))
+    return ("–", "–", drop) if unranked else (own.quality(found.reference), own.quality(found.quality), drop)
 
 
 def _reading(found: Slice, margin: float | None) -> str:

@@ -233,6 +233,7 @@ class Local:
             return before
         logits = torch.empty(len(tokens), model.task.outputs)  # of thousands of labels too large to be copied often
         logits[:known] = before
+        del before
         model, half, written = model.on(self.seams.device), half and half_pays(self.seams.device), time.monotonic()
         for begin in range(known, len(tokens), _ASKED):
             end = min(begin + _ASKED, len(tokens))
