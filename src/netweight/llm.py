@@ -168,7 +168,7 @@ def label_pool(
         raise OptionError(f"an LLM teacher gives labels; a task of kind {task.kind} has none.")
     if odd := [label for label in task.labels if not _kept(label)]:
         raise OptionError(
-            f"{odd[0]!r} is no label that a table can hold: it is empty, nan or null, or begins or ends blank; use another."
+            f"{odd[0]!r} is no label that a table can hold: it is empty, nan or null, or has blank ends; use another."
         )
     if limit < 1 or (token_limit is not None and token_limit < 1):
         raise OptionError(f"limit is {limit} and token_limit {token_limit}; use 1 or more.")
