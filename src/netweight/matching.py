@@ -167,7 +167,7 @@ def watched(network: Transformer, match: tuple[Match, ...]) -> Iterator[Seen]:
             found = out[at] if isinstance(out, tuple) else out
             into.extend(found.chunk(groups, dim=-1))
 
-        stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(module.register_forward_hook(hook))
 
     with ExitStack() as stack:
         if "hidden" in match:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
@@ -179,12 +180,10 @@ class Exits(Transformer):
             seen.append(out)
 
         layers = self.layers()
-        handles = [layers[i - 1].register_forward_hook(keep) for i in self.after]
-        try:
+        with ExitStack() as hooks:
+            for i in self.after:
+                hooks.enter_context(layers[i - 1].register_forward_hook(keep))
             last = self.forward(ids, mask, types)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [*(head(self.pooled(h, mask)) for head, h in zip(self.heads, seen, strict=True)), last]
 
     def spec(self) -> dict[str, Any]:

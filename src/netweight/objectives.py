@@ -145,22 +145,16 @@ def inner(network: nn.Module) -> Transformer:
 def hidden_states(network: nn.Module, ids: Tensor, mask: Tensor, types: Tensor) -> Tensor:
     """What the last layer says of every token (n, length, hidden)."""
     found: list[Tensor] = []
-    handle = inner(network).backbone.register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
-    try:
+    with inner(network).backbone.register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state)):
         network(ids, mask, types)
-    finally:
-        handle.remove()
     return found[0]
 
 
 def pooled(network: nn.Module, batch: Batch) -> Tensor:
     """What the head is given (n, hidden)."""
     found: list[Tensor] = []
-    handle = inner(network).head.register_forward_pre_hook(lambda _, given: found.append(given[0]))
-    try:
+    with inner(network).head.register_forward_pre_hook(lambda _, given: found.append(given[0])):
         network(batch.ids, batch.mask, batch.types)
-    finally:
-        handle.remove()
     return found[0]
 
 
@@ -174,11 +168,8 @@ def embeddings_moved(network: nn.Module, by: Tensor | None = None) -> Iterator[l
         added.append(torch.zeros_like(out, requires_grad=True) if by is None else by.to(out.dtype))
         return out + added[-1]
 
-    handle = cast(Any, inner(network).backbone).get_input_embeddings().register_forward_hook(move)
-    try:
+    with cast(Any, inner(network).backbone).get_input_embeddings().register_forward_hook(move):
         yield added
-    finally:
-        handle.remove()
 
 
 def vocabulary_logits(network: nn.Module, hidden: Tensor) -> Tensor:

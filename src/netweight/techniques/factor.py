@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import heapq
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -150,12 +151,10 @@ class SecondMoments:
 
             return add
 
-        handles = [network.get_submodule(name).register_forward_pre_hook(hook(name)) for name in self.names]
-        try:
+        with ExitStack() as hooks:
+            for name in self.names:
+                hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(hook(name)))
             network(batch.ids, batch.mask, batch.types)
-        finally:
-            for handle in handles:
-                handle.remove()
         return sums
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -290,10 +291,8 @@ def values_at(network: Network, batch: Batch) -> dict[str, Tensor]:
 
         return keep
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in linears(network).items()]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in linears(network).items():
+            hooks.enter_context(linear.register_forward_hook(hook(name)))
         network(batch.ids, batch.mask, batch.types)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -241,27 +242,21 @@ class GateGradients:
             raise ModelError(f"gates stand in a transformer; this network is {type(network).__name__}.")
         rows, width, ones = len(batch), network.width, batch.weight.new_ones
         gates: dict[str, Tensor] = {"hidden": ones(rows, width, requires_grad=True)}
-        handles = [
-            norm.register_forward_hook(_behind(gates["hidden"]))
-            for norm in norms(network).values()
-            if cast(Tensor, norm.weight).shape == (width,)
-        ]
-        for i, block in enumerate(blocks(network)):
-            for kind, units, name in (("heads", block.heads, block.out), ("neurons", block.neurons, block.down)):
-                gate = gates[f"{kind}.{i}"] = ones(rows, units, requires_grad=True)
-                handles.append(network.get_submodule(name).register_forward_pre_hook(_before(gate)))
-        try:
-            with torch.enable_grad():
-                logits = network(batch.ids, batch.mask, batch.types)
-                targets = self._said(logits.detach()) if self.own else batch.targets
-                known = targets.isfinite() if targets.is_floating_point() else targets >= 0
-                # A mean over rows of weight one, times their number: every row has its own gates, so its own gradient.
-                alone = replace(batch, targets=targets, weight=ones(rows))
-                loss = supervised(self.task, logits, alone, 0.0) * known.sum()
-                slopes = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.enable_grad():
+            for norm in norms(network).values():
+                if cast(Tensor, norm.weight).shape == (width,):
+                    hooks.enter_context(norm.register_forward_hook(_behind(gates["hidden"])))
+            for i, block in enumerate(blocks(network)):
+                for kind, units, name in (("heads", block.heads, block.out), ("neurons", block.neurons, block.down)):
+                    gate = gates[f"{kind}.{i}"] = ones(rows, units, requires_grad=True)
+                    hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(_before(gate)))
+            logits = network(batch.ids, batch.mask, batch.types)
+            targets = self._said(logits.detach()) if self.own else batch.targets
+            known = targets.isfinite() if targets.is_floating_point() else targets >= 0
+            # A mean over rows of weight one, times their number: every row has its own gates, so its own gradient.
+            alone = replace(batch, targets=targets, weight=ones(rows))
+            loss = supervised(self.task, logits, alone, 0.0) * known.sum()
+            slopes = dict(zip(gates, torch.autograd.grad(loss, list(gates.values())), strict=True))
         whole = [
             slopes[f"heads.{i}"].sum(dim=1) + slopes[f"neurons.{i}"].sum(dim=1) for i in range(len(network.layers()))
         ]

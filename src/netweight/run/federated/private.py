@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -251,12 +251,10 @@ def _watched(network: nn.Module, rows: int) -> Iterator[list[tuple[nn.Module, Te
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in _owners(network)]
-    try:
+    with ExitStack() as hooks:
+        for name, module in _owners(network):
+            hooks.enter_context(module.register_forward_hook(note(name)))
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _owners(network: nn.Module) -> list[tuple[str, nn.Module]]:
