@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from netweight.errors import ModelError
 from netweight.model import Model
@@ -23,19 +23,18 @@ Recipe = tuple[Technique, ...]
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
     """A recipe as plain values: class name and options of each step; a model among them by its digest."""
-    return [
-        {"technique": type(step).__name__, **{f.name: _plain(getattr(step, f.name)) for f in fields(step)}}  # type: ignore[arg-type]
-        for step in recipe
-    ]
+    return [_plain(step) for step in recipe]
 
 
 def _plain(option: Any) -> Any:
     """An option as plain values: a model by its digest, a technique described."""
     if isinstance(option, tuple):
-        return tuple(_plain(one) for one in option)
+        return tuple(map(_plain, option))
     if isinstance(option, Model):
         return option.digest
-    return describe((cast(Technique, option),))[0] if is_dataclass(option) else option
+    if not is_dataclass(option):
+        return option
+    return {"technique": type(option).__name__, **{f.name: _plain(getattr(option, f.name)) for f in fields(option)}}
 
 
 def read(model: Model, reads: int | None) -> Model:
