@@ -14,8 +14,8 @@ from netweight.loss import SoftTargets
 from netweight.model import Model
 from netweight.network import Transformer
 from netweight.run import Run
-from netweight.techniques.base import transformer
-from netweight.techniques.distill import heal, planned
+from netweight.techniques.base import planned, transformer
+from netweight.techniques.distill import heal
 from netweight.train import Plan
 
 _KINDS = (

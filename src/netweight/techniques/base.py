@@ -20,6 +20,14 @@ class Technique(Protocol):
 
 Recipe = tuple[Technique, ...]
 
+# Options of a plan that a technique may have of its own: each that has one by this name means its fit.
+_OWN = ("epochs", "learning_rate", "batch_size", "token_dropout", "splice")
+
+
+def planned(plan: Plan, technique: Technique) -> Plan:
+    """The plan with the technique's own options in the place of the plan's."""
+    return replace(plan, **{name: getattr(technique, name) for name in _OWN if hasattr(technique, name)})
+
 
 def describe(recipe: Recipe) -> list[dict[str, Any]]:
     """A recipe as plain values: class name and options of each step; a model among them by its digest."""

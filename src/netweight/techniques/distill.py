@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from netweight.matching import LayerMap, Match, Matching, mapped, project, unpro
 from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan
 
@@ -161,30 +161,6 @@ def _try(loss: Loss, student: Model) -> None:
     with torch.no_grad():
         student.network.eval()
         loss(student.network, replace(short_row(student), teachers=outputs))
-
-
-class Fitting(Protocol):
-    """Options of the fit that a technique ends with."""
-
-    @property
-    def epochs(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def token_dropout(self) -> float: ...
-    @property
-    def splice(self) -> float: ...
-
-
-def planned(plan: Plan, options: Fitting) -> Plan:
-    """The plan with a technique's own options."""
-    return replace(
-        plan,
-        epochs=options.epochs,
-        learning_rate=options.learning_rate,
-        token_dropout=options.token_dropout,
-        splice=options.splice,
-    )
 
 
 def heal(student: Model, loss: Loss, run: Run, plan: Plan, label: str) -> Model:

@@ -19,8 +19,8 @@ from netweight.model import Model
 from netweight.network import Exits, Transformer
 from netweight.run import Run
 from netweight.task import Classify
-from netweight.techniques.base import transformer
-from netweight.techniques.distill import heal, planned
+from netweight.techniques.base import planned, transformer
+from netweight.techniques.distill import heal
 from netweight.train import Plan
 
 # Families whose layers take hidden states and a mask, and whose last layer's output nothing follows.

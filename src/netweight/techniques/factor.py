@@ -12,7 +12,7 @@ import copy
 import heapq
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from netweight.loss import Batch, SoftTargets
 from netweight.model import Model
 from netweight.network import Network, Transformer
 from netweight.run import Run
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.techniques.distill import heal
 from netweight.train import Plan
 
@@ -110,8 +110,7 @@ class Factor:
             network.replace(name, low_rank(splits[name], rank, layers[name].bias))
         student = model.with_network(network)
         if self.epochs:
-            plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
-            student = heal(student, loss, run, plan, "heal factored layers")
+            student = heal(student, loss, run, planned(plan, self), "heal factored layers")
         return student
 
     def _asked(self) -> str:

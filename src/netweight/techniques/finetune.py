@@ -16,7 +16,7 @@ from netweight.network import Exits, Network, Transformer
 from netweight.objectives import Adversarial, RDrop, drops_out
 from netweight.run import Run
 from netweight.task import Classify
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.techniques.lora import adapt, merge
 from netweight.train import Plan
 
@@ -98,7 +98,7 @@ class Finetune:
             rows = min(max(_PROBE_ROWS, _PROBE_ROWS_PER_CLASS * model.task.outputs), _PROBE_MOST)
             set_probe(network, run.reduce(new, Moments(model.task), rows), model.task)
         self._freeze(network, plan)
-        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate)
+        plan = planned(plan, self)
         if plan.seconds:
             left = max(plan.seconds - (time.monotonic() - began), 1.0)
             plan = replace(plan, seconds=left, limit=plan.limit or plan.seconds)

@@ -16,7 +16,7 @@ from netweight.model import Model
 from netweight.network import Transformer
 from netweight.objectives import CausalLM, Contrastive, MaskedLM, drops_out
 from netweight.run import Run
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.train import Plan
 
 Objective = Literal["masked", "causal", "contrastive"]
@@ -56,7 +56,7 @@ class Pretrain:
         network = copy.deepcopy(transformer(model, "Pretrain"))
         loss = self._loss(model, network)
         network.head.requires_grad_(False)
-        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, patience=None)
+        plan = replace(planned(plan, self), patience=None)
         new = run.fit(model.with_network(network), loss, plan, f"pretrain ({self.objective})")
         transformer(new, "Pretrain").head.requires_grad_(True)
         return new

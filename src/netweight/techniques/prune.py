@@ -23,7 +23,7 @@ from netweight.model import Model
 from netweight.network import Network
 from netweight.run import Run
 from netweight.task import Classify, Score
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.techniques.distill import heal
 from netweight.train import Plan
 
@@ -139,8 +139,7 @@ class Prune:
             student = model.with_network(network)
             if self.epochs:
                 # The first share of an epoch is the same rows under the same seed; stages should not all see those.
-                now = replace(plan, seed=plan.seed + stage, epochs=self.epochs / len(goals))
-                now = replace(now, learning_rate=self.learning_rate)
+                now = replace(planned(plan, self), seed=plan.seed + stage, epochs=self.epochs / len(goals))
                 student = heal(student, loss, run, now, f"heal at {goal:.0%} zeros")
         return student
 

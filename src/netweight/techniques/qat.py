@@ -21,8 +21,8 @@ from netweight.model import Model, Range, Weights
 from netweight.network import Transformer
 from netweight.quantizer import affine, by_token, fake, grid, grouped, learned, limits, rounded, symmetric, ungrouped
 from netweight.run import Run
-from netweight.techniques.base import Technique, transformer
-from netweight.techniques.distill import heal, planned
+from netweight.techniques.base import Technique, planned, transformer
+from netweight.techniques.distill import heal
 from netweight.techniques.quantize import OUT, Quantize, linears, tables
 from netweight.train import Plan
 

@@ -6,7 +6,7 @@ tokens) as in Noisy Student (Xie et al., CVPR 2020) and FixMatch (Sohn et al., N
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from netweight.model import Model
 from netweight.network import Network
 from netweight.run import Run
 from netweight.task import Classify
-from netweight.techniques.base import transformer
+from netweight.techniques.base import planned, transformer
 from netweight.techniques.finetune import freeze_embeddings
 from netweight.train import Plan
 
@@ -50,7 +50,7 @@ class SelfTrain:
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         self._check(model)
-        plan = replace(plan, epochs=self.epochs, learning_rate=self.learning_rate, token_dropout=self.token_dropout)
+        plan = planned(plan, self)
         counts = self._counted(model, run)
         if problem := self._nothing(counts) or self._collapse(model.task, counts):
             raise ModelError(f"self-training cannot start: {problem}")

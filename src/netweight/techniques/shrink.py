@@ -25,8 +25,8 @@ from netweight.model import Model
 from netweight.network import Exits, Network, Transformer
 from netweight.run import Run
 from netweight.task import Classify, Score
-from netweight.techniques.base import transformer
-from netweight.techniques.distill import evenly, heal, planned, with_layers
+from netweight.techniques.base import planned, transformer
+from netweight.techniques.distill import evenly, heal, with_layers
 from netweight.train import Plan
 
 Importance = Literal["fisher", "taylor", "magnitude"]

@@ -7,7 +7,7 @@ model2vec (Tulkens and van Dongen, 2024); token weights start from smooth invers
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +19,7 @@ from netweight.model import Model
 from netweight.network import Network, Transformer
 from netweight.network import Static as StaticNetwork
 from netweight.run import Run
-from netweight.techniques.base import read, transformer
+from netweight.techniques.base import planned, read, transformer
 from netweight.train import Plan
 
 _CHUNK = 512
@@ -86,15 +86,7 @@ class Static:
             if self.filters:
                 network.windows.words.copy_(vectors)
                 network.windows.known.copy_(counts >= self.least)
-        plan = replace(
-            plan,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            token_dropout=self.token_dropout,
-            splice=self.splice,
-        )
-        return run.fit(reading.with_network(network), loss, plan, "static student")
+        return run.fit(reading.with_network(network), loss, planned(plan, self), "static student")
 
 
 @dataclass(frozen=True)
