@@ -102,10 +102,9 @@ def test_slices_are_named_bounded_and_silent_where_rows_are_few() -> None:
     assert found["shop", "x"].rows == 450
     assert sum(s.rows for s in certificate.slices if s.column == "length") == 900
     assert found["label", "a"].quality <= found["label", "a"].reference
-    rows = labelled()
-    further = {"one each": [str(i) for i in range(900)]}
+    rows = replace(labelled(), slices={"one each": tuple(str(i) for i in range(900))})
     given = {"safe": answers(rows, [])}
-    certificate, _ = certify(plan(rows, SAFE), Sealed(rows), answers(rows, []), given, slices=further)
+    certificate, _ = certify(plan(rows, SAFE), Sealed(rows), answers(rows, []), given)
     single = [s for s in certificate.slices if s.column == "one each"]
     assert len(single) == 30
     assert all(s.drop is None for s in single)

@@ -326,12 +326,12 @@ def test_scripts(text: str, expected: str) -> None:
 
 
 def test_slice_columns() -> None:
-    rows = Rows(("a", "bb", "ccc", "dddd"), group=("g", "g", "h", ""), slices={"shop": ("x", "y", "x", "y")})
-    found = columns(rows, {"more": ["1", "2", "3", "4"]})
+    slices = {"shop": ("x", "y", "x", "y"), "more": ("1", "2", "3", "4")}
+    found = columns(Rows(("a", "bb", "ccc", "dddd"), group=("g", "g", "h", ""), slices=slices))
     assert list(found) == ["script", "length", "group", "shop", "more"]
     assert found["length"] == ("1-2 characters", "1-2 characters", "3 characters", "4 characters")
     many = Rows(tuple(map(str, range(40))), group=tuple(map(str, range(40))))
-    assert "group" not in columns(many, {})
+    assert "group" not in columns(many)
 
 
 def benchmark() -> ModuleType:

@@ -218,7 +218,7 @@ def test_what_was_cut_together_is_known() -> None:
     assert len(set(certify.drawn)) == len(set(zip(certify.text, certify.drawn, strict=True))) == len(copies)
     assert groups_of(certify) == certify.drawn
     assert (sum(data.counts.values()), sum(data.units.values())) == (len(certify), len(copies))
-    assert "group" not in columns(certify, {}), "it is no column of the shop's"
+    assert "group" not in columns(certify), "it is no column of the shop's"
     together = sum(n == 3 for n in copies.values())
     assert f"{3 * together} rows of certify share a text or group with another one" in " ".join(data.notes)
     # Copies in a table that was given are copies that were drawn.

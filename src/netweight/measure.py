@@ -283,16 +283,14 @@ class Cost:
     single: float
 
 
-def tier_costs(
-    tiers: Mapping[str, TierEngine], encoder: TextEncoder, rows: Rows, *, rounds: int = _ROUNDS
-) -> dict[str, Cost]:
+def tier_costs(tiers: Mapping[str, TierEngine], encoder: TextEncoder, rows: Rows) -> dict[str, Cost]:
     """What each tier adds to a cascade, interleaved; the key "" is tokenization."""
     rows = _distinct(rows, 1500)
     tokens = encoder.encode(rows.text, rows.pair)
     spent: dict[str, list[float]] = {name: [] for name in ("", *tiers)}
     single: dict[str, list[float]] = {name: [] for name in ("", *tiers)}
     counts = dict.fromkeys(tiers, 64)
-    for turn in range(rounds + 1):
+    for turn in range(_ROUNDS + 1):
         began = time.perf_counter()
         encoder.encode(rows.text, rows.pair)
         spent[""].append((time.perf_counter() - began) / len(rows))
@@ -317,10 +315,10 @@ def tier_costs(
     return {name: Cost(statistics.median(spent[name][1:]), statistics.median(single[name][20:])) for name in spent}
 
 
-def seconds(engines: Mapping[str, TierEngine], tokens: Tokens, *, rounds: int = 10 * _ROUNDS) -> dict[str, float]:
+def seconds(engines: Mapping[str, TierEngine], tokens: Tokens) -> dict[str, float]:
     """Median seconds that each engine takes for all of these tokens as one batch; rounds are interleaved."""
     spent: dict[str, list[float]] = {name: [] for name in engines}
-    for _ in range(rounds + 1):
+    for _ in range(10 * _ROUNDS + 1):
         for name, engine in engines.items():
             began = time.perf_counter()
             engine.logits(tokens, len(tokens))

@@ -219,7 +219,7 @@ def _certified(
     else:
         said_by_teacher = builder.teacher_logits(sealed.rows)
         reference = Answers(said_by_teacher, builder.task.confidence(said_by_teacher))
-    return *test(registration, sealed, reference, answers, slices=sealed.rows.slices), said_by
+    return *test(registration, sealed, reference, answers), said_by
 
 
 def _rows_of(parts: Sequence[Floats], i: int, rows: NDArray[np.int64]) -> Floats:

@@ -22,18 +22,12 @@ _DIGITS = 6  # of a confidence; rounded before calibration is computed, so that 
 
 
 def certify(
-    registration: Registration,
-    sealed: Sealed,
-    reference: Answers,
-    answers: Mapping[str, Answers],
-    *,
-    slices: Mapping[str, Sequence[str]] | None = None,
+    registration: Registration, sealed: Sealed, reference: Answers, answers: Mapping[str, Answers]
 ) -> tuple[Certificate, Outcomes]:
     """Open the labels against the registration, test, and keep what is needed to test again.
 
-    `answers` are those of each registered candidate by name, on the certify rows in their order; `slices` are further
-    columns for the slice table. Raises CertificateError where rows or answers are not those that were registered, or
-    the rows do not allow the test.
+    `answers` are those of each registered candidate by name, on the certify rows in their order. Raises
+    CertificateError where rows or answers are not those that were registered, or the rows do not allow the test.
     """
     if sealed.fingerprint != registration.fingerprint:
         raise CertificateError(
@@ -55,7 +49,7 @@ def certify(
         outcomes,
         np.zeros(len(labelled)),
         groups_of(labelled),
-        columns(labelled, slices or {}),
+        columns(labelled),
     )
     require(registration.task, rows.reference, rows.clusters)
     tested = _fixed_sequence(registration, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -22,15 +22,15 @@ VALUES = 30  # of a column, by number of rows
 _HAN = ("CJK", "KANGXI")
 
 
-def columns(rows: Rows, further: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Script and length of each text, the columns of `rows.slices`, and `further` ones; groups where they are few."""
+def columns(rows: Rows) -> dict[str, tuple[str, ...]]:
+    """Script and length of each text, groups where they are few, and the columns of `rows.slices`."""
     found: dict[str, tuple[str, ...]] = {
         "script": tuple(script(text) for text in rows.text),
         "length": _thirds([len(text) for text in rows.text]),
     }
     if rows.group is not None and len(set(rows.group)) <= VALUES:
         found["group"] = rows.group
-    return found | dict(rows.slices) | {name: tuple(column) for name, column in further.items()}
+    return found | dict(rows.slices)
 
 
 def script(text: str) -> str:
