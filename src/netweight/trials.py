@@ -202,12 +202,8 @@ class Trials:
         return study.ask(where).params
 
     def _full(self) -> Trial | None:
-        best = [[(kind, i) for i in self.best(kind)] for kind in self.told]
-        for kind, i in (one for each in zip_longest(*best) for one in each if one is not None):
-            trial = replace(self.told[kind][i].trial, short=False)
-            if trial.name not in self._made:
-                return trial
-        return None
+        in_turn = zip_longest(*map(self.best, self.told))
+        return next((t for each in in_turn for t in each if t is not None and t.name not in self._made), None)
 
     def without(self, trial: Trial) -> None:
         """It cannot be made: nor, perhaps, can others of its kind, so this process proposes no more of these."""
@@ -234,22 +230,19 @@ class Trials:
                     study.tell(proposed.number, state=TrialState.FAIL)
                     self._add(study, one)
 
-    def best(self, kind: Kind) -> list[int]:
-        """Which short trials of a kind deserve to be made in full: by front, then by what they add to it."""
-        here = [one for one in self._here(kind) if _proposed_still(one.trial, self.teacher)]
-        told = {i: one for i, one in enumerate(self.told[kind]) if one in here}
-        left, order = dict(told), list[int]()
+    def best(self, kind: Kind) -> list[Trial]:
+        """What of a kind deserves to be made in full, as it then is: by front, then by what it adds to it."""
+        # A store may be of an earlier version, whose values this one does not propose.
+        where = space(kind, self.teacher)
+        told = [one for one in self._here(kind) if _among(one.trial.params, where)]
+        left, order = told, list[Told]()
         while left:
-            front = {i: one for i, one in left.items() if not any(_dominates(other, one) for other in left.values())}
-            order += _by_gain(front, _behind(told.values()))
-            left = {i: one for i, one in left.items() if i not in front}
-        fresh = [i for i in order if not self._maker.has(replace(told[i].trial, short=False).rung(self.teacher))]
+            front = [one for one in left if not any(_dominates(other, one) for other in left)]
+            order += _by_gain(front, _behind(told))
+            left = [one for one in left if one not in front]
+        full = [replace(one.trial, short=False) for one in order]
+        fresh = [trial for trial in full if not self._maker.has(trial.rung(self.teacher))]
         return fresh[: _most(_FULL, self.effort, kind)]
-
-
-def _proposed_still(trial: Trial, teacher: Model) -> bool:
-    """Whether its values are among those that this version proposes: a store may be of an earlier one."""
-    return _among(trial.params, space(trial.kind, teacher))
 
 
 def _among(params: Mapping[str, Any], where: Mapping[str, BaseDistribution]) -> bool:
@@ -278,12 +271,11 @@ def _behind(told: Iterable[Told]) -> tuple[float, float]:
     return wrong, size
 
 
-def _by_gain(front: Mapping[int, Told], corner: tuple[float, float]) -> list[int]:
+def _by_gain(front: Sequence[Told], corner: tuple[float, float]) -> list[Told]:
     """The points of a front, each time the one that adds most to what the chosen ones beat; then by disagreement."""
-    order: list[int] = []
-    while rest := [i for i in front if i not in order]:
-        gains = {i: (_beaten([front[j] for j in (*order, i)], corner), -front[i].disagreement) for i in rest}
-        order.append(max(rest, key=gains.__getitem__))
+    order: list[Told] = []
+    while rest := [one for one in front if one not in order]:
+        order.append(max(rest, key=lambda one: (_beaten([*order, one], corner), -one.disagreement)))
     return order
 
 
