@@ -40,43 +40,34 @@ class ExitsEngine:
     def logits(self, tokens: Tokens, batch: int) -> Floats:
         """(n, outputs) in the order of `tokens`, each row from the exit that it took."""
         out = np.zeros((len(tokens), self._width), np.float32)
-
-        def answer(sessions: list[Any], rows: Index) -> None:
-            for _, left, found in self._run(sessions, tokens, rows, self._thresholds):
-                out[left] = found
-
-        self._sessions.each(tokens, batch, answer)
+        # Later exits of a row supersede earlier ones.
+        self._fill([out] * len(self._sessions.together), tokens, batch, self._thresholds)
         return out
 
     def stages(self, tokens: Tokens, batch: int) -> list[Floats]:
         """What every exit says of every row: (n, outputs) for each."""
         out = [np.zeros((len(tokens), self._width), np.float32) for _ in self._sessions.together]
-
-        def answer(sessions: list[Any], rows: Index) -> None:
-            for i, left, found in self._run(sessions, tokens, rows, [np.inf] * len(self._thresholds)):
-                out[i][left] = found
-
-        self._sessions.each(tokens, batch, answer)
+        self._fill(out, tokens, batch, [np.inf] * len(self._thresholds))
         return out
 
-    def _run(
-        self, sessions: list[Any], tokens: Tokens, rows: Index, thresholds: list[float]
-    ) -> list[tuple[int, Index, Floats]]:
-        """Stage, rows and logits of all that each stage was asked about; later entries supersede earlier ones."""
-        given = tokens.named(rows, self._pad)
-        found = []
-        for i, stage in enumerate(sessions):
-            takes = {x.name for x in stage.get_inputs()}
-            logits, *hidden = stage.run(None, {name: value for name, value in given.items() if name in takes})
-            found.append((i, rows, logits))
-            if not hidden:
-                break
-            on = np.flatnonzero(sure(logits) < thresholds[i])
-            if not len(on):
-                break
-            rows = rows[on]
-            given = {"hidden": hidden[0][on], "mask": given["mask"][on]}
-        return found
+    def _fill(self, out: list[Floats], tokens: Tokens, batch: int, thresholds: list[float]) -> None:
+        """Put into `out[i]` what stage i says of the rows that it is asked about."""
+
+        def answer(sessions: list[Any], rows: Index) -> None:
+            given = tokens.named(rows, self._pad)
+            for i, stage in enumerate(sessions):
+                takes = {x.name for x in stage.get_inputs()}
+                logits, *hidden = stage.run(None, {name: value for name, value in given.items() if name in takes})
+                out[i][rows] = logits
+                if not hidden:
+                    break
+                on = np.flatnonzero(sure(logits) < thresholds[i])
+                if not len(on):
+                    break
+                rows = rows[on]
+                given = {"hidden": hidden[0][on], "mask": given["mask"][on]}
+
+        self._sessions.each(tokens, batch, answer)
 
 
 def sure(logits: Floats) -> NDArray[np.float64]:
