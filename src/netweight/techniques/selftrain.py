@@ -49,21 +49,21 @@ class SelfTrain:
     student: Model | None = field(default=None, repr=False)
 
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
-        self._check(model)
+        task = self._checked(model)
         plan = planned(plan, self)
         counts = self._counted(model, run)
-        if problem := self._nothing(counts) or self._collapse(model.task, counts):
+        if problem := self._problem(counts, task.labels):
             raise ModelError(f"self-training cannot start: {problem}")
         for number in range(1, self.rounds + 1):
             weights = capped(counts["pseudo"], counts["labels"], self.balance)
-            loss = PseudoLabels(model.task, (model,), self.floor, weights, self.temperature, self.soft)  # type: ignore[arg-type]
+            loss = PseudoLabels(task, (model,), self.floor, weights, self.temperature, self.soft)
             given = self.student or model
             start = given.with_network(given.copy().network)
             freeze_embeddings(transformer(start, "SelfTrain"), self.freeze_embeddings)
             student = run.fit(start, loss, plan, f"self-training, round {number}")
             freeze_embeddings(transformer(student, "SelfTrain"), False)
             counts = self._counted(student, run)
-            if problem := self._nothing(counts) or self._collapse(student.task, counts):
+            if problem := self._problem(counts, task.labels):
                 plan.reporter.note(f"self-training keeps the model from before round {number}: {problem}")
                 break
             model = student
@@ -72,10 +72,12 @@ class SelfTrain:
     def _counted(self, model: Model, run: Run) -> dict[str, Tensor]:
         return run.reduce(model, Sure(model.task.outputs, self.floor, self.temperature), unlabelled=True)
 
-    def _check(self, model: Model) -> None:
+    def _checked(self, model: Model) -> Classify:
+        """The model's task, where what is given suits it."""
         transformer(model, "SelfTrain")
-        if not isinstance(model.task, Classify):
-            raise OptionError(f"self-training needs labels; a task of kind {model.task.kind} has no confidence.")
+        task = model.task
+        if not isinstance(task, Classify):
+            raise OptionError(f"self-training needs labels; a task of kind {task.kind} has no confidence.")
         checks = {
             "floor": (0 < self.floor < 1, "more than 0, and less than 1"),
             "rounds": (self.rounds >= 1, "1 or more"),
@@ -84,29 +86,25 @@ class SelfTrain:
             "drift": (0 < self.drift <= 1, "more than 0, and at most 1"),
         }
         within(self, "SelfTrain", checks)
-        if self.student is not None and self.student.task != model.task:
+        if self.student is not None and self.student.task != task:
             raise ModelError("the student has another task than the model: other labels, or another metric.")
+        return task
 
-    def _nothing(self, counts: dict[str, Tensor]) -> str:
-        """Why there is nothing to learn from, or nothing."""
+    def _problem(self, counts: dict[str, Tensor], names: tuple[str, ...]) -> str:
+        """Why there is nothing to learn from, or how far what the model is sure of lies from the labels, where that is
+        too far; else nothing."""
         if not counts["unlabelled"]:
             return "the run showed no rows without labels; give the dataset a pool, and train where the run reads it."
         if not counts["pseudo"].sum():
             return f"of {int(counts['unlabelled']):,} rows without labels none reaches floor {self.floor}; lower it."
-        return ""
-
-    def _collapse(self, task: object, counts: dict[str, Tensor]) -> str:
-        """How far what the model is sure of lies from the labels, where that is too far, or nothing."""
-        pseudo, labels = counts["pseudo"], counts["labels"]
-        apart = shares(pseudo) - shares(labels)
-        drift = float(apart.abs().sum() / 2)
-        if drift <= self.drift or not pseudo.sum():
+        pseudo, labels = shares(counts["pseudo"]), shares(counts["labels"])
+        drift = float((pseudo - labels).abs().sum() / 2)
+        if drift <= self.drift:
             return ""
-        names = task.labels if isinstance(task, Classify) else ()
-        most = int(apart.argmax())
+        most = int((pseudo - labels).argmax())
         return (
             f"pseudo-labels differ from the labels by a total variation of {drift:.2f}, more than drift={self.drift}; "
-            f"{names[most]!r} is {shares(pseudo)[most]:.0%} of them and {shares(labels)[most]:.0%} of the labels. "
+            f"{names[most]!r} is {pseudo[most]:.0%} of them and {labels[most]:.0%} of the labels. "
             "Label some rows of the pool, or raise drift if the pool is known to differ."
         )
 
