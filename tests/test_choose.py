@@ -221,7 +221,7 @@ def climbed(
         told=lambda rungs: list(told),
         point=lambda rung: point(rung.name, worse.get(rung.name, right)),
     )
-    builder.asked = partial(Builder.asked, builder)
+    builder.judged = partial(Builder.judged, builder)
     return climb(builder), notes  # type: ignore[arg-type]
 
 

@@ -800,7 +800,7 @@ def test_a_margin_of_dev_is_rounded_up(needs: float, points: float, monkeypatch:
     job, rows = SimpleNamespace(budget=Budget("auto")), SimpleNamespace(certify=range(9))
     builder = SimpleNamespace(job=job, data=rows, task=Classify(("a", "b")), quality=lambda _: 0.9, reporter=Silent())
     ranked: Any = SimpleNamespace(builder=builder, reference=None)
-    assert ship.Ranked._points(ranked, []) == points
+    assert ship.Ranked._allowed(ranked, []) == points
 
 
 def test_temperatures_are_those_of_the_calibrate_rows(shop: Shop) -> None:

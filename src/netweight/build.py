@@ -17,6 +17,7 @@ from netweight import measure
 from netweight.artifact import READS, Tier, read_manifest
 from netweight.certify import fit_temperature
 from netweight.certify.compare import require_scores
+from netweight.choose import Choice, Planned, judged
 from netweight.data import Dataset, Rows
 from netweight.data.rows import groups_of
 from netweight.encode import MOST_TOKENS, TextEncoder, Tokens
@@ -466,12 +467,12 @@ class Builder:
         """The metric on dev."""
         return float(self.task.quality(self.task.outcomes(logits, self.dev_targets)))
 
-    def asked(self, reference: NDArray[np.float32]) -> tuple[NDArray[Any], Task, float, int, float]:
-        """What a certificate would ask of a candidate beside these logits on dev (n, outputs): targets, task, margin
-        (units of quality), certify rows, level of the first look."""
+    def judged(self, found: Sequence[Choice], reference: NDArray[np.float32]) -> list[Planned]:
+        """How choices would fare in a first look at certify, beside a reference of these logits on dev (n, outputs)."""
         budget, task = self.job.budget, self.task
         margin = task.margin(budget.points, self.quality(reference))
-        return self.dev_targets, task, margin, _telling(self.data.certify.rows), (1 - budget.confidence) / 2
+        rows, level = _telling(self.data.certify.rows), (1 - budget.confidence) / 2
+        return judged(found, reference, self.dev_targets, task, margin, rows, level)
 
     def run_tier(self, name: str, engine: str, options: Any) -> TierEngine:
         """The engine of an exported point."""

@@ -14,7 +14,7 @@ import torch
 
 from netweight import artifact
 from netweight.build import CUT, Builder, Clock
-from netweight.choose import Minimise, alone, judged, own
+from netweight.choose import Minimise, alone, own
 from netweight.data import Columns, Dataset, Rows, write_quarantine
 from netweight.errors import ModelError, OptionError
 from netweight.job import Budget, Job, Options, Source, Tables, TaskKind, Vocabulary, prepare
@@ -255,7 +255,7 @@ def _chance(builder: Builder, points: Mapping[str, Point], name: str) -> float:
     if name not in points:
         return 1.0
     alones = [alone(point, builder.task, builder.dev_targets) for point in points.values()]
-    found = judged(alones, builder.teacher_dev, *builder.asked(builder.teacher_dev))
+    found = builder.judged(alones, builder.teacher_dev)
     chosen = next(p for p in found if p.choice.name == name)
     return (own(chosen) if builder.job.budget.max_drop == "auto" else chosen).chance
 

@@ -22,7 +22,7 @@ from netweight.certify import Answers, Candidate, Certificate, Outcomes, Registr
 from netweight.certify import certify as test
 from netweight.certify.compare import too_late
 from netweight.certify.match import tolerance
-from netweight.choose import Planned, choices, engine_of, judged, names, plan, provable
+from netweight.choose import Planned, choices, engine_of, names, plan, provable
 from netweight.data import Dataset
 from netweight.data.rows import groups_of
 from netweight.encode import Tokens
@@ -69,16 +69,15 @@ class Ranked:
         self.points = self._engines(points, costs)
         self.costs = {name: costs[f"{name} {p.engine}"] for name, p in self.points.items()} | {"": costs[""]}
         self.floor_wins = builder.beaten(self.points)
-        self.reference = self.points["linear"].logits if self.floor_wins else builder.teacher_dev
+        if self.floor_wins:
+            floor = self.points["linear"]
+            self.reference, self.against = floor.logits, Candidate("linear", floor.file)
+        else:
+            self.reference, self.against = builder.teacher_dev, Candidate("teacher", builder.teacher.digest)
         found = self._judged()
-        self.max_drop = self._points(found)
+        self.max_drop = self._allowed(found)
         margin = builder.task.margin(self.max_drop, builder.quality(self.reference))
         self.considered = [replace(p, margin=margin) for p in found]
-
-    @property
-    def reference_digest(self) -> str:
-        """Of the model that candidates are held against."""
-        return self.points["linear"].file if self.floor_wins else self.builder.teacher.digest
 
     def _costs(self, points: Mapping[str, Point]) -> dict[str, Cost]:
         """Seconds of each point under each engine that can run it here, interleaved in one run, measured once."""
@@ -106,9 +105,9 @@ class Ranked:
         points = [self.points["linear"]] if self.floor_wins else list(self.points.values())
         known = (self.costs, builder.task, builder.calibrate, builder.dev_targets)
         found = choices(points, *known, budget.minimise, _TIERS[builder.job.options.effort])
-        return judged(found, self.reference, *builder.asked(self.reference))
+        return builder.judged(found, self.reference)
 
-    def _points(self, found: Sequence[Planned]) -> float:
+    def _allowed(self, found: Sequence[Planned]) -> float:
         """The drop that is allowed: as asked, or, in tenths of a point, what dev says can be proven."""
         builder, budget = self.builder, self.builder.job.budget
         if budget.max_drop != "auto":
@@ -131,9 +130,8 @@ def finish(builder: Builder, points: Mapping[str, Point], out: Path, notes: tupl
     ranked = Ranked(builder, points)
     planned = plan(ranked.considered)
     packs = [Pack(builder, p, name) for p, name in zip(planned, names([p.choice for p in planned]), strict=True)]
-    reference = Candidate("linear" if ranked.floor_wins else "teacher", ranked.reference_digest)
     registration = register(
-        reference,
+        ranked.against,
         [pack.candidate for pack in packs],
         builder.task,
         builder.data.certify,
@@ -258,11 +256,8 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
         e, known = engines[key], (ranked.reference, builder.dev_targets)
         return measure.measured(builder.task, name, e, e.outputs(rows.text, rows.pair), *known, size, timings[key])
 
-    reference = (
-        row("reference", "linear", ranked.points["linear"].bytes)
-        if ranked.floor_wins
-        else row("reference", "teacher", builder.teacher.bytes)
-    )
+    size = ranked.points["linear"].bytes if ranked.floor_wins else builder.teacher.bytes
+    reference = row("reference", ranked.against.name, size)
     ships = replace(
         row("shipped", shipped.candidate.name, artifact.size(out, shipped.manifest)),
         memory=fresh.memory,
