@@ -38,7 +38,6 @@ from netweight.space import Trial
 from netweight.store import TRIALS, Store
 from netweight.task import Score, Task
 from netweight.techniques import Finetune, LinearFloor, Pretrain, Quantize, Recipe, Static, Technique, Vocab, describe
-from netweight.techniques.base import read
 from netweight.track import Boxed
 from netweight.train import Plan, fit_digest
 from netweight.trials import Trials, undominated
@@ -205,7 +204,7 @@ class Builder:
             self.store.put("common tokens", common := wanted)
         trim = Vocab(common=common)
         try:
-            found = self.model(TRIMMED, lambda: read(self.teacher, self.reads), (trim,), 0.0, self.run)
+            found = self.model(TRIMMED, lambda: self.teacher.reading(self.reads), (trim,), 0.0, self.run)
         except OptionError:  # nothing would go
             return self.teacher
         except ModelError as problem:
@@ -219,7 +218,7 @@ class Builder:
                 f"tiers know the {common:,} most common tokens, as this job was begun; to begin anew with {wanted:,}, "
                 "write to another folder"
             )
-        return read(found, self.teacher.encoder.max_length)
+        return found.reading(self.teacher.encoder.max_length)
 
     @cached_property
     def teacher_dev(self) -> NDArray[np.float32]:
@@ -234,9 +233,10 @@ class Builder:
         floor = points.get("linear")
         return floor is not None and self.quality(floor.logits) >= self.quality(self.teacher_dev)
 
-    def reads_of(self, point: Point) -> int:
-        """Tokens of a text that a point reads."""
-        return int(point.options.get(READS, (self.reading.max_length, 0))[0])
+    def encoder_of(self, *points: Point) -> TextEncoder:
+        """Reads as far as the one of these points that reads farthest."""
+        most = self.encoder.max_length
+        return self.encoder.reading(max(int(point.options.get(READS, (most, 0))[0]) for point in points))
 
     def teacher_logits(self, rows: Rows) -> NDArray[np.float32]:
         """What the teacher says of rows (n, outputs)."""
@@ -245,7 +245,7 @@ class Builder:
     @cached_property
     def dev_tokens(self) -> Tokens:
         """Dev, encoded once, as far as any tier reads."""
-        return self.reading.encode(self.data.dev.text, self.data.dev.pair)
+        return self.encoder.encode(self.data.dev.text, self.data.dev.pair)
 
     @cached_property
     def cut(self) -> float:
@@ -261,7 +261,7 @@ class Builder:
         return min(_FARTHER * self.teacher.encoder.max_length, MOST_TOKENS) if many else None
 
     @cached_property
-    def reading(self) -> TextEncoder:
+    def encoder(self) -> TextEncoder:
         """Reads as far as any tier does."""
         own = self.source.encoder
         return own.reading(self.reads or own.max_length)
@@ -312,7 +312,7 @@ class Builder:
     def point(self, rung: Rung) -> Point:
         """The rung's point: from the store, or made now."""
         name = rung.name
-        self.rungs[name] = rung = self._reading(rung)
+        self.rungs[name] = rung = self._reaching(rung)
         known, recipe = self.store.get(f"point {name}"), _recipe(rung)
         if self.store.get(f"recipe {name}") not in (None, recipe):
             # It was made, or begun, by a version of Netweight or a trial that had another one.
@@ -335,7 +335,7 @@ class Builder:
             if isinstance(model.network, Exits):
                 found, share = self.exits(name, options, model.network)
                 options = {"thresholds": found}
-            if model.encoder.max_length < self.reading.max_length:
+            if model.encoder.max_length < self.encoder.max_length:
                 options = {**options, READS: [model.encoder.max_length, model.encoder.closing]}
             engine = self.run_tier(name, exported.kind, options)
             logits = engine.logits(self.dev_tokens, 32)
@@ -361,7 +361,7 @@ class Builder:
         )
         return point
 
-    def _reading(self, rung: Rung) -> Rung:
+    def _reaching(self, rung: Rung) -> Rung:
         """The rung, its steps reading as far as is worth while."""
         far = [replace(s, reads=self.reads) if isinstance(s, LinearFloor | Static) else s for s in rung.recipe]
         return replace(rung, recipe=tuple(far))
@@ -385,7 +385,7 @@ class Builder:
 
     def has(self, rung: Rung) -> bool:
         """Whether another point was made by this rung's very recipe, and, if a trial, under this time limit."""
-        recipe = _recipe(self._reading(rung))
+        recipe = _recipe(self._reaching(rung))
         held = self.store.held("recipe")
         same = [n for n, known in held.items() if n != rung.name and known == recipe and self.made(n)]
         limits = {(self.store.get(f"trial {n}") or {}).get("limit", 0.0) for n in same}

@@ -27,7 +27,6 @@ from netweight.report.format import Scale, percent, significant
 from netweight.store import Store, rows_of, store_of
 from netweight.summary import certificate_of
 from netweight.task import Floats, Ints, Task
-from netweight.techniques.base import read
 
 _TIMED = 400  # rows; steps are far apart, and the teacher among them is slow
 _RUNTIMES = {"onnx": "ONNX Runtime", "exits": "ONNX Runtime", "openvino": "OpenVINO"}
@@ -166,7 +165,7 @@ def explain(folder: Path, threads: int | None = None) -> Explanation:
         source, first = teacher, list[tuple[str, Engine, int]]()
         if manifest.provenance.get("trimmed"):
             # All tiers are made of it, and have its tokenizer.
-            source = read(Model.load(store.model_folder(TRIMMED)), teacher.encoder.max_length)
+            source = Model.load(store.model_folder(TRIMMED)).reading(teacher.encoder.max_length)
             first = [("Vocab, the tokens that occur and common ones", teacher_engine(source, count), source.bytes)]
         same: dict[str, tuple[Engine, int]] = {}
         for tier in manifest.tiers:

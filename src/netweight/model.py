@@ -100,6 +100,10 @@ class Model:
         """A model whose network may be trained without touching this one."""
         return replace(self, network=copy.deepcopy(self.network))
 
+    def reading(self, reads: int | None) -> Model:
+        """The model as if it read so many tokens of a text; None: as it is."""
+        return self if reads is None else replace(self, encoder=self.encoder.reading(reads))
+
     def on(self, device: torch.device) -> Model:
         """This model where it lies on the device already, else a copy there."""
         here = next(self.network.parameters()).device

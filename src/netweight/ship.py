@@ -87,7 +87,7 @@ class Ranked:
             for name, point in points.items():
                 for engine in _able(point):
                     tiers[f"{name} {engine}"] = builder.run_tier(name, engine, point.options)
-            found = measure.tier_costs(tiers, builder.reading, builder.data.dev)
+            found = measure.tier_costs(tiers, builder.encoder, builder.data.dev)
             # A name may mean another point later, which was not timed.
             store.put(f"files {key}", {name: point.file for name, point in points.items()})
             store.put(key, {name: [c.row, c.single] for name, c in found.items()})
@@ -174,7 +174,7 @@ class Pack:
     def __init__(self, builder: Builder, planned: Planned, name: str) -> None:
         choice = planned.choice
         self.planned = planned
-        self.encoder = encoder = builder.reading.reading(max(builder.reads_of(point) for point in choice.points))
+        self.encoder = encoder = builder.encoder_of(*choice.points)
         self.contents: dict[str, bytes] = {artifact.TOKENIZER: encoder.definition.encode()}
         tiers = []
         for i, point in enumerate(choice.points):
@@ -200,7 +200,7 @@ def _certified(
     def logits(point: Point, given: Tokens) -> Floats:
         # Each model runs once over all rows; cascades of it only pick rows. What it sees of them hangs on who reads
         # them in very few texts: some thousand characters without a word.
-        given = builder.reading.reading(builder.reads_of(point)).cut(given)
+        given = builder.encoder_of(point).cut(given)
         key = point.name, given.digest
         if key not in known:
             known[key] = builder.run_tier(point.name, point.engine, point.options).logits(given, 32)
@@ -246,7 +246,7 @@ def _measured(builder: Builder, ranked: Ranked, shipped: Pack, out: Path) -> Mea
     for name, p in ranked.points.items():
         tier = Tier(name, p.engine, "", p.options, p.temperature)
         runs = builder.run_tier(name, p.engine, p.options)
-        engines[name] = Engine(builder.task, builder.reading.reading(builder.reads_of(p)), [(tier, runs)], name)
+        engines[name] = Engine(builder.task, builder.encoder_of(p), [(tier, runs)], name)
     if ranked.floor_wins:
         engines["reference"] = engines["linear"]
     timings = measure.speed(engines, rows, rounds=3)

@@ -45,11 +45,6 @@ def _plain(option: Any) -> Any:
     return {"technique": type(option).__name__, **{f.name: _plain(getattr(option, f.name)) for f in fields(option)}}
 
 
-def read(model: Model, reads: int | None) -> Model:
-    """The model as if it read so many tokens of a text; None: as it is."""
-    return model if reads is None else replace(model, encoder=model.encoder.reading(reads))
-
-
 def transformer(model: Model, who: str) -> Transformer:
     """The model's network, or a ModelError that says why `who` cannot work on it."""
     if not isinstance(model.network, Transformer):

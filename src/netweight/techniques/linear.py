@@ -17,7 +17,6 @@ from netweight.model import Model
 from netweight.network import Linear
 from netweight.run import InOnePlace, Run
 from netweight.task import Classify
-from netweight.techniques.base import read
 from netweight.train import Plan
 
 _RIDGE = 10.0  # with the default strength, scikit-learn's own alpha of 1
@@ -49,7 +48,7 @@ class LinearFloor:
         if not isinstance(run, InOnePlace):
             raise ModelError("LinearFloor needs all rows in one place; run it under Local or Parallel.")
         rows = _drawn(run.data.train, model.task.outputs, plan.seed)
-        model = read(model, self.reads)
+        model = model.reading(self.reads)
         tokens = model.encoder.encode(rows.text, rows.pair)
         vocabulary = model.encoder.vocabulary
         idf, kept, matrix = _table(tokens, vocabulary, self.buckets, _MOST_WEIGHTS // model.task.outputs)

@@ -19,7 +19,7 @@ from netweight.model import Model
 from netweight.network import Network, Transformer
 from netweight.network import Static as StaticNetwork
 from netweight.run import Run
-from netweight.techniques.base import planned, read, transformer
+from netweight.techniques.base import planned, transformer
 from netweight.train import Plan
 
 _CHUNK = 512
@@ -62,7 +62,7 @@ class Static:
     def __call__(self, model: Model, run: Run, plan: Plan) -> Model:
         teacher = transformer(model, "Static")
         loss = SoftTargets(model.task, (model,), self.temperature)
-        reading = read(model, self.reads)
+        reading = model.reading(self.reads)
         counts = run.reduce(reading, TokenCounts(model.encoder.vocabulary))["tokens"]
         share = (counts + 1) / (counts + 1).sum()
         vectors = principal(token_vectors(model, teacher), share, self.width)
