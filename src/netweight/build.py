@@ -339,10 +339,8 @@ class Builder:
                 options = {**options, READS: [model.encoder.max_length, model.encoder.closing]}
             engine = self.run_tier(name, exported.kind, options)
             logits = engine.logits(self.dev_tokens, 32)
-            temperature = 1.0
-            if self.task.confident:
-                rows = self.calibrate
-                temperature = fit_temperature(logits[rows], self.dev_targets[rows], self.task)
+            rows = self.calibrate
+            temperature = fit_temperature(logits[rows], self.dev_targets[rows], self.task)
             self.store.write_arrays(f"points/{name}", {"logits": logits})
             known = {
                 "engine": exported.kind,

@@ -56,6 +56,7 @@ class Classify:
     point: ClassVar[float] = 0.01
     unit: ClassVar[float] = 1.0
     step: ClassVar[float] = 1.0
+    confident: ClassVar[bool] = True  # predictions carry a confidence, so that a cascade can hand over
 
     def __post_init__(self) -> None:
         if len(self.labels) < 2:
@@ -74,11 +75,6 @@ class Classify:
     def paired_binary(self) -> bool:
         """Whether an outcome is right or wrong and the metric its mean (exact paired tests apply)."""
         return self.metric == "accuracy"
-
-    @property
-    def confident(self) -> bool:
-        """Whether predictions carry a confidence, so that a cascade can hand over."""
-        return True
 
     def targets(self, labels: Sequence[str]) -> NDArray[np.int64]:
         """Label indices (n,). Raises LabelError for a label that training never saw."""
