@@ -476,14 +476,10 @@ def _factor(plan: Plan, step: int, steps: int) -> float:
     """Share of the learning rate at `step`: linear warm-up, then the schedule down to zero; of a part, its stretch."""
     begin, end = plan.part
     whole = steps / (end - begin)
-    return _whole_factor(plan, begin * whole + step, whole)
-
-
-def _whole_factor(plan: Plan, step: float, steps: float) -> float:
-    warm = plan.warmup * steps
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    rest = (step - warm) / max(1.0, steps - warm)
+    at, warm = begin * whole + step, plan.warmup * whole
+    if at < warm:
+        return (at + 1) / (warm + 1)
+    rest = (at - warm) / max(1.0, whole - warm)
     if plan.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * rest))
     if plan.schedule == "linear":
