@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import artifact
-from netweight.artifact import READS, Manifest, Tier
+from netweight.artifact import READS, Tier
 from netweight.encode import TextEncoder, Tokens
 from netweight.engine.base import Outputs, Short, TierEngine
 from netweight.engine.exits import ExitsEngine
@@ -134,14 +134,13 @@ def load(folder: str | Path, threads: int | None = None) -> Engine:
     count = threads or len(os.sched_getaffinity(0))
     definition = artifact.read_file(path, manifest, artifact.TOKENIZER).decode()
     encoder = TextEncoder(definition, manifest.max_length, manifest.pad)
-    tiers = [(tier, _tier(path, manifest, tier, count)) for tier in manifest.tiers]
+    tiers = [
+        (tier, tier_engine(tier, artifact.read_file(path, manifest, tier.file), manifest.pad, count))
+        for tier in manifest.tiers
+    ]
     engine = Engine(manifest.task, encoder, tiers, path.name)
     engine.version, engine.paired = manifest.digest[:12], manifest.paired
     return engine
-
-
-def _tier(path: Path, manifest: Manifest, tier: Tier, threads: int) -> TierEngine:
-    return tier_engine(tier, artifact.read_file(path, manifest, tier.file), manifest.pad, threads)
 
 
 def tier_engine(tier: Tier, data: bytes, pad: int, threads: int) -> TierEngine:
