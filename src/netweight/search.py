@@ -64,7 +64,7 @@ def ladder(teacher: Model, bytes_count: bool = False) -> tuple[Rung, ...]:
     kind, last = ("int4", replace(FEW, table_bits=5)) if bytes_count else ("int8", INT8)
     called = [f"{names.get(n, n)}-{kind}" for n in layers]
     static = Static(splice=12.0)
-    # Nearer to the teacher than the one above and a little slower, for certificates that need it.
+    # Nearer to the teacher than full-int8 and a little slower, for certificates that need it.
     mixed = Rung("full-mixed", (replace(INT8, activations="mixed"),), 0.2, unless="static")
     # In 3 bits 2 % of labels differ from the teacher's, unless that rounding is trained with.
     trained = QuantizeAware(replace(FEW, weight_bits=3, table_bits=5), epochs=3.0, splice=12.0)
