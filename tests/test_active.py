@@ -115,10 +115,10 @@ def test_labelled_rows_are_not_chosen_again() -> None:
 
 def test_rows_that_are_set_aside_stay_the_same() -> None:
     rows = many_rows(300)
-    aside = {rows.keys()[i] for i in watched(rows)}
+    aside = {rows.keys[i] for i in watched(rows)}
     assert len(aside) == len(rows.distinct()) // 5
-    fewer = rows.take([i for i, key in enumerate(rows.keys()) if key in aside or i % 2])
-    assert {fewer.keys()[i] for i in watched(fewer)} <= aside
+    fewer = rows.take([i for i, key in enumerate(rows.keys) if key in aside or i % 2])
+    assert {fewer.keys[i] for i in watched(fewer)} <= aside
 
 
 def test_at_most_so_many_rows_are_set_aside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,10 +135,10 @@ def test_of_a_large_pool_the_same_rows_are_looked_at_in_any_order(monkeypatch: p
     for pool in (rows, turned):
         with pytest.warns(UserWarning, match=f"chosen among 20 of {n} distinct ones, those whose texts have the sma"):
             chosen = select(model, pool, 9, method="margin")
-        said.append({pool.keys()[i] for i in chosen})
+        said.append({pool.keys[i] for i in chosen})
     assert said[0] == said[1]
-    assert said[0] <= {rows.keys()[i] for i in rows.distinct()[rows.take(rows.distinct()).sample(20)]}
-    assert said[0] != {rows.keys()[i] for i in whole}
+    assert said[0] <= {rows.keys[i] for i in rows.distinct()[rows.take(rows.distinct()).sample(20)]}
+    assert said[0] != {rows.keys[i] for i in whole}
     with pytest.warns(UserWarning, match="20 of"), pytest.raises(OptionError, match="choose 1 to 20"):
         select(model, rows, 21)
 
@@ -171,7 +171,7 @@ def test_selecting_with_a_model(method: str) -> None:
     doubled = Rows((*rows.text, *rows.text))
     chosen = select(model, doubled, 5, 1, method)  # type: ignore[arg-type]
     assert chosen.tolist() == select(model, doubled, 5, 1, method).tolist()  # type: ignore[arg-type]
-    assert len({doubled.keys()[i] for i in chosen}) == 5
+    assert len({doubled.keys[i] for i in chosen}) == 5
     assert set(chosen.tolist()) <= set(doubled.distinct().tolist())
     if method in ("entropy", "margin"):
         logits = logits_of(model, model.encoder.encode(rows.text)).numpy()
@@ -246,9 +246,9 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
     # Rounds: this artifact is one, and it is not counted twice.
     file = tmp_path / "rounds.jsonl"
     more = [*words, "--labelled", done, "--rounds", file]
-    labelled = set(loaded.rows.keys())
-    left = rows.take([i for i, key in enumerate(rows.keys()) if key not in labelled])
-    aside = [key for key in left.keys() if key in left.take(watched(left)).keys()]  # noqa: SIM118
+    labelled = set(loaded.rows.keys)
+    left = rows.take([i for i, key in enumerate(rows.keys) if key not in labelled])
+    aside = [key for key in left.keys if key in left.take(watched(left)).keys]
     assert len(left) < len(rows)
     assert aside
     for _ in range(2):

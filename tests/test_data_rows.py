@@ -73,18 +73,18 @@ def test_normalise_leaves_single_blanks_only(text: str) -> None:
 
 
 def test_take_keeps_every_column_aligned() -> None:
-    FULL.keys()
+    assert FULL.keys
     taken = FULL.take(np.array([2, 0]))
     assert taken == Rows(
         ("d", "A b"), ("x", "x"), ("r", "p"), ("", "1"), (2.0, 1.0), {"text": ("u", "s")}, number=(9, 3)
     )
-    assert taken.keys() == ("d\x1fr", "a b\x1fp")
+    assert taken.keys == ("d\x1fr", "a b\x1fp")
     assert len(FULL.take([])) == 0
 
 
 def test_keys_of_pairs_cannot_run_together() -> None:
-    assert len(set(Rows(("a b", "a"), pair=("c", "b c")).keys())) == 2
-    assert len(set(Rows(("a\x1fb", "a"), pair=("c", "b\x1fc")).keys())) == 2
+    assert len(set(Rows(("a b", "a"), pair=("c", "b c")).keys)) == 2
+    assert len(set(Rows(("a\x1fb", "a"), pair=("c", "b\x1fc")).keys)) == 2
 
 
 def test_the_first_row_of_each_text_is_distinct() -> None:
@@ -124,7 +124,7 @@ def test_any_sequence_is_a_column_and_cells_are_what_a_table_has() -> None:
         np.array([3, 5, 9]),  # type: ignore[arg-type]
     )
     assert made == FULL
-    assert made.fingerprint() == FULL.fingerprint()
+    assert made.fingerprint == FULL.fingerprint
     assert all(type(cell) is str for column in (made.text, made.label, made.slices["text"]) for cell in column or ())
     assert made.take([2]).text == ("d",)
     labels = Rows(("a",) * 6, [1, 2.5, True, np.int64(3), np.bool_(False), " x "])  # type: ignore[arg-type]
@@ -181,17 +181,17 @@ def test_rows_are_numbered_from_one() -> None:
     ],
 )
 def test_fingerprint_sees_every_change(other: Rows) -> None:
-    assert other.fingerprint() != FULL.fingerprint()
+    assert other.fingerprint != FULL.fingerprint
 
 
 def test_fingerprint_is_of_content() -> None:
     again = Rows(FULL.text, FULL.label, FULL.pair, FULL.group, FULL.weight, dict(FULL.slices))
     assert again.number != FULL.number
-    assert again.fingerprint() == FULL.fingerprint()
+    assert again.fingerprint == FULL.fingerprint
     other = replace(FULL, slices={"other": ("s", "u", "u"), "shop": ("1", "2", "3")})
-    assert other.fingerprint() == replace(FULL, slices={}).fingerprint() == FULL.fingerprint(), "they decide nothing"
+    assert other.fingerprint == replace(FULL, slices={}).fingerprint == FULL.fingerprint, "they decide nothing"
     assert pickle.loads(pickle.dumps(FULL)) == FULL
-    assert Rows(("a\ud800",)).fingerprint()
+    assert Rows(("a\ud800",)).fingerprint
 
 
 def test_concat() -> None:
@@ -205,7 +205,7 @@ def test_sealed_hides_labels_until_a_plan_is_registered() -> None:
     assert sealed.rows.label is None
     assert sealed.rows.text == FULL.text
     assert len(sealed) == 3
-    assert sealed.fingerprint == FULL.fingerprint()
+    assert sealed.fingerprint == FULL.fingerprint
     assert "x" not in repr(sealed).replace("fingerprint", "").replace(sealed.fingerprint[:12], "")
     with pytest.raises(CertificateError, match="register the plan first"):
         sealed.unseal("please")

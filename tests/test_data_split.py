@@ -91,12 +91,12 @@ def test_nothing_leaks_and_every_row_is_accounted_for(
     except DataError:
         return  # too small or contradictory to be split; each such message has its own test
     every = parts(data)
-    keys = [set(r.keys()) for r in every.values()]
+    keys = [set(r.keys) for r in every.values()]
     groups = [set(r.group or ()) - {""} for r in every.values()]
     for many_sets in (keys, groups):
         assert sum(map(len, many_sets)) == len(set().union(*many_sets))
     if data.pool is not None:
-        assert not set(data.pool.keys()) & (keys[1] | keys[2] | keys[3])
+        assert not set(data.pool.keys) & (keys[1] | keys[2] | keys[3])
         assert data.pool.label is None
         assert len(data.pool) + counted(data, "pool whose text") == len(pool)
     if certify is not None:
@@ -111,7 +111,7 @@ def test_nothing_leaks_and_every_row_is_accounted_for(
     if kind == "classify":
         assert set(data.dev.label or ()) | set(every["certify"].label or ()) <= set(data.train.label or ())
         labels: dict[str, set[str]] = {}
-        for key, label in zip(data.train.keys(), data.train.label or (), strict=True):
+        for key, label in zip(data.train.keys, data.train.label or (), strict=True):
             labels.setdefault(key, set()).add(label)
         assert all(len(found) == 1 for found in labels.values())
 
@@ -350,7 +350,7 @@ def test_contradicting_labels_lose_to_the_majority() -> None:
     dev = rows(("far 3", "a"), ("far 4", "b"), ("twice 2", "a"), ("twice 2", "b"))
     aside: list[BadRow] = []
     data = split(rows(*noise, *clean), dev=dev, certify=certify, aside=aside)
-    kept = Counter(cell for cell in zip(data.train.keys(), data.train.label or (), strict=True) if "row" not in cell[0])
+    kept = Counter(cell for cell in zip(data.train.keys, data.train.label or (), strict=True) if "row" not in cell[0])
     assert kept == {("twice", "a"): 2, ("tie", "b"): 1, ("lost", "b"): 3}
     assert Counter(data.dev.text)["twice 2"] == 2
     assert data.notes == (
@@ -366,7 +366,7 @@ def test_contradicting_rows_stay_in_a_cut_certify() -> None:
     clean = [(f"row {i}", "ab"[i % 2]) for i in range(300)]
     noise = [(f"noise {i // 3}", "aab"[i % 3]) for i in range(150)]
     data = split(rows(*clean, *noise))
-    sealed = Counter(zip(data.certify.unseal(OPEN).keys(), data.certify.unseal(OPEN).label or (), strict=True))
+    sealed = Counter(zip(data.certify.unseal(OPEN).keys, data.certify.unseal(OPEN).label or (), strict=True))
     noisy = {key for key, _ in sealed if key.startswith("noise")}
     assert noisy
     assert all(sealed[key, "b"] == 1 and sealed[key, "a"] == 2 for key in noisy)

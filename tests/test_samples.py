@@ -30,10 +30,10 @@ def labels(given: Sample) -> tuple[str, ...]:
 
 def test_a_seed_fixes_every_row() -> None:
     one, again, other = sample(0, 500, 200), sample(0, 500, 200), sample(1, 500, 200)
-    assert one.labelled.fingerprint() == again.labelled.fingerprint()
-    assert one.pool.fingerprint() == again.pool.fingerprint()
-    assert one.labelled.fingerprint() != other.labelled.fingerprint()
-    assert one.pool.fingerprint() != other.pool.fingerprint()
+    assert one.labelled.fingerprint == again.labelled.fingerprint
+    assert one.pool.fingerprint == again.pool.fingerprint
+    assert one.labelled.fingerprint != other.labelled.fingerprint
+    assert one.pool.fingerprint != other.pool.fingerprint
 
 
 def test_more_rows_of_a_seed_begin_with_the_fewer() -> None:

@@ -89,7 +89,7 @@ def _candidates(rows: Rows, labelled: Rows | None) -> tuple[Indices, int, Rows]:
     there = Rows((), pair=None if rows.pair is None else ()) if labelled is None else labelled.take(labelled.distinct())
     if (there.pair is None) != (rows.pair is None):
         raise OptionError("of the pool and the labelled rows, one has pairs of texts and the other has not.")
-    taken, keys = set(there.keys()), rows.keys()
+    taken, keys = set(there.keys), rows.keys
     at = np.array([i for i in rows.distinct() if keys[i] not in taken], np.int64)
     if len(at) > _MOST:
         warnings.warn(

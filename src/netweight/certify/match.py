@@ -28,7 +28,7 @@ class Answers:
 
 def row_keys(rows: Rows) -> tuple[str, ...]:
     """The first 64 bits of the SHA-256 of each normalised text, in hex."""
-    return tuple(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16] for key in rows.keys())  # noqa: SIM118
+    return tuple(hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16] for key in rows.keys)
 
 
 def tolerance(task: Task) -> float:

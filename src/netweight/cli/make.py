@@ -209,12 +209,12 @@ def select(
     rows, engine = noted(read(source, Columns(text, pair=pair), label_required=False)), load(folder, threads)
     known, said = _labelled(labelled, Columns(text, label, pair)) if labelled else None, None
     if known is not None:
-        there = set(known.keys())
-        rows = rows.take([i for i, key in enumerate(rows.keys()) if key not in there])
+        there = set(known.keys)
+        rows = rows.take([i for i, key in enumerate(rows.keys) if key not in there])
     if rounds:
         aside = rows.take(watched(rows))
-        said, apart = judged(rounds, engine, aside), set(aside.keys())
-        rows = rows.take([i for i, key in enumerate(rows.keys()) if key not in apart])
+        said, apart = judged(rounds, engine, aside), set(aside.keys)
+        rows = rows.take([i for i, key in enumerate(rows.keys) if key not in apart])
     chosen = select_with(engine, rows, count, seed, method, known)
     write_rows(file, rows.take(chosen), source)
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)

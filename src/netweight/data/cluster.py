@@ -34,7 +34,7 @@ def clusters(rows: Rows, strata: Ints, seed: int) -> Clusters:
     `strata` (n,) are small numbers; a cluster counts to the most frequent one of its rows. Linear in
     rows, but for sorting numbers.
     """
-    keys = rows.keys()
+    keys = rows.keys
     of = numbered(keys) if rows.group is None else _joined(numbered(keys), rows.group)
     count = int(of.max(initial=-1)) + 1
     first: list[str | None] = [None] * count

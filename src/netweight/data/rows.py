@@ -75,47 +75,28 @@ class Rows:
         at = [int(i) for i in indices]
         taken = {name: tuple([column[i] for i in at]) for name, column in self.columns()}
         rows = _of(taken)
-        if "_keys" in self.__dict__:
+        if "keys" in self.__dict__:
             # Normalising is the slowest part of a split; what is known already is handed on.
-            rows.__dict__["_keys"] = tuple([self._keys[i] for i in at])
+            rows.__dict__["keys"] = tuple([self.keys[i] for i in at])
         return rows
 
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         """The normalised text of each row, joined with that of its pair: equal keys mean the same input."""
-        return self._keys
-
-    def distinct(self) -> NDArray[np.int64]:
-        """Position of the first row of each normalised text, in order."""
-        first = dict(zip(reversed(self.keys()), range(len(self) - 1, -1, -1), strict=True))
-        return np.array(sorted(first.values()), np.int64)
-
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
-        shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
-        return self._fingerprint
-
-    def sample(self, count: int) -> NDArray[np.int64]:
-        """Positions of so many rows (of all where there are fewer), in order: those whose texts have the smallest
-        hashes, so that they are the same ones in whatever order rows come."""
-        if len(self) <= count:
-            return np.arange(len(self))
-        digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in self.keys())
-        hashes = np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(self))
-        return np.sort(np.argsort(hashes, kind="stable")[:count])
-
-    def unlabelled(self) -> Rows:
-        """The same rows without labels."""
-        return replace(self, label=None)
-
-    @cached_property
-    def _keys(self) -> tuple[str, ...]:
         texts = [normalise(text) for text in self.text]
         if self.pair is None:
             return tuple(texts)
         return tuple([f"{text}{_PAIR}{normalise(pair)}" for text, pair in zip(texts, self.pair, strict=True)])
 
+    def distinct(self) -> NDArray[np.int64]:
+        """Position of the first row of each normalised text, in order."""
+        first = dict(zip(reversed(self.keys), range(len(self) - 1, -1, -1), strict=True))
+        return np.array(sorted(first.values()), np.int64)
+
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all columns in order. Row numbers do not count, nor do slices, which change what a report
+        shows, but no model and no verdict: with further columns they are the same rows, and looks at them add up."""
         digest = hashlib.sha256()
         for name, column in self.columns():
             if name == "number" or name.startswith("slice "):
@@ -125,6 +106,19 @@ class Rows:
             digest.update(np.array([len(cells), *map(len, cells)], "<i8").tobytes())
             digest.update(b"".join(cells))
         return digest.hexdigest()
+
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Positions of so many rows (of all where there are fewer), in order: those whose texts have the smallest
+        hashes, so that they are the same ones in whatever order rows come."""
+        if len(self) <= count:
+            return np.arange(len(self))
+        digests = (hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8] for key in self.keys)
+        hashes = np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64, len(self))
+        return np.sort(np.argsort(hashes, kind="stable")[:count])
+
+    def unlabelled(self) -> Rows:
+        """The same rows without labels."""
+        return replace(self, label=None)
 
     def columns(self) -> list[tuple[str, Sequence[Any]]]:
         """Names and cells of the columns that there are; those of `slices` as "slice NAME"."""
@@ -223,7 +217,7 @@ class Sealed:
             raise DataError("the certify split has no labels; certifying needs a labelled table.")
         self._labelled = labelled
         self.rows = labelled.unlabelled()
-        self.fingerprint = labelled.fingerprint()
+        self.fingerprint = labelled.fingerprint
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -291,6 +285,6 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the fingerprints of all splits."""
-        parts = [r.fingerprint() for r in (self.train, self.select, self.calibrate)] + [self.certify.fingerprint]
-        parts.append(self.pool.fingerprint() if self.pool is not None else "-")
+        parts = [r.fingerprint for r in (self.train, self.select, self.calibrate)] + [self.certify.fingerprint]
+        parts.append(self.pool.fingerprint if self.pool is not None else "-")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()

@@ -211,7 +211,7 @@ def _deciles(values: NDArray[np.float64]) -> Ints:
 def _minority(train: Rows, labels: Ints) -> Bools:
     """Rows (n,) whose text has another label in most of its rows. DataError where over half of the rows contradict."""
     width = int(labels.max()) + 1
-    pairs, inverse, counts = np.unique(numbered(train.keys()) * width + labels, return_inverse=True, return_counts=True)
+    pairs, inverse, counts = np.unique(numbered(train.keys) * width + labels, return_inverse=True, return_counts=True)
     text, label = pairs // width, pairs % width
     order = np.lexsort((label, -np.bincount(labels)[label], -counts, text))
     winner = np.zeros(len(pairs), bool)
@@ -228,8 +228,7 @@ def _minority(train: Rows, labels: Ints) -> Bools:
 
 def _shared(rows: Rows, name: str, other: Rows, other_name: str, notes: list[str], but: Bools | None = None) -> Bools:
     """Rows (n,) whose text or group occurs in `other`, without those already known (`but`); adds a note."""
-    texts = set(other.keys())
-    keys = rows.keys()
+    texts, keys = set(other.keys), rows.keys
     shared = np.fromiter((key in texts for key in keys), bool, len(keys))
     what = "text"
     if rows.group is not None and other.group is not None:
@@ -364,7 +363,7 @@ def _enough(parts: dict[str, Rows]) -> None:
 
 
 def _in_order(rows: Rows) -> Rows:
-    columns = [rows.keys()] + [column for name, column in rows.columns() if name != "number"]
+    columns = [rows.keys] + [column for name, column in rows.columns() if name != "number"]
     return rows.take(sorted(range(len(rows)), key=lambda i: [column[i] for column in columns]))
 
 
