@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from netweight import client as clients
 from netweight.client import AsyncClient, Client, Prediction
 from netweight.errors import EndpointError
+from netweight.serve.schema import MOST_BYTES
 
 
 def answering(*replies: Any) -> tuple[Callable[[httpx.Request], httpx.Response], list[httpx.Request]]:
@@ -80,6 +82,22 @@ def test_texts_are_sent_in_parts_and_come_back_in_order(monkeypatch: pytest.Monk
     assert [p.label for p in result] == ["a"] * 256 + ["b", "c"]
     assert result[0] == Prediction("static", "a", 0.9)
     assert [path for _, path, _ in asked] == ["/v1/models/m/predict"] * 2
+
+
+@pytest.mark.parametrize("text", ["x" * 30_000, '"' * 15_000, "字" * 10_000])
+def test_no_part_is_larger_than_a_server_takes(text: str) -> None:
+    """Rows alone were counted, so that 256 long texts were answered with 413."""
+    texts, sizes = [f"{i}{text}" for i in range(300)], list[int]()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        sizes.append(len(request.content))
+        return httpx.Response(200, json=labelled(*(t.rstrip(text[0]) for t in json.loads(request.content)["texts"])))
+
+    client = Client("http://shop")
+    client._http = httpx.Client(transport=httpx.MockTransport(handle))
+    assert [p.label for p in client.predict("m", texts)] == list(map(str, range(300)))
+    assert max(sizes) < MOST_BYTES
+    assert len(sizes) == 3, "and no more of them than need be"
 
 
 def test_columns_of_other_libraries_are_lists_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,17 @@
     with Client("http://127.0.0.1:8000") as client:
         client.predict("reviews", ["zip broke after a week"])     # [Prediction(label="negative", ...)]
 
-Many texts are sent in parts. A request that was refused for lack of room, or that met a worker's end, is sent again
-after the time that the server named (or 2^i tenths of a second, with jitter), `retries` times.
+Many texts are sent in parts that a server takes. A request that was refused for lack of room, or that met a worker's
+end, is sent again after the time that the server named (or 2^i tenths of a second, with jitter), `retries` times.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _AGAIN = {429, 502, 503}
 _LONGEST = 10.0  # seconds between two tries
+_ROWS, _BYTES = 256, 3 * 2**20  # of a request, at most; a server takes 1,024 rows and 4 MiB
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,6 @@ class _Core:
     url: str
     key: str | None = field(default=None, repr=False)
     retries: int = 4
-    part: int = 256
 
     def predict(
         self, model: str, texts: Sequence[str] | None, pairs: Sequence[tuple[str, str]] | None, scores: bool
@@ -91,9 +92,8 @@ class _Core:
         name = "texts" if pairs is None else "pairs"
         rows = _listed(texts, name) if pairs is None else _listed(pairs, name, "pass two texts for each row")
         found: list[Prediction] = []
-        for start in range(0, len(rows), self.part):
-            body = {name: rows[start : start + self.part], "scores": scores}
-            said = yield from self.send("POST", f"/v1/models/{model}/predict", body)
+        for part in _parts(rows):
+            said = yield from self.send("POST", f"/v1/models/{model}/predict", {name: part, "scores": scores})
             found += [Prediction(**row) for row in said["predictions"]]
         return found
 
@@ -128,6 +128,19 @@ def _listed(given: Any, name: str, instead: str = "") -> list[Any]:
     if why := no_list(given, name, instead):
         raise EndpointError(why)
     return list(given)
+
+
+def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Stretches of rows that one request may hold."""
+    start = size = 0
+    for i, row in enumerate(rows):
+        own = len(json.dumps(row, ensure_ascii=False).encode())  # as httpx writes it
+        if i > start and (i == start + _ROWS or size + own > _BYTES):
+            yield rows[start:i]
+            start, size = i, 0
+        size += own
+    if start < len(rows):
+        yield rows[start:]
 
 
 def _passing(response: httpx.Response) -> bool:
