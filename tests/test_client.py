@@ -49,7 +49,7 @@ def both(
 
     monkeypatch.setattr(clients.time, "sleep", slept.append)
     monkeypatch.setattr(clients.asyncio, "sleep", nap)
-    monkeypatch.setattr(clients.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(clients.random, "uniform", lambda low, high: low)
     found: list[Any] = []
     for kind in (Client, AsyncClient):
         slept.clear()
@@ -127,7 +127,7 @@ def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     result, asked, slept = both(monkeypatch, replies, lambda c: c.predict("m", ["x"]))
     assert result[0].label == "a"
     assert len(asked) == 5
-    assert slept == [3.0, 0.2, 0.4, 0.8]
+    assert slept == [3.0, 0.1, 0.2, 0.4], "at the earliest: never before the time that was named"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,12 @@ def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
         (httpx.Response(500, content=b'{"detail":"oops"}', headers=PROBLEM), 1, "answered with 500: oops"),
         (httpx.Response(500, text="oops"), 3, "answered with 500: oops"),
         (httpx.Response(429, json={"detail": "full"}), 3, "answered with 429: full"),
+        (
+            httpx.Response(429, headers={"Retry-After": "61"}, json={"detail": "full"}),
+            1,
+            "answered with 429: full (Retry-After: 61; the client waits 60 s at most)",
+        ),
+        (httpx.Response(429, headers={"Retry-After": "60"}, json={"detail": "full"}), 3, "answered with 429: full"),
         (httpx.ConnectError("refused"), 3, r"http://shop does not answer (ConnectError('refused')) after 3 tries."),
     ],
 )

@@ -19,6 +19,7 @@ from conftest import Say
 from netweight.errors import OptionError
 from netweight.serve import keys
 from netweight.serve.keys import Bucket, Gate, Key, add_key, read_keys, remove_key
+from netweight.serve.problems import full
 
 
 class Door:
@@ -166,6 +167,17 @@ def test_limits(tmp_path: Path) -> None:
     assert refused.headers["Retry-After"] == "20"
     door.now = 20.0
     assert [door.ask(slow).status_code for _ in range(2)] == [200, 429]
+
+
+def test_who_comes_back_when_told_is_let_in(tmp_path: Path) -> None:
+    """A token comes every 5.45 seconds: 5 are not enough."""
+    path = tmp_path / "keys.jsonl"
+    key, door = add_key(path, "shop", 11), Door(path)
+    assert [door.ask(key).status_code for _ in range(11)] == [200] * 11
+    door.now = float(door.ask(key).headers["Retry-After"])
+    assert door.now == 6.0
+    assert door.ask(key).status_code == 200
+    assert full(1.2).headers["Retry-After"] == "2"
 
 
 @given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 20))

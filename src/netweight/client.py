@@ -4,7 +4,8 @@
         client.predict("reviews", ["zip broke after a week"])     # [Prediction(label="negative", ...)]
 
 Many texts are sent in parts that a server takes. A request that was refused for lack of room, or that met a worker's
-end, is sent again after the time that the server named (or 2^i tenths of a second, with jitter), `retries` times.
+end, is sent again, `retries` times: not before the time that the server named, or after 2^i tenths of a second, both
+with jitter. Where a server names more than a minute, that is an error at once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ except ImportError:
 T = TypeVar("T")
 
 _AGAIN = {429, 502, 503}
-_LONGEST = 10.0  # seconds between two tries
+_LONGEST = 60.0  # seconds between two tries: keys are limited by the minute, so no server of ours wants more for one
 _ROWS, _BYTES = 256, 3 * 2**20  # of a request, at most; a server takes 1,024 rows and 4 MiB
 
 
@@ -114,13 +115,16 @@ class _Core:
             if isinstance(met, httpx.Response) and met.status_code == 200:
                 return met.json()
             last = attempt == self.retries
-            if isinstance(met, httpx.Response) and (last or not _passing(met)):
-                raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}")
+            named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
+            wait, low, high = min(_LONGEST, 0.1 * 2**attempt), 0.5, 1.0
+            if named.isdecimal():
+                wait, low, high = float(named), 1.0, 1.25  # earlier, it would be refused again
+            if isinstance(met, httpx.Response) and (last or wait > _LONGEST or not _passing(met)):
+                far = f" (Retry-After: {named}; the client waits {_LONGEST:.0f} s at most)" if wait > _LONGEST else ""
+                raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}{far}")
             if isinstance(met, httpx.TransportError) and last:
                 raise EndpointError(f"{self.url} does not answer ({met!r}) after {attempt + 1} tries.")
-            named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
-            wait = float(named) if named.isdigit() else 0.1 * 2**attempt
-            yield _Sleep(min(_LONGEST, wait) * random.uniform(0.5, 1.0))
+            yield _Sleep(wait * random.uniform(low, high))
         raise AssertionError("unreachable")
 
 

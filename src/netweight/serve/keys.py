@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -176,7 +177,7 @@ class Gate:
                 429,
                 "rate-limited",
                 f"key {key.name!r} may make {key.per_minute} requests a minute; try again after Retry-After seconds.",
-                {"Retry-After": str(max(1, round(wait)))},
+                {"Retry-After": str(max(1, math.ceil(wait)))},
             )
         self._buckets[key.sha256] = bucket
 
