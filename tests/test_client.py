@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -152,6 +153,24 @@ def test_what_does_not_help_is_given_up(monkeypatch: pytest.MonkeyPatch, reply: 
     assert text in said
 
 
+@pytest.mark.parametrize(
+    "reply", [httpx.Response(200, text="<html>"), [], {"status": "ok"}, {"predictions": [{"score": 1}]}]
+)
+def test_an_answer_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda c: c.predict("m", ["x"]),
+        lambda c: c.explain("m", "x"),
+        lambda c: c.models(),
+    ]
+    for call in calls:
+        said, asked, _ = both(monkeypatch, (reply,), call)
+        assert re.search(
+            r"was answered with 200 and '.*', which no `netweight serve` of this version says; check what answers at http://shop",
+            said,
+        )
+        assert len(asked) == 1
+
+
 def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     said, asked, _ = both(monkeypatch, (labelled("a"),), lambda c: c.predict("m"))
     assert said == "give texts or pairs, and not both."
@@ -166,3 +185,23 @@ def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert said == text
         assert not asked
     assert "key" not in repr(clients._Core("http://shop", "key"))
+
+
+def test_a_row_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx raised errors of its own there, and of the codec's."""
+    surrogates = "is no text that UTF-8 can hold (surrogates not allowed); read it again with errors='replace'."
+    for call, text in (
+        (lambda c: c.predict("m", ["x", float("nan")]), "texts[1] is of type float; pass a string for every row."),
+        (lambda c: c.predict("m", ["x", "\ud800"]), f"texts[1] {surrogates}"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), ("l", None)]), "pairs[1][1] is of type NoneType; pass a string f"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), ("l", "\udfff")]), f"pairs[1][1] {surrogates}"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), "lr"]), "pairs[1] is one string; pass two texts for each row."),
+        (lambda c: c.predict("m", pairs=[("l", "r", "s")]), "pairs[0] has 3 texts; pass two texts for each row."),
+        (lambda c: c.explain("m", "\ud800"), f"text {surrogates}"),
+        (lambda c: c.explain("m", float("nan")), "text is of type float; pass a string for every row."),
+    ):
+        said, asked, _ = both(monkeypatch, (labelled("a"),), call)
+        assert text in said
+        assert not asked
+    pairs = np.array([["l", "r"]])
+    assert both(monkeypatch, (labelled("a"),), lambda c: c.predict("m", pairs=pairs))[0][0].label == "a"

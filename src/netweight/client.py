@@ -14,7 +14,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 _AGAIN = {429, 502, 503}
 _LONGEST = 60.0  # seconds between two tries: keys are limited by the minute, so no server of ours wants more for one
+_TWO = "pass two texts for each row"
 _ROWS, _BYTES = 256, 3 * 2**20  # of a request, at most; a server takes 1,024 rows and 4 MiB
 
 
@@ -91,29 +92,34 @@ class _Core:
         if (texts is None) == (pairs is None):
             raise EndpointError("give texts or pairs, and not both.")
         name = "texts" if pairs is None else "pairs"
-        rows = _listed(texts, name) if pairs is None else _listed(pairs, name, "pass two texts for each row")
+        rows: list[Any] = _rows(texts, name, _text) if pairs is None else _rows(pairs, name, _pair, _TWO)
         found: list[Prediction] = []
         for part in _parts(rows):
-            said = yield from self.send("POST", f"/v1/models/{model}/predict", {name: part, "scores": scores})
-            found += [Prediction(**row) for row in said["predictions"]]
+            body = {name: part, "scores": scores}
+            found += yield from self.send("POST", f"/v1/models/{model}/predict", _predictions, body)
         return found
 
     def explain(self, model: str, text: str | tuple[str, str]) -> Generator[_Step, _Met, Explanation]:
-        body = {"text": text} if isinstance(text, str) else {"pair": list(text)}
-        said = yield from self.send("POST", f"/v1/models/{model}/explain", body)
-        return Explanation(Prediction(**said["prediction"]), tuple(Word(**word) for word in said["words"]))
+        paired = isinstance(text, Iterable) and not isinstance(text, str)
+        body = {"pair": _pair(text, "text")} if paired else {"text": _text(text, "text")}
+        return (yield from self.send("POST", f"/v1/models/{model}/explain", _explanation, body))
 
     def models(self) -> Generator[_Step, _Met, list[dict[str, Any]]]:
-        said = yield from self.send("GET", "/v1/models")
-        return list(said["models"])
+        return (yield from self.send("GET", "/v1/models", lambda said: list(said["models"])))
 
-    def send(self, method: str, path: str, body: Any = None) -> Generator[_Step, _Met, Any]:
-        """One request, again where that may help. Raises EndpointError."""
+    def send(self, method: str, path: str, read: Callable[[Any], T], body: Any = None) -> Generator[_Step, _Met, T]:
+        """What is read in the answer to one request, which is sent again where that may help. Raises EndpointError."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         for attempt in range(self.retries + 1):
             met = yield httpx.Request(method, self.url.rstrip("/") + path, json=body, headers=headers)
             if isinstance(met, httpx.Response) and met.status_code == 200:
-                return met.json()
+                try:
+                    return read(met.json())
+                except (ValueError, KeyError, TypeError):
+                    raise EndpointError(
+                        f"{method} {path} was answered with 200 and {met.text[:100]!r}, which no `netweight serve` of "
+                        f"this version says; check what answers at {self.url}."
+                    ) from None
             last = attempt == self.retries
             named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
             wait, low, high = min(_LONGEST, 0.1 * 2**attempt), 0.5, 1.0
@@ -128,10 +134,38 @@ class _Core:
         raise AssertionError("unreachable")
 
 
-def _listed(given: Any, name: str, instead: str = "") -> list[Any]:
+def _predictions(said: Any) -> list[Prediction]:
+    return [Prediction(**row) for row in said["predictions"]]
+
+
+def _explanation(said: Any) -> Explanation:
+    return Explanation(Prediction(**said["prediction"]), tuple(Word(**word) for word in said["words"]))
+
+
+def _rows(given: Any, name: str, row: Callable[[Any, str], T], instead: str = "") -> list[T]:
+    """Each as JSON has it. Raises EndpointError, which names the one that it cannot have."""
     if why := no_list(given, name, instead):
         raise EndpointError(why)
-    return list(given)
+    return [row(one, f"{name}[{i}]") for i, one in enumerate(given)]
+
+
+def _pair(given: Any, name: str) -> list[str]:
+    texts = _rows(given, name, _text, _TWO)
+    if len(texts) != 2:
+        raise EndpointError(f"{name} has {len(texts)} texts; {_TWO}.")
+    return texts
+
+
+def _text(given: Any, name: str) -> str:
+    if not isinstance(given, str):
+        raise EndpointError(f"{name} is of type {type(given).__name__}; pass a string for every row.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as problem:
+        raise EndpointError(
+            f"{name} is no text that UTF-8 can hold ({problem.reason}); read it again with errors='replace'."
+        ) from None
+    return given
 
 
 def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
