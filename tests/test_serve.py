@@ -310,6 +310,41 @@ def test_a_server_refuses_at_the_door(server: Server, monkeypatch: pytest.Monkey
     assert 'netweight_requests_total{model="",status="429"} 1.0' in server.get("/metrics").text
 
 
+def test_how_long_answers_take_is_not_how_soon_others_are_refused(server: Server) -> None:
+    assert server.post({}).status_code == 422
+    assert server.post({"texts": ["a"]}, model="other").status_code == 404
+    text = server.get("/metrics").text
+    assert 'netweight_requests_total{model="shop",status="422"} 1.0' in text
+    assert "netweight_request_seconds_count" not in text
+    assert server.post({"texts": ["a"]}).status_code == 200
+    assert 'netweight_request_seconds_count{model="shop"} 1.0' in server.get("/metrics").text
+
+
+def test_who_is_cancelled_has_gone(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray Serve does with the request of a client that goes away; it was counted as a fault of ours."""
+
+    async def work(client: Any) -> None:
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server.models, "answer", never)
+        request = asyncio.create_task(client.post("/v1/models/shop/predict", json={"texts": ["a"]}))
+        await asked.wait()
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+
+    with caplog.at_level("INFO", "netweight.access"):
+        server.run(work)
+    assert 'netweight_requests_total{model="shop",status="499"} 1.0' in server.get("/metrics").text
+    assert json.loads(caplog.messages[0])["status"] == 499
+
+
 def test_late_and_cancelled_requests_leave_the_queue() -> None:
     async def work() -> None:
         slow = Slow()
