@@ -43,7 +43,7 @@ class Watching:
     """Follows a log that this and other workers write; one worker of a log does, the others do nothing.
 
     Args:
-        budget: false alarms a month, for each model.
+        budget: false alarms a month, for each version of a model, from now on.
         post: told every alert, such as a Webhook.
     """
 
