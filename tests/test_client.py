@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from netweight import client as clients
 from netweight.client import AsyncClient, Client, Prediction
 from netweight.errors import EndpointError
+from netweight.serve.schema import MOST_BYTES
 
 
 def answering(*replies: Any) -> tuple[Callable[[httpx.Request], httpx.Response], list[httpx.Request]]:
@@ -47,7 +50,7 @@ def both(
 
     monkeypatch.setattr(clients.time, "sleep", slept.append)
     monkeypatch.setattr(clients.asyncio, "sleep", nap)
-    monkeypatch.setattr(clients.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(clients.random, "uniform", lambda low, high: low)
     found: list[Any] = []
     for kind in (Client, AsyncClient):
         slept.clear()
@@ -82,6 +85,22 @@ def test_texts_are_sent_in_parts_and_come_back_in_order(monkeypatch: pytest.Monk
     assert [path for _, path, _ in asked] == ["/v1/models/m/predict"] * 2
 
 
+@pytest.mark.parametrize("text", ["x" * 30_000, '"' * 15_000, "字" * 10_000])
+def test_no_part_is_larger_than_a_server_takes(text: str) -> None:
+    """Rows alone were counted, so that 256 long texts were answered with 413."""
+    texts, sizes = [f"{i}{text}" for i in range(300)], list[int]()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        sizes.append(len(request.content))
+        return httpx.Response(200, json=labelled(*(t.rstrip(text[0]) for t in json.loads(request.content)["texts"])))
+
+    client = Client("http://shop")
+    client._http = httpx.Client(transport=httpx.MockTransport(handle))
+    assert [p.label for p in client.predict("m", texts)] == list(map(str, range(300)))
+    assert max(sizes) < MOST_BYTES
+    assert len(sizes) == 3, "and no more of them than need be"
+
+
 def test_columns_of_other_libraries_are_lists_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     for texts in (np.array(["x", "y"]), np.array(["x", "y"], object), iter(["x", "y"]), ("x", "y")):
         handle, asked = answering(labelled("a", "b"))
@@ -109,7 +128,7 @@ def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     result, asked, slept = both(monkeypatch, replies, lambda c: c.predict("m", ["x"]))
     assert result[0].label == "a"
     assert len(asked) == 5
-    assert slept == [3.0, 0.2, 0.4, 0.8]
+    assert slept == [3.0, 0.1, 0.2, 0.4], "at the earliest: never before the time that was named"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +138,12 @@ def test_what_may_help_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
         (httpx.Response(500, content=b'{"detail":"oops"}', headers=PROBLEM), 1, "answered with 500: oops"),
         (httpx.Response(500, text="oops"), 3, "answered with 500: oops"),
         (httpx.Response(429, json={"detail": "full"}), 3, "answered with 429: full"),
+        (
+            httpx.Response(429, headers={"Retry-After": "61"}, json={"detail": "full"}),
+            1,
+            "answered with 429: full (Retry-After: 61; the client waits 60 s at most)",
+        ),
+        (httpx.Response(429, headers={"Retry-After": "60"}, json={"detail": "full"}), 3, "answered with 429: full"),
         (httpx.ConnectError("refused"), 3, r"http://shop does not answer (ConnectError('refused')) after 3 tries."),
     ],
 )
@@ -126,6 +151,24 @@ def test_what_does_not_help_is_given_up(monkeypatch: pytest.MonkeyPatch, reply: 
     said, asked, _ = both(monkeypatch, (reply,), lambda c: c.predict("m", ["x"]), retries=2)
     assert len(asked) == tries
     assert text in said
+
+
+@pytest.mark.parametrize(
+    "reply", [httpx.Response(200, text="<html>"), [], {"status": "ok"}, {"predictions": [{"score": 1}]}]
+)
+def test_an_answer_of_something_else_is_an_error(monkeypatch: pytest.MonkeyPatch, reply: Any) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda c: c.predict("m", ["x"]),
+        lambda c: c.explain("m", "x"),
+        lambda c: c.models(),
+    ]
+    for call in calls:
+        said, asked, _ = both(monkeypatch, (reply,), call)
+        assert re.search(
+            r"was answered with 200 and '.*', which no `netweight serve` of this version says; check what answers at http://shop",
+            said,
+        )
+        assert len(asked) == 1
 
 
 def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +185,23 @@ def test_texts_or_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert said == text
         assert not asked
     assert "key" not in repr(clients._Core("http://shop", "key"))
+
+
+def test_a_row_that_is_no_text_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx raised errors of its own there, and of the codec's."""
+    surrogates = "is no text that UTF-8 can hold (surrogates not allowed); read it again with errors='replace'."
+    for call, text in (
+        (lambda c: c.predict("m", ["x", float("nan")]), "texts[1] is of type float; pass a string for every row."),
+        (lambda c: c.predict("m", ["x", "\ud800"]), f"texts[1] {surrogates}"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), ("l", None)]), "pairs[1][1] is of type NoneType; pass a string f"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), ("l", "\udfff")]), f"pairs[1][1] {surrogates}"),
+        (lambda c: c.predict("m", pairs=[("l", "r"), "lr"]), "pairs[1] is one string; pass two texts for each row."),
+        (lambda c: c.predict("m", pairs=[("l", "r", "s")]), "pairs[0] has 3 texts; pass two texts for each row."),
+        (lambda c: c.explain("m", "\ud800"), f"text {surrogates}"),
+        (lambda c: c.explain("m", float("nan")), "text is of type float; pass a string for every row."),
+    ):
+        said, asked, _ = both(monkeypatch, (labelled("a"),), call)
+        assert text in said
+        assert not asked
+    pairs = np.array([["l", "r"]])
+    assert both(monkeypatch, (labelled("a"),), lambda c: c.predict("m", pairs=pairs))[0][0].label == "a"

@@ -18,7 +18,10 @@ from starlette.responses import PlainTextResponse
 from conftest import Say
 from netweight.errors import OptionError
 from netweight.serve import keys
+from netweight.serve.app import application
 from netweight.serve.keys import Bucket, Gate, Key, add_key, read_keys, remove_key
+from netweight.serve.problems import full
+from test_serve import Server
 
 
 class Door:
@@ -166,6 +169,29 @@ def test_limits(tmp_path: Path) -> None:
     assert refused.headers["Retry-After"] == "20"
     door.now = 20.0
     assert [door.ask(slow).status_code for _ in range(2)] == [200, 429]
+
+
+def test_who_comes_back_when_told_is_let_in(tmp_path: Path) -> None:
+    """A token comes every 5.45 seconds: 5 are not enough."""
+    path = tmp_path / "keys.jsonl"
+    key, door = add_key(path, "shop", 11), Door(path)
+    assert [door.ask(key).status_code for _ in range(11)] == [200] * 11
+    door.now = float(door.ask(key).headers["Retry-After"])
+    assert door.now == 6.0
+    assert door.ask(key).status_code == 200
+    assert full(1.2).headers["Retry-After"] == "2"
+
+
+def test_who_is_turned_away_is_counted(made: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys.jsonl"
+    headers = {"Authorization": f"Bearer {add_key(path, 'shop', 2)}"}
+    server = Server(made)
+    server.app = application(server.models, server.metrics, path)
+    assert server.post({"texts": ["a"]}).status_code == 401
+    assert [server.post({"texts": ["a"]}, headers=headers).status_code for _ in range(4)] == [200, 200, 429, 429]
+    text = server.metrics.text().decode()
+    for model, status, count in (("", 401, 1), ("", 429, 2), ("shop", 200, 2)):
+        assert f'netweight_requests_total{{model="{model}",status="{status}"}} {count}.0' in text
 
 
 @given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 20))

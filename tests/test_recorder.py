@@ -18,7 +18,7 @@ from conftest import Say
 from netweight import artifact
 from netweight.engine import Outputs
 from netweight.errors import OptionError
-from netweight.monitor import Alert, Record, lines, monitors, replay
+from netweight.monitor import Alert, Monitor, Record, lines, monitors, replay
 from netweight.serve import Options, recorder
 from netweight.serve.app import application
 from netweight.serve.hosted import Models
@@ -28,6 +28,9 @@ from netweight.serve.server import checked
 from netweight.serve.watching import Watching
 from netweight.signals import AGREES, NAMES, Histogram
 from netweight.task import Score
+from test_monitor import fingerprint as plain
+from test_monitor import stream
+from test_monitor import watching as with_signal
 from test_serve import TEXTS, Server, answer
 from test_server import until
 
@@ -275,6 +278,26 @@ def test_drifted_requests_raise_the_alerts_of_a_replay(
     assert 'netweight_alerts_total{model="made",signal="length"} 1.0' in text
     drift = next(line for line in text.splitlines() if line.startswith('netweight_drift{model="made",signal="length"}'))
     assert float(drift.split()[-1]) >= 1
+
+
+def test_evidence_of_a_signal_that_a_new_version_lacks_is_shown_no_longer(tmp_path: Path) -> None:
+    """As `agrees`, where a single tier takes the place of two: its alarm stood for ever."""
+    (tmp_path / "rows.log").touch()
+    metrics = Metrics()
+    watching = Watching(tmp_path / "rows.log", Models(1), metrics, 0.1)
+    watching.close()
+    for version, fingerprint in (("v1", with_signal(AGREES, np.ones(400))), ("v2", plain())):
+        watching._monitors["shop", version] = Monitor(fingerprint)
+
+    def shown(version: str) -> dict[str, float]:
+        records = [replace(r, version=version, values={**r.values, AGREES: 0.0}) for r in stream(60, {})]
+        list(replay((record.to_line() for record in records), watching._watched))
+        samples = [s for metric in metrics.registry.collect() for s in metric.samples if s.name == "netweight_drift"]
+        return {sample.labels["signal"]: sample.value for sample in samples}
+
+    assert shown("v1")[AGREES] >= 1
+    assert set(shown("candidate")) == {*NAMES, AGREES}, "what nobody watches changes nothing"
+    assert set(shown("v2")) == set(NAMES)
 
 
 def test_refusals(say: Say, made: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Sequence
@@ -310,6 +311,41 @@ def test_a_server_refuses_at_the_door(server: Server, monkeypatch: pytest.Monkey
     assert 'netweight_requests_total{model="",status="429"} 1.0' in server.get("/metrics").text
 
 
+def test_how_long_answers_take_is_not_how_soon_others_are_refused(server: Server) -> None:
+    assert server.post({}).status_code == 422
+    assert server.post({"texts": ["a"]}, model="other").status_code == 404
+    text = server.get("/metrics").text
+    assert 'netweight_requests_total{model="shop",status="422"} 1.0' in text
+    assert "netweight_request_seconds_count" not in text
+    assert server.post({"texts": ["a"]}).status_code == 200
+    assert 'netweight_request_seconds_count{model="shop"} 1.0' in server.get("/metrics").text
+
+
+def test_who_is_cancelled_has_gone(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Ray Serve does with the request of a client that goes away; it was counted as a fault of ours."""
+
+    async def work(client: Any) -> None:
+        asked = asyncio.Event()
+
+        async def never(*_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(server.models, "answer", never)
+        request = asyncio.create_task(client.post("/v1/models/shop/predict", json={"texts": ["a"]}))
+        await asked.wait()
+        request.cancel()
+        await asyncio.wait([request])
+        assert request.cancelled()
+
+    with caplog.at_level("INFO", "netweight.access"):
+        server.run(work)
+    assert 'netweight_requests_total{model="shop",status="499"} 1.0' in server.get("/metrics").text
+    assert json.loads(caplog.messages[0])["status"] == 499
+
+
 def test_late_and_cancelled_requests_leave_the_queue() -> None:
     async def work() -> None:
         slow = Slow()
@@ -405,9 +441,73 @@ def test_rows_that_no_tier_answered_are_an_error(made: Path) -> None:
         raise ValueError("gone")
 
     engine.logits = broken  # type: ignore[method-assign,assignment]
-    with pytest.raises(ValueError, match="gone"):
-        answer(engine, TEXTS)
+
+    async def work() -> None:
+        queue = Queue(partial(begin, engine), partial(step, engine), 2, lambda: 30)
+        with pytest.raises(ValueError, match="gone"):
+            await queue.ask(TEXTS)
+        queue.close()
+
+    asyncio.run(work())
     assert asked == [0, 1], "every tier was tried"
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_failed_tier_is_told_to_those_whom_it_failed(
+    made: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """The second tier takes two requests together, of which one has no answer of the first: both were refused."""
+    monkeypatch.setattr(queues, "_TURN", math.inf)
+    engine, free, seen = cascade_of_two(made), threading.Event(), list[int]()
+    usual = engine.logits
+
+    def sometimes(tier: int, *given: Any) -> Any:
+        seen.append(tier)
+        if seen == [0, 1, 0] or (tier == 1 and free.wait(10) and broken):
+            raise RuntimeError("gone")
+        return usual(tier, *given)
+
+    async def work() -> list[Any]:
+        queue = Queue(partial(begin, engine), partial(step, engine), 2, lambda: 30)
+        asked = [queue.ask(TEXTS[:1])]
+        while 1 not in seen:
+            await asyncio.sleep(0.001)
+        for i in (1, 2):  # they wait behind the one that holds the second tier
+            asked.append(queue.ask(TEXTS[i : i + 1]))
+            while len(queue._lines[1].waiting) < i:
+                await asyncio.sleep(0.001)
+        free.set()
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        queue.close()
+        return found
+
+    engine.logits = sometimes  # type: ignore[method-assign]
+    first, without, other = asyncio.run(asyncio.wait_for(work(), 30))
+    assert seen == [0, 1, 0, 0, 1]
+    tier, failed = (0, ("two",)) if broken else (1, ())
+    assert (first.failed, other.failed) == (failed, failed)
+    assert [said.outputs.tier.tolist() for said in (first, other)] == [[tier]] * 2
+    if broken:
+        assert isinstance(without, RuntimeError)
+    else:
+        assert (without.failed, without.outputs.tier.tolist()) == (("one",), [1])
+
+
+def test_what_goes_wrong_before_a_tier_is_asked_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """The answer says that the log says why."""
+
+    def broken(*_: object) -> Work:
+        raise RuntimeError("no token")
+
+    async def work() -> None:
+        queue = Queue(broken, Slow().step)
+        with pytest.raises(RuntimeError, match="no token"):
+            await queue.ask(["a"])
+        queue.close()
+
+    asyncio.run(work())
+    assert "a turn of tier 0 failed, of 1 requests" in caplog.text
+    assert "RuntimeError: no token" in caplog.text
 
 
 # --- every tier in its own thread ---

@@ -3,16 +3,18 @@
     with Client("http://127.0.0.1:8000") as client:
         client.predict("reviews", ["zip broke after a week"])     # [Prediction(label="negative", ...)]
 
-Many texts are sent in parts. A request that was refused for lack of room, or that met a worker's end, is sent again
-after the time that the server named (or 2^i tenths of a second, with jitter), `retries` times.
+Many texts are sent in parts that a server takes. A request that was refused for lack of room, or that met a worker's
+end, is sent again, `retries` times: not before the time that the server named, or after 2^i tenths of a second, both
+with jitter. Where a server names more than a minute, that is an error at once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,7 +29,9 @@ except ImportError:
 T = TypeVar("T")
 
 _AGAIN = {429, 502, 503}
-_LONGEST = 10.0  # seconds between two tries
+_LONGEST = 60.0  # seconds between two tries: keys are limited by the minute, so no server of ours wants more for one
+_TWO = "pass two texts for each row"
+_ROWS, _BYTES = 256, 3 * 2**20  # of a request, at most; a server takes 1,024 rows and 4 MiB
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,6 @@ class _Core:
     url: str
     key: str | None = field(default=None, repr=False)
     retries: int = 4
-    part: int = 256
 
     def predict(
         self, model: str, texts: Sequence[str] | None, pairs: Sequence[tuple[str, str]] | None, scores: bool
@@ -89,45 +92,93 @@ class _Core:
         if (texts is None) == (pairs is None):
             raise EndpointError("give texts or pairs, and not both.")
         name = "texts" if pairs is None else "pairs"
-        rows = _listed(texts, name) if pairs is None else _listed(pairs, name, "pass two texts for each row")
+        rows: list[Any] = _rows(texts, name, _text) if pairs is None else _rows(pairs, name, _pair, _TWO)
         found: list[Prediction] = []
-        for start in range(0, len(rows), self.part):
-            body = {name: rows[start : start + self.part], "scores": scores}
-            said = yield from self.send("POST", f"/v1/models/{model}/predict", body)
-            found += [Prediction(**row) for row in said["predictions"]]
+        for part in _parts(rows):
+            body = {name: part, "scores": scores}
+            found += yield from self.send("POST", f"/v1/models/{model}/predict", _predictions, body)
         return found
 
     def explain(self, model: str, text: str | tuple[str, str]) -> Generator[_Step, _Met, Explanation]:
-        body = {"text": text} if isinstance(text, str) else {"pair": list(text)}
-        said = yield from self.send("POST", f"/v1/models/{model}/explain", body)
-        return Explanation(Prediction(**said["prediction"]), tuple(Word(**word) for word in said["words"]))
+        paired = isinstance(text, Iterable) and not isinstance(text, str)
+        body = {"pair": _pair(text, "text")} if paired else {"text": _text(text, "text")}
+        return (yield from self.send("POST", f"/v1/models/{model}/explain", _explanation, body))
 
     def models(self) -> Generator[_Step, _Met, list[dict[str, Any]]]:
-        said = yield from self.send("GET", "/v1/models")
-        return list(said["models"])
+        return (yield from self.send("GET", "/v1/models", lambda said: list(said["models"])))
 
-    def send(self, method: str, path: str, body: Any = None) -> Generator[_Step, _Met, Any]:
-        """One request, again where that may help. Raises EndpointError."""
+    def send(self, method: str, path: str, read: Callable[[Any], T], body: Any = None) -> Generator[_Step, _Met, T]:
+        """What is read in the answer to one request, which is sent again where that may help. Raises EndpointError."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         for attempt in range(self.retries + 1):
             met = yield httpx.Request(method, self.url.rstrip("/") + path, json=body, headers=headers)
             if isinstance(met, httpx.Response) and met.status_code == 200:
-                return met.json()
+                try:
+                    return read(met.json())
+                except (ValueError, KeyError, TypeError):
+                    raise EndpointError(
+                        f"{method} {path} was answered with 200 and {met.text[:100]!r}, which no `netweight serve` of "
+                        f"this version says; check what answers at {self.url}."
+                    ) from None
             last = attempt == self.retries
-            if isinstance(met, httpx.Response) and (last or not _passing(met)):
-                raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}")
+            named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
+            wait, low, high = min(_LONGEST, 0.1 * 2**attempt), 0.5, 1.0
+            if named.isdecimal():
+                wait, low, high = float(named), 1.0, 1.25  # earlier, it would be refused again
+            if isinstance(met, httpx.Response) and (last or wait > _LONGEST or not _passing(met)):
+                far = f" (Retry-After: {named}; the client waits {_LONGEST:.0f} s at most)" if wait > _LONGEST else ""
+                raise EndpointError(f"{method} {path} was answered with {met.status_code}: {_detail(met)}{far}")
             if isinstance(met, httpx.TransportError) and last:
                 raise EndpointError(f"{self.url} does not answer ({met!r}) after {attempt + 1} tries.")
-            named = met.headers.get("Retry-After", "") if isinstance(met, httpx.Response) else ""
-            wait = float(named) if named.isdigit() else 0.1 * 2**attempt
-            yield _Sleep(min(_LONGEST, wait) * random.uniform(0.5, 1.0))
+            yield _Sleep(wait * random.uniform(low, high))
         raise AssertionError("unreachable")
 
 
-def _listed(given: Any, name: str, instead: str = "") -> list[Any]:
+def _predictions(said: Any) -> list[Prediction]:
+    return [Prediction(**row) for row in said["predictions"]]
+
+
+def _explanation(said: Any) -> Explanation:
+    return Explanation(Prediction(**said["prediction"]), tuple(Word(**word) for word in said["words"]))
+
+
+def _rows(given: Any, name: str, row: Callable[[Any, str], T], instead: str = "") -> list[T]:
+    """Each as JSON has it. Raises EndpointError, which names the one that it cannot have."""
     if why := no_list(given, name, instead):
         raise EndpointError(why)
-    return list(given)
+    return [row(one, f"{name}[{i}]") for i, one in enumerate(given)]
+
+
+def _pair(given: Any, name: str) -> list[str]:
+    texts = _rows(given, name, _text, _TWO)
+    if len(texts) != 2:
+        raise EndpointError(f"{name} has {len(texts)} texts; {_TWO}.")
+    return texts
+
+
+def _text(given: Any, name: str) -> str:
+    if not isinstance(given, str):
+        raise EndpointError(f"{name} is of type {type(given).__name__}; pass a string for every row.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as problem:
+        raise EndpointError(
+            f"{name} is no text that UTF-8 can hold ({problem.reason}); read it again with errors='replace'."
+        ) from None
+    return given
+
+
+def _parts(rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Stretches of rows that one request may hold."""
+    start = size = 0
+    for i, row in enumerate(rows):
+        own = len(json.dumps(row, ensure_ascii=False).encode())  # as httpx writes it
+        if i > start and (i == start + _ROWS or size + own > _BYTES):
+            yield rows[start:i]
+            start, size = i, 0
+        size += own
+    if start < len(rows):
+        yield rows[start:]
 
 
 def _passing(response: httpx.Response) -> bool:

@@ -62,7 +62,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="PEM.")] = None,
     log: Annotated[Path | None, typer.Option(help="Write down numbers of some rows, no text, and watch them.")] = None,
     log_rate: Annotated[float, typer.Option(help="Rows a second that are written down at most.")] = 5.0,
-    false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each model.")] = 0.1,
+    false_alarms: Annotated[float, typer.Option(help="That a month may bring, for each version.")] = 0.1,
     webhook: Annotated[str | None, typer.Option(help="URL that alerts are posted to.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Keep texts worth labelling there. Customers' words!")] = None,
     memory: Annotated[str | None, typer.Option(help="What models may take, such as 2GB; else all stay awake.")] = None,

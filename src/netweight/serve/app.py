@@ -83,18 +83,21 @@ def application(
         except Problem as problem:
             status = problem.status
             raise
+        except asyncio.CancelledError:  # of Ray Serve, whose client has gone
+            status = 499
+            raise
         finally:
             # Names that do not exist are not counted one by one: anybody can invent them.
-            known = name if status != 404 else ""
-            metrics.requests.labels(known, status).inc()
-            metrics.latency.labels(known).observe(time.perf_counter() - began)
+            metrics.requests.labels(name if status != 404 else "", status).inc()
+            if status == 200:  # how soon others were refused says nothing of how soon one is answered
+                metrics.latency.labels(name).observe(time.perf_counter() - began)
 
     explanations(app, models, bodies.read, _answered)
     _beside(app, models, metrics)
     playground(app)
     app.add_middleware(Direct, predict=predict)
     if keys is not None:
-        app.add_middleware(Gate, path=keys)
+        app.add_middleware(Gate, path=keys, refused=lambda status: metrics.requests.labels("", status).inc())
     door = metrics.requests.labels("", 429).inc  # which model was asked for is not known there yet
     app.add_middleware(Guard, patience=models.patience, refused=door)  # added last, so it is the outermost
     return app

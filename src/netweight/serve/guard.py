@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -73,6 +74,9 @@ class Guard:
                 await full(self._crowd.wait).response(scope["request_id"])(scope, receive, sent)
             else:
                 await self._app(scope, received, sent)
+        except asyncio.CancelledError:  # of Ray Serve, whose client has gone
+            status = status or 499
+            raise
         except Exception:
             log.exception("request %s failed", scope["request_id"])
             if status:

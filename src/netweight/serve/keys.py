@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -134,10 +135,17 @@ class Bucket:
 
 
 class Gate:
-    """Lets through who shows a known key, as often as its limit allows (in each worker process)."""
+    """Lets through who shows a known key, as often as its limit allows (in each worker process). `refused` is told the
+    status of each that is turned away."""
 
-    def __init__(self, app: ASGIApp, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app, self._path, self._clock = app, path, clock
+    def __init__(
+        self,
+        app: ASGIApp,
+        path: Path,
+        clock: Callable[[], float] = time.monotonic,
+        refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self._app, self._path, self._clock, self._refused = app, path, clock, refused
         self._keys = read_keys(path)
         self._mark: int | None = None  # the first look reads it again: it may have changed since the line above
         self._seen, self._told = clock(), ""
@@ -148,6 +156,7 @@ class Gate:
             try:
                 self._admit(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
             except Problem as problem:
+                self._refused(problem.status)
                 await problem.response(scope.get("request_id", ""))(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -176,7 +185,7 @@ class Gate:
                 429,
                 "rate-limited",
                 f"key {key.name!r} may make {key.per_minute} requests a minute; try again after Retry-After seconds.",
-                {"Retry-After": str(max(1, round(wait)))},
+                {"Retry-After": str(max(1, math.ceil(wait)))},
             )
         self._buckets[key.sha256] = bucket
 

@@ -23,11 +23,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         named = {"registry": self.registry, "namespace": "netweight"}
         self.requests = Counter("requests", "Requests by outcome", ("model", "status"), **named)  # type: ignore[arg-type]
-        self.latency = Histogram("request_seconds", "From arrival to answer", ("model",), buckets=_SECONDS, **named)  # type: ignore[arg-type]
+        self.latency = Histogram("request_seconds", "From arrival to a 200", ("model",), buckets=_SECONDS, **named)  # type: ignore[arg-type]
         self.batches = Histogram("batch_rows", "Rows that an engine took at a time", ("model",), buckets=_ROWS, **named)  # type: ignore[arg-type]
         self.busy = Counter("engine_seconds", "Time that an engine worked", ("model",), **named)  # type: ignore[arg-type]
         self.answered = Counter("rows", "Rows by the tier that answered", ("model", "tier"), **named)  # type: ignore[arg-type]
-        self.failed = Counter("tier_failures", "Batches in which a tier failed", ("model", "tier"), **named)  # type: ignore[arg-type]
+        self.failed = Counter("tier_failures", "Answered requests that a tier failed", ("model", "tier"), **named)  # type: ignore[arg-type]
         self.alerts = Counter("alerts", "Signals that left what was certified", ("model", "signal"), **named)  # type: ignore[arg-type]
         self.drift = Gauge("drift", "Evidence of a change; 1 raises the alarm", ("model", "signal"), **named)  # type: ignore[arg-type]
         self.sure = Histogram("confidence", "Confidence of answers", ("model",), buckets=_SURE, **named)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 
 from starlette.responses import Response
@@ -37,7 +38,7 @@ def full(seconds: float) -> Problem:
         429,
         "queue-full",
         "more requests came than are answered in time; try again after Retry-After seconds, or send fewer.",
-        {"Retry-After": str(max(1, round(seconds)))},
+        {"Retry-After": str(max(1, math.ceil(seconds)))},
     )
 
 

@@ -13,17 +13,19 @@ wait longer than `patience` is refused at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 from netweight.serve.problems import closing, full, late
 from netweight.serve.standing import Standing
 from netweight.serve.steady import Said, Work
 
+log = logging.getLogger("netweight.serve")
 # Characters of a token, roughly, and tokens that every text has: what a text weighs is known before it is encoded.
 _CHARACTERS, _SPECIALS = 4, 2
 _TURN = 0.002  # seconds that a turn should take
@@ -160,6 +162,7 @@ class Queue:
                 done = self._step(self._together(batch))
                 told = self._parted(batch, done)
             except Exception as problem:
+                log.exception("a turn of tier %d failed, of %d requests", i, len(batch))
                 told = [(asked, problem) for asked in batch]
             seconds = time.monotonic() - began
             with self._changed:
@@ -184,14 +187,18 @@ class Queue:
         return self._begin(texts, pairs)
 
     def _parted(self, batch: Sequence[Asked], done: Work) -> list[tuple[Asked, Said | Exception]]:
-        """Requests that are answered; the others wait for the next tier."""
+        """Requests that are answered; the others wait for the next tier. Each is told which tiers failed it, not those
+        that failed others of its batch."""
         told: list[tuple[Asked, Said | Exception]] = []
-        at = 0
+        at, failed = 0, done.said.failed[-1:] if done.raised is not None else ()
         for asked in batch:
             part = done.stretch(at, at + len(asked.texts))
             at += len(asked.texts)
+            earlier = asked.work.said.failed if asked.work is not None else ()
+            part = replace(part, said=replace(part.said, failed=(*earlier, *failed)))
             if not part.open.any():
-                told.append((asked, part.said))
+                silent = (part.said.outputs.tier < 0).any()
+                told.append((asked, done.raised if done.raised is not None and silent else part.said))
                 continue
             asked.work, asked.weight = part, int(part.tokens.lengths[part.open].sum())
             with self._changed:

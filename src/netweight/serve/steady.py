@@ -31,12 +31,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Work:
-    """n rows before tier `tier` is asked: what earlier tiers said, and which rows are still `open` (n,)."""
+    """n rows before tier `tier` is asked: what earlier tiers said, which rows are still `open` (n,), and what the tier
+    before this one raised, where it failed."""
 
     tokens: Tokens
     said: Said
     open: NDArray[np.bool_]
     tier: int = 0
+    raised: Exception | None = None
 
     def stretch(self, first: int, last: int) -> Work:
         """The rows from `first` up to, not including, `last`."""
@@ -44,16 +46,16 @@ class Work:
         return Work(self.tokens.stretch(first, last), part, self.open[first:last], self.tier)
 
     def joined(self, other: Work) -> Work:
-        """These rows, and the other ones, which are before the same tier, behind them."""
+        """These rows, and the other ones, which are before the same tier, behind them. Which tiers failed is not the
+        same for both, and left out."""
         one, two = self.said.outputs, other.said.outputs
         outputs = Outputs(
             np.concatenate([one.logits, two.logits]),
             np.concatenate([one.confidence, two.confidence]),
             np.concatenate([one.tier, two.tier]),
         )
-        failed = tuple(dict.fromkeys((*self.said.failed, *other.said.failed)))
         is_open = np.concatenate([self.open, other.open])
-        return Work(self.tokens.joined(other.tokens), Said(outputs, failed), is_open, self.tier)
+        return Work(self.tokens.joined(other.tokens), Said(outputs), is_open, self.tier)
 
 
 def begin(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Work:
@@ -67,8 +69,8 @@ def begin(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = No
 def step(engine: Engine, work: Work) -> Work:
     """What is known after the next tier has seen the rows that are open.
 
-    Where it fails, its rows go on to the tier after it; behind the last one they keep what an earlier tier said.
-    Raises what the last tier raised where nobody said anything.
+    Where it fails, its rows go on to the tier after it; behind the last one they keep what an earlier tier said, or
+    are of tier -1 where none said anything.
     """
     i, tier, last = work.tier, engine.tiers[work.tier], work.tier == len(engine.tiers) - 1
     rows = np.flatnonzero(work.open)
@@ -76,14 +78,14 @@ def step(engine: Engine, work: Work) -> Work:
     logits, sure, answered = outputs.logits.copy(), outputs.confidence.copy(), outputs.tier.copy()
     still = np.zeros(len(work.open), bool)
     failed = work.said.failed
+    raised: Exception | None = None
     try:
         own = engine.logits(i, work.tokens if len(rows) == len(still) else work.tokens.take(rows))
         logits[rows], sure[rows], on = heard(engine.task, tier, own, logits[rows])
         answered[rows], still[rows] = i, on & (not last)
-    except Exception:
+    except Exception as problem:
         log.exception("tier %s failed on %d rows", tier.name, len(rows))
-        failed += (tier.name,)
-        if last and (answered[rows] < 0).any():
-            raise
+        failed, raised = (*failed, tier.name), problem
         still[rows] = not last
-    return replace(work, said=Said(Outputs(logits, sure, answered), failed), open=still, tier=i + 1)
+    said = Said(Outputs(logits, sure, answered), failed)
+    return replace(work, said=said, open=still, tier=i + 1, raised=raised)

@@ -43,7 +43,7 @@ class Watching:
     """Follows a log that this and other workers write; one worker of a log does, the others do nothing.
 
     Args:
-        budget: false alarms a month, for each model.
+        budget: false alarms a month, for each version of a model, from now on.
         post: told every alert, such as a Webhook.
     """
 
@@ -52,6 +52,7 @@ class Watching:
     ) -> None:
         self._path, self._models, self._metrics, self._budget, self._post = path, models, metrics, budget, post
         self._monitors: dict[tuple[str, str], Monitor] = {}
+        self._shown: dict[str, dict[str, float]] = {}  # what metrics say of each model
         self._from = _size(path)  # what was written before was looked at before
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
@@ -98,6 +99,10 @@ class Watching:
 
     def _watched(self, name: str, version: str) -> Monitor | None:
         monitor = self.monitor(name, version)
-        for signal, evidence in (monitor.capitals() if monitor else {}).items():
-            self._metrics.drift.labels(name, signal).set(evidence)
+        if monitor is not None:
+            before, self._shown[name] = self._shown.get(name, {}), monitor.capitals()
+            for signal in before.keys() - self._shown[name].keys():  # of the version that this one has replaced
+                self._metrics.drift.remove(name, signal)
+            for signal, evidence in self._shown[name].items():
+                self._metrics.drift.labels(name, signal).set(evidence)
         return monitor
