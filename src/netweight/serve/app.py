@@ -69,15 +69,15 @@ def application(
     async def predict(name: str, request: Request) -> Response:
         """Predictions for texts, or for pairs of texts."""
         # `Direct` comes here without a route; the route says in OpenAPI what there is.
-        began = time.perf_counter()
-        status = 500
+        began, status = time.perf_counter(), 500
         try:
             models.require(name)  # before the body is read
             asked = question(await bodies.read(request))
+            rows = recorder.drawn(len(asked.first)) if recorder is not None else []
             hosted, said = await _answered(models, name, asked, request)
             metrics.said(hosted, said)
             if recorder is not None:
-                recorder.offer(hosted, asked.first, asked.second, said)
+                recorder.offer(hosted, asked.first, asked.second, said, rows)
             status = 200
             return Response(reply(hosted, said, asked.scores), media_type="application/json")
         except Problem as problem:
