@@ -25,7 +25,7 @@ from netweight.serve.hosted import Hosted, Models
 from netweight.serve.keys import OPEN, Gate
 from netweight.serve.metrics import Metrics
 from netweight.serve.pages import playground
-from netweight.serve.problems import Problem, gone
+from netweight.serve.problems import Problem, gone, late
 from netweight.serve.recorder import Recorder
 from netweight.serve.schema import Fault, Question, Reply, question, responses
 from netweight.serve.steady import Said
@@ -169,16 +169,18 @@ def _described(app: FastAPI, keyed: bool) -> None:
 
 
 async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
-    """The engine's answer; a client that goes away takes its request out of the queue."""
-    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, asked.deadline_ms / 1000))
+    """The engine's answer; a client that goes away takes its request out of the queue. There, deadlines are looked at
+    when a turn begins; here they hold within one too, and while a model wakes."""
+    seconds = asked.deadline_ms / 1000
+    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, seconds))
     waited: list[asyncio.Future[Any]] = [answer]
     try:
-        done, _ = await asyncio.wait(waited, timeout=_PATIENT)
-        if not done:
+        done, _ = await asyncio.wait(waited, timeout=min(_PATIENT, seconds))
+        if not done and seconds > _PATIENT:
             waited.append(asyncio.ensure_future(_gone(request.receive)))
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise gone()
+            done, _ = await asyncio.wait(waited, timeout=seconds - _PATIENT, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise gone() if done else late()
         return answer.result()
     finally:  # also where this is cancelled, as Ray Serve does when a client goes
         for one in waited:
