@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,58 @@ def test_another_version_starts_the_count_anew(server: Server, made: Path, tmp_p
     engine.task, engine.version = Score(), "scores"
     assert not trial.chosen(replace(one, engine=engine))
     assert trial.verdict == "harmful"
+
+
+def test_a_comparison_with_the_version_before_does_not_count(server: Server, made: Path, tmp_path: Path) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
+    usual, free = trial.candidate.queue._step, threading.Event()
+
+    def held(work: Work) -> Work:
+        assert free.wait(10)
+        return usual(work)
+
+    trial.candidate.queue._step = held
+
+    async def work(client: Any) -> None:
+        await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:5]})
+        server.models.load(changed(made, tmp_path / "newer.nw"), "shop")
+        await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:5]})
+        assert len(trial._running) == 2
+        free.set()
+        await asyncio.gather(*trial._running)
+
+    server.run(work)
+    assert trial.rows == 1
+
+
+def test_what_is_safe_may_prove_harmful_and_stays_so(server: Server, made: Path, tmp_path: Path) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.05))
+    shop = server.models["shop"]
+
+    def seen(count: int, different: bool) -> str:
+        for _ in range(count):
+            trial._seen(shop.engine.version, different)
+        return trial.verdict
+
+    assert trial.chosen(shop)
+    assert seen(116, different=False) == "safe"
+    assert seen(20, different=True) == "harmful"
+    assert not trial.chosen(shop)
+    assert seen(1000, different=False) == "harmful"
+    assert trial.bounds[1] < 0.05
+
+
+@pytest.mark.parametrize("mode", ["shadow", "canary"])
+def test_explanations_are_nobodys_texts_to_a_candidate(server: Server, made: Path, tmp_path: Path, mode: Any) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
+
+    async def work(client: Any) -> set[str]:
+        found = [await client.post("/v1/models/shop/explain", json={"text": TEXTS[0]}) for _ in range(5)]
+        await asyncio.gather(*trial._running)
+        return {response.json()["version"] for response in found}
+
+    assert server.run(work) == {load(made, 1).version}
+    assert trial.rows == 0
 
 
 def test_comparisons_are_bounded(server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def application(
             metrics.requests.labels(known, status).inc()
             metrics.latency.labels(known).observe(time.perf_counter() - began)
 
-    explanations(app, models, bodies.read, _answered)
+    explanations(app, models, bodies.read, partial(_answered, tried=False))
     _beside(app, models, metrics)
     playground(app)
     app.add_middleware(Direct, predict=predict)
@@ -168,11 +169,13 @@ def _described(app: FastAPI, keyed: bool) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
-async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
+async def _answered(
+    models: Models, name: str, asked: Question, request: Request, tried: bool = True
+) -> tuple[Hosted, Said]:
     """The engine's answer; a client that goes away takes its request out of the queue. There, deadlines are looked at
     when a turn begins; here they hold within one too, and while a model wakes."""
     seconds = asked.deadline_ms / 1000
-    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, seconds))
+    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, seconds, tried))
     waited: list[asyncio.Future[Any]] = [answer]
     try:
         done, _ = await asyncio.wait(waited, timeout=min(_PATIENT, seconds))

@@ -164,9 +164,14 @@ class Models:
                 ) from problem
 
     async def answer(
-        self, name: str, texts: Sequence[str], pairs: Sequence[str] | None = None, seconds: float = 30.0
+        self,
+        name: str,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        seconds: float = 30.0,
+        tried: bool = True,
     ) -> tuple[Hosted, Said]:
-        """Answers, and who gave them. Raises Problem."""
+        """Answers, and who gave them; no candidate sees rows that are not to be `tried`. Raises Problem."""
         self.require(name)
         while True:
             hosted = self._hosted.get(name)
@@ -174,7 +179,7 @@ class Models:
                 hosted = await asyncio.to_thread(self._wake, name)
             with suppress(KeyError):  # it was put to sleep in between
                 self._hosted.move_to_end(name)
-            trial = self.trials.get(name)
+            trial = self.trials.get(name) if tried else None
             try:
                 expect(hosted.engine.paired, pairs is not None, name)
                 if trial is not None and trial.chosen(hosted):
