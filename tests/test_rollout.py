@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -17,10 +18,11 @@ from netweight import artifact
 from netweight.engine import load
 from netweight.errors import OptionError
 from netweight.monitor.martingale import share_bounds
-from netweight.serve import Rollout, hosted
+from netweight.serve import Options, Rollout, hosted
 from netweight.serve.hosted import Models
 from netweight.serve.problems import Problem, full
 from netweight.serve.rollout import Trial, begin, comparable
+from netweight.serve.server import built, checked
 from netweight.serve.steady import Work
 from netweight.task import Classify, Score
 from test_serve import TEXTS, Server, changed
@@ -206,6 +208,28 @@ def test_comparisons_are_bounded(server: Server, made: Path, tmp_path: Path, mon
     trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
     assert len(asks(server, 5)) == 5
     assert trial.rows == 0
+
+
+def test_a_worker_starts_without_a_candidate_that_took_the_place_of_its_model(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the one does that takes the place of a worker that died."""
+    following = changed(made, tmp_path / "next.nw")
+    version = load(following, 1).version
+    options = checked(Options((str(made),), threads=1, candidates=(("made", str(following)),)))
+    made.rename(tmp_path / "old.nw")
+    following.rename(made)
+    app = built(options)
+
+    async def work() -> Any:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/models/made/predict", json={"texts": TEXTS[:2]})
+
+    assert asyncio.run(work()).json()["version"] == version
+    assert not app.state.models.trials
+    assert "the candidate of made is not asked: " in caplog.text
+    app.state.models.close()
 
 
 def test_refusals(made: Path, tmp_path: Path, say: Say) -> None:

@@ -130,7 +130,10 @@ def built(options: Options) -> Any:
     for folder in options.folders:
         models.load(Path(folder))
     for name, folder in options.candidates:
-        begin(models, name, Path(folder), options.rollout)
+        try:
+            begin(models, name, Path(folder), options.rollout)
+        except NetweightError as problem:  # it was there when the server started: by now it may have the model's place
+            log.error("the candidate of %s is not asked: %s", name, problem)
     recorder, watching = written(options, models, metrics)
     app = application(models, metrics, Path(options.keys) if options.keys else None, recorder)
     app.state.models = models
