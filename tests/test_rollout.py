@@ -15,6 +15,7 @@ import pytest
 
 from conftest import Say
 from netweight import artifact
+from netweight.cluster.online import Replica
 from netweight.engine import load
 from netweight.errors import OptionError
 from netweight.monitor.martingale import share_bounds
@@ -287,6 +288,35 @@ def test_the_least_recently_asked_sleeps_and_wakes(made: Path, monkeypatch: pyte
     with pytest.raises(Problem, match="there is no model 'd' here; there are: a, b, c"):
         asyncio.run(labels("d"))
     models.close()
+
+
+def test_room_is_made_before_a_model_wakes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = artifact.size(made, artifact.read_manifest(made))
+    grows = [0, 2 * size, 2 * size]  # before a, after a; b and c take the bytes of their files
+    monkeypatch.setattr(hosted, "resident", lambda: grows.pop(0) if len(grows) > 1 else grows[0])
+    models, usual, awake = Models(1, memory=3 * size), hosted.load, list[set[str]]()
+    monkeypatch.setattr(hosted, "load", lambda *given: (awake.append({one.name for one in models}), usual(*given))[1])
+    for name in "abc":
+        models.load(made, name)
+    assert awake == [set(), {"a"}, {"b"}], "the bytes of c's files would have been too many"
+    assert models["a"].memory == 2 * size, "as when it was loaded first, though nothing grew now"
+    assert awake[3:] == [{"c"}]
+    models._memory = size
+    assert models["b"].name == "b"
+    assert awake[4:] == [set()]
+    models.close()
+
+
+def test_a_server_is_ready_while_its_models_sleep(server: Server) -> None:
+    replica = Replica()
+    replica.app, server.app.state.models = server.app, server.models
+    server.models._hosted.clear()  # as for a moment, where one has gone and the next is read
+    assert server.get("/readyz").status_code == 200
+    replica.check_health()
+    server.models._known.clear()
+    assert server.get("/readyz").json()["code"] == "not-ready"
+    with pytest.raises(RuntimeError, match="no model is loaded"):
+        replica.check_health()
 
 
 def test_one_model_is_always_awake(made: Path) -> None:

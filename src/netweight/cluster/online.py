@@ -169,7 +169,7 @@ class Replica:
 
     def check_health(self) -> None:
         """As GET /readyz: raises where no model is loaded."""
-        if not list(self.app.state.models):
+        if not self.app.state.models.known:
             raise RuntimeError("no model is loaded")
 
 

@@ -116,8 +116,8 @@ def _beside(app: FastAPI, models: Models, metrics: Metrics) -> None:
 
     @app.get("/readyz", responses=responses(503))
     async def ready() -> Any:
-        """Whether a model answers."""
-        if not list(models):
+        """Whether a model answers, if need be once it is woken."""
+        if not models.known:
             raise Problem(503, "not-ready", "no model is loaded yet; try again.", {"Retry-After": "1"})
         return {"status": "ready"}
 
