@@ -114,7 +114,10 @@ def deployed(options: Options, scale: Scale) -> Iterator[str]:
             raise EndpointError("this Ray Serve does not work with this protobuf; pip install 'protobuf<7'") from None
         yield f"http{'s' if options.tls else ''}://{options.host}:{options.port}"
     finally:
-        ray_serve.shutdown()
+        if ray_serve.status().applications.keys() - {_NAME}:  # of others, who came since
+            ray_serve.delete(_NAME)
+        else:
+            ray_serve.shutdown()
 
 
 def _start(options: Options) -> None:

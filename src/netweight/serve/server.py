@@ -87,6 +87,7 @@ def checked(options: Options) -> Options:
         comparable(name, held[name], artifact.check(folder))
     if options.keys is not None:
         read_keys(Path(options.keys))
+        options = replace(options, keys=str(Path(options.keys).absolute()))
     if options.keep is not None and not any(manifest.task.confident for manifest in held.values()):
         raise OptionError(
             "--keep is for texts of which a model is not sure, and scores carry no confidence: leave it out."
@@ -96,9 +97,12 @@ def checked(options: Options) -> Options:
         writable(Path(options.log))
     if options.webhook is not None:
         Webhook(options.webhook)
-    for file in options.tls or ():
-        if not Path(file).is_file():
-            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+    if options.tls is not None:
+        for file in options.tls:
+            if not Path(file).is_file():
+                raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+        certificate, key = (str(Path(file).absolute()) for file in options.tls)
+        options = replace(options, tls=(certificate, key))
     return replace(
         options,
         folders=tuple(map(str, folders)),
