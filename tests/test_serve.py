@@ -372,6 +372,24 @@ def test_a_deadline_holds_while_the_engine_works(server: Server, milliseconds: i
     server.run(work)
 
 
+def test_an_answer_that_nobody_waits_for_ends_no_queue() -> None:
+    """As where a deadline has passed, and the event loop ended before the turn did."""
+    slow = Slow()
+    queue = slow.queue(patience=100)
+
+    async def leaves() -> None:
+        queue.ask(["a"])
+        await _taken(slow)
+
+    async def stays() -> Said:
+        return await asyncio.wait_for(queue.ask(["b"]), 10)
+
+    asyncio.run(leaves())
+    slow.free.set()
+    assert asyncio.run(stays()).outputs.tier.tolist() == [0]
+    queue.close()
+
+
 def test_texts_and_pairs_are_not_mixed_and_closing_answers_what_waits() -> None:
     async def work() -> None:
         slow = Slow()

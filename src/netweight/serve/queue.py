@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -221,7 +222,8 @@ class Queue:
 
 
 def _tell(told: Sequence[tuple[Asked, Said | Exception]]) -> None:
-    told[0][0].future.get_loop().call_soon_threadsafe(_deliver, told)
+    with suppress(RuntimeError):  # the loop is closed, so nobody waits for it any more
+        told[0][0].future.get_loop().call_soon_threadsafe(_deliver, told)
 
 
 def _deliver(told: Sequence[tuple[Asked, Said | Exception]]) -> None:

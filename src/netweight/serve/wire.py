@@ -76,7 +76,7 @@ class Wire(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Nothing is awaited."""
         if not self.parser.should_upgrade():
-            self._due = None
+            self._due, self._head = None, 0
             super().on_message_complete()
 
     def pause_writing(self) -> None:
