@@ -6,11 +6,13 @@ import asyncio
 import gzip
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -22,7 +24,7 @@ import netweight
 from conftest import Say, Shop, many_rows
 from netweight import artifact
 from netweight.client import Client
-from netweight.cluster import batch, predict_parts
+from netweight.cluster import batch, online, predict_parts
 from netweight.cluster.batch import Work, answer
 from netweight.cluster.online import Scale, deployed
 from netweight.cluster.parts import STORE, Done, opened, parts_of
@@ -31,7 +33,7 @@ from netweight.errors import DataError, EndpointError, MissingExtra, OptionError
 from netweight.predict import predict
 from netweight.serve.keys import add_key
 from netweight.serve.schema import MOST_BYTES
-from netweight.serve.server import Options, built
+from netweight.serve.server import Options, built, checked
 from test_serve import TEXTS, changed
 from test_server import free_port, until
 
@@ -273,6 +275,39 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, made: P
     for work in (connected("local"), deployed(Options((str(made),)), Scale())):
         with pytest.raises(MissingExtra, match=r"pip install '\.\[ray\]'"), work:
             pass
+
+
+@pytest.mark.parametrize(("others", "ended"), [((), "everything"), (("theirs",), "netweight")])
+def test_the_end_of_a_server_is_not_the_end_of_what_others_serve(
+    made: Path, monkeypatch: pytest.MonkeyPatch, others: tuple[str, ...], ended: str
+) -> None:
+    """They came while it ran: a cluster that serves something already is refused."""
+    there, ends = dict[str, None](), list[str]()
+    fake = SimpleNamespace(
+        status=lambda: SimpleNamespace(applications=there),
+        run=lambda application, name, route_prefix: there.update({name: None}),
+        delete=ends.append,
+        shutdown=lambda: ends.append("everything"),
+    )
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(serve=fake))
+    monkeypatch.setattr(online, "cores", lambda: (1, 1))
+    monkeypatch.setattr(online, "_start", lambda options: None)
+    monkeypatch.setattr(online, "_application", lambda options, scale: None)
+    with deployed(Options((str(made),)), Scale()):
+        there.update(dict.fromkeys(others))
+        assert not ends
+    assert ends == [ended]
+
+
+def test_files_are_named_for_every_node(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas run in folders of their own."""
+    monkeypatch.chdir(tmp_path)
+    add_key(Path("keys.jsonl"), "shop")
+    for name in ("certificate.pem", "key.pem"):
+        Path(name).touch()
+    found = checked(Options((made.name,), keys="keys.jsonl", tls=("certificate.pem", "key.pem")))
+    assert (found.folders, found.keys) == ((str(made),), str(tmp_path / "keys.jsonl"))
+    assert found.tls == (str(tmp_path / "certificate.pem"), str(tmp_path / "key.pem"))
 
 
 # --- two nodes ---

@@ -241,15 +241,17 @@ class Kept(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.said = b""
+        self.said, self.closed = b"", False
 
     def write(self, data: Any) -> None:
         self.said += data
 
     def is_closing(self) -> bool:
-        return False
+        return self.closed
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.closed = True
+
     def pause_reading(self) -> None: ...
     def resume_reading(self) -> None: ...
 
@@ -270,6 +272,44 @@ def test_many_wishes_at_once_are_answered() -> None:
         return transport.said
 
     assert asyncio.run(work()).count(b"HTTP/1.1 200 OK") == 600
+
+
+def test_trailers_are_nobodys_headers_and_as_long_as_a_head_at_most() -> None:
+    """The parser tells of them as of headers, and keeps one that has no end."""
+    start = b"POST / HTTP/1.1\r\nHost: fuzz\r\nTransfer-Encoding: chunked\r\n\r\n"
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        seen.append(scope["headers"])
+        await PlainTextResponse("yes")(scope, receive, send)
+
+    async def fed(*parts: bytes) -> tuple[int, bytes]:
+        """Bytes that were taken, and what came back."""
+        config = uvicorn.Config(app, ws="none", log_config=None, access_log=False)
+        state, transport, taken = ServerState(), Kept(), 0
+        wire = Wire(config, state, {}, asyncio.get_running_loop())
+        wire.connection_made(transport)
+        for part in parts:
+            if not transport.closed:
+                wire.data_received(part)
+                taken += len(part)
+        if not transport.closed:
+            await asyncio.gather(*state.tasks)
+        wire.connection_lost(None)
+        await asyncio.gather(*state.tasks)
+        return taken, transport.said
+
+    at_once = start + b"1\r\nx\r\n0\r\n" + b"a: b\r\n" * 5000 + b"Authorization: Bearer x\r\n\r\n"
+    assert asyncio.run(fed(at_once))[1].startswith(b"HTTP/1.1 200 OK")
+    assert seen == [[(b"host", b"fuzz"), (b"transfer-encoding", b"chunked")]]
+    for part in (b"b" * 10_000, b"b\r\na: " * 1000):
+        taken, said = asyncio.run(fed(start + b"1\r\nx\r\n", b"0\r\na: ", *[part] * 1000))
+        assert problem(said) == (431, "head-too-large")
+        assert taken < 2**16 + 20_000
+    whole = [b"3e8\r\n" + b"x" * 1000 + b"\r\n"] * 1000
+    assert asyncio.run(fed(start, *whole, b"0\r\n\r\n"))[1].startswith(b"HTTP/1.1 200 OK"), "bodies may be longer"
 
 
 def test_clients_that_go_in_the_middle_are_no_fault_of_the_server(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import logging
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +24,11 @@ from netweight.errors import OptionError
 from netweight.monitor import Alert, Monitor, Record, lines, monitors, replay
 from netweight.serve import Options, recorder
 from netweight.serve.app import application
-from netweight.serve.hosted import Models
+from netweight.serve.hosted import Hosted, Models
 from netweight.serve.metrics import Metrics
 from netweight.serve.recorder import Keeper, Recorder
 from netweight.serve.server import checked
+from netweight.serve.steady import Said
 from netweight.serve.watching import Watching
 from netweight.signals import AGREES, NAMES, Histogram
 from netweight.task import Score
@@ -42,6 +46,11 @@ def models(made: Path) -> Models:
     return held
 
 
+def offered(writer: Recorder, hosted: Hosted, said: Said) -> None:
+    """As rows that come and are answered."""
+    writer.offer(hosted, TEXTS, None, said, writer.drawn(len(TEXTS)))
+
+
 def test_rows_are_written_down_without_their_text(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +60,7 @@ def test_rows_are_written_down_without_their_text(
     writer = Recorder(log, rate=1000)
     said = answer(hosted.engine, TEXTS)
     for _ in range(3):
-        writer.offer(hosted, TEXTS, None, said)
+        offered(writer, hosted, said)
     writer.close()
     records = [Record.from_line(line) for line in lines(log)]
     assert len(records) == 3 * len(TEXTS)
@@ -76,13 +85,48 @@ def test_no_more_rows_are_taken_than_allowed(models: Models, tmp_path: Path) -> 
     said = answer(hosted.engine, TEXTS)
     writer = Recorder(log, rate=4)
     for _ in range(50):
-        writer.offer(hosted, TEXTS, None, said)
+        offered(writer, hosted, said)
     writer.close()
     assert 1 <= len(list(lines(log))) <= 10
     writer = Recorder(log, rate=1000)
-    writer.offer(replace(hosted, fingerprint=None), TEXTS, None, said)
+    offered(writer, replace(hosted, fingerprint=None), said)
     writer.close()
     assert len(list(lines(log))) <= 10, "a model without a fingerprint is not watched"
+
+
+def test_rows_are_drawn_when_they_come_and_not_when_they_are_answered(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a burst what an early tier is sure of is answered first: it would be all that is watched."""
+    server, log, first, last = Server(made, "made"), tmp_path / "rows.log", TEXTS[0], f"{TEXTS[1]} " * 3
+    writer = Recorder(log, rate=0.001)
+    writer._allowed = 1.0
+    server.app = application(server.models, server.metrics, recorder=writer)
+    usual = server.models.answer
+
+    async def work(client: Any) -> None:
+        came, free = asyncio.Event(), asyncio.Event()
+
+        async def answer(name: str, texts: Sequence[str], *more: Any) -> Any:
+            if texts[0] == first:
+                came.set()
+                await free.wait()
+            return await usual(name, texts, *more)
+
+        monkeypatch.setattr(server.models, "answer", answer)
+        slow = asyncio.create_task(client.post("/v1/models/made/predict", json={"texts": [first]}))
+        await came.wait()
+        assert (await client.post("/v1/models/made/predict", json={"texts": [last]})).status_code == 200
+        free.set()
+        assert (await slow).status_code == 200
+
+    server.run(work)
+    writer.close()
+    hosted = server.models["made"]
+    assert hosted.fingerprint is not None
+    encoder = hosted.engine.encoder
+    signals = hosted.fingerprint.signals(encoder, encoder.encode([first]), answer(hosted.engine, [first]).outputs)
+    assert [Record.from_line(line).values["length"] for line in lines(log)] == pytest.approx(signals["length"].tolist())
 
 
 def test_texts_worth_labelling_are_kept_once(models: Models, tmp_path: Path) -> None:
@@ -150,12 +194,12 @@ def test_a_log_that_is_moved_away_is_begun_anew(models: Models, tmp_path: Path) 
     hosted, log = models["made"], tmp_path / "rows.log"
     said = answer(hosted.engine, TEXTS)
     writer = Recorder(log, rate=1000)
-    writer.offer(hosted, TEXTS, None, said)
+    offered(writer, hosted, said)
     deadline = time.monotonic() + 10
     while not log.read_text() and time.monotonic() < deadline:
         time.sleep(0.01)
     log.rename(tmp_path / "rows.log.1")
-    writer.offer(hosted, TEXTS, None, said)
+    offered(writer, hosted, said)
     writer.close()
     assert len(log.read_text().splitlines()) == len((tmp_path / "rows.log.1").read_text().splitlines()) == len(TEXTS)
 
@@ -169,10 +213,10 @@ def test_a_log_that_cannot_be_begun_anew_at_once_is_begun_later(
     writer = Recorder(log, rate=1000)
     log.rename(tmp_path / "rows.log.1")
     log.mkdir()
-    writer.offer(hosted, TEXTS, None, said)
+    offered(writer, hosted, said)
     until(lambda: "rows could not be written down" in caplog.text)
     log.rmdir()
-    writer.offer(hosted, TEXTS, None, said)
+    offered(writer, hosted, said)
     writer.close()
     assert len(log.read_text().splitlines()) == len(TEXTS)
 
@@ -236,7 +280,7 @@ def test_a_failure_to_write_is_said_and_nothing_else_happens(
     writer = Recorder(log, rate=1000)
     monkeypatch.setattr(writer, "_records", lambda sample: 1 / 0)
     with caplog.at_level(logging.ERROR):
-        writer.offer(hosted, TEXTS, None, said)
+        offered(writer, hosted, said)
         writer.close()
     assert "rows could not be written down" in caplog.text
     assert not log.read_text()

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
 from conftest import Say
 from netweight import artifact
+from netweight.cluster.online import Replica
 from netweight.engine import load
 from netweight.errors import OptionError
 from netweight.monitor.martingale import share_bounds
-from netweight.serve import Rollout, hosted
+from netweight.serve import Options, Rollout, hosted
 from netweight.serve.hosted import Models
 from netweight.serve.problems import Problem, full
 from netweight.serve.rollout import Trial, begin, comparable
+from netweight.serve.server import built, checked
 from netweight.serve.steady import Work
 from netweight.task import Classify, Score
 from test_serve import TEXTS, Server, changed
@@ -148,11 +152,85 @@ def test_another_version_starts_the_count_anew(server: Server, made: Path, tmp_p
     assert trial.verdict == "harmful"
 
 
+def test_a_comparison_with_the_version_before_does_not_count(server: Server, made: Path, tmp_path: Path) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
+    usual, free = trial.candidate.queue._step, threading.Event()
+
+    def held(work: Work) -> Work:
+        assert free.wait(10)
+        return usual(work)
+
+    trial.candidate.queue._step = held
+
+    async def work(client: Any) -> None:
+        await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:5]})
+        server.models.load(changed(made, tmp_path / "newer.nw"), "shop")
+        await client.post("/v1/models/shop/predict", json={"texts": TEXTS[:5]})
+        assert len(trial._running) == 2
+        free.set()
+        await asyncio.gather(*trial._running)
+
+    server.run(work)
+    assert trial.rows == 1
+
+
+def test_what_is_safe_may_prove_harmful_and_stays_so(server: Server, made: Path, tmp_path: Path) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.05))
+    shop = server.models["shop"]
+
+    def seen(count: int, different: bool) -> str:
+        for _ in range(count):
+            trial._seen(shop.engine.version, different)
+        return trial.verdict
+
+    assert trial.chosen(shop)
+    assert seen(116, different=False) == "safe"
+    assert seen(20, different=True) == "harmful"
+    assert not trial.chosen(shop)
+    assert seen(1000, different=False) == "harmful"
+    assert trial.bounds[1] < 0.05
+
+
+@pytest.mark.parametrize("mode", ["shadow", "canary"])
+def test_explanations_are_nobodys_texts_to_a_candidate(server: Server, made: Path, tmp_path: Path, mode: Any) -> None:
+    trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout(mode, 1.0, 0.3))
+
+    async def work(client: Any) -> set[str]:
+        found = [await client.post("/v1/models/shop/explain", json={"text": TEXTS[0]}) for _ in range(5)]
+        await asyncio.gather(*trial._running)
+        return {response.json()["version"] for response in found}
+
+    assert server.run(work) == {load(made, 1).version}
+    assert trial.rows == 0
+
+
 def test_comparisons_are_bounded(server: Server, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("netweight.serve.rollout._AT_ONCE", 0)
     trial = candidate(server, changed(made, tmp_path / "next.nw"), Rollout("shadow", 1.0, 0.3))
     assert len(asks(server, 5)) == 5
     assert trial.rows == 0
+
+
+def test_a_worker_starts_without_a_candidate_that_took_the_place_of_its_model(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the one does that takes the place of a worker that died."""
+    following = changed(made, tmp_path / "next.nw")
+    version = load(following, 1).version
+    options = checked(Options((str(made),), threads=1, candidates=(("made", str(following)),)))
+    made.rename(tmp_path / "old.nw")
+    following.rename(made)
+    app = built(options)
+
+    async def work() -> Any:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post("/v1/models/made/predict", json={"texts": TEXTS[:2]})
+
+    assert asyncio.run(work()).json()["version"] == version
+    assert not app.state.models.trials
+    assert "the candidate of made is not asked: " in caplog.text
+    app.state.models.close()
 
 
 def test_refusals(made: Path, tmp_path: Path, say: Say) -> None:
@@ -210,6 +288,35 @@ def test_the_least_recently_asked_sleeps_and_wakes(made: Path, monkeypatch: pyte
     with pytest.raises(Problem, match="there is no model 'd' here; there are: a, b, c"):
         asyncio.run(labels("d"))
     models.close()
+
+
+def test_room_is_made_before_a_model_wakes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = artifact.size(made, artifact.read_manifest(made))
+    grows = [0, 2 * size, 2 * size]  # before a, after a; b and c take the bytes of their files
+    monkeypatch.setattr(hosted, "resident", lambda: grows.pop(0) if len(grows) > 1 else grows[0])
+    models, usual, awake = Models(1, memory=3 * size), hosted.load, list[set[str]]()
+    monkeypatch.setattr(hosted, "load", lambda *given: (awake.append({one.name for one in models}), usual(*given))[1])
+    for name in "abc":
+        models.load(made, name)
+    assert awake == [set(), {"a"}, {"b"}], "the bytes of c's files would have been too many"
+    assert models["a"].memory == 2 * size, "as when it was loaded first, though nothing grew now"
+    assert awake[3:] == [{"c"}]
+    models._memory = size
+    assert models["b"].name == "b"
+    assert awake[4:] == [set()]
+    models.close()
+
+
+def test_a_server_is_ready_while_its_models_sleep(server: Server) -> None:
+    replica = Replica()
+    replica.app, server.app.state.models = server.app, server.models
+    server.models._hosted.clear()  # as for a moment, where one has gone and the next is read
+    assert server.get("/readyz").status_code == 200
+    replica.check_health()
+    server.models._known.clear()
+    assert server.get("/readyz").json()["code"] == "not-ready"
+    with pytest.raises(RuntimeError, match="no model is loaded"):
+        replica.check_health()
 
 
 def test_one_model_is_always_awake(made: Path) -> None:

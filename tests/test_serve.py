@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -237,20 +238,40 @@ def test_a_queue_refuses_what_would_wait_too_long(monkeypatch: pytest.MonkeyPatc
 
     async def work() -> None:
         slow = Slow()
-        queue = slow.queue(patience=5)
+        queue = slow.queue(patience=7)
         first = queue.ask(["a"])
         await _taken(slow)
         rest = [queue.ask(["b"]), queue.ask(["c"]), queue.ask(["d"])]
         with pytest.raises(Problem) as refused:
             queue.ask(["e"])
         assert (refused.value.status, refused.value.code) == (429, "queue-full")
-        assert refused.value.headers["Retry-After"] == "6"
+        assert refused.value.headers["Retry-After"] == "8"
         assert len(queue) == 3
         slow.free.set()
         await asyncio.gather(first, *rest)
         queue.close()
         with pytest.raises(Problem, match="shutting down"):
             queue.ask(["f"])
+
+    asyncio.run(work())
+
+
+def test_a_turn_that_is_worked_on_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queues, "_FIRST_GUESS", 1.0)  # each token takes a second
+
+    async def work() -> None:
+        slow = Slow()
+        queue = slow.queue(patience=5)
+        first = queue.ask(["a" * 32])  # ten tokens
+        await _taken(slow)
+        assert len(queue) == 0, "nothing waits"
+        with pytest.raises(Problem) as refused:
+            queue.ask(["b"])
+        assert (refused.value.code, refused.value.headers["Retry-After"]) == ("queue-full", "10")
+        slow.free.set()
+        await first
+        await queue.ask(["c"])
+        queue.close()
 
     asyncio.run(work())
 
@@ -364,6 +385,45 @@ def test_late_and_cancelled_requests_leave_the_queue() -> None:
         assert slow.seen == [["a"], ["stays"]]
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("milliseconds", [30, 200])
+def test_a_deadline_holds_while_the_engine_works(server: Server, milliseconds: int) -> None:
+    usual, free = server.models["shop"].queue._step, threading.Event()
+
+    def held(work: Work) -> Work:
+        assert free.wait(10)
+        return usual(work)
+
+    server.models["shop"].queue._step = held
+
+    async def work(client: Any) -> None:
+        began = time.monotonic()
+        said = await client.post("/v1/models/shop/predict", json={"texts": ["a"], "deadline_ms": milliseconds})
+        assert milliseconds / 1000 <= time.monotonic() - began < 5
+        assert (said.status_code, said.json()["code"]) == (504, "deadline-passed")
+        free.set()
+        assert (await client.post("/v1/models/shop/predict", json={"texts": ["a"]})).status_code == 200
+
+    server.run(work)
+
+
+def test_an_answer_that_nobody_waits_for_ends_no_queue() -> None:
+    """As where a deadline has passed, and the event loop ended before the turn did."""
+    slow = Slow()
+    queue = slow.queue(patience=100)
+
+    async def leaves() -> None:
+        queue.ask(["a"])
+        await _taken(slow)
+
+    async def stays() -> Said:
+        return await asyncio.wait_for(queue.ask(["b"]), 10)
+
+    asyncio.run(leaves())
+    slow.free.set()
+    assert asyncio.run(stays()).outputs.tier.tolist() == [0]
+    queue.close()
 
 
 def test_texts_and_pairs_are_not_mixed_and_closing_answers_what_waits() -> None:

@@ -114,7 +114,10 @@ def deployed(options: Options, scale: Scale) -> Iterator[str]:
             raise EndpointError("this Ray Serve does not work with this protobuf; pip install 'protobuf<7'") from None
         yield f"http{'s' if options.tls else ''}://{options.host}:{options.port}"
     finally:
-        ray_serve.shutdown()
+        if ray_serve.status().applications.keys() - {_NAME}:  # of others, who came since
+            ray_serve.delete(_NAME)
+        else:
+            ray_serve.shutdown()
 
 
 def _start(options: Options) -> None:
@@ -169,7 +172,7 @@ class Replica:
 
     def check_health(self) -> None:
         """As GET /readyz: raises where no model is loaded."""
-        if not list(self.app.state.models):
+        if not self.app.state.models.known:
             raise RuntimeError("no model is loaded")
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from netweight.serve.hosted import Hosted, Models
 from netweight.serve.keys import OPEN, Gate
 from netweight.serve.metrics import Metrics
 from netweight.serve.pages import playground
-from netweight.serve.problems import Problem, gone
+from netweight.serve.problems import Problem, gone, late
 from netweight.serve.recorder import Recorder
 from netweight.serve.schema import Fault, Question, Reply, question, responses
 from netweight.serve.steady import Said
@@ -69,15 +70,15 @@ def application(
     async def predict(name: str, request: Request) -> Response:
         """Predictions for texts, or for pairs of texts."""
         # `Direct` comes here without a route; the route says in OpenAPI what there is.
-        began = time.perf_counter()
-        status = 500
+        began, status = time.perf_counter(), 500
         try:
             models.require(name)  # before the body is read
             asked = question(await bodies.read(request))
+            rows = recorder.drawn(len(asked.first)) if recorder is not None else []
             hosted, said = await _answered(models, name, asked, request)
             metrics.said(hosted, said)
             if recorder is not None:
-                recorder.offer(hosted, asked.first, asked.second, said)
+                recorder.offer(hosted, asked.first, asked.second, said, rows)
             status = 200
             return Response(reply(hosted, said, asked.scores), media_type="application/json")
         except Problem as problem:
@@ -92,7 +93,7 @@ def application(
             if status == 200:  # how soon others were refused says nothing of how soon one is answered
                 metrics.latency.labels(name).observe(time.perf_counter() - began)
 
-    explanations(app, models, bodies.read, _answered)
+    explanations(app, models, bodies.read, partial(_answered, tried=False))
     _beside(app, models, metrics)
     playground(app)
     app.add_middleware(Direct, predict=predict)
@@ -118,8 +119,8 @@ def _beside(app: FastAPI, models: Models, metrics: Metrics) -> None:
 
     @app.get("/readyz", responses=responses(503))
     async def ready() -> Any:
-        """Whether a model answers."""
-        if not list(models):
+        """Whether a model answers, if need be once it is woken."""
+        if not models.known:
             raise Problem(503, "not-ready", "no model is loaded yet; try again.", {"Retry-After": "1"})
         return {"status": "ready"}
 
@@ -171,17 +172,21 @@ def _described(app: FastAPI, keyed: bool) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
-async def _answered(models: Models, name: str, asked: Question, request: Request) -> tuple[Hosted, Said]:
-    """The engine's answer; a client that goes away takes its request out of the queue."""
-    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, asked.deadline_ms / 1000))
+async def _answered(
+    models: Models, name: str, asked: Question, request: Request, tried: bool = True
+) -> tuple[Hosted, Said]:
+    """The engine's answer; a client that goes away takes its request out of the queue. There, deadlines are looked at
+    when a turn begins; here they hold within one too, and while a model wakes."""
+    seconds = asked.deadline_ms / 1000
+    answer = asyncio.ensure_future(models.answer(name, asked.first, asked.second, seconds, tried))
     waited: list[asyncio.Future[Any]] = [answer]
     try:
-        done, _ = await asyncio.wait(waited, timeout=_PATIENT)
-        if not done:
+        done, _ = await asyncio.wait(waited, timeout=min(_PATIENT, seconds))
+        if not done and seconds > _PATIENT:
             waited.append(asyncio.ensure_future(_gone(request.receive)))
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise gone()
+            done, _ = await asyncio.wait(waited, timeout=seconds - _PATIENT, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise gone() if done else late()
         return answer.result()
     finally:  # also where this is cancelled, as Ray Serve does when a client goes
         for one in waited:

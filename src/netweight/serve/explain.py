@@ -21,10 +21,10 @@ Ask = Callable[[Models, str, Question, Request], Awaitable[tuple[Hosted, Said]]]
 
 
 def explanations(app: FastAPI, models: Models, body: Body, ask: Ask) -> None:
-    """Add the endpoint. `body` reads a request, `ask` answers rows: as for predictions.
+    """Add the endpoint. `body` reads a request, `ask` answers rows: as for predictions, but without a candidate.
 
     The rows without a word are nobody's texts, so they count neither as requests nor in tiers and confidences, which
-    tell how customers' texts fare; the time that the engine works on them does count.
+    tell how customers' texts fare, nor for a candidate; the time that the engine works on them does count.
     """
 
     @app.post(

@@ -104,8 +104,8 @@ class Models:
         threads: of every engine.
         patience: seconds that a request may wait for an engine, when nothing is being loaded.
         observe: told name, rows and seconds of each batch.
-        memory: bytes that models may take together; the least recently asked sleep, and wake when they are asked. One
-            is always awake.
+        memory: bytes that models may take together; the least recently asked sleep before another one is loaded, and
+            wake when they are asked. One that takes more is awake alone.
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class Models:
         self._calm = 0.0  # when loading is over and done with
         self._hosted: OrderedDict[str, Hosted] = OrderedDict()  # awake, the least recently asked first
         self._known: dict[str, tuple[Path, dict[str, Any]]] = {}  # where they lie, and what is said of them
+        self._took: dict[str, int] = {}  # bytes of memory that they take
         self._changing = threading.Lock()
         self.trials: dict[str, Second] = {}
 
@@ -164,9 +165,14 @@ class Models:
                 ) from problem
 
     async def answer(
-        self, name: str, texts: Sequence[str], pairs: Sequence[str] | None = None, seconds: float = 30.0
+        self,
+        name: str,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        seconds: float = 30.0,
+        tried: bool = True,
     ) -> tuple[Hosted, Said]:
-        """Answers, and who gave them. Raises Problem."""
+        """Answers, and who gave them; no candidate sees rows that are not to be `tried`. Raises Problem."""
         self.require(name)
         while True:
             hosted = self._hosted.get(name)
@@ -174,7 +180,7 @@ class Models:
                 hosted = await asyncio.to_thread(self._wake, name)
             with suppress(KeyError):  # it was put to sleep in between
                 self._hosted.move_to_end(name)
-            trial = self.trials.get(name)
+            trial = self.trials.get(name) if tried else None
             try:
                 expect(hosted.engine.paired, pairs is not None, name)
                 if trial is not None and trial.chosen(hosted):
@@ -203,19 +209,27 @@ class Models:
             return self._load(folder, name)
 
     def _load(self, folder: Path, name: str) -> Hosted:
-        hosted, before = self.made(folder, name), self._hosted.get(name)
+        before = self._hosted.get(name)
+        hosted = self.made(folder, name, alone=before is None)
         self._hosted[name] = hosted
-        self._known[name] = folder, hosted.about
+        self._known[name], self._took[name] = (folder, hosted.about), hosted.memory
         if before is not None:
             before.queue.close()
         self._hosted.move_to_end(name)
         self._make_room()
         return hosted
 
-    def made(self, folder: Path, name: str) -> Hosted:
-        """Verified, loaded and warm, but not asked by anybody. Raises ArtifactError or CorruptArtifact."""
-        held, mark = resident(), _mark(folder)  # before anything is read: what comes in between is seen later
+    def made(self, folder: Path, name: str, alone: bool = False) -> Hosted:
+        """Verified, loaded and warm, but not asked by anybody; where it comes `alone`, and not beside a version before
+        it, room is made first. Raises ArtifactError or CorruptArtifact."""
+        mark = _mark(folder)  # before anything is read: what comes in between is seen later
         manifest = artifact.check(folder)
+        least = artifact.size(folder, manifest)
+        if alone:
+            # Where another one has just gone, its pages may be taken again, and how much the process grew says little.
+            least = max(least, self._took.get(name, 0))
+            self._make_room(least)
+        held = resident()
         engine = load(folder, self._threads)
         engine.warm()
         about = described(name, folder, engine)
@@ -227,12 +241,17 @@ class Models:
             self.patience,
             partial(self._observe, name),
         )
-        memory = max(resident() - held, artifact.size(folder, manifest))
+        memory = max(resident() - held, least)
         self._calm = time.monotonic() + _MOMENT
         return Hosted(name, folder, engine, queue, about, known, memory, mark)
 
-    def _make_room(self) -> None:
-        while self._memory is not None and sum(h.memory for h in self) > self._memory and len(self._hosted) > 1:
+    def _make_room(self, coming: int = 0) -> None:
+        """For so many bytes; where nothing comes, one stays awake, whatever it takes."""
+        while (
+            self._memory is not None
+            and sum(h.memory for h in self) + coming > self._memory
+            and len(self._hosted) > (coming == 0)
+        ):
             name, sleeper = self._hosted.popitem(last=False)
             log.info("%s sleeps: models may take %d bytes, and it was asked least recently", name, self._memory)
             sleeper.queue.close()

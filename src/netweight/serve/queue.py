@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -56,6 +57,11 @@ class _Line:
         self.weight = 0
         self.each = _FIRST_GUESS  # seconds of a token
         self.busy = False
+        self.running, self.since = 0, 0.0  # weight of the turn that is worked on, and when it began
+
+    def left(self, now: float) -> float:
+        """Seconds that this turn should still take."""
+        return max(0.0, self.running * self.each - (now - self.since)) if self.busy else 0.0
 
     def add(self, asked: Asked) -> None:
         self.waiting.append(asked)
@@ -132,13 +138,14 @@ class Queue:
         with self._changed:
             if self._closed:
                 raise closing()
-            handed = self._later / self._begun  # seconds of later tiers for each token
+            now, handed = time.monotonic(), self._later / self._begun  # seconds of later tiers for each token
             wait = sum(line.weight * line.each for line in self._lines) + self._lines[0].weight * handed
-            patience = self._standing.patience(wait if len(self) else 0.0, self._patience())
-            if len(self) and wait > patience:
+            patience = self._standing.patience(wait, self._patience())
+            wait += sum(line.left(now) for line in self._lines)  # not for `standing`: what runs is no queue
+            if wait > patience:
                 raise full(wait)
             loop = asyncio.get_running_loop()
-            asked = Asked(texts, pairs, time.monotonic() + seconds, weight, loop.create_future())
+            asked = Asked(texts, pairs, now + seconds, weight, loop.create_future())
             self._lines[0].add(asked)
             self._changed.notify_all()
         return asked.future
@@ -215,13 +222,15 @@ class Queue:
                 self._changed.wait()
             batch = line.taken()
             line.busy = bool(batch)
+            line.running, line.since = sum(asked.weight for asked in batch), time.monotonic()
             if not batch:
                 self._changed.notify_all()
             return batch
 
 
 def _tell(told: Sequence[tuple[Asked, Said | Exception]]) -> None:
-    told[0][0].future.get_loop().call_soon_threadsafe(_deliver, told)
+    with suppress(RuntimeError):  # the loop is closed, so nobody waits for it any more
+        told[0][0].future.get_loop().call_soon_threadsafe(_deliver, told)
 
 
 def _deliver(told: Sequence[tuple[Asked, Said | Exception]]) -> None:

@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,25 +60,27 @@ class Recorder:
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
-    def offer(self, hosted: Hosted, texts: Sequence[str], pairs: Sequence[str] | None, said: Said) -> None:
-        """An answer. Whether its rows are taken does not depend on what they say."""
-        if hosted.fingerprint is None:
-            return
+    def drawn(self, count: int) -> list[int]:
+        """Which of `count` rows are to be offered: drawn when they arrive, since of a burst those that an early tier is
+        sure of are answered first, and would be taken before the others."""
         now = time.monotonic()
         self._allowed = min(2 * self._rate + 1, self._allowed + (now - self._last) * self._rate)
         self._last = now
-        count = min(len(texts), int(self._allowed))
-        if count < 1:
+        taken = min(count, int(self._allowed))
+        self._allowed -= taken
+        return sorted(self._random.sample(range(count), taken))
+
+    def offer(
+        self, hosted: Hosted, texts: Sequence[str], pairs: Sequence[str] | None, said: Said, rows: list[int]
+    ) -> None:
+        """An answer, and which of its rows were drawn."""
+        if hosted.fingerprint is None or not rows:
             return
-        rows = sorted(self._random.sample(range(len(texts)), count))
         outputs = said.outputs
         part = Said(Outputs(outputs.logits[rows], outputs.confidence[rows], outputs.tier[rows]))
         second = None if pairs is None else [pairs[i] for i in rows]
-        try:
+        with suppress(queue.Full):
             self._waiting.put_nowait(_Sample(hosted, time.time(), [texts[i] for i in rows], second, part))
-            self._allowed -= count
-        except queue.Full:
-            pass
 
     def close(self) -> None:
         """Write what waits."""

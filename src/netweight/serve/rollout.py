@@ -54,17 +54,17 @@ class Trial:
         self, hosted: Hosted, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float
     ) -> tuple[Hosted, Said]:
         """Both are asked; the candidate's answer goes out in a canary, unless it fails."""
-        ours = asyncio.ensure_future(hosted.queue.ask(texts, pairs, seconds))
+        ours, against = asyncio.ensure_future(hosted.queue.ask(texts, pairs, seconds)), hosted.engine.version
         if self.plan.mode == "shadow":
             said = await ours
-            self._beside(self._compare(said, texts, pairs, seconds))
+            self._beside(self._compare(against, said, texts, pairs, seconds))
             return hosted, said
         try:
             said = await self.candidate.queue.ask(texts, pairs, seconds)
         except Exception as problem:
-            self._failed(problem)
+            self._failed(against, problem)
             return hosted, await ours
-        self._beside(self._against_ours(ours, said))
+        self._beside(self._against_ours(against, ours, said))
         return self.candidate, said
 
     def _beside(self, work: Any) -> None:
@@ -75,40 +75,45 @@ class Trial:
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _compare(self, ours: Said, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float) -> None:
+    async def _compare(
+        self, against: str, ours: Said, texts: Sequence[str], pairs: Sequence[str] | None, seconds: float
+    ) -> None:
         i = self._random.randrange(len(texts))
         second = None if pairs is None else [pairs[i]]
         try:
             theirs = await self.candidate.queue.ask([texts[i]], second, seconds)
         except Exception as problem:
-            self._failed(problem)
+            self._failed(against, problem)
             return
-        self._count(ours.stretch(i, i + 1), theirs)
+        self._count(against, ours.stretch(i, i + 1), theirs)
 
-    async def _against_ours(self, ours: asyncio.Future[Said], theirs: Said) -> None:
+    async def _against_ours(self, against: str, ours: asyncio.Future[Said], theirs: Said) -> None:
         try:
             said = await ours
         except Exception:  # ours is busy or broken: that says nothing about the candidate
             return
         i = self._random.randrange(len(said.outputs.logits))
-        self._count(said.stretch(i, i + 1), theirs.stretch(i, i + 1))
+        self._count(against, said.stretch(i, i + 1), theirs.stretch(i, i + 1))
 
-    def _failed(self, problem: Exception) -> None:
+    def _failed(self, against: str, problem: Exception) -> None:
         """A candidate that is only busy did not fail."""
         if not isinstance(problem, Problem):
             log.error("the candidate of %s failed: %s", self.candidate.name, type(problem).__name__)
-            self.failed += 1
-            self._seen(different=True)
+            self._seen(against, different=True, failed=True)
 
-    def _count(self, one: Said, other: Said) -> None:
-        self._seen(int(one.outputs.logits.argmax()) != int(other.outputs.logits.argmax()))
+    def _count(self, against: str, one: Said, other: Said) -> None:
+        self._seen(against, int(one.outputs.logits.argmax()) != int(other.outputs.logits.argmax()))
 
-    def _seen(self, different: bool) -> None:
+    def _seen(self, against: str, different: bool, failed: bool = False) -> None:
+        if against != self._against:  # another version took the model's place meanwhile
+            return
         self.rows += 1
         self.different += different
+        self.failed += failed
         low, high = self.bounds
         found: Verdict = "safe" if high <= self.plan.allowed else "harmful" if low > self.plan.allowed else "undecided"
-        if self.verdict == "undecided" and found != "undecided":
+        # What is safe may yet prove harmful, as where other rows come than before; what is harmful stays so.
+        if found not in (self.verdict, "undecided") and self.verdict != "harmful":
             self.verdict = found
             advice = "it may replace the model" if found == "safe" else "it is asked no more"
             log.warning("%s: the candidate is %s, %s: %s", self.candidate.name, found, advice, self.state())

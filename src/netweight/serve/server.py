@@ -87,6 +87,7 @@ def checked(options: Options) -> Options:
         comparable(name, held[name], artifact.check(folder))
     if options.keys is not None:
         read_keys(Path(options.keys))
+        options = replace(options, keys=str(Path(options.keys).absolute()))
     if options.keep is not None and not any(manifest.task.confident for manifest in held.values()):
         raise OptionError(
             "--keep is for texts of which a model is not sure, and scores carry no confidence: leave it out."
@@ -96,9 +97,12 @@ def checked(options: Options) -> Options:
         writable(Path(options.log))
     if options.webhook is not None:
         Webhook(options.webhook)
-    for file in options.tls or ():
-        if not Path(file).is_file():
-            raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+    if options.tls is not None:
+        for file in options.tls:
+            if not Path(file).is_file():
+                raise OptionError(f"{file} is not there; TLS needs a certificate and its key, both PEM.")
+        certificate, key = (str(Path(file).absolute()) for file in options.tls)
+        options = replace(options, tls=(certificate, key))
     return replace(
         options,
         folders=tuple(map(str, folders)),
@@ -130,7 +134,10 @@ def built(options: Options) -> Any:
     for folder in options.folders:
         models.load(Path(folder))
     for name, folder in options.candidates:
-        begin(models, name, Path(folder), options.rollout)
+        try:
+            begin(models, name, Path(folder), options.rollout)
+        except NetweightError as problem:  # it was there when the server started: by now it may have the model's place
+            log.error("the candidate of %s is not asked: %s", name, problem)
     recorder, watching = written(options, models, metrics)
     app = application(models, metrics, Path(options.keys) if options.keys else None, recorder)
     app.state.models = models

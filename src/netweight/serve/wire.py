@@ -21,11 +21,10 @@ log = logging.getLogger("netweight.access")
 
 
 class Wire(HttpToolsProtocol):
-    """One connection. Seconds that a client may take for a head, a body, and to read an answer; bytes of a head."""
+    """One connection. Seconds that a client may take for a head, a body, and to read an answer; bytes beside a body."""
 
     HEAD_SECONDS, BODY_SECONDS, READ_SECONDS = 10.0, 60.0, 30.0
-    HEAD_BYTES = 2**16
-    LOOK = 1.0  # seconds between looks: one timer for each connection, not several for each request
+    HEAD_BYTES, LOOK = 2**16, 1.0  # LOOK: seconds between looks; one timer a connection, not several a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client came; its first request is awaited."""
@@ -41,7 +40,7 @@ class Wire(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """A head is counted after what came with its beginning: the parser would take any number of bytes."""
+        """What is no body is counted after what came with its beginning: the parser would take any number of bytes."""
         self._unset_keepalive_if_required()
         self._head += len(data)
         waiting: list[bytes | memoryview] = [memoryview(data)]  # the last is next; hundreds may come at once
@@ -54,8 +53,8 @@ class Wire(HttpToolsProtocol):
             except httptools.HttpParserError:
                 self.send_400_response("it cannot be parsed.")
                 break
-        if self._in_head and self._head > self.HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(Problem(431, "head-too-large", f"path and headers may have {self.HEAD_BYTES:,} bytes."))
+        if self._head > self.HEAD_BYTES and not self.transport.is_closing():
+            self._refuse(Problem(431, "head-too-large", f"head and trailers may have {self.HEAD_BYTES:,} bytes."))
 
     def on_message_begin(self) -> None:
         """The first byte of a request."""
@@ -64,17 +63,21 @@ class Wire(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Its application starts, and the body is awaited."""
-        if self.parser.should_upgrade():
-            return  # `_stay` reads it again
-        self._in_head, self._due = False, self.loop.time() + self.BODY_SECONDS
-        super().on_headers_complete()
+        if not self.parser.should_upgrade():  # else `_stay` reads it again
+            self._in_head, self._due = False, self.loop.time() + self.BODY_SECONDS
+            super().on_headers_complete()
+            self.headers = []  # the application has the others: trailers, which come behind a body, are nobody's
+
+    def on_body(self, body: bytes) -> None:
+        """Some of it; bodies have a limit of their own."""
+        self._head = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Nothing is awaited."""
-        if self.parser.should_upgrade():
-            return
-        self._due = None
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            self._due, self._head = None, 0
+            super().on_message_complete()
 
     def pause_writing(self) -> None:
         """The client does not read."""
@@ -101,8 +104,7 @@ class Wire(HttpToolsProtocol):
 
         async def careful(scope: Any, receive: Any, send: Any) -> None:
             async def sent(message: Any) -> None:
-                if self.transport.is_closing():
-                    cycle.disconnected = True
+                cycle.disconnected |= self.transport.is_closing()
                 await send(message)
 
             await app(scope, receive, sent)
@@ -122,15 +124,14 @@ class Wire(HttpToolsProtocol):
     def _look(self) -> None:
         now = self.loop.time()
         self._timer = self.loop.call_later(self.LOOK, self._look)
+        late = self._due is not None and now > self._due and not self.transport.is_closing()
         if self._stuck is not None and now > self._stuck:
             self.transport.abort()
-        elif self._due is None or now <= self._due or self.transport.is_closing():
-            return
-        elif self.flow.read_paused:  # it is the server that does not read
+        elif late and self.flow.read_paused:  # it is the server that does not read
             self._due = now + self.BODY_SECONDS
-        elif self._in_head or self._open():
+        elif late and (self._in_head or self._open()):
             self._refuse(Problem(408, "too-slow", "the request did not arrive in time; send it in one go."))
-        else:  # nothing ever came, or the rest of what was answered already
+        elif late:  # nothing ever came, or the rest of what was answered already
             self.transport.close()
 
     def _open(self) -> bool:
@@ -141,9 +142,8 @@ class Wire(HttpToolsProtocol):
         """Say so, where that cannot be taken for the answer of an earlier request, and close."""
         in_body = not self._in_head and self._open() and self.cycle.more_body and not self.cycle.response_started
         if in_body or not self._open():
-            number = secrets.token_hex(8)
+            response = problem.response(number := secrets.token_hex(8))
             log.info(json.dumps({"id": number, "status": problem.status, "code": problem.code}))
-            response = problem.response(number)
             head = [*response.raw_headers, (b"x-request-id", number.encode()), (b"connection", b"close")]
             lines = [b"%s: %s\r\n" % header for header in head]
             self.transport.write(b"".join([STATUS_LINE[problem.status], *lines, b"\r\n", bytes(response.body)]))
