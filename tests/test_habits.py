@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,34 @@ session(export(tiny_model()).plain, 1)
             assert not kept
         elif not kept:
             pytest.skip("this release of ONNX Runtime has no telemetry here")
+
+
+@pytest.mark.parametrize("name", ["openvino", "nncf"])
+def test_openvino_and_nncf_make_no_id_and_send_nothing(name: str, tmp_path: Path) -> None:
+    """They ask for consent where they are imported, NNCF not in pytest: so in a process of its own."""
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed here")
+    code = """
+import os, sys
+from netweight import quiet
+quiet.openvino()
+from openvino.tools import ovc
+assert not getattr(ovc.telemetry, "consent", False), "this one sends what it is given"
+if sys.argv[1] == "nncf":
+    quiet.nncf()
+    from nncf.telemetry import decorator, wrapper
+    assert not isinstance(decorator.telemetry, wrapper.NNCFTelemetry)
+assert "pytest" not in sys.modules
+assert (os.environ["CI"], os.environ.get("NNCF_CI")) == ("", None), "told during the import alone"
+"""
+    python(code, name, HOME=str(tmp_path), CI="")
+    assert not (tmp_path / "intel").exists(), "an id of this machine, for Google Analytics"
+
+
+def test_openvino_and_nncf_are_imported_in_one_place() -> None:
+    for name, source in sources():
+        for line, full in imported(source, f"netweight.{name}"):
+            assert full.split(".")[0] not in ("openvino", "nncf") or name == "quiet", f"{name}:{line}: {full}"
 
 
 @pytest.mark.slow

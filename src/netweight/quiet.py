@@ -4,46 +4,62 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from netweight.errors import MissingExtra
 
-_TELEMETRY = "ORT_DISABLE_TELEMETRY"
-# What Flower reads, and what it sets, while it is imported.
-_FLOWER = ("FLWR_TELEMETRY_ENABLED", "GRPC_VERBOSITY", "RAY_ENABLE_UV_RUN_RUNTIME_ENV")
 
-
-def onnxruntime() -> Any:
-    """ONNX Runtime. As soon as it is imported (1.32, Linux) it looks for mobile.events.data.microsoft.com, from C++ and
-    therefore unseen by Python's audit hooks. Its own `disable_telemetry_events` comes too late; this variable does not,
-    and is read during the import alone."""
-    before = os.environ.get(_TELEMETRY)
-    os.environ[_TELEMETRY] = "1"
+@contextmanager
+def _told(*kept: str, **variables: str) -> Iterator[None]:
+    """Variables of the environment during an import; afterwards these, and those `kept`, are what they were before."""
+    before = {name: os.environ.get(name) for name in (*variables, *kept)}
+    os.environ.update(variables)
     try:
-        import onnxruntime as found
-    finally:
-        if before is None:
-            del os.environ[_TELEMETRY]
-        else:
-            os.environ[_TELEMETRY] = before
-    return found
-
-
-def flower() -> Any:
-    """Flower, whose telemetry (on by default) is off, and which keeps no identity in the home directory for it."""
-    before = {name: os.environ.get(name) for name in _FLOWER}
-    os.environ[_FLOWER[0]] = "0"
-    try:
-        import flwr
-        from flwr.supercore import telemetry
-    except ImportError:
-        raise MissingExtra("a federated run over Flower", "federated") from None
+        yield
     finally:
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def onnxruntime() -> Any:
+    """ONNX Runtime. As soon as it is imported (1.32, Linux) it looks for mobile.events.data.microsoft.com, from C++ and
+    therefore unseen by Python's audit hooks. Its own `disable_telemetry_events` comes too late; this variable does not,
+    and is read during the import alone."""
+    with _told(ORT_DISABLE_TELEMETRY="1"):
+        import onnxruntime as found
+    return found
+
+
+def openvino() -> Any:
+    """OpenVINO. As soon as it is imported (2026.4) it makes an id in ~/intel and sends it to Google Analytics, for whom
+    no answer is consent; not on a machine of continuous integration, which is asked for once."""
+    with _told(CI="true"):
+        import openvino as found
+    return found
+
+
+def nncf() -> Any:
+    """NNCF, which would do the same (3.4) and tell of every quantization; not where NNCF_CI is set, or pytest is there,
+    so that few tests could see it."""
+    with _told(CI="true", NNCF_CI="1"):
+        import nncf as found
+    return found
+
+
+def flower() -> Any:
+    """Flower, whose telemetry (on by default) is off, and which keeps no identity in the home directory for it."""
+    # It sets the other two itself.
+    with _told("GRPC_VERBOSITY", "RAY_ENABLE_UV_RUN_RUNTIME_ENV", FLWR_TELEMETRY_ENABLED="0"):
+        try:
+            import flwr
+            from flwr.supercore import telemetry
+        except ImportError:
+            raise MissingExtra("a federated run over Flower", "federated") from None
     # Whoever imported it before us may not have thought of it.
     telemetry.FLWR_TELEMETRY_ENABLED = "0"
     telemetry.state["source"] = telemetry.state["source"] or "unavailable"
