@@ -5,13 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import netweight
 from conftest import Shop, many_rows, tiny_base, write_table
@@ -352,15 +356,34 @@ def test_importing_training_changes_nothing_more_than_its_libraries_do() -> None
     python(_STATE.format(first=first, then=then + "; assert 'pytest' not in sys.modules"))
 
 
-def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
-    def pins(name: str) -> dict[str, str]:
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        pairs = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-        return {package.lower().replace("_", "-"): version for package, version in pairs}
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+    return {package.lower().replace("_", "-"): version for package, version in pairs}
 
+
+def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
     locked, constrained = pins("requirements.lock"), pins("constraints.txt")
     assert {"torch", "transformers", "onnxruntime", "openvino", "pytest"} <= set(locked)
     both = set(locked) & set(constrained)
     assert {name: locked[name] for name in both} == {name: constrained[name] for name in both}
     # What the lock has beyond the constraints is for other platforms.
     assert set(locked) - both <= {"cffi", "colorama", "httpx2-jsfetch", "pycparser", "setuptools"}
+
+
+def contradicted(locked: dict[str, str], name: str) -> Iterator[str]:
+    """What a package that is installed here wants, and the lock has in another version."""
+    with suppress(PackageNotFoundError):
+        for wanted in map(Requirement, requires(name) or ()):
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            version = locked.get(wanted.name.lower().replace("_", "-"))
+            if applies and version and not wanted.specifier.contains(version, prereleases=True):
+                yield f"{name} wants {wanted}"
+
+
+def test_the_lock_is_installed_without_asking_its_packages_what_they_want_where_they_contradict_it() -> None:
+    locked = pins("requirements.lock")
+    against = [text for name in locked for text in contradicted(locked, name)]
+    for page in ("README.md", "README.zh-CN.md"):
+        (line,) = re.findall(r"uv pip install .*-r requirements\.lock", (ROOT / page).read_text(encoding="utf-8"))
+        assert not against or "--no-deps" in line, (page, against)
