@@ -232,6 +232,44 @@ assert not {"torch", "transformers", "pandas"} & set(sys.modules)
     assert {tier for _, _, tier in found} <= {tier.name for tier in netweight.load(shop.folder, 1).tiers}
 
 
+def test_without_an_extra_every_command_names_it_in_a_sentence(tmp_path: Path) -> None:
+    code = (
+        _BLOCKED.replace('"torch", ', '"torch", "starlette", ')
+        + """
+import contextlib, io, json
+from netweight.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv, said = ["netweight", *words], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            print(json.dumps([words[0], end.code, said.getvalue()]))
+"""
+    )
+    keys = str(tmp_path / "keys")
+    federated = (
+        ["server", "--out", "made", "--keys", keys],
+        ["optimize", "--out", "made.nw", "--keys", keys, "--dev", "dev.csv", "--certify", "certify.csv"],
+        ["client", "rows.csv", "--name", "shop", "--keys", keys, "--folder", "shop"],
+    )
+    commands = (
+        ["optimize", "rows.csv", "--text", "text", "--label", "label", "--out", "made.nw"],
+        *(["demo"], ["bench", "made.nw"], ["explain", "made.nw"], ["plan"], ["keys", keys]),
+        *(["federate", *words] for words in federated),
+    )
+    found = [json.loads(line) for line in python(code, json.dumps(commands)).splitlines()]
+    assert [name for name, _, _ in found] == [words[0] for words in commands]
+    for name, status, said in found:
+        module, extra = ("starlette", "serve") if name == "keys" else (r"\w+", "train")
+        assert status == 1
+        assert re.fullmatch(
+            rf"netweight: this command \(No module named '{module}'\) needs an extra; in a clone of Netweight: "
+            rf"pip install '\.\[{extra}\]'\n",
+            said,
+        ), (name, said)
+
+
 def test_the_watch_sees_a_connection() -> None:
     code = _CONNECTIONS + "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
     with pytest.raises(AssertionError, match="socket"):
