@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
+import io
+import json
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -44,6 +47,9 @@ def _options(
 
 def main() -> None:
     """Entry point. What is wrong with the input, or not installed, is one sentence on standard error, and status 1."""
+    codecs.register_error("netweight", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="netweight")
     try:
         app()
     except NetweightError as problem:
@@ -60,6 +66,12 @@ def main() -> None:
     except OSError as problem:
         # A file or an address that the system refuses; its words name it, where it has any.
         _end(str(problem) or type(problem).__name__)
+
+
+def _escaped(problem: UnicodeError) -> tuple[str, int]:
+    """What the output's encoding lacks, as JSON writes it, so that --json remains JSON."""
+    assert isinstance(problem, UnicodeEncodeError)
+    return json.dumps(problem.object[problem.start : problem.end])[1:-1], problem.end
 
 
 def _end(sentence: object) -> NoReturn:
