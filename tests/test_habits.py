@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 
 import netweight
 from conftest import Shop, many_rows, tiny_base, write_table
+from netweight import measure, quiet
+from netweight.job import Options
 
 SOURCE = Path(netweight.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,6 +160,31 @@ def test_no_module_reads_a_pickle_or_runs_foreign_code() -> None:
                 assert own or id(node) in told, f"{name}:{node.lineno}: say trust_remote_code=False"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("eval", "exec"), name
+
+
+def test_a_container_has_as_many_cores_as_its_quota_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(quiet, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+
+    def found() -> int:
+        (count,) = {quiet.cores(), measure.cores(), Options().threads}
+        return count
+
+    assert found() == 64
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in ((-1, 64), (250000, 3)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert found() == cores
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").unlink()
+    for quota, cores in (("150000", 2), ("max", 64), ("1000", 1), ("9900000", 64)):
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert found() == cores
+
+
+def test_cores_are_counted_in_one_place() -> None:
+    count = re.compile(r"len\(os\.sched_getaffinity|cpu_count")
+    assert {name for name, source in sources() if count.search(source)} == {"quiet"}
 
 
 # --- in processes of their own ---

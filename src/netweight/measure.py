@@ -8,7 +8,6 @@ words that it has seen (`netweight.words`), in a benchmark as in production.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
@@ -29,6 +28,7 @@ from netweight.encode import TextEncoder, Tokens
 from netweight.engine import Engine, Outputs
 from netweight.engine.base import TierEngine
 from netweight.errors import ArtifactError, OptionError
+from netweight.quiet import cores as cores
 from netweight.task import Floats, Ints, Prediction, ScorePrediction, Task
 
 # What an hour of one virtual core costs in US dollars: a round figure for general-purpose cloud machines, stated
@@ -171,11 +171,6 @@ def _commit() -> str:
         return said("describe", "--always").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Floats | None) -> tuple[float, float, float]:

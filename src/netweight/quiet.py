@@ -1,14 +1,20 @@
-"""Libraries that would tell their makers that they are used, imported so that they do not."""
+"""What is around a process: libraries that would tell their makers that they are used, imported so that they do not,
+and the cores that it may use."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from netweight.errors import MissingExtra
+
+_CGROUP = Path("/sys/fs/cgroup")  # in a container, its own
+# Of CPU, microseconds in each period: version 2 in one file ("max" for no limit), version 1 in two (-1).
+_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 
 
 @contextmanager
@@ -65,3 +71,14 @@ def flower() -> Any:
     telemetry.state["source"] = telemetry.state["source"] or "unavailable"
     logging.getLogger("flwr").setLevel(logging.CRITICAL)  # what matters comes back as an error
     return flwr
+
+
+def cores() -> int:
+    """Cores that this process may use: those it may run on, and no more than a container's quota of CPU needs."""
+    found = len(os.sched_getaffinity(0))
+    for files in _QUOTAS:
+        with suppress(OSError, ValueError):
+            quota, period = (int(word) for file in files for word in (_CGROUP / file).read_text("ascii").split())
+            if quota > 0:
+                found = min(found, -(-quota // period))
+    return found
