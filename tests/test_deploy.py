@@ -122,11 +122,20 @@ def test_pods_end_and_fit(pod: Any, container: Any) -> None:
     assert limits["cpu"] == container["resources"]["requests"]["cpu"] == threads
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert container["args"][0] == mounts["model"]
+    assert Path(container["args"][0]).parent == Path(mounts["model"]), "a mount point could not be replaced"
     assert container["args"][container["args"].index("--keys") + 1].startswith(mounts["keys"] + "/")
     assert not any("subPath" in mount for mount in container["volumeMounts"]), "changes of keys would not be seen"
     assert {word for word in container["args"] if word.startswith("--")} <= options()
     assert not re.search(r"(:latest|^[^:]+)$", container["image"])
+
+
+def test_what_is_mounted_lies_around_the_artifact() -> None:
+    for page in (DEPLOY / "Containerfile", DEPLOY.parent / "docs" / "deploy.md"):
+        (command,) = re.findall(r"podman run (?:.*\\\n)?.*", page.read_text(encoding="utf-8"))
+        (mount,) = re.findall(r"-v \S+?:(\S+?):ro ", command)
+        (folder,) = re.findall(r" (/\S+\.nw) ", command)
+        assert Path(folder).parent == Path(mount), "a mount point could not be replaced"
+        assert set(re.findall(r"--[a-z-]+", command.partition(folder)[2])) <= options()
 
 
 def test_the_autoscaler_asks_for_a_metric_that_is_shown(shop: Any) -> None:
