@@ -81,7 +81,8 @@ docs: $(INSTALLED)
 	$(BIN)/python scripts/scaling_model.py
 	$(BIN)/python scripts/noise.py
 
-# torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none.
+# torch is installed first, from whichever index suits the machine, and brings its CUDA libraries, or none. The lock is
+# installed with --no-deps: it is whole, and what Flower's metadata asks for contradicts it (see setup).
 lock:
 	uv pip compile pyproject.toml --extra train --extra openvino --extra serve --extra client --extra ray --extra dev --universal --constraint constraints.txt \
 		--no-header --no-annotate --no-emit-index-url --quiet | grep -Ev '^(cuda|nvidia|triton)' > requirements.lock

@@ -258,14 +258,15 @@ class Peer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Offline, and with as many threads as everybody."""
+        """Offline, with as many threads as everybody, and telling no maker of a library that it is used."""
         paths = [str(HERE / "peers")]
         if not self._script.with_name("requirements.txt").exists():
             paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
         count = str(self.shop.given.threads)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
         rest = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        return os.environ | threads | rest | {"RAYON_NUM_THREADS": count, "PYTHONUNBUFFERED": "1"}
+        told = {"ORT_DISABLE_TELEMETRY": "1", "CI": "true", "NNCF_CI": "1"}
+        return os.environ | threads | rest | told | {"RAYON_NUM_THREADS": count, "PYTHONUNBUFFERED": "1"}
 
     def words(self, what: str) -> list[str]:
         """Its command line."""

@@ -36,6 +36,7 @@ from netweight.store import JOURNAL, LOOKS
 from netweight.task import Classify, Task
 from netweight.train import Plan
 
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment] # some tests import OpenVINO themselves
 torch.set_num_threads(1)
 # A busy machine is no reason to fail.
 settings.register_profile("any machine", deadline=None)

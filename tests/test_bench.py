@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +137,42 @@ def test_measuring_says_what_is_wrong(tmp_path: Path) -> None:
         measure.from_dict({})
     with pytest.raises(ArtifactError, match=r"(?s)cannot be loaded in a fresh process: .*it has no manifest.json"):
         measure.fresh(tmp_path, ROWS, 1, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "memory"),
+    [
+        ("VmPeak:\t 9 kB\nVmHWM:\t 2048 kB\nVmRSS:\t 1024 kB\n", 2 << 20),
+        ("VmSize:\t 9 kB\nVmRSS:\t 1024 kB\n", 1 << 20),
+        ("Name:\tpython\n", None),
+    ],
+)
+def test_a_kernel_may_keep_no_peak_of_memory(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, memory: int | None
+) -> None:
+    (tmp_path / "status").write_text(said)
+    monkeypatch.setattr(measure, "_FRESH", measure._FRESH.replace("/proc/self/status", str(tmp_path / "status")))
+    assert measure.fresh(shop.folder, shop.dev, 1, rounds=1).memory == memory
+
+
+def test_a_fresh_process_imports_nothing_from_the_folder_it_starts_in(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.chdir(tmp_path)
+    assert measure.fresh(shop.folder, shop.dev, 1, rounds=1).cold_start > 0
+
+
+def test_processors_without_a_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+
+    def cpu(part: str, features: str) -> str:
+        text = f"processor\t: 0\nFeatures\t: {features}\nCPU implementer\t: 0x41\nCPU part\t: {part}\nCPU revision\t: 1\n\n"
+        monkeypatch.setattr(measure, "Path", lambda _: SimpleNamespace(read_text=lambda encoding: 2 * text))
+        return measure.cpu()
+
+    assert cpu("0xd0c", "fp asimd") == "aarch64 implementer 0x41 part 0xd0c"
+    assert cpu("0xd40", "asimddp i8mm bf16") == "aarch64 implementer 0x41 part 0xd40 with i8mm, asimddp, bf16"
 
 
 def test_the_best_batch_is_not_that_of_one_lucky_or_busy_moment(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -394,3 +395,19 @@ def test_the_console_script(shop: Shop, tmp_path: Path) -> None:
     # Click ends with 1 before `main` can say 141.
     assert piped.returncode in (1, 141)
     assert error == b""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "gb2312"])
+def test_what_an_encoding_lacks_is_escaped(made: Path, tmp_path: Path, encoding: str) -> None:
+    words = "好 é 🙂 “x”"
+    folder = made.rename(tmp_path / f"{words}.nw")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest["provenance"]["said"] = words
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    run = [sys.executable, "-c", "from netweight.cli import main; main()", "inspect", str(folder)]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    for more, expected in (["--json"], words), ([], "\\ud83d\\ude42"):
+        done = subprocess.run([*run, *more], capture_output=True, check=False, env=env)
+        assert (done.returncode, done.stderr) == (0, b"")
+        said = done.stdout.decode(encoding)
+        assert expected in (json.loads(said)["provenance"]["said"] if more else said)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +128,20 @@ def test_pods_end_and_fit(pod: Any, container: Any) -> None:
     assert limits["cpu"] == container["resources"]["requests"]["cpu"] == threads
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert container["args"][0] == mounts["model"]
+    assert Path(container["args"][0]).parent == Path(mounts["model"]), "a mount point could not be replaced"
     assert container["args"][container["args"].index("--keys") + 1].startswith(mounts["keys"] + "/")
     assert not any("subPath" in mount for mount in container["volumeMounts"]), "changes of keys would not be seen"
     assert {word for word in container["args"] if word.startswith("--")} <= options()
     assert not re.search(r"(:latest|^[^:]+)$", container["image"])
+
+
+def test_what_is_mounted_lies_around_the_artifact() -> None:
+    for page in (DEPLOY / "Containerfile", DEPLOY.parent / "docs" / "deploy.md"):
+        (command,) = re.findall(r"podman run (?:.*\\\n)?.*", page.read_text(encoding="utf-8"))
+        (mount,) = re.findall(r"-v \S+?:(\S+?):ro ", command)
+        (folder,) = re.findall(r" (/\S+\.nw) ", command)
+        assert Path(folder).parent == Path(mount), "a mount point could not be replaced"
+        assert set(re.findall(r"--[a-z-]+", command.partition(folder)[2])) <= options()
 
 
 def test_the_autoscaler_asks_for_a_metric_that_is_shown(shop: Any) -> None:
@@ -189,6 +204,31 @@ def test_the_containerfile_installs_what_is_pinned_and_no_more() -> None:
     assert "*" in kept
     assert {f"!{name}" for name in copied} == {line for line in kept if line.startswith("!")}
     assert all((DEPLOY.parent / name).exists() for name in copied)
+
+
+def test_the_health_check_is_in_the_image_and_asks_past_a_proxy() -> None:
+    for page in (DEPLOY / "Containerfile", DEPLOY.parent / "docs" / "deploy.md"):
+        (command,) = re.findall(r"podman build .*", page.read_text(encoding="utf-8"))
+        assert "--format docker" in command, "the format of OCI has none"
+    (check,) = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
+    _, *words = json.loads(check.partition("CMD ")[2])
+    asked: list[str] = []
+
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(503 if len(asked) > 1 else 200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = [word.replace(":8000", f":{server.server_port}") for word in words]
+        for status in (0, 1):
+            nowhere = os.environ | {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}
+            done = subprocess.run([sys.executable, *words], capture_output=True, check=False, env=nowhere)
+            assert done.returncode == status, done.stderr
+        server.shutdown()
+    assert asked == ["/readyz", "/readyz"]
 
 
 # --- the capacity model ---

@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -525,6 +526,50 @@ def test_a_server_that_is_away_or_is_another(keys: Path, tmp_path: Path) -> None
         other = pytest.raises(EndpointError, match=r"certificate of the server at .* does not match: .*Use the ca.crt")
         with listening(address, ServerKeys.load(folder / "server")), other:
             reachable(address, wanted or (folder / "server/ca.crt").read_bytes(), 5)
+
+
+def strict(authority: Path) -> ssl.SSLContext:
+    """What ssl's defaults are from Python 3.13 on."""
+    context = ssl.create_default_context(cadata=authority.read_text(encoding="ascii"))
+    context.verify_flags |= ssl.VERIFY_X509_STRICT | ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def shaken(client: ssl.SSLContext, keys: Path) -> None:
+    """Hands, between a client and a server with these keys, in memory."""
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(keys / "server.crt", keys / "server.key")
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = (
+        client.wrap_bio(to_client, to_server, server_hostname="localhost"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    )
+    for _ in range(3):
+        for end in ends:
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    assert all(end.version() for end in ends), "both are through"
+
+
+def test_certificates_are_taken_by_strict_clients(keys: Path) -> None:
+    shaken(strict(keys / "server/ca.crt"), keys / "server")
+
+
+def test_certificates_that_were_made_before_are_taken_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cryptography import x509
+
+    add, folder = x509.CertificateBuilder.add_extension, tmp_path / "keys" / "server"
+    with monkeypatch.context() as before:
+        without = lambda self, what, critical: self if isinstance(what, x509.KeyUsage) else add(self, what, critical)  # noqa: E731
+        before.setattr(x509.CertificateBuilder, "add_extension", without)
+        make_keys(tmp_path / "keys", ("shop0",))
+    context = strict(folder / "ca.crt")
+    with pytest.raises(ssl.SSLCertVerificationError, match="CA cert does not include key usage extension"):
+        shaken(context, folder)
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(folder)):
+        reachable(address, (folder / "ca.crt").read_bytes(), 5)
 
 
 def test_a_port_that_is_taken_and_certificates_that_do_not_fit(keys: Path, tmp_path: Path) -> None:

@@ -5,15 +5,22 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, requires
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import netweight
 from conftest import Shop, many_rows, tiny_base, write_table
+from netweight import measure, quiet
+from netweight.job import Options
 
 SOURCE = Path(netweight.__file__).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,6 +162,31 @@ def test_no_module_reads_a_pickle_or_runs_foreign_code() -> None:
                 assert node.func.id not in ("eval", "exec"), name
 
 
+def test_a_container_has_as_many_cores_as_its_quota_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(quiet, "_CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+
+    def found() -> int:
+        (count,) = {quiet.cores(), measure.cores(), Options().threads}
+        return count
+
+    assert found() == 64
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    for quota, cores in ((-1, 64), (250000, 3)):
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        assert found() == cores
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").unlink()
+    for quota, cores in (("150000", 2), ("max", 64), ("1000", 1), ("9900000", 64)):
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+        assert found() == cores
+
+
+def test_cores_are_counted_in_one_place() -> None:
+    count = re.compile(r"len\(os\.sched_getaffinity|cpu_count")
+    assert {name for name, source in sources() if count.search(source)} == {"quiet"}
+
+
 # --- in processes of their own ---
 
 _BLOCKED = """
@@ -227,6 +259,44 @@ assert not {"torch", "transformers", "pandas"} & set(sys.modules)
     assert {tier for _, _, tier in found} <= {tier.name for tier in netweight.load(shop.folder, 1).tiers}
 
 
+def test_without_an_extra_every_command_names_it_in_a_sentence(tmp_path: Path) -> None:
+    code = (
+        _BLOCKED.replace('"torch", ', '"torch", "starlette", ')
+        + """
+import contextlib, io, json
+from netweight.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv, said = ["netweight", *words], io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            print(json.dumps([words[0], end.code, said.getvalue()]))
+"""
+    )
+    keys = str(tmp_path / "keys")
+    federated = (
+        ["server", "--out", "made", "--keys", keys],
+        ["optimize", "--out", "made.nw", "--keys", keys, "--dev", "dev.csv", "--certify", "certify.csv"],
+        ["client", "rows.csv", "--name", "shop", "--keys", keys, "--folder", "shop"],
+    )
+    commands = (
+        ["optimize", "rows.csv", "--text", "text", "--label", "label", "--out", "made.nw"],
+        *(["demo"], ["bench", "made.nw"], ["explain", "made.nw"], ["plan"], ["keys", keys]),
+        *(["federate", *words] for words in federated),
+    )
+    found = [json.loads(line) for line in python(code, json.dumps(commands)).splitlines()]
+    assert [name for name, _, _ in found] == [words[0] for words in commands]
+    for name, status, said in found:
+        module, extra = ("starlette", "serve") if name == "keys" else (r"\w+", "train")
+        assert status == 1
+        assert re.fullmatch(
+            rf"netweight: this command \(No module named '{module}'\) needs an extra; in a clone of Netweight: "
+            rf"pip install '\.\[{extra}\]'\n",
+            said,
+        ), (name, said)
+
+
 def test_the_watch_sees_a_connection() -> None:
     code = _CONNECTIONS + "import socket; socket.create_connection(('192.0.2.1', 80), timeout=1)"
     with pytest.raises(AssertionError, match="socket"):
@@ -271,6 +341,34 @@ session(export(tiny_model()).plain, 1)
             assert not kept
         elif not kept:
             pytest.skip("this release of ONNX Runtime has no telemetry here")
+
+
+@pytest.mark.parametrize("name", ["openvino", "nncf"])
+def test_openvino_and_nncf_make_no_id_and_send_nothing(name: str, tmp_path: Path) -> None:
+    """They ask for consent where they are imported, NNCF not in pytest: so in a process of its own."""
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed here")
+    code = """
+import os, sys
+from netweight import quiet
+quiet.openvino()
+from openvino.tools import ovc
+assert not getattr(ovc.telemetry, "consent", False), "this one sends what it is given"
+if sys.argv[1] == "nncf":
+    quiet.nncf()
+    from nncf.telemetry import decorator, wrapper
+    assert not isinstance(decorator.telemetry, wrapper.NNCFTelemetry)
+assert "pytest" not in sys.modules
+assert (os.environ["CI"], os.environ.get("NNCF_CI")) == ("", None), "told during the import alone"
+"""
+    python(code, name, HOME=str(tmp_path), CI="")
+    assert not (tmp_path / "intel").exists(), "an id of this machine, for Google Analytics"
+
+
+def test_openvino_and_nncf_are_imported_in_one_place() -> None:
+    for name, source in sources():
+        for line, full in imported(source, f"netweight.{name}"):
+            assert full.split(".")[0] not in ("openvino", "nncf") or name == "quiet", f"{name}:{line}: {full}"
 
 
 @pytest.mark.slow
@@ -323,15 +421,34 @@ def test_importing_training_changes_nothing_more_than_its_libraries_do() -> None
     python(_STATE.format(first=first, then=then + "; assert 'pytest' not in sys.modules"))
 
 
-def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
-    def pins(name: str) -> dict[str, str]:
-        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-        pairs = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-        return {package.lower().replace("_", "-"): version for package, version in pairs}
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pairs = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+    return {package.lower().replace("_", "-"): version for package, version in pairs}
 
+
+def test_the_lock_and_the_constraints_pin_the_same_versions() -> None:
     locked, constrained = pins("requirements.lock"), pins("constraints.txt")
     assert {"torch", "transformers", "onnxruntime", "openvino", "pytest"} <= set(locked)
     both = set(locked) & set(constrained)
     assert {name: locked[name] for name in both} == {name: constrained[name] for name in both}
     # What the lock has beyond the constraints is for other platforms.
     assert set(locked) - both <= {"cffi", "colorama", "httpx2-jsfetch", "pycparser", "setuptools"}
+
+
+def contradicted(locked: dict[str, str], name: str) -> Iterator[str]:
+    """What a package that is installed here wants, and the lock has in another version."""
+    with suppress(PackageNotFoundError):
+        for wanted in map(Requirement, requires(name) or ()):
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            version = locked.get(wanted.name.lower().replace("_", "-"))
+            if applies and version and not wanted.specifier.contains(version, prereleases=True):
+                yield f"{name} wants {wanted}"
+
+
+def test_the_lock_is_installed_without_asking_its_packages_what_they_want_where_they_contradict_it() -> None:
+    locked = pins("requirements.lock")
+    against = [text for name in locked for text in contradicted(locked, name)]
+    for page in ("README.md", "README.zh-CN.md"):
+        (line,) = re.findall(r"uv pip install .*-r requirements\.lock", (ROOT / page).read_text(encoding="utf-8"))
+        assert not against or "--no-deps" in line, (page, against)

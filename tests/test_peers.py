@@ -163,6 +163,12 @@ def test_a_peer_and_a_broken_one(
         bench.Shop("made", 0, given)
 
 
+def test_peers_tell_nobody_that_they_run(bench: ModuleType, given: Any) -> None:
+    one = bench.Peer("constant", SimpleNamespace(name="made", seed=0, given=given, folder=given.work / "made"))
+    told = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "CI": "true", "NNCF_CI": "1"}
+    assert told.items() <= one.environment.items()
+
+
 def test_what_is_stopped_is_stopped_with_its_children(
     bench: ModuleType, given: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

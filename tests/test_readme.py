@@ -77,6 +77,13 @@ def test_every_command_that_it_shows_exists() -> None:
     assert shown <= names
 
 
+def test_where_the_commands_are_is_said_before_they_are_shown() -> None:
+    for text in (ENGLISH, CHINESE):
+        said, shown = text.index("`source .venv/bin/activate`"), text.index("    netweight ")
+        assert text.index("    make demo") < said < shown
+    assert re.search(r"^BIN := \.venv/bin$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_links_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import logging
@@ -227,10 +228,27 @@ def test_a_log_is_refused_where_nothing_can_be_written_beside_it(
     log, lock = tmp_path / "rows.log", tmp_path / "rows.log.lock"
     log.touch()
     lock.mkdir()
-    with pytest.raises(OptionError, match=r"rows.log.lock cannot be written \(Is a directory\); the server writes"):
+    with pytest.raises(OptionError, match=r"rows.log.lock cannot be written or locked \(Is a directory\); the"):
         checked(Options((str(made),), log=str(log)))
     Watching(log, Models(1), Metrics(), 0.1).close()
     assert "rows are no longer watched" in caplog.text, "where it happens later, the server's log says so"
+
+
+def test_a_log_is_refused_where_files_have_no_locks(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "rows.log"
+    options = Options((str(made),), log=str(log))
+    with Path(f"{log}.lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # as a server that watches this log does
+        assert checked(options).log == str(log)
+
+    def without(file: object, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    with pytest.raises(OptionError, match=r"locked \(Function not implemented\); .* on a file system with locks\.$"):
+        checked(options)
 
 
 def test_who_waits_to_watch_outlives_a_log_that_is_moved_away(

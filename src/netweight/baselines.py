@@ -105,8 +105,7 @@ def dynamic_int8(data: bytes) -> bytes:
 def nncf_int8(data: bytes, tokens: Tokens, pad: int, folder: Path) -> Path:
     """OpenVINO's form of an fp32 file after NNCF's post-training quantization, written to `folder`."""
     try:
-        import nncf
-        import openvino as ov
+        nncf, ov = quiet.nncf(), quiet.openvino()
     except ImportError:
         raise MissingExtra("the baseline openvino-int8", "openvino") from None
     logging.getLogger("nncf").setLevel(logging.ERROR)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from safetensors.numpy import load, save
 
-from netweight import artifact
+from netweight import artifact, quiet
 from netweight.artifact import Manifest, Tier
 from netweight.data import Rows
 from netweight.encode import TextEncoder
@@ -253,7 +253,7 @@ class Openvino:
     def write(self, stem: Path, manifest: Manifest, tier: Tier, onnx: bytes) -> tuple[TierEngine, dict[str, Any]]:
         """NAME.xml and NAME.bin."""
         try:
-            import openvino as ov
+            ov = quiet.openvino()
         except ImportError:
             raise MissingExtra("exporting to OpenVINO", "openvino") from None
         file = stem.with_name(f"{stem.name}.xml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
 from netweight.model import weights_digest
+from netweight.quiet import cores
 from netweight.scratch import SCRATCH
 from netweight.store import JOURNAL
 from netweight.task import Classify, Task, task_for
@@ -104,7 +104,7 @@ class Options:
     model: str = "starter"
     max_length: int = 128
     seconds: float = 1200.0
-    threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    threads: int = field(default_factory=cores)
     seed: int = 0
     effort: Effort = "quick"
     vocabulary: Vocabulary = "trimmed"

@@ -8,7 +8,6 @@ words that it has seen (`netweight.words`), in a benchmark as in production.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
@@ -29,6 +28,7 @@ from netweight.encode import TextEncoder, Tokens
 from netweight.engine import Engine, Outputs
 from netweight.engine.base import TierEngine
 from netweight.errors import ArtifactError, OptionError
+from netweight.quiet import cores as cores
 from netweight.task import Floats, Ints, Prediction, ScorePrediction, Task
 
 # What an hour of one virtual core costs in US dollars: a round figure for general-purpose cloud machines, stated
@@ -151,9 +151,11 @@ def cpu() -> str:
     except OSError:
         return platform.processor() or "unknown"
     name = re.search(r"model name\s*:\s*(.+)", text)
-    wanted = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+    # 64-bit ARM says numbers in place of a name.
+    part = "".join(f" {what} {number}" for what, number in re.findall(r"CPU (implementer|part)\s*:\s*(\w+)", text)[:2])
+    wanted = ("avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "i8mm", "asimddp", "bf16")
     able = [flag for flag in wanted if re.search(rf"\b{flag}\b", text)] or re.findall(r"\bavx2\b", text)[:1]
-    return f"{name[1].strip() if name else 'unknown'}{' with ' + ', '.join(able) if able else ''}"
+    return f"{name[1].strip() if name else platform.machine() + part}{' with ' + ', '.join(able) if able else ''}"
 
 
 def _commit() -> str:
@@ -171,11 +173,6 @@ def _commit() -> str:
         return said("describe", "--always").strip() + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def quality(task: Task, logits: Floats, reference: Floats, targets: Ints | Floats | None) -> tuple[float, float, float]:
@@ -337,19 +334,19 @@ engine.predict(["does it answer?"], pairs)
 ready = time.time()
 rows = json.load(sys.stdin)
 engine.predict(rows["text"], rows["pair"])
-# Not getrusage: what the parent held before the exec counts there.
-peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
-print(json.dumps([ready, peak, "torch" in sys.modules]))
+# Not getrusage: what the parent held before the exec counts there. Not every kernel keeps a peak (gVisor does not).
+held = re.search(r"Vm(?:HWM|RSS):\\s*(\\d+)", open("/proc/self/status").read())
+print(json.dumps([ready, held and int(held[1]) * 1024, "torch" in sys.modules]))
 """
 
 
 @dataclass(frozen=True)
 class Fresh:
     """A fresh process: seconds from its start to the first answer with all tiers loaded, and its peak resident bytes
-    after some hundred rows."""
+    after some hundred rows; those of that moment where the kernel keeps no peak, None where it says neither."""
 
     cold_start: float
-    memory: int
+    memory: int | None
 
 
 def fresh(folder: Path, rows: Rows, threads: int, rounds: int = 3) -> Fresh:
@@ -360,7 +357,8 @@ def fresh(folder: Path, rows: Rows, threads: int, rounds: int = 3) -> Fresh:
     for _ in range(rounds):
         began = time.time()
         done = subprocess.run(
-            [sys.executable, "-c", _FRESH, str(folder), str(threads), "pair" if rows.pair else "text"],
+            # -P: what lies in this folder, such as a random.py, is not imported.
+            [sys.executable, "-P", "-c", _FRESH, str(folder), str(threads), "pair" if rows.pair else "text"],
             input=given,
             capture_output=True,
             text=True,
@@ -373,7 +371,7 @@ def fresh(folder: Path, rows: Rows, threads: int, rounds: int = 3) -> Fresh:
             raise ArtifactError("loading an artifact imported torch; that must never happen.")
         starts.append(ready - began)
         peaks.append(peak)
-    return Fresh(statistics.median(starts), int(statistics.median(peaks)))
+    return Fresh(statistics.median(starts), None if None in peaks else int(statistics.median(peaks)))
 
 
 def to_dict(measurements: Measurements) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
+import io
+import json
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from netweight.cli.shared import app
-from netweight.errors import NetweightError
+from netweight.errors import MissingExtra, NetweightError
 
 # isort: off
 # In the order of --help.
@@ -23,6 +26,8 @@ from netweight.cli import plan
 # isort: on
 
 __all__ = ["app", "federate", "look", "main", "make", "plan", "run"]
+
+_SERVING = ("fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop")  # of the extra `serve`
 
 
 def _version(asked: bool) -> None:
@@ -41,17 +46,34 @@ def _options(
 
 
 def main() -> None:
-    """Entry point. What is wrong with the input is one sentence on standard error, and exit status 1."""
+    """Entry point. What is wrong with the input, or not installed, is one sentence on standard error, and status 1."""
+    codecs.register_error("netweight", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="netweight")
     try:
         app()
     except NetweightError as problem:
-        print(f"netweight: {problem}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(problem)
+    except ModuleNotFoundError as problem:
+        missing = (problem.name or "").partition(".")[0]
+        if missing == "netweight":
+            raise
+        _end(MissingExtra(f"this command ({problem})", "serve" if missing in _SERVING else "train"))
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is left to say, and flushing at exit would raise again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as problem:
         # A file or an address that the system refuses; its words name it, where it has any.
-        print(f"netweight: {str(problem) or type(problem).__name__}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end(str(problem) or type(problem).__name__)
+
+
+def _escaped(problem: UnicodeError) -> tuple[str, int]:
+    """What the output's encoding lacks, as JSON writes it, so that --json remains JSON."""
+    assert isinstance(problem, UnicodeEncodeError)
+    return json.dumps(problem.object[problem.start : problem.end])[1:-1], problem.end
+
+
+def _end(sentence: object) -> NoReturn:
+    print(f"netweight: {sentence}", file=sys.stderr)
+    raise SystemExit(1) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -182,6 +181,7 @@ def optimize(
     from netweight.federate.start import Place
     from netweight.job import Budget, Job, Options, Tables
     from netweight.progress import Bar
+    from netweight.quiet import cores
     from netweight.run.federated import Automatic, Rounds
 
     terms = terms_of(
@@ -195,7 +195,7 @@ def optimize(
         metric,
         model,
         seconds=seconds_of(time_limit),
-        threads=threads or len(os.sched_getaffinity(0)),
+        threads=threads or cores(),
         seed=seed,
         effort=effort,
         finetune=tuned(terms, epochs, learning_rate, train),

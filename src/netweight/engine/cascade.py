@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
 from netweight.errors import ArtifactError, OptionError
 from netweight.packing import unpacked_file
+from netweight.quiet import cores
 from netweight.task import Floats, Prediction, ScorePrediction, Task
 
 # Rows that a tier takes at a time: larger batches leave the cache, and those of a transformer pad more.
@@ -131,7 +131,7 @@ def load(folder: str | Path, threads: int | None = None) -> Engine:
     """
     path = Path(folder)
     manifest = artifact.read_manifest(path)
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or cores()
     definition = artifact.read_file(path, manifest, artifact.TOKENIZER).decode()
     encoder = TextEncoder(definition, manifest.max_length, manifest.pad)
     tiers = [

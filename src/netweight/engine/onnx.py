@@ -96,7 +96,7 @@ class OpenvinoEngine:
 
     def __init__(self, data: bytes | Path, pad: int, threads: int) -> None:
         try:
-            import openvino as ov
+            ov = quiet.openvino()
         except ImportError:
             raise MissingExtra("this artifact's encoder tier on OpenVINO", "openvino") from None
         core = ov.Core()

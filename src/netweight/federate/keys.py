@@ -150,6 +150,10 @@ def _certificate(name: str, issuer: tuple[Any, Any] | None, hosts: tuple[str, ..
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)
     )
+    if issuer is None:
+        # From Python 3.13 on, ssl takes no authority that does not say what its key is for.
+        usage = x509.KeyUsage(*[False] * 5, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False)
+        made = made.add_extension(usage, critical=True)
     if hosts:
         made = made.add_extension(x509.SubjectAlternativeName([_host(x509, host) for host in hosts]), critical=False)
     return made.sign(signer, hashes.SHA384()), key

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any, get_args
 
 from netweight.data import Dataset
 from netweight.errors import OptionError
+from netweight.quiet import cores
 from netweight.run import group
 from netweight.run.base import Run, Runs
 from netweight.run.commands import Setup, Strategy
@@ -48,8 +48,8 @@ def named(text: str, threads: int | None = None) -> Runs:
     setup = _setup(options, text)
     check(name, setup, processes)  # type: ignore[arg-type]
     cluster = f"ray://{where}" if where and ":" in where else where
-    cores = len(os.sched_getaffinity(0)) if where in (None, "local") else processes
-    each = max(1, (threads or cores) // processes)
+    count = threads or (cores() if where in (None, "local") else processes)
+    each = max(1, count // processes)
 
     def made(data: Dataset, folder: Path) -> Run:
         return Parallel(data, processes, name, folder, each, setup, cluster=cluster)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from netweight import artifact
 from netweight.errors import MissingExtra, NetweightError, OptionError
 from netweight.monitor import Webhook, monitors
+from netweight.quiet import cores
 from netweight.serve.options import Options, Rollout
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def serve(options: Options) -> None:
     except ImportError:
         raise MissingExtra("serving over HTTP", "serve") from None
     options = checked(options)
-    options = replace(options, threads=options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers))
+    options = replace(options, threads=options.threads or max(1, cores() // options.workers))
     certificate, key = options.tls or (None, None)
     os.environ[_VARIABLE] = json.dumps(asdict(options))
     uvicorn.run(

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from netweight.errors import NetweightError, OptionError
@@ -17,14 +18,17 @@ log = logging.getLogger("netweight.serve")
 
 
 def writable(path: Path) -> None:
-    """Raises OptionError where a log, or the file beside it by whose lock one worker watches it, cannot be written."""
+    """Raises OptionError where a log, or the file beside it by whose lock one worker watches it, cannot be written, and
+    where files have no locks."""
     for file in (path, _lock(path)):
         try:
-            file.open("a").close()
+            with file.open("a") as opened, suppress(BlockingIOError):  # another server's: there are locks
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as problem:
             raise OptionError(
-                f"{file} cannot be written ({problem.strerror}); the server writes the log, a .lock beside it, and a "
-                "new log where this one is moved away: name a --log in a folder of its own."
+                f"{file} cannot be written or locked ({problem.strerror}); the server writes the log, locks a .lock "
+                "beside it, and begins a new log where this one is moved away: name a --log in a folder of its own, on "
+                "a file system with locks."
             ) from None
 
 
