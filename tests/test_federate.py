@@ -202,6 +202,42 @@ def test_who_is_silent_away_or_odd_is_lost_with_the_reason(model: Model) -> None
     assert found["shop2"] == Lost("shop2", "it left, and was away for 0.3 s.")
 
 
+def test_what_flower_cannot_read_costs_its_sender_alone(model: Model) -> None:
+    grid = FakeGrid(shops())
+    pull = grid.pull_messages
+
+    def odd(ids: Sequence[str]) -> list[Any]:
+        if "m1" in ids:
+            raise ValueError("Unexpected format for object head. " * 100)
+        return pull(ids)
+
+    grid.pull_messages = odd  # type: ignore[method-assign]
+    found = channel(grid).exchange(dict.fromkeys(("shop0", "shop1", "shop2"), ScoreTask(model)), 5)
+    assert isinstance(found["shop0"], Scored)
+    assert isinstance(found["shop2"], Scored)
+    assert isinstance(found["shop1"], Lost)
+    assert found["shop1"].reason.startswith("its answer cannot be read: ValueError: Unexpected format for object head.")
+    assert len(found["shop1"].reason) == 2000
+
+
+def test_an_answer_is_that_of_whom_it_was_asked_of(model: Model) -> None:
+    """Flower checks of whom a message is in its head only, not in what it then builds of it."""
+    grid = FakeGrid(shops())
+    grid.silent = {"shop0"}
+    pull = grid.pull_messages
+
+    def of_another(ids: Sequence[str]) -> list[Any]:
+        replies = pull(ids)
+        for reply in replies:
+            reply.metadata.__dict__["_reply_to_message_id"] = "m0"
+        return replies
+
+    grid.pull_messages = of_another  # type: ignore[method-assign]
+    found = channel(grid).exchange(dict.fromkeys(("shop0", "shop1"), ScoreTask(model)), 0.3)
+    assert isinstance(found["shop1"], Scored)
+    assert found["shop0"] == Lost("shop0", "no answer within 0.3 s.")
+
+
 def test_who_connects_anew_is_asked_again(model: Model) -> None:
     grid = FakeGrid(shops())
     grid.silent = {"shop0"}
