@@ -644,6 +644,93 @@ def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Mode
     assert answers == {"shop0": Scored(0.9, 7)}
 
 
+def by_hand(address: str, keys: Path) -> Connection:
+    """A client of which a test makes each call."""
+    return Connection(address, ClientKeys.load(keys / "ca.crt", keys / "client.key"))
+
+
+def handed(shop: Connection) -> Any:
+    """The next task of a client by hand."""
+    end = time.monotonic() + 20
+    while (task := shop._pull()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return task
+
+
+def pushed(shop: Connection, task: Any, answer: Any) -> None:
+    shop._push(Message(to_record(WIRE.pack(answer)), reply_to=task))
+
+
+class Asking(threading.Thread):
+    """A server that asks shop0 something; `found` is what came."""
+
+    def __init__(self, over: FlowerChannel, model: Model, seconds: float | None = None) -> None:
+        super().__init__(daemon=True)
+        self.over, self.task, self.seconds = over, ScoreTask(model), seconds
+        self.found: Any = None
+        self.start()
+
+    def run(self) -> None:
+        self.found = self.over.exchange({"shop0": self.task}, self.seconds)["shop0"]
+
+
+def test_an_upload_that_stalls_keeps_nobody_waiting(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    go_on, stalled = threading.Event(), threading.Event()
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        slow, joined = by_hand(address, keys / "shop0"), Joining(address, keys / "shop1", shops()[1])
+        slow.activate()
+        soon(lambda: over.clients() == ("shop0", "shop1"))
+        push = slow.stub.PushObject
+
+        def stalls(request: Any) -> Any:
+            stalled.set()
+            go_on.wait(8)
+            return push(request)
+
+        slow.stub.PushObject = stalls
+        uploading = threading.Thread(target=lambda: pushed(slow, handed(slow), Scored(0.1, 7)))
+        uploading.start()
+        found = over.exchange(dict.fromkeys(("shop0", "shop1"), ScoreTask(model)), 3)
+        assert not go_on.is_set()
+        assert stalled.is_set()
+        assert isinstance(found["shop1"], Scored)
+        assert found["shop0"] == Lost("shop0", "no answer within 3 s.")
+        go_on.set()
+        uploading.join(10)
+        slow._leave()
+        over.dismiss({})
+        joined.join(10)
+    assert joined.problem is None
+
+
+def test_an_upload_that_breaks_off_is_asked_for_again(
+    keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flwr.supercore.corestate.in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS", 1)
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        shop = by_hand(address, keys / "shop0")
+        shop.activate()
+        soon(lambda: over.clients() == ("shop0",))
+        asking = Asking(over, model)
+
+        def breaks(request: Any) -> Any:
+            raise ConnectionError
+
+        push, shop.stub.PushObject = shop.stub.PushObject, breaks
+        first = handed(shop)
+        with pytest.raises(ConnectionError):
+            pushed(shop, first, Scored(0.1, 7))
+        shop.stub.PushObject = push
+        again = handed(shop)
+        assert again.metadata.message_id != first.metadata.message_id
+        pushed(shop, again, Scored(0.9, 7))
+        asking.join(20)
+    assert asking.found == Scored(0.9, 7)
+
+
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:
     address = f"127.0.0.1:{free_port()}"
     client = shops()[0]

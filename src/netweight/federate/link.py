@@ -8,8 +8,9 @@ signatures, and its Grid, which calls the handlers of that state instead of a we
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from netweight.errors import OptionError
@@ -168,10 +169,31 @@ def _servicer(link: _Link) -> Any:
 
 def _grid(state: Any, run: Any) -> Any:
     from flwr.proto.task_pb2 import Task
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.object_store import NoObjectInStoreError
     from flwr.superlink.grid.http_grid import HttpGrid
     from flwr.superlink.servicer.runtime import runtime_handlers
 
     task = Task(run_id=run.run_id)
+    begun = set[str]()
+
+    def due(asked: str) -> bool:
+        """Whether Flower can say at once what became of a message: its answer is there with all its parts, or it is
+        lost. It is made lost where its answer broke off, since what is lost is asked again."""
+        ids: list[str] = []
+        with state.lock, suppress(NoObjectInStoreError):  # under this lock an answer is entered with its parts
+            if answer := state.message_ins_id_to_message_res_id.get(asked):
+                begun.add(asked)
+                ids = [part.object_id for part in iterate_object_tree(state.object_store.get_object_tree(answer))]
+        parts = [state.get_object(run.run_id, one) for one in ids]
+        if b"" in parts:
+            return False
+        if asked in begun and (None in parts or not parts):
+            state.delete_messages({asked})
+        begun.discard(asked)
+        sent = state.message_ins_store.get(asked)
+        gone = sent is None or state.nodes[sent.metadata.dst_node_id].online_until < time.time()
+        return bool(parts or gone)
 
     class Here:
         """The calls that Flower's Grid makes of a web service, answered by the handlers behind it."""
@@ -182,6 +204,12 @@ def _grid(state: Any, run: Any) -> Any:
 
     class Grid(HttpGrid):  # type: ignore[misc]
         """Flower's Grid over a state in this process."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Any:
+            """Of an answer that is still on its way nothing: Flower would wait for the rest, up to two hours, and hear
+            nobody else."""
+            there = [asked for asked in message_ids if due(asked)]
+            return super().pull_messages(there) if there else []
 
         @property
         def _runtime_client(self) -> Any:
