@@ -731,6 +731,25 @@ def test_an_upload_that_breaks_off_is_asked_for_again(
     assert asking.found == Scored(0.9, 7)
 
 
+def test_no_more_of_an_answer_is_kept_than_a_message_may_have(keys: Path, model: Model) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server"), replace(WIRE, most=2000)) as over:
+        shop = by_hand(address, keys / "shop0")
+        shop.activate()
+        soon(lambda: over.clients() == ("shop0",))
+        asking = Asking(over, model, 1)
+        with pytest.raises(ObjectPushError):
+            pushed(shop, handed(shop), Reduced({"a": torch.zeros(10_000)}))
+        asking.join(20)
+        assert asking.found == Lost("shop0", "no answer within 1 s.")
+        asking = Asking(over, model)
+        pushed(shop, handed(shop), Scored(0.9, 7))
+        asking.join(20)
+    assert asking.found == Scored(0.9, 7)
+
+
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:
     address = f"127.0.0.1:{free_port()}"
     client = shops()[0]

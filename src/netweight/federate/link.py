@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -42,7 +43,7 @@ def listening(
     certificate and key do not fit.
     """
     flower()
-    link = _Link(keys, said or (lambda _: None))
+    link = _Link(keys, said or (lambda _: None), 2 * wire.most)  # Flower adds to a message, but not as much again
     server = link.serve(address)
     try:
         yield FlowerChannel(link.grid, link.nodes, wire, patience, remembers=True)
@@ -52,9 +53,9 @@ def listening(
 
 
 class _Link:
-    """Flower's state of one run, and the nodes that may take part."""
+    """Flower's state of one run, and the nodes that may take part. `most` bytes of each are taken for one task."""
 
-    def __init__(self, keys: ServerKeys, said: Callable[[str], None]) -> None:
+    def __init__(self, keys: ServerKeys, said: Callable[[str], None], most: int) -> None:
         from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
         from flwr.server.superlink.linkstate import LinkStateFactory
         from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -62,7 +63,7 @@ class _Link:
         from flwr.supercore.task_identity import TaskIdentity
         from flwr.superlink.federation import NoOpFederationManager
 
-        self.keys, self.said, self.lines = keys, said, set[str]()
+        self.keys, self.said, self.lines, self.most = keys, said, set[str](), most
         self.objects = ObjectStoreFactory()
         self.factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.objects)
         self.state: Any = self.factory.state()
@@ -79,6 +80,7 @@ class _Link:
             for name, public in keys.clients.items()
         }
         self.sessions: dict[int, int] = {}
+        self.received: Counter[int] = Counter()  # bytes by node, since it was given a task
         self.grid = _grid(self.state, run)
         self.stop = threading.Event()
 
@@ -127,6 +129,7 @@ class _Link:
 
 def _servicer(link: _Link) -> Any:
     from flwr.common.constant import PUBLIC_KEY_HEADER
+    from flwr.proto.message_pb2 import PushObjectResponse
     from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
     from flwr.supercore.utils import get_metadata_bytes
     from grpc import StatusCode
@@ -137,10 +140,10 @@ def _servicer(link: _Link) -> Any:
         return key
 
     class Fleet(FleetServicer):  # type: ignore[misc]
-        """Flower's service with three changes. A client that was killed and is back is let in at once, and counted as a
+        """Flower's service with four changes. A client that was killed and is back is let in at once, and counted as a
         new session, instead of being turned away until its old one has timed out. Who calls must be who a request
         speaks of: Flower's interceptor compares neither the key to activate nor the sources of messages with the
-        caller. And who is not let in is told why, and so is the server."""
+        caller. Who is not let in is told why, and so is the server. And an answer has an end: more is not kept."""
 
         def ActivateNode(self, request: Any, context: Any) -> Any:  # noqa: N802
             if request.public_key != caller(context):
@@ -163,6 +166,18 @@ def _servicer(link: _Link) -> Any:
             if any(message.metadata.src_node_id != node for message in request.messages_list):
                 context.abort(StatusCode.UNAUTHENTICATED, "a client answers for itself only")
             return super().PushMessages(request, context)
+
+        def PullMessages(self, request: Any, context: Any) -> Any:  # noqa: N802
+            given = super().PullMessages(request, context)
+            if given.messages_list:
+                link.received[request.node.node_id] = 0
+            return given
+
+        def PushObject(self, request: Any, context: Any) -> Any:  # noqa: N802
+            link.received[request.node.node_id] += len(request.object_content)
+            if link.received[request.node.node_id] > link.most:
+                return PushObjectResponse(stored=False)
+            return super().PushObject(request, context)
 
     return Fleet(link.factory, link.objects, enable_supernode_auth=True)
 
