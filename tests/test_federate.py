@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -748,6 +749,62 @@ def test_no_more_of_an_answer_is_kept_than_a_message_may_have(keys: Path, model:
         pushed(shop, handed(shop), Scored(0.9, 7))
         asking.join(20)
     assert asking.found == Scored(0.9, 7)
+
+
+def test_a_call_that_is_turned_down_loses_no_task(keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy server turns down a client that begins, then one that was just handed a task, then one that is back."""
+    import grpc
+
+    class Busy(grpc.RpcError):  # type: ignore[misc]
+        def code(self) -> Any:
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+        def details(self) -> str:
+            return "too many calls"
+
+    def busy(call: Callable[..., Any], *times: int) -> Callable[..., Any]:
+        count = itertools.count()
+
+        def made(*given: Any, **options: Any) -> Any:
+            if next(count) in times:
+                raise Busy
+            return call(*given, **options)
+
+        return made
+
+    stub = Connection._stub
+
+    def turned_down(self: Connection) -> Any:
+        made = stub(self)
+        made.ActivateNode, made.PullObject = busy(made.ActivateNode, 0, 2), busy(made.PullObject, 0)
+        return made
+
+    monkeypatch.setattr(Connection, "_stub", turned_down)
+    monkeypatch.setattr("netweight.federate.node._RETRY", (0.05, 0.1))
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        assert isinstance(over.exchange({"shop0": ScoreTask(model)}, 20)["shop0"], Scored)
+        over.dismiss({})
+        joined.join(10)
+    assert joined.problem is None
+    assert joined.said.count("the server turned a call down (too many calls)") == 2
+    assert joined.said.count(f"connected to {address} again") == 2
+
+
+def test_a_server_takes_the_calls_of_all_its_clients_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = []
+
+    def made(*_: Any, **options: Any) -> Any:
+        workers.append(options["max_concurrent_workers"])
+        raise RuntimeError("counted")
+
+    monkeypatch.setattr("flwr.supercore.grpc.generic_create_grpc_server", made)
+    many = replace(ServerKeys.load(keys / "server"), clients={f"shop{i}": b"%d" % i for i in range(500)})
+    with pytest.raises(OptionError, match="counted"), listening(f"127.0.0.1:{free_port()}", many):
+        pass
+    assert workers[0] > 3 * 500  # two parts of a message and a sign of life of each
 
 
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:

@@ -23,6 +23,7 @@ from netweight.run.federated.wire import Wire
 
 MESSAGE = 64 << 20  # bytes of one gRPC message; Flower cuts tensors into pieces of 5 MiB
 _THREADS = 64
+_EACH = 4  # calls of one client at a time: Flower sends two parts of a message at once; signs of life, and one to spare
 _BEAT = 20.0  # seconds between signs of life of the run, which Flower ends after 60 without
 NAME = "netweight-client-bin"  # in the metadata of a call: what a client calls itself
 _LINES = 100  # on clients that were not let in: anybody may knock
@@ -111,7 +112,7 @@ class _Link:
             server = generic_create_grpc_server(
                 (_servicer(self), add_FleetServicer_to_server),
                 address,
-                max_concurrent_workers=_THREADS,
+                max_concurrent_workers=_THREADS + _EACH * len(self.names),
                 max_message_length=MESSAGE,
                 certificates=(self.keys.authority, self.keys.certificate, self.keys.key),
                 interceptors=[RpcErrorTranslationServerInterceptor(), NodeAuthServerInterceptor(self.factory)],
