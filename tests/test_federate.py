@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -805,6 +806,29 @@ def test_a_server_takes_the_calls_of_all_its_clients_at_once(keys: Path, monkeyp
     with pytest.raises(OptionError, match="counted"), listening(f"127.0.0.1:{free_port()}", many):
         pass
     assert workers[0] > 3 * 500  # two parts of a message and a sign of life of each
+
+
+def test_clocks_may_differ_as_flower_allows_and_as_is_said(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+    from flwr.supercore.date import now
+
+    ahead, behind = SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE + TIMESTAMP_TOLERANCE
+    said = f"clock must be less than {ahead} seconds ahead of the server's and less than {behind} behind it"
+    assert said in (Path(__file__).parent.parent / "docs" / "federated-deployment.md").read_text()
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")):
+        for seconds in (ahead + 30, -behind - 1, 30 - behind):  # the call itself may take a while
+
+            def differing(seconds: float = seconds) -> datetime:
+                return now() + timedelta(seconds=seconds)
+
+            monkeypatch.setattr("flwr.supercore.date.now", differing)
+            shop = by_hand(address, keys / "shop0")
+            if -behind < seconds < ahead:
+                shop.activate()
+                continue
+            with pytest.raises(ClientError, match=f"Invalid timestamp.*its {said}"):
+                shop.activate()
 
 
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:

@@ -98,7 +98,8 @@ class Connection:
                 raise
             raise ClientError(
                 f"the server at {self.address} does not let this client in ({problem.details()}): its public key must "
-                "lie among the server's clients, and both clocks must agree within 10 seconds."
+                "lie among the server's clients, and its clock must be less than 5 seconds ahead of the server's and "
+                "less than 305 behind it."
             ) from None
 
     def _answer(self, client: Client, wire: Wire, message: Any) -> None:
