@@ -56,6 +56,7 @@ from test_federated_clients import Unheard
 from test_habits import _CONNECTIONS, python
 
 flower()
+import grpc  # noqa: E402
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
@@ -581,7 +582,6 @@ def test_a_port_that_is_taken_and_certificates_that_do_not_fit(keys: Path, tmp_p
 
 
 def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) -> None:
-    import grpc
     from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
     from flwr.proto.fleet_pb2_grpc import FleetStub
     from flwr.proto.node_pb2 import Node as Place_
@@ -617,7 +617,6 @@ def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) ->
 
 def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Model) -> None:
     """With the public key of another, which is no secret, nobody ends its session; nor answers what it was asked."""
-    import grpc
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
 
     make_keys(tmp_path / "other", ("stranger",))
@@ -752,27 +751,28 @@ def test_no_more_of_an_answer_is_kept_than_a_message_may_have(keys: Path, model:
     assert asking.found == Scored(0.9, 7)
 
 
+class Busy(grpc.RpcError):  # type: ignore[misc]
+    def code(self) -> Any:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def details(self) -> str:
+        return "too many calls"
+
+
+def busy(call: Callable[..., Any], *times: int) -> Callable[..., Any]:
+    """The call of a stub, which is turned down at these times."""
+    count = itertools.count()
+
+    def made(*given: Any, **options: Any) -> Any:
+        if next(count) in times:
+            raise Busy
+        return call(*given, **options)
+
+    return made
+
+
 def test_a_call_that_is_turned_down_loses_no_task(keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy server turns down a client that begins, then one that was just handed a task, then one that is back."""
-    import grpc
-
-    class Busy(grpc.RpcError):  # type: ignore[misc]
-        def code(self) -> Any:
-            return grpc.StatusCode.RESOURCE_EXHAUSTED
-
-        def details(self) -> str:
-            return "too many calls"
-
-    def busy(call: Callable[..., Any], *times: int) -> Callable[..., Any]:
-        count = itertools.count()
-
-        def made(*given: Any, **options: Any) -> Any:
-            if next(count) in times:
-                raise Busy
-            return call(*given, **options)
-
-        return made
-
     stub = Connection._stub
 
     def turned_down(self: Connection) -> Any:
@@ -792,6 +792,20 @@ def test_a_call_that_is_turned_down_loses_no_task(keys: Path, model: Model, monk
     assert joined.problem is None
     assert joined.said.count("the server turned a call down (too many calls)") == 2
     assert joined.said.count(f"connected to {address} again") == 2
+
+
+def test_a_client_that_hears_the_end_waits_for_no_server(keys: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        stub = joined.connection.stub
+        stub.PushMessages, stub.ActivateNode = (busy(c, *range(999)) for c in (stub.PushMessages, stub.ActivateNode))
+        over.dismiss({})
+        joined.join(10)
+    assert not joined.is_alive()
+    assert joined.problem is None
+    assert joined.said[-1] == "the server has ended the run"
 
 
 def test_a_server_takes_the_calls_of_all_its_clients_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:

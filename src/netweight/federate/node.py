@@ -69,13 +69,13 @@ class Connection:
                 if message is None:
                     time.sleep(_LOOK)
                     continue
-                self._answer(client, wire, message)
                 why = ended(message.content)
                 if why:
                     raise ClientError(why)
-                if why is not None:
+                if why is not None:  # nobody waits for an answer to that, nor may be there for one
                     self.said("the server has ended the run")
                     return
+                self._answer(client, wire, message)
         finally:
             end.set()
             self._leave()
@@ -108,7 +108,7 @@ class Connection:
         began = time.monotonic()
         reply = Message(answered(client, wire, message.content, self.memory), reply_to=message)
         took = time.monotonic() - began
-        if ended(message.content) is None and took >= _WORTH_SAYING:
+        if took >= _WORTH_SAYING:
             self.said(f"{client.name} answered a task in {took:.1f} s")
         self._retried(lambda: self._push(reply))
 

@@ -307,8 +307,6 @@ def answered(client: Client, wire: Wire, record: Any, memory: Memory | None = No
     """The record of a client's answer to the record of a task; what goes wrong is told in a sentence."""
     from flwr.app import ConfigRecord, RecordDict
 
-    if ended(record) is not None:
-        return RecordDict({"end": ConfigRecord({"reason": ""})})
     to = addressee(record)
     if text := misnamed(to, client.name):
         return RecordDict({"error": ConfigRecord({"text": text})})
