@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ from test_federated_clients import Unheard
 from test_habits import _CONNECTIONS, python
 
 flower()
+import grpc  # noqa: E402
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
@@ -201,6 +204,42 @@ def test_who_is_silent_away_or_odd_is_lost_with_the_reason(model: Model) -> None
     assert over.clients() == ("shop0", "shop1")
     found = over.exchange({"shop2": task})
     assert found["shop2"] == Lost("shop2", "it left, and was away for 0.3 s.")
+
+
+def test_what_flower_cannot_read_costs_its_sender_alone(model: Model) -> None:
+    grid = FakeGrid(shops())
+    pull = grid.pull_messages
+
+    def odd(ids: Sequence[str]) -> list[Any]:
+        if "m1" in ids:
+            raise ValueError("Unexpected format for object head. " * 100)
+        return pull(ids)
+
+    grid.pull_messages = odd  # type: ignore[method-assign]
+    found = channel(grid).exchange(dict.fromkeys(("shop0", "shop1", "shop2"), ScoreTask(model)), 5)
+    assert isinstance(found["shop0"], Scored)
+    assert isinstance(found["shop2"], Scored)
+    assert isinstance(found["shop1"], Lost)
+    assert found["shop1"].reason.startswith("its answer cannot be read: ValueError: Unexpected format for object head.")
+    assert len(found["shop1"].reason) == 2000
+
+
+def test_an_answer_is_that_of_whom_it_was_asked_of(model: Model) -> None:
+    """Flower checks of whom a message is in its head only, not in what it then builds of it."""
+    grid = FakeGrid(shops())
+    grid.silent = {"shop0"}
+    pull = grid.pull_messages
+
+    def of_another(ids: Sequence[str]) -> list[Any]:
+        replies = pull(ids)
+        for reply in replies:
+            reply.metadata.__dict__["_reply_to_message_id"] = "m0"
+        return replies
+
+    grid.pull_messages = of_another  # type: ignore[method-assign]
+    found = channel(grid).exchange(dict.fromkeys(("shop0", "shop1"), ScoreTask(model)), 0.3)
+    assert isinstance(found["shop1"], Scored)
+    assert found["shop0"] == Lost("shop0", "no answer within 0.3 s.")
 
 
 def test_who_connects_anew_is_asked_again(model: Model) -> None:
@@ -588,7 +627,6 @@ def test_a_port_that_is_taken_and_certificates_that_do_not_fit(keys: Path, tmp_p
 
 
 def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) -> None:
-    import grpc
     from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest
     from flwr.proto.fleet_pb2_grpc import FleetStub
     from flwr.proto.node_pb2 import Node as Place_
@@ -624,7 +662,6 @@ def test_who_has_no_key_of_a_client_is_not_let_in(keys: Path, tmp_path: Path) ->
 
 def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Model) -> None:
     """With the public key of another, which is no secret, nobody ends its session; nor answers what it was asked."""
-    import grpc
     from flwr.proto.fleet_pb2 import ActivateNodeRequest
 
     make_keys(tmp_path / "other", ("stranger",))
@@ -651,6 +688,206 @@ def test_a_client_speaks_for_itself_only(keys: Path, tmp_path: Path, model: Mode
         shop._push(Message(to_record(WIRE.pack(Scored(0.9, 7))), reply_to=came[-1]))
         asking.join(20)
     assert answers == {"shop0": Scored(0.9, 7)}
+
+
+def by_hand(address: str, keys: Path) -> Connection:
+    """A client of which a test makes each call."""
+    return Connection(address, ClientKeys.load(keys / "ca.crt", keys / "client.key"))
+
+
+def handed(shop: Connection) -> Any:
+    """The next task of a client by hand."""
+    end = time.monotonic() + 20
+    while (task := shop._pull()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return task
+
+
+def pushed(shop: Connection, task: Any, answer: Any) -> None:
+    shop._push(Message(to_record(WIRE.pack(answer)), reply_to=task))
+
+
+class Asking(threading.Thread):
+    """A server that asks shop0 something; `found` is what came."""
+
+    def __init__(self, over: FlowerChannel, model: Model, seconds: float | None = None) -> None:
+        super().__init__(daemon=True)
+        self.over, self.task, self.seconds = over, ScoreTask(model), seconds
+        self.found: Any = None
+        self.start()
+
+    def run(self) -> None:
+        self.found = self.over.exchange({"shop0": self.task}, self.seconds)["shop0"]
+
+
+def test_an_upload_that_stalls_keeps_nobody_waiting(keys: Path, model: Model) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    go_on, stalled = threading.Event(), threading.Event()
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        slow, joined = by_hand(address, keys / "shop0"), Joining(address, keys / "shop1", shops()[1])
+        slow.activate()
+        soon(lambda: over.clients() == ("shop0", "shop1"))
+        push = slow.stub.PushObject
+
+        def stalls(request: Any) -> Any:
+            stalled.set()
+            go_on.wait(8)
+            return push(request)
+
+        slow.stub.PushObject = stalls
+        uploading = threading.Thread(target=lambda: pushed(slow, handed(slow), Scored(0.1, 7)))
+        uploading.start()
+        found = over.exchange(dict.fromkeys(("shop0", "shop1"), ScoreTask(model)), 3)
+        assert not go_on.is_set()
+        assert stalled.is_set()
+        assert isinstance(found["shop1"], Scored)
+        assert found["shop0"] == Lost("shop0", "no answer within 3 s.")
+        go_on.set()
+        uploading.join(10)
+        slow._leave()
+        over.dismiss({})
+        joined.join(10)
+    assert joined.problem is None
+
+
+def test_an_upload_that_breaks_off_is_asked_for_again(
+    keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flwr.supercore.corestate.in_memory_corestate.OBJECT_PUSH_SESSION_TTL_SECONDS", 1)
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        shop = by_hand(address, keys / "shop0")
+        shop.activate()
+        soon(lambda: over.clients() == ("shop0",))
+        asking = Asking(over, model)
+
+        def breaks(request: Any) -> Any:
+            raise ConnectionError
+
+        push, shop.stub.PushObject = shop.stub.PushObject, breaks
+        first = handed(shop)
+        with pytest.raises(ConnectionError):
+            pushed(shop, first, Scored(0.1, 7))
+        shop.stub.PushObject = push
+        again = handed(shop)
+        assert again.metadata.message_id != first.metadata.message_id
+        pushed(shop, again, Scored(0.9, 7))
+        asking.join(20)
+    assert asking.found == Scored(0.9, 7)
+
+
+def test_no_more_of_an_answer_is_kept_than_a_message_may_have(keys: Path, model: Model) -> None:
+    from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server"), replace(WIRE, most=2000)) as over:
+        shop = by_hand(address, keys / "shop0")
+        shop.activate()
+        soon(lambda: over.clients() == ("shop0",))
+        asking = Asking(over, model, 1)
+        with pytest.raises(ObjectPushError):
+            pushed(shop, handed(shop), Reduced({"a": torch.zeros(10_000)}))
+        asking.join(20)
+        assert asking.found == Lost("shop0", "no answer within 1 s.")
+        asking = Asking(over, model)
+        pushed(shop, handed(shop), Scored(0.9, 7))
+        asking.join(20)
+    assert asking.found == Scored(0.9, 7)
+
+
+class Busy(grpc.RpcError):  # type: ignore[misc]
+    def code(self) -> Any:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def details(self) -> str:
+        return "too many calls"
+
+
+def busy(call: Callable[..., Any], *times: int) -> Callable[..., Any]:
+    """The call of a stub, which is turned down at these times."""
+    count = itertools.count()
+
+    def made(*given: Any, **options: Any) -> Any:
+        if next(count) in times:
+            raise Busy
+        return call(*given, **options)
+
+    return made
+
+
+def test_a_call_that_is_turned_down_loses_no_task(keys: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy server turns down a client that begins, then one that was just handed a task, then one that is back."""
+    stub = Connection._stub
+
+    def turned_down(self: Connection) -> Any:
+        made = stub(self)
+        made.ActivateNode, made.PullObject = busy(made.ActivateNode, 0, 2), busy(made.PullObject, 0)
+        return made
+
+    monkeypatch.setattr(Connection, "_stub", turned_down)
+    monkeypatch.setattr("netweight.federate.node._RETRY", (0.05, 0.1))
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        assert isinstance(over.exchange({"shop0": ScoreTask(model)}, 20)["shop0"], Scored)
+        over.dismiss({})
+        joined.join(10)
+    assert joined.problem is None
+    assert joined.said.count("the server turned a call down (too many calls)") == 2
+    assert joined.said.count(f"connected to {address} again") == 2
+
+
+def test_a_client_that_hears_the_end_waits_for_no_server(keys: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")) as over:
+        joined = Joining(address, keys / "shop0", shops()[0])
+        soon(lambda: over.clients() == ("shop0",))
+        stub = joined.connection.stub
+        stub.PushMessages, stub.ActivateNode = (busy(c, *range(999)) for c in (stub.PushMessages, stub.ActivateNode))
+        over.dismiss({})
+        joined.join(10)
+    assert not joined.is_alive()
+    assert joined.problem is None
+    assert joined.said[-1] == "the server has ended the run"
+
+
+def test_a_server_takes_the_calls_of_all_its_clients_at_once(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = []
+
+    def made(*_: Any, **options: Any) -> Any:
+        workers.append(options["max_concurrent_workers"])
+        raise RuntimeError("counted")
+
+    monkeypatch.setattr("flwr.supercore.grpc.generic_create_grpc_server", made)
+    many = replace(ServerKeys.load(keys / "server"), clients={f"shop{i}": b"%d" % i for i in range(500)})
+    with pytest.raises(OptionError, match="counted"), listening(f"127.0.0.1:{free_port()}", many):
+        pass
+    assert workers[0] > 3 * 500  # two parts of a message and a sign of life of each
+
+
+def test_clocks_may_differ_as_flower_allows_and_as_is_said(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
+    from flwr.supercore.date import now
+
+    ahead, behind = SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE + TIMESTAMP_TOLERANCE
+    said = f"clock must be less than {ahead} seconds ahead of the server's and less than {behind} behind it"
+    assert said in (Path(__file__).parent.parent / "docs" / "federated-deployment.md").read_text()
+    address = f"127.0.0.1:{free_port()}"
+    with listening(address, ServerKeys.load(keys / "server")):
+        for seconds in (ahead + 30, -behind - 1, 30 - behind):  # the call itself may take a while
+
+            def differing(seconds: float = seconds) -> datetime:
+                return now() + timedelta(seconds=seconds)
+
+            monkeypatch.setattr("flwr.supercore.date.now", differing)
+            shop = by_hand(address, keys / "shop0")
+            if -behind < seconds < ahead:
+                shop.activate()
+                continue
+            with pytest.raises(ClientError, match=f"Invalid timestamp.*its {said}"):
+                shop.activate()
 
 
 def test_a_client_that_was_killed_is_let_in_at_once_and_asked_again(keys: Path, model: Model) -> None:

@@ -8,8 +8,10 @@ signatures, and its Grid, which calls the handlers of that state instead of a we
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from netweight.errors import OptionError
@@ -21,6 +23,7 @@ from netweight.run.federated.wire import Wire
 
 MESSAGE = 64 << 20  # bytes of one gRPC message; Flower cuts tensors into pieces of 5 MiB
 _THREADS = 64
+_EACH = 4  # calls of one client at a time: Flower sends two parts of a message at once; signs of life, and one to spare
 _BEAT = 20.0  # seconds between signs of life of the run, which Flower ends after 60 without
 NAME = "netweight-client-bin"  # in the metadata of a call: what a client calls itself
 _LINES = 100  # on clients that were not let in: anybody may knock
@@ -41,7 +44,7 @@ def listening(
     certificate and key do not fit.
     """
     flower()
-    link = _Link(keys, said or (lambda _: None))
+    link = _Link(keys, said or (lambda _: None), 2 * wire.most)  # Flower adds to a message, but not as much again
     server = link.serve(address)
     try:
         yield FlowerChannel(link.grid, link.nodes, wire, patience, remembers=True)
@@ -51,9 +54,9 @@ def listening(
 
 
 class _Link:
-    """Flower's state of one run, and the nodes that may take part."""
+    """Flower's state of one run, and the nodes that may take part. `most` bytes of each are taken for one task."""
 
-    def __init__(self, keys: ServerKeys, said: Callable[[str], None]) -> None:
+    def __init__(self, keys: ServerKeys, said: Callable[[str], None], most: int) -> None:
         from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID
         from flwr.server.superlink.linkstate import LinkStateFactory
         from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID, TaskType
@@ -61,7 +64,7 @@ class _Link:
         from flwr.supercore.task_identity import TaskIdentity
         from flwr.superlink.federation import NoOpFederationManager
 
-        self.keys, self.said, self.lines = keys, said, set[str]()
+        self.keys, self.said, self.lines, self.most = keys, said, set[str](), most
         self.objects = ObjectStoreFactory()
         self.factory = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), self.objects)
         self.state: Any = self.factory.state()
@@ -78,6 +81,7 @@ class _Link:
             for name, public in keys.clients.items()
         }
         self.sessions: dict[int, int] = {}
+        self.received: Counter[int] = Counter()  # bytes by node, since it was given a task
         self.grid = _grid(self.state, run)
         self.stop = threading.Event()
 
@@ -108,7 +112,7 @@ class _Link:
             server = generic_create_grpc_server(
                 (_servicer(self), add_FleetServicer_to_server),
                 address,
-                max_concurrent_workers=_THREADS,
+                max_concurrent_workers=_THREADS + _EACH * len(self.names),
                 max_message_length=MESSAGE,
                 certificates=(self.keys.authority, self.keys.certificate, self.keys.key),
                 interceptors=[RpcErrorTranslationServerInterceptor(), NodeAuthServerInterceptor(self.factory)],
@@ -126,6 +130,7 @@ class _Link:
 
 def _servicer(link: _Link) -> Any:
     from flwr.common.constant import PUBLIC_KEY_HEADER
+    from flwr.proto.message_pb2 import PushObjectResponse
     from flwr.server.superlink.fleet.grpc_rere.fleet_servicer import FleetServicer
     from flwr.supercore.utils import get_metadata_bytes
     from grpc import StatusCode
@@ -136,10 +141,10 @@ def _servicer(link: _Link) -> Any:
         return key
 
     class Fleet(FleetServicer):  # type: ignore[misc]
-        """Flower's service with three changes. A client that was killed and is back is let in at once, and counted as a
+        """Flower's service with four changes. A client that was killed and is back is let in at once, and counted as a
         new session, instead of being turned away until its old one has timed out. Who calls must be who a request
         speaks of: Flower's interceptor compares neither the key to activate nor the sources of messages with the
-        caller. And who is not let in is told why, and so is the server."""
+        caller. Who is not let in is told why, and so is the server. And an answer has an end: more is not kept."""
 
         def ActivateNode(self, request: Any, context: Any) -> Any:  # noqa: N802
             if request.public_key != caller(context):
@@ -163,15 +168,48 @@ def _servicer(link: _Link) -> Any:
                 context.abort(StatusCode.UNAUTHENTICATED, "a client answers for itself only")
             return super().PushMessages(request, context)
 
+        def PullMessages(self, request: Any, context: Any) -> Any:  # noqa: N802
+            given = super().PullMessages(request, context)
+            if given.messages_list:
+                link.received[request.node.node_id] = 0
+            return given
+
+        def PushObject(self, request: Any, context: Any) -> Any:  # noqa: N802
+            link.received[request.node.node_id] += len(request.object_content)
+            if link.received[request.node.node_id] > link.most:
+                return PushObjectResponse(stored=False)
+            return super().PushObject(request, context)
+
     return Fleet(link.factory, link.objects, enable_supernode_auth=True)
 
 
 def _grid(state: Any, run: Any) -> Any:
     from flwr.proto.task_pb2 import Task
+    from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+    from flwr.supercore.object_store import NoObjectInStoreError
     from flwr.superlink.grid.http_grid import HttpGrid
     from flwr.superlink.servicer.runtime import runtime_handlers
 
     task = Task(run_id=run.run_id)
+    begun = set[str]()
+
+    def due(asked: str) -> bool:
+        """Whether Flower can say at once what became of a message: its answer is there with all its parts, or it is
+        lost. It is made lost where its answer broke off, since what is lost is asked again."""
+        ids: list[str] = []
+        with state.lock, suppress(NoObjectInStoreError):  # under this lock an answer is entered with its parts
+            if answer := state.message_ins_id_to_message_res_id.get(asked):
+                begun.add(asked)
+                ids = [part.object_id for part in iterate_object_tree(state.object_store.get_object_tree(answer))]
+        parts = [state.get_object(run.run_id, one) for one in ids]
+        if b"" in parts:
+            return False
+        if asked in begun and (None in parts or not parts):
+            state.delete_messages({asked})
+        begun.discard(asked)
+        sent = state.message_ins_store.get(asked)
+        gone = sent is None or state.nodes[sent.metadata.dst_node_id].online_until < time.time()
+        return bool(parts or gone)
 
     class Here:
         """The calls that Flower's Grid makes of a web service, answered by the handlers behind it."""
@@ -182,6 +220,12 @@ def _grid(state: Any, run: Any) -> Any:
 
     class Grid(HttpGrid):  # type: ignore[misc]
         """Flower's Grid over a state in this process."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Any:
+            """Of an answer that is still on its way nothing: Flower would wait for the rest, up to two hours, and hear
+            nobody else."""
+            there = [asked for asked in message_ids if due(asked)]
+            return super().pull_messages(there) if there else []
 
         @property
         def _runtime_client(self) -> Any:

@@ -26,6 +26,7 @@ QUERY = "query"  # the one type of message: what is asked stands inside
 _LOOK = 0.05  # seconds between two looks for answers
 _SMALL = 4096  # bytes of a tensor that is sent again rather than remembered
 _AGAIN = 3  # times that a task is sent again because it, or its answer, did not come through
+_TEXT = 2000  # characters of what is told of a client's failure
 _STYPE = "netweight"  # a tensor's bytes, without the header that Flower's own type of array has
 
 
@@ -124,21 +125,23 @@ class FlowerChannel:
         return next(iter(self.grid.push_messages([message])), None)
 
     def _pulled(self, waiting: Mapping[str, _Asked]) -> dict[str, Answer | Lost]:
-        names = {one.message: name for name, one in waiting.items() if one.message}
+        """Answers that are there, each that of the client that was asked, whatever it says of itself. One that cannot
+        be read costs its sender the round, not the others."""
         found: dict[str, Answer | Lost] = {}
-        for reply in self.grid.pull_messages(sorted(names)) if names else ():
-            name = names.get(reply.metadata.reply_to_message_id)
-            if name is None:
-                continue
-            why = _fell_through(reply)
-            one = waiting[name]
-            if why is None:
-                found[name] = self._read(name, reply)
-            elif one.again < _AGAIN:
-                self._held.pop(one.node or Node(0), None)
-                one.node, one.message, one.again = None, None, one.again + 1
-            else:
-                found[name] = Lost(name, why)
+        for name, one in waiting.items():
+            try:
+                for reply in self.grid.pull_messages([one.message]) if one.message else ():
+                    why = _fell_through(reply)
+                    if why is None:
+                        found[name] = self._read(name, reply)
+                    elif one.again < _AGAIN:
+                        self._held.pop(one.node or Node(0), None)
+                        one.node, one.message, one.again = None, None, one.again + 1
+                    else:
+                        found[name] = Lost(name, why)
+            except Exception as problem:  # Flower's own reading checks little, and may end in anything
+                kind = "" if isinstance(problem, WireError) else f"{type(problem).__name__}: "
+                found[name] = Lost(name, f"its answer cannot be read: {kind}{problem}"[:_TEXT])
         return found
 
     def _read(self, name: str, reply: Any) -> Answer | Lost:
@@ -146,12 +149,9 @@ class FlowerChannel:
             return Lost(name, f"Flower says: {reply.error.reason}")
         said = reply.content.config_records.get("error")
         if said is not None:
-            return Lost(name, str(said.get("text", ""))[:2000])
-        try:
-            answer: Answer = self.wire.unpack(from_record(reply.content), answer=True)
-            return answer
-        except WireError as problem:
-            return Lost(name, f"its answer cannot be read: {problem}")
+            return Lost(name, str(said.get("text", ""))[:_TEXT])
+        answer: Answer = self.wire.unpack(from_record(reply.content), answer=True)
+        return answer
 
 
 def _fell_through(reply: Any) -> str | None:
@@ -307,8 +307,6 @@ def answered(client: Client, wire: Wire, record: Any, memory: Memory | None = No
     """The record of a client's answer to the record of a task; what goes wrong is told in a sentence."""
     from flwr.app import ConfigRecord, RecordDict
 
-    if ended(record) is not None:
-        return RecordDict({"end": ConfigRecord({"reason": ""})})
     to = addressee(record)
     if text := misnamed(to, client.name):
         return RecordDict({"error": ConfigRecord({"text": text})})
