@@ -178,7 +178,7 @@ def verify(
         said += [loaded.note] if loaded.note else []
         made, here = measurements_of(folder).machine.cpu, measure.cpu()
         where = f" It was certified on {made}; this is {here}." if made != here else ""
-        said.append(matches(certificate, outcomes, loaded.rows, answers, where))
+        said.append(matches(certificate, outcomes, loaded.rows, answers, where=where))
     return said
 
 
