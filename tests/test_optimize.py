@@ -240,7 +240,7 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
 
     monkeypatch.setattr(ship, "register", registered)
     monkeypatch.setattr(Sealed, "unseal", opened)
-    base = tiny_base(tmp_path / "base", known=0.0)
+    base = tiny_base(tmp_path / "secret" / "bert", known=0.0)
     result = optimize(many_rows(900, seed=4), out=tmp_path / "made.nw", model=str(base), max_drop=5.0, threads=1)
     assert [kind for kind, _ in events] == ["registered", "opened"]
     assert len({digest for _, digest in events}) == 1
@@ -256,6 +256,9 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
     why = "linear, which costs least, is as good as the teacher"
     assert held["left out static"] == [why, result.manifest.provenance["command"]]
     assert result.measurements.reference.name == "linear"
+    assert result.manifest.provenance["base"]["name"] == "bert"
+    assert not any(b"secret" in artifact.read_file(result.folder, result.manifest, f) for f in result.manifest.files)
+    assert b"secret" not in (result.folder / artifact.MANIFEST).read_bytes()
 
 
 @pytest.mark.usefixtures("quick")

@@ -222,7 +222,7 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
     if isinstance(types, torch.nn.Embedding) and not encoder.marks:
         # It never saw a second text as one, and begins as it was trained.
         types.weight.data[1:] = types.weight.data[0]
-    return Model(network, encoder, task, Base(name, _licence(folder), _digest(folder)))
+    return Model(network, encoder, task, Base(known_as(name), _licence(folder), _digest(folder)))
 
 
 def skeleton(name: str) -> Transformer:
@@ -247,10 +247,19 @@ def skeleton(name: str) -> Transformer:
 def digests(name: str) -> dict[str, str]:
     """SHA-256 of what a local folder holds, where another model may stand under the same name tomorrow: of its weights,
     and of all else that `pretrained` reads of it but the licence. Nothing of the starter and of Hub ids."""
-    if not name or name == STARTER or not Path(name).is_dir():
+    if not _local(name):
         return {}
     found = {"weights": _digest(Path(name)), "model's other files": _digest(Path(name), *_OTHERS)}
     return {what: digest for what, digest in found.items() if digest}
+
+
+def known_as(name: str) -> str:
+    """What artifacts call a base model: a local folder by its own name, not by where it lies on its maker's machine."""
+    return Path(name).resolve().name if _local(name) else name
+
+
+def _local(name: str) -> bool:
+    return bool(name) and name != STARTER and Path(name).is_dir()
 
 
 def _digest(folder: Path, *patterns: str) -> str:
@@ -306,7 +315,7 @@ def _folder(name: str) -> Path:
         if actual != _STARTER_SHA256:
             raise ModelError(f"the starter's weights hash to {actual}, not {_STARTER_SHA256}; reinstall its package.")
         return folder
-    if name and Path(name).is_dir():
+    if _local(name):
         return Path(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"{name!r} is no folder and no Hub id; use 'starter', a folder, or an id such as org/name.")
