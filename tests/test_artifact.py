@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_encoder
+from conftest import Shop, tiny_encoder
 from netweight import artifact, load
 from netweight.artifact import MANIFEST, TOKENIZER, Manifest, Tier, check, read_manifest, save, tier_file
 from netweight.errors import ArtifactError, CorruptArtifact, NetweightError
@@ -172,6 +172,28 @@ def test_a_failing_save_leaves_the_old_one(made: Path, monkeypatch: pytest.Monke
         save(made, manifest_of(), contents_of("other"))
     assert check(made) == before
     assert [p.name for p in made.parent.iterdir()] == ["a.nw"]
+
+
+def test_an_artifact_that_is_exchanged_while_it_is_read_is_read_anew(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, usual = shutil.copytree(shop.folder, tmp_path / "a.nw"), artifact.read_file
+    before = read_manifest(folder)
+    contents = {name: usual(folder, before, name) for name in before.files}
+    contents[TOKENIZER] += b"\n"
+    calls = []
+
+    def exchanged(*given: Any) -> bytes:
+        calls.append(given)
+        if len(calls) == 1:
+            save(folder, before, contents)
+        return usual(*given)
+
+    monkeypatch.setattr(artifact, "read_file", exchanged)
+    assert load(folder).version == read_manifest(folder).digest[:12] != before.digest[:12]
+    (folder / TOKENIZER).write_bytes(b"{}")
+    with pytest.raises(CorruptArtifact, match=r"tokenizer\.json is damaged"):
+        load(folder)
 
 
 _KILLED = """
