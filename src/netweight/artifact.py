@@ -132,10 +132,9 @@ def name_of(folder: Path) -> str:
     return folder.name.removesuffix(".nw")
 
 
-def writable(folder: Path) -> None:
-    """Raises ArtifactError where `folder` exists and is not an artifact, or holds a file that its manifest does not
-    list, since nothing else is ever overwritten, and where it could not be exchanged: without a name, as a mount point,
-    or as a link to nothing."""
+def replaceable(folder: Path) -> None:
+    """Raises ArtifactError where nothing can take the place of `folder`: without a name, as a mount point, or as a link
+    to nothing."""
     if folder.name in ("", ".."):
         raise ArtifactError(f"the folder {str(folder)!r} has no name of its own; name a new one, such as shop.nw.")
     if os.path.ismount(folder):
@@ -147,6 +146,12 @@ def writable(folder: Path) -> None:
         raise ArtifactError(
             f"{folder} is a link to {folder.readlink()}, which is not there; remove it, or choose another folder."
         )
+
+
+def writable(folder: Path) -> None:
+    """Raises ArtifactError where `folder` exists and is not an artifact, or holds a file that its manifest does not
+    list, since nothing else is ever overwritten, and where it is not `replaceable`."""
+    replaceable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
