@@ -314,10 +314,25 @@ def test_files_that_no_manifest_lists_are_never_read(made: Path) -> None:
         load(made)
 
 
-def test_other_formats(made: Path) -> None:
-    edited(made, lambda stored: stored.update(format=2))
-    with pytest.raises(ArtifactError, match="has format 2; this version reads 1. Update netweight"):
-        load(made)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.update(format=2), r"a\.nw has format 2; this version reads 1\. Update netweight\.$"),
+        (
+            lambda s: s["tiers"][0]["options"].update(rounds="even", bits=4),
+            r"a\.nw has tiers with the options bits, rounds; this version knows buckets, .*\. Update netweight\.$",
+        ),
+    ],
+)
+def test_what_a_newer_version_wrote_is_neither_read_nor_replaced(
+    made: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    edited(made, change)
+    for use in (load, artifact.writable):
+        with pytest.raises(ArtifactError, match=said) as told:
+            use(made)
+        assert not isinstance(told.value, CorruptArtifact)
+        assert "by hand" not in str(told.value)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,14 @@ _SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
 _HEX = b"0" * 64
 READS = "reads"
+_OPTIONS = {READS, "packed", "buckets", "norm", "segments", "reach", "thresholds"}  # that tiers may have
 _STAGED = "-saving-"
 _MANIFEST_MOST = 16 * 2**20
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+
+
+class _OtherVersion(ArtifactError):
+    """An artifact, but none that this version reads."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,8 @@ def writable(folder: Path) -> None:
         return
     try:
         listed = {MANIFEST, *read_manifest(folder).files}
+    except _OtherVersion:
+        raise
     except ArtifactError as problem:
         raise ArtifactError(
             f"{folder} exists and is not an artifact; choose another folder, or remove this one by hand. {problem}"
@@ -241,7 +248,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises ArtifactError (no artifact, newer format) or CorruptArtifact."""
+    """The manifest of a folder. Raises ArtifactError (no artifact, newer format or options) or CorruptArtifact."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}.")
@@ -251,7 +258,7 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes()
         stored = json.loads(text.decode())
         if stored["format"] != FORMAT:
-            raise ArtifactError(
+            raise _OtherVersion(
                 f"{folder} has format {stored['format']!r}; this version reads {FORMAT}. Update netweight."
             )
         manifest = Manifest(
@@ -271,6 +278,12 @@ def read_manifest(folder: Path) -> Manifest:
             raise CorruptArtifact(f"{path} names {name!r}, which lies outside the folder.")
     if not _intact(text):
         raise CorruptArtifact(f"{path} is damaged: it does not have the SHA-256 that it states. Copy it again.")
+    if unknown := {name for tier in manifest.tiers for name in tier.options} - _OPTIONS:
+        # Who passed it over would answer otherwise than what was certified.
+        raise _OtherVersion(
+            f"{folder} has tiers with the options {', '.join(sorted(unknown))}; this version knows "
+            f"{', '.join(sorted(_OPTIONS))}. Update netweight."
+        )
     return manifest
 
 
