@@ -183,7 +183,9 @@ def test_sentences_without_spaces_are_not_remembered_but_their_words_are() -> No
     assert {"好", "评", "，", "。", "good", "bad", ",", "!"} == set(stretches._table)
 
 
-def test_threads_may_share_it() -> None:
+@pytest.mark.parametrize("most", [words._MOST, 5])
+def test_threads_may_share_it(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "_MOST", most)  # where it is small, one begins a table anew that others read
     texts = [f"good {i} bad{i % 7} ing{i}" for i in range(2000)]
     wanted = usual(TextEncoder(definition())).encode(texts).ids.tolist()
     encoder, found = TextEncoder(definition()), []
