@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from conftest import tiny_encoder
+from conftest import Shop, tiny_encoder
 from netweight import artifact, load
 from netweight.artifact import MANIFEST, TOKENIZER, Manifest, Tier, check, read_manifest, save, tier_file
 from netweight.errors import ArtifactError, CorruptArtifact, NetweightError
@@ -174,6 +174,28 @@ def test_a_failing_save_leaves_the_old_one(made: Path, monkeypatch: pytest.Monke
     assert [p.name for p in made.parent.iterdir()] == ["a.nw"]
 
 
+def test_an_artifact_that_is_exchanged_while_it_is_read_is_read_anew(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, usual = shutil.copytree(shop.folder, tmp_path / "a.nw"), artifact.read_file
+    before = read_manifest(folder)
+    contents = {name: usual(folder, before, name) for name in before.files}
+    contents[TOKENIZER] += b"\n"
+    calls = []
+
+    def exchanged(*given: Any) -> bytes:
+        calls.append(given)
+        if len(calls) == 1:
+            save(folder, before, contents)
+        return usual(*given)
+
+    monkeypatch.setattr(artifact, "read_file", exchanged)
+    assert load(folder).version == read_manifest(folder).digest[:12] != before.digest[:12]
+    (folder / TOKENIZER).write_bytes(b"{}")
+    with pytest.raises(CorruptArtifact, match=r"tokenizer\.json is damaged"):
+        load(folder)
+
+
 _KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -292,10 +314,25 @@ def test_files_that_no_manifest_lists_are_never_read(made: Path) -> None:
         load(made)
 
 
-def test_other_formats(made: Path) -> None:
-    edited(made, lambda stored: stored.update(format=2))
-    with pytest.raises(ArtifactError, match="has format 2; this version reads 1. Update netweight"):
-        load(made)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: s.update(format=2), r"a\.nw has format 2; this version reads 1\. Update netweight\.$"),
+        (
+            lambda s: s["tiers"][0]["options"].update(rounds="even", bits=4),
+            r"a\.nw has tiers with the options bits, rounds; this version knows buckets, .*\. Update netweight\.$",
+        ),
+    ],
+)
+def test_what_a_newer_version_wrote_is_neither_read_nor_replaced(
+    made: Path, change: Callable[[dict[str, Any]], object], said: str
+) -> None:
+    edited(made, change)
+    for use in (load, artifact.writable):
+        with pytest.raises(ArtifactError, match=said) as told:
+            use(made)
+        assert not isinstance(told.value, CorruptArtifact)
+        assert "by hand" not in str(told.value)
 
 
 @pytest.mark.parametrize(

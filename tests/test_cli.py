@@ -23,6 +23,7 @@ from netweight import summary as summary_module
 from netweight.certify import Estimate
 from netweight.cli.make import seconds_of
 from netweight.data import Rows
+from netweight.engine import Engine, Outputs
 from netweight.errors import ArtifactError, OptionError
 from netweight.pipeline import store_of
 from netweight.ship import Result
@@ -166,6 +167,26 @@ def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:
     assert changed.err.startswith("netweight: the labels of 1 of 500 certify rows differ from the given ones")
     fewer = say("verify", shop.folder, "--data", write_table(tmp_path / "fewer.tsv", rows.take(range(490))))
     assert "10 of 500 certify rows are not among the 490 given rows" in fewer.err
+    assert "No table has texts that are empty, NULL or very long, which Rows from Python may have." in fewer.err
+
+
+def test_verify_names_both_processors_where_answers_differ(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, then = write_table(tmp_path / "a.tsv", shop.certify), shop.result.measurements.machine.cpu
+    usual = Engine.outputs
+
+    def rounded_otherwise(*given: Any) -> Outputs:
+        out = usual(*given)
+        return replace(out, logits=-out.logits)
+
+    monkeypatch.setattr(Engine, "outputs", rounded_otherwise)
+    monkeypatch.setattr("netweight.measure.cpu", lambda: then)
+    differs = "than when it was certified; check that files, engine and machine are those of the certificate."
+    assert say("verify", shop.folder, "--data", data).err.endswith(f"{differs}\n")
+    monkeypatch.setattr("netweight.measure.cpu", lambda: "an abacus")
+    told = say("verify", shop.folder, "--data", data).err
+    assert told.endswith(f"{differs} It was certified on {then}; this is an abacus.\n")
 
 
 def test_verify_sees_another_model_than_the_one_certified(say: Say, made: Path) -> None:

@@ -225,6 +225,26 @@ def test_an_export_that_answers_otherwise_is_refused(made: Path, writer: Skewed,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dangling", "dangling is a link to .*gone, which is not there; remove it, or choose another folder"),
+        ("linked", "linked exists and is not an empty folder; choose another one"),
+        ("mounted", "mounted is a mount point, which cannot be exchanged; name a folder inside it"),
+    ],
+)
+def test_an_output_that_cannot_be_replaced_is_refused_before_any_work(
+    name: str, said: str, made: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mounted").mkdir()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "linked").symlink_to(tmp_path / "mounted")
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "mounted")
+    monkeypatch.setattr(artifact, "read_file", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ArtifactError, match=said):
+        export(made, "onnx", tmp_path / name, str(table))
+
+
 def test_wrong_requests(made: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="no export to 'coreml'; use onnx, openvino or litert"):
         export(made, "coreml", tmp_path / "out", str(table))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -453,6 +454,34 @@ def test_atomic_writes_all_or_nothing(tmp_path: Path) -> None:
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["reviews.csv"]
     assert path.read_text() == "before"
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_what_is_written_over_keeps_its_rights(tmp_path: Path, mode: int) -> None:
+    path = text_file(tmp_path, "before")
+    path.chmod(mode)
+    with data_files.atomic(path) as out:
+        (half,) = tmp_path.glob(".*.part")
+        assert stat.S_IMODE(half.stat().st_mode) == mode, "nobody else reads it while it is written"
+        out.write(b"after")
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("after", mode)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_leads_to_what_is_written(tmp_path: Path, there: bool) -> None:
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "table.csv", tmp_path / "link.csv"
+    if there:
+        target.write_text("before")
+    link.symlink_to(target)
+    left = tmp_path / "disk" / ".table.csv.1-00000000.part"
+    left.write_text("half of a killed process")
+    data_files.sweep(link)
+    assert not left.exists()
+    with data_files.atomic(link) as out:
+        out.write(b"after")
+    assert (link.is_symlink(), target.read_text()) == (True, "after")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link.csv", "table.csv"]
 
 
 # The Hub, through its own library: a folder of files stands in for a dataset.

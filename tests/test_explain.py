@@ -20,6 +20,7 @@ from netweight import artifact
 from netweight.artifact import Manifest, Tier
 from netweight.certify import Candidate, Certificate, Estimate, Outcomes, Registration
 from netweight.certify import Tested as Result
+from netweight.data import Rows
 from netweight.engine import TierEngine, load
 from netweight.engine.cascade import tier_engine
 from netweight.errors import OptionError, StoreError
@@ -29,6 +30,7 @@ from netweight.export import export
 from netweight.measure import Timing
 from netweight.model import Model
 from netweight.network import Exits
+from netweight.pipeline import _lines
 from netweight.run import Local
 from netweight.store import DEV, JOURNAL, Store
 from netweight.task import Classify, Score
@@ -243,6 +245,18 @@ def test_what_tiers_begin_with_is_measured_once_and_the_runtime_told_apart(tmp_p
     assert [replace(step, tier="small") for step in steps[3:5]] == steps[:2], "measured once"
     assert steps[0].quality == steps[1].quality
     assert steps[0].milliseconds != steps[1].milliseconds
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_dev_row_without_text_is_a_row(tmp_path: Path) -> None:
+    recipe: Recipe = (Quantize(rows=16),)
+    teacher = tiny_model()
+    models = [teacher, recipe[0](teacher, Local(tiny_dataset()), PLAN)]
+    folder = made_of(tmp_path / "made.nw", "onnx", {}, recipe, models)
+    rows = tiny_rows(9)
+    with Store(store_of(folder), None) as store:
+        store.write(DEV, _lines(Rows(("", *rows.text[1:]), rows.label)))
+    assert explain(folder, 1).rows == 9
 
 
 @pytest.mark.usefixtures("quick")

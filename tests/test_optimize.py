@@ -30,8 +30,8 @@ from netweight.deliver import export
 from netweight.engine import Outputs, load
 from netweight.errors import ArtifactError, CertificateError, DataError, ModelError, OptionError, StoreError
 from netweight.explain import explain
-from netweight.job import Budget, Options
-from netweight.model import Model, weights_digest
+from netweight.job import Budget, Job, Options, Tables, prepare
+from netweight.model import Model, digests
 from netweight.pipeline import optimize, store_of
 from netweight.reporter import Silent
 from netweight.run.local import logits_of
@@ -240,7 +240,7 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
 
     monkeypatch.setattr(ship, "register", registered)
     monkeypatch.setattr(Sealed, "unseal", opened)
-    base = tiny_base(tmp_path / "base", known=0.0)
+    base = tiny_base(tmp_path / "secret" / "bert", known=0.0)
     result = optimize(many_rows(900, seed=4), out=tmp_path / "made.nw", model=str(base), max_drop=5.0, threads=1)
     assert [kind for kind, _ in events] == ["registered", "opened"]
     assert len({digest for _, digest in events}) == 1
@@ -256,6 +256,9 @@ def test_nothing_beats_linear_and_labels_open_after_registration(
     why = "linear, which costs least, is as good as the teacher"
     assert held["left out static"] == [why, result.manifest.provenance["command"]]
     assert result.measurements.reference.name == "linear"
+    assert result.manifest.provenance["base"]["name"] == "bert"
+    assert not any(b"secret" in artifact.read_file(result.folder, result.manifest, f) for f in result.manifest.files)
+    assert b"secret" not in (result.folder / artifact.MANIFEST).read_bytes()
 
 
 @pytest.mark.usefixtures("quick")
@@ -571,22 +574,45 @@ def test_another_model_under_the_same_path_is_another_job(shop: Shop, copied: Pa
     weights = shop.base / "model.safetensors"
     base = tmp_path / "base"
     shutil.copytree(shop.base, base)
-    first, second = (weights_digest(str(folder)) for folder in (shop.base, base))
-    assert first == second == hashlib.sha256(weights.read_bytes()).hexdigest()
+    first, second = (digests(str(folder)) for folder in (shop.base, base))
+    assert first == second
+    assert first["weights"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     (base / "model.safetensors").write_bytes(weights.read_bytes() + b"x")
-    assert weights_digest(str(base)) != first
-    assert weights_digest("starter") == weights_digest("org/name") == ""
+    assert digests(str(base))["weights"] != first["weights"]
+    assert digests("starter") == digests("org/name") == {}
     # Weights may lie in several files, none of which is called like a single one, or in one of another name.
-    several, digests = tmp_path / "several", list[str]()
+    several, found = tmp_path / "several", list[str]()
     several.mkdir()
-    assert weights_digest(str(several)) == "", "no weights yet"
+    assert digests(str(several)) == {}, "no weights yet"
     for name, data in (("1-of-2", b"a"), ("2-of-2", b"b"), ("2-of-2", b"c"), ("1-of-2", b"c")):
         (several / f"model-0000{name}.safetensors").write_bytes(data)
-        digests.append(weights_digest(str(several)))
-    assert digests[0] == hashlib.sha256(b"a").hexdigest()
-    assert len({*digests, ""}) == 5
+        found.append(digests(str(several))["weights"])
+    assert found[0] == hashlib.sha256(b"a").hexdigest()
+    assert len({*found, ""}) == 5
     with Store(store_of(copied), None) as store:
-        assert store.job["weights"] == first
+        assert store.job.items() >= first.items()
+
+
+def test_another_tokenizer_under_the_same_path_is_another_job(shop: Shop, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(shop.base, base)
+    tables, out = Tables(shop.train, Columns("text", "label"), shop.dev, shop.certify), tmp_path / "made.nw"
+    job = Job(tables, options=Options(model=str(base)))
+    data, task, *_ = prepare(job, store_of(out))
+    Store(store_of(out), job.identity(data, task)).close()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
+    (base / "results.json").write_text("{}", encoding="utf-8")
+    Store(store_of(out), job.identity(data, task)).close()  # no part of the model
+    seen = [digests(str(base))]
+    for name in ("tokenizer.json", "config.json", "1_Pooling/config.json", "special_tokens_map.json", "vocab.txt"):
+        (base / name).parent.mkdir(exist_ok=True)
+        with (base / name).open("a", encoding="utf-8") as file:
+            file.write(" ")
+        seen.append(digests(str(base)))
+        with pytest.raises(StoreError, match="model's other files: '.*' there, '.*' now"):
+            again(shop, out, model=base)
+    assert len({found["model's other files"] for found in seen}) == 6
+    assert len({found["weights"] for found in seen}) == 1
 
 
 class Told(Silent):

@@ -84,6 +84,18 @@ def test_a_model_of_another_language_is_told_of(
     assert away == "".join(f"{start}if labels depend on them, name a model that knows them." for start in told)
 
 
+def test_where_a_model_lies_is_nobodys_business(tmp_path: Path, model: Model, dataset: Dataset) -> None:
+    base = tmp_path / "secret" / "bert"
+    base.mkdir(parents=True)
+    texts = replace(dataset.select, text=("好用",) * len(dataset.select))
+    data = replace(dataset, select=texts, calibrate=texts)
+    job = Job(Tables(data.train), options=Options(model=str(base)))
+    with Store(tmp_path, {"a": 1}) as store:
+        builder = Builder(job, data, model.task, store, Silent(), Clock(8), Local(data))
+        said = builder.foreign(model.encoder)
+    assert " % of the tokens of dev are unknown to bert, such as '好用'; if labels " in said
+
+
 def test_of_what_a_tokenizer_does_not_know_the_most_frequent_is_named(model: Model) -> None:
     texts = [f"{GOOD[0]} 👍", "👍 “好用”", "好用 iphone13", f"{'x' * 30} 👍 好用"]
     assert model.encoder.missing(texts, 2) == ["👍", "好用"]

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netweight.answers import Answers
-from netweight.errors import StoreError
-from netweight.store import JOURNAL, LOOKS, Store
+from netweight.data import Columns, Rows
+from netweight.errors import DataError, StoreError
+from netweight.pipeline import _lines
+from netweight.store import DEV, JOURNAL, LOOKS, Store, rows_of, store_of
 
 JOB = {"data": "abc", "model": "starter", "seed": 0, "task": {"labels": ["a", "b"]}}
 
@@ -156,6 +158,31 @@ def test_a_file_system_without_locks_is_no_other_process(tmp_path: Path, monkeyp
         Store(tmp_path / "a.run", JOB)
     with pytest.raises(StoreError, match=rf"the cache .*said\.jsonl {without}; name one elsewhere\.$"):
         Answers(tmp_path / "said.jsonl", 8)
+
+
+@pytest.mark.parametrize("pair", [None, ("", "b", "\\N")])
+def test_dev_rows_come_back_as_they_were_whatever_they_say(tmp_path: Path, pair: tuple[str, ...] | None) -> None:
+    rows = Rows(("good", "", "NULL"), ("a", "b", "a"), pair)
+    with Store(store_of(tmp_path / "a.nw"), JOB) as store:
+        store.write(DEV, _lines(rows))
+    found = rows_of(tmp_path / "a.nw", None, Columns())
+    assert found.rows == rows
+    assert not found.note
+
+
+LINE = b'{"text": "good", "label": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"3\n", b"{}\n", b"\xff\n", LINE[:-9], LINE + b'{"text": "bad"}\n', b'{"text": 3}\n']
+)
+def test_dev_rows_that_are_damaged(tmp_path: Path, data: bytes) -> None:
+    with Store(store_of(tmp_path / "a.nw"), JOB) as store:
+        store.write(DEV, data)
+    with pytest.raises(
+        DataError, match=r"dev\.jsonl is empty or damaged; the same `netweight optimize` writes it anew"
+    ):
+        rows_of(tmp_path / "a.nw", None, Columns())
 
 
 def test_files_and_arrays(tmp_path: Path) -> None:

@@ -40,9 +40,14 @@ _SUFFIX = {"static": "safetensors", "exits": "safetensors"}
 _SEAL = b',\n "sha256": "%s"\n}'
 _HEX = b"0" * 64
 READS = "reads"
+_OPTIONS = {READS, "packed", "buckets", "norm", "segments", "reach", "thresholds"}  # that tiers may have
 _STAGED = "-saving-"
 _MANIFEST_MOST = 16 * 2**20
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+
+
+class _OtherVersion(ArtifactError):
+    """An artifact, but none that this version reads."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +137,9 @@ def name_of(folder: Path) -> str:
     return folder.name.removesuffix(".nw")
 
 
-def writable(folder: Path) -> None:
-    """Raises ArtifactError where `folder` exists and is not an artifact, or holds a file that its manifest does not
-    list, since nothing else is ever overwritten, and where it could not be exchanged: without a name, as a mount point,
-    or as a link to nothing."""
+def replaceable(folder: Path) -> None:
+    """Raises ArtifactError where nothing can take the place of `folder`: without a name, as a mount point, or as a link
+    to nothing."""
     if folder.name in ("", ".."):
         raise ArtifactError(f"the folder {str(folder)!r} has no name of its own; name a new one, such as shop.nw.")
     if os.path.ismount(folder):
@@ -147,10 +151,18 @@ def writable(folder: Path) -> None:
         raise ArtifactError(
             f"{folder} is a link to {folder.readlink()}, which is not there; remove it, or choose another folder."
         )
+
+
+def writable(folder: Path) -> None:
+    """Raises ArtifactError where `folder` exists and is not an artifact, or holds a file that its manifest does not
+    list, since nothing else is ever overwritten, and where it is not `replaceable`."""
+    replaceable(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
         listed = {MANIFEST, *read_manifest(folder).files}
+    except _OtherVersion:
+        raise
     except ArtifactError as problem:
         raise ArtifactError(
             f"{folder} exists and is not an artifact; choose another folder, or remove this one by hand. {problem}"
@@ -236,7 +248,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder. Raises ArtifactError (no artifact, newer format) or CorruptArtifact."""
+    """The manifest of a folder. Raises ArtifactError (no artifact, newer format or options) or CorruptArtifact."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} is no artifact: it has no {MANIFEST}.")
@@ -246,7 +258,7 @@ def read_manifest(folder: Path) -> Manifest:
         text = path.read_bytes()
         stored = json.loads(text.decode())
         if stored["format"] != FORMAT:
-            raise ArtifactError(
+            raise _OtherVersion(
                 f"{folder} has format {stored['format']!r}; this version reads {FORMAT}. Update netweight."
             )
         manifest = Manifest(
@@ -266,6 +278,12 @@ def read_manifest(folder: Path) -> Manifest:
             raise CorruptArtifact(f"{path} names {name!r}, which lies outside the folder.")
     if not _intact(text):
         raise CorruptArtifact(f"{path} is damaged: it does not have the SHA-256 that it states. Copy it again.")
+    if unknown := {name for tier in manifest.tiers for name in tier.options} - _OPTIONS:
+        # Who passed it over would answer otherwise than what was certified.
+        raise _OtherVersion(
+            f"{folder} has tiers with the options {', '.join(sorted(unknown))}; this version knows "
+            f"{', '.join(sorted(_OPTIONS))}. Update netweight."
+        )
     return manifest
 
 

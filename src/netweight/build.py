@@ -27,7 +27,7 @@ from netweight.engine.exits import ExitsEngine, leaves, thresholds
 from netweight.errors import ArtifactError, ModelError, OptionError, StoreError
 from netweight.export import export, work
 from netweight.job import Job
-from netweight.model import Model, pretrained
+from netweight.model import Model, known_as, pretrained
 from netweight.network import Exits
 from netweight.reporter import Reporter
 from netweight.run import InOnePlace, Keeping, Run, Speaking
@@ -181,7 +181,7 @@ class Builder:
         learns = self.job.tables.train is not None and name != SCRATCH
         other = ", or train one on these rows with --model scratch" if learns else ""
         return (
-            f"{100 * share:.0f} % of the tokens of dev are unknown to {name}, such as "
+            f"{100 * share:.0f} % of the tokens of dev are unknown to {known_as(name)}, such as "
             f"{', '.join(map(repr, encoder.missing(texts)))}; if labels depend on them, name a model that knows "
             f"them{other}."
         )

@@ -89,19 +89,18 @@ class Converted:
 def convert(folder: Path, out: Path, writer: Writer, rows: Rows, threads: int = 1) -> Converted:
     """Write the artifact for another runtime to the new folder `out`, and compare on (the first 1,000 of) `rows`.
 
-    Raises ArtifactError where a tier has early exits, where `out` is not empty, or where a written file answers
-    otherwise.
+    Raises ArtifactError where a tier has early exits, `out` is not empty, nothing can take its place, or a written file
+    answers otherwise.
     """
     manifest = artifact.read_manifest(folder)
     expect(manifest.paired, rows.pair is not None, folder.name)
-    if not out.name:
-        raise ArtifactError(f"the folder {str(out)!r} has no name of its own; name a new one.")
+    artifact.replaceable(out)
     if early := next((tier.name for tier in manifest.tiers if tier.engine == "exits"), None):
         raise ArtifactError(
             f"tier {early!r} has early exits, which no export holds; run the artifact with netweight.load, or optimize "
             "with --effort quick, which makes none."
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(f"{out} exists and is not an empty folder; choose another one.")
     definition = artifact.read_file(folder, manifest, artifact.TOKENIZER)
     encoder = TextEncoder(definition.decode(), manifest.max_length, manifest.pad)

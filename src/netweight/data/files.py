@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shlex
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -155,15 +156,23 @@ def _encoding(start: bytes, sample: bytes) -> str | None:
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Bytes that appear under `path` at the end, all of them, or not at all. Until then they are locked: the lock ends
-    with the process, whatever ended that, and so tells `sweep` what is left of killed ones."""
+    with the process, whatever ended that, and so tells `sweep` what is left of killed ones. A file that was there hands
+    its rights on, and a link stays one: what it leads to is replaced."""
+    path = _meant(path)
     part, out = _begun(path)
     try:
         with out:
+            with suppress(OSError):  # there was none, or its file system knows no rights
+                os.fchmod(out.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield out
             out.flush()
             replaced(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _meant(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _begun(path: Path) -> tuple[Path, BinaryIO]:
@@ -180,6 +189,7 @@ def _begun(path: Path) -> tuple[Path, BinaryIO]:
 
 def sweep(path: Path) -> None:
     """Remove what killed processes left half-written of `path`; what a process that lives writes is locked."""
+    path = _meant(path)
     for left in path.parent.glob(".*.part"):
         half = HALF.fullmatch(left.name)
         if half is not None and half[1] == path.name:

@@ -17,7 +17,7 @@ from netweight.engine.base import Outputs, Short, TierEngine
 from netweight.engine.exits import ExitsEngine
 from netweight.engine.onnx import OnnxEngine, OpenvinoEngine
 from netweight.engine.static import StaticEngine
-from netweight.errors import ArtifactError, OptionError
+from netweight.errors import ArtifactError, CorruptArtifact, OptionError
 from netweight.packing import unpacked_file
 from netweight.quiet import cores
 from netweight.task import Floats, Prediction, ScorePrediction, Task
@@ -132,6 +132,16 @@ def load(folder: str | Path, threads: int | None = None) -> Engine:
     path = Path(folder)
     manifest = artifact.read_manifest(path)
     count = threads or cores()
+    try:
+        return _loaded(path, manifest, count)
+    except (CorruptArtifact, FileNotFoundError):
+        # Files of one version and the manifest of another, where it was exchanged in between, are no damage.
+        if (now := artifact.read_manifest(path)) == manifest:
+            raise
+    return _loaded(path, now, count)
+
+
+def _loaded(path: Path, manifest: Manifest, count: int) -> Engine:
     definition = artifact.read_file(path, manifest, artifact.TOKENIZER).decode()
     encoder = TextEncoder(definition, manifest.max_length, manifest.pad)
     tiers = [
