@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -737,7 +738,7 @@ def test_what_is_held_is_the_label_or_a_score_in_its_own_unit(task: Task, tested
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Budget(max_drop=0), "max_drop is 0 points; use more than 0"),
+        (lambda: Budget(max_drop=0), "max_drop is 0.0 points; use more than 0"),
         (lambda: Budget(max_drop=51), "at most 50"),
         (lambda: Budget(max_drop="most"), "max_drop is 'most'; use a number of points, or auto"),  # type: ignore[arg-type]
         (lambda: Budget(confidence=1.0), "confidence is 1.0; use 0.5 up to"),
@@ -745,7 +746,12 @@ def test_what_is_held_is_the_label_or_a_score_in_its_own_unit(task: Task, tested
         (lambda: Options(threads=0), "threads is 0; use 1 or more"),
         (lambda: Options(seed=1.5), "seed is 1.5; use a whole number"),  # type: ignore[arg-type]
         (lambda: Options(max_length="128"), "max_length is '128'; use a whole number"),  # type: ignore[arg-type]
+        (lambda: Budget(max_drop=[1]), r"max_drop is \[1\]; use a number"),  # type: ignore[arg-type]
+        (lambda: Budget(confidence="high"), "confidence is 'high'; use a number"),  # type: ignore[arg-type]
         (lambda: Options(seconds=9), "the time limit is 9 s; use at least 10 s"),
+        (lambda: Options(seconds=math.nan), "the time limit is nan s; use at least 10 s"),
+        (lambda: Options(seconds=math.inf), "the time limit is inf s; use at least 10 s, a finite number"),
+        (lambda: Options(seconds="20m"), "seconds is '20m'; use a number"),  # type: ignore[arg-type]
     ],
 )
 def test_options_are_refused(make: Callable[[], object], said: str) -> None:
@@ -759,6 +765,7 @@ def test_options_are_plain_values() -> None:
         "max_length": np.int64(64),
         "threads": np.int32(2),
         "seed": np.int64(1),
+        "seconds": np.int64(60),
     }
     options = Options(**given)
     assert json.loads(json.dumps({name: getattr(options, name) for name in given})) == {
@@ -766,7 +773,12 @@ def test_options_are_plain_values() -> None:
         "max_length": 64,
         "threads": 2,
         "seed": 1,
+        "seconds": 60,
     }
+    numbers: tuple[Any, ...] = (1, np.int64(1), np.float32(1))
+    for one in numbers:
+        assert json.dumps(asdict(Budget(one, one / 2))) == json.dumps(asdict(Budget(1.0, 0.5)))
+    assert Budget("auto").max_drop == "auto"
 
 
 _NAMES = """
