@@ -78,6 +78,20 @@ def test_predict_from_parquet(say: Say, shop: Shop, tmp_path: Path) -> None:
     assert answers(found.to_pylist()) == expected(shop, ROWS)
 
 
+def test_a_date_that_python_has_not_is_told_by_its_column(say: Say, shop: Shop, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table, out = tmp_path / "rows.parquet", tmp_path / "out.csv"
+    for value, zone in ((253402300799, "Asia/Shanghai"), (253402300800, None), (0, "Nowhere/Here")):
+        when = pyarrow.array([0, value], pyarrow.timestamp("s", tz=zone))
+        parquet.write_table(pyarrow.table({"text": ["great zip", "torn coat"], "when": when}), table)
+        said = say("predict", shop.folder, table, "--out", out)
+        assert said.status == 1
+        wanted = r"netweight: the column 'when' of rows\.parquet has a value that cannot be read as a date \(.+\); leave the column out, or cast it to text\.\n"
+        assert re.fullmatch(wanted, said.err), said.err
+        assert not out.exists()
+
+
 def test_predict_from_standard_input(say: Say, shop: Shop) -> None:
     said = say("predict", shop.folder, "-", "--threads", 1, stdin="\n".join(ROWS.text).encode())
     assert said.status == 0
