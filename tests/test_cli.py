@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -408,3 +409,38 @@ def test_the_console_script(shop: Shop, tmp_path: Path) -> None:
     # Click ends with 1 before `main` can say 141.
     assert piped.returncode in (1, 141)
     assert error == b""
+
+
+@pytest.mark.parametrize("words", ["--version", "inspect DIR --json"])
+def test_what_cannot_be_written_at_the_end_is_told_once(shop: Shop, words: str) -> None:
+    """Python keeps the last of an output to its exit, where it would tell of it in its own words, with status 120."""
+    run = [sys.executable, "-c", "from netweight.cli import main; main()"]
+    run += [str(shop.folder) if word == "DIR" else word for word in words.split()]
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=usual) as piped:
+        assert piped.stdout is not None
+        piped.stdout.close()
+        _, error = piped.communicate()
+    assert (piped.returncode in (1, 141), error) == (True, b"")
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=usual)
+    assert (done.returncode, done.stderr) == (1, "netweight: [Errno 28] No space left on device\n")
+
+
+def test_who_stops_a_command_is_told_whether_it_goes_on(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("netweight.pipeline.optimize", "netweight.summary.summary", "netweight.cluster.predict_parts"):
+        monkeypatch.setattr(place, stopped)
+    monkeypatch.setattr("netweight.predict.predict", stopped)
+    optimize = ("optimize", "rows.csv", "--text", "text", "--label", "label", "--out", tmp_path / "o.nw")
+    predict = ("predict", shop.folder, "in", "--out", tmp_path / "out")
+    for words in (optimize, (*predict, "--ray", "local")):
+        said = say(*words)
+        assert (said.status, said.err) == (130, "netweight: stopped; the same command goes on where it was.\n")
+    for words in (predict, ("inspect", shop.folder, "--json")):
+        said = say(*words)
+        assert (said.status, said.err) == (130, "netweight: stopped.\n")

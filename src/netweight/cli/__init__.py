@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import sys
 from typing import Annotated
 
@@ -40,10 +41,28 @@ def _options(
     pass
 
 
+def _command() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C
+            resumed = re.match(r"(optimize|demo|label|federate|predict .*--ray)\b", " ".join(sys.argv[1:]))
+            more = "; the same command goes on where it was" if resumed else ""
+            print(f"netweight: stopped{more}.", file=sys.stderr)
+        raise
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            # Python would try again at its exit, fail with noise of its own, and end with status 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
 def main() -> None:
     """Entry point. What is wrong with the input is one sentence on standard error, and exit status 1."""
     try:
-        app()
+        _command()
     except NetweightError as problem:
         print(f"netweight: {problem}", file=sys.stderr)
         raise SystemExit(1) from None
