@@ -162,7 +162,7 @@ def test_a_result_that_could_not_be_certified_says_so(shop: Shop) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_finished_job_gives_the_same_look_and_the_same_artifact(shop: Shop, copied: Path) -> None:
-    result = again(shop, copied, model=Path(shop.options["model"]), seed=np.int64(0))
+    result = again(shop, copied, model=f"{shop.options['model']}/", seed=np.int64(0))
     assert result.certificate == shop.result.certificate
     assert result.manifest.digest == shop.result.manifest.digest
     assert journal(copied) == journal(shop.folder)
@@ -779,6 +779,16 @@ def test_options_are_plain_values() -> None:
     for one in numbers:
         assert json.dumps(asdict(Budget(one, one / 2))) == json.dumps(asdict(Budget(1.0, 0.5)))
     assert Budget("auto").max_drop == "auto"
+
+
+def test_a_folder_has_one_spelling_and_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "starter"):
+        (tmp_path / name).mkdir()
+    for given, kept in (("base/", "base"), ("./base", "base"), (f"{tmp_path}//base/", f"{tmp_path}/base")):
+        assert Options(model=given).model == kept
+    for name in ("base", "starter", "./starter", "scratch", "org/name", "org/name/", ""):
+        assert Options(model=name).model == name
 
 
 _NAMES = """

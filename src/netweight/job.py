@@ -17,7 +17,7 @@ from netweight.data import BadRow, Columns, Dataset, Rows, normalise, read, spli
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
-from netweight.model import weights_digest
+from netweight.model import STARTER, weights_digest
 from netweight.scratch import SCRATCH
 from netweight.store import JOURNAL
 from netweight.task import Classify, Task, task_for
@@ -125,7 +125,10 @@ class Options:
 
     def __post_init__(self) -> None:
         # A path, or numbers of numpy, would stop the job where it is written down, long after they came.
-        object.__setattr__(self, "model", str(self.model))
+        model = str(self.model)
+        if model and Path(model).is_dir() and (plain := str(Path(model))) not in (STARTER, SCRATCH):
+            model = plain  # base/ is base
+        object.__setattr__(self, "model", model)
         for name in ("max_length", "threads", "seed"):
             try:
                 object.__setattr__(self, name, index(getattr(self, name)))

@@ -136,6 +136,8 @@ class Store:
             return
         wanted = json.loads(json.dumps(job))
         known = self._held.get("job")
+        if known and "model" in wanted and Path(known.get("model", "")) == Path(wanted["model"]):
+            known = known | {"model": wanted["model"]}  # older stores may have a folder as base/
         if known is None:
             self.put("job", wanted)
         elif known != wanted:
