@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from netweight import artifact, load
 from netweight import summary as summary_module
 from netweight.certify import Estimate
 from netweight.cli.make import seconds_of
-from netweight.data import Rows
+from netweight.data import Rows, concat
+from netweight.engine import Engine, Outputs
 from netweight.errors import ArtifactError, OptionError
 from netweight.pipeline import store_of
 from netweight.ship import Result
@@ -182,6 +184,30 @@ def test_verify(say: Say, shop: Shop, tmp_path: Path) -> None:
     assert "10 of 500 certify rows are not among the 490 given rows" in fewer.err
 
 
+def test_of_a_larger_table_only_certify_rows_are_answered(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, outputs = [], Engine.outputs
+
+    def counted(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Outputs:
+        asked.append(len(texts))
+        return outputs(engine, texts, pairs)
+
+    monkeypatch.setattr(Engine, "outputs", counted)
+    data = write_table(tmp_path / "all.tsv", concat(concat(shop.train, shop.certify), shop.dev))
+    said = say("verify", shop.folder, "--data", data)
+    assert said.out.endswith("all 500 certify rows match in label and prediction; 700 further rows were ignored.\n")
+    fewer = write_table(tmp_path / "fewer.tsv", concat(shop.train, shop.certify.take(range(490))))
+    said = say("verify", shop.folder, "--data", fewer)
+    assert "10 of 500 certify rows are not among the 790 given rows" in said.err
+    other = say("verify", shop.folder, "--data", write_table(tmp_path / "dev.tsv", shop.dev))
+    assert "500 of 500 certify rows are not among the 400 given rows" in other.err
+    assert asked == [500, 490, 0]
+    # A report shows what was answered when the artifact was certified.
+    monkeypatch.setattr(summary_module, "load", lambda *_: pytest.fail("nobody asks for new answers"))
+    assert say("report", shop.folder, "--out", tmp_path / "r.html", "--examples", data).status == 0
+
+
 def test_verify_sees_another_model_than_the_one_certified(say: Say, made: Path) -> None:
     manifest = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
     manifest["tiers"][0]["threshold"] = 0.123
@@ -337,6 +363,12 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
         (("keys", tmp_path / "gone" / "keys.jsonl", "--add", "shop"), "No such file or directory"),
         (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "No such file or directory"),
         ((*optimize, tmp_path / "o.nw", "--seed", -1), "seed is -1; use 0 or more"),
+        (("verify", shop.folder, "--label", "intent"), "name columns of --data; without a table, leave them out"),
+        (("report", shop.folder, "--pair", "b"), "name columns of --examples; without a table, leave them out"),
+        (
+            ("select", shop.folder, table, "--count", 1, "--out", tmp_path / "o.csv", "--label", "intent"),
+            "--label names a column of --labelled; without that table, leave it out",
+        ),
         (("inspect", made), "is damaged"),
         (("verify", made), "is damaged"),
         (("report", made), "is damaged"),

@@ -205,6 +205,8 @@ def select(
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.engine import load
 
+    if labelled is None and label != "label":
+        raise OptionError("--label names a column of --labelled; without that table, leave it out.")
     file = rows_file(out, source, labelled)
     _without_labels(out)
     rows, engine = noted(read(source, Columns(text, pair=pair), label_required=False)), load(folder, threads)
