@@ -98,6 +98,8 @@ def test_a_date_that_python_has_not_is_told_by_its_column(say: Say, shop: Shop, 
 def test_predict_from_standard_input(say: Say, shop: Shop) -> None:
     said = say("predict", shop.folder, "-", "--threads", 1, stdin="\n".join(ROWS.text).encode())
     assert said.status == 0
+    named = say("predict", shop.folder, "-", "--threads", 1, "--out", "-", stdin="\n".join(ROWS.text).encode())
+    assert named.out == said.out
     found = list(csv.DictReader(io.StringIO(said.out), delimiter="\t"))
     assert [row["text"] for row in found] == list(ROWS.text)
     assert answers(found) == expected(shop, ROWS)
@@ -348,6 +350,7 @@ def test_what_is_no_time_limit(given: str) -> None:
 def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "rows.tsv", shop.train)
     (made / shop.result.manifest.tiers[0].file).write_bytes(b"damaged")
+    (folder := tmp_path / "o.csv").mkdir()
     optimize = ("optimize", table, "--text", "text", "--label", "label", "--out")
     cases: list[tuple[tuple[object, ...], str]] = [
         (("predict", tmp_path, table), "is no artifact: it has no manifest.json"),
@@ -361,12 +364,15 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
         (("predict", shop.folder, "-", "--text", "words"), "have no columns, and so none called 'words'"),
         ((*optimize, "."), "the folder '.' has no name of its own"),
         (("keys", tmp_path / "gone" / "keys.jsonl", "--add", "shop"), "No such file or directory"),
-        (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "No such file or directory"),
+        (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "of the output does not exist; create it"),
+        (("report", shop.folder, "--out", tmp_path), "is a folder; name a file"),
+        (("predict", shop.folder, table, "--out", folder), "o.csv is a folder; name a file"),
+        (("select", shop.folder, table, "--count", 1, "--out", folder), "o.csv is a folder; name a file"),
         ((*optimize, tmp_path / "o.nw", "--seed", -1), "seed is -1; use 0 or more"),
         (("verify", shop.folder, "--label", "intent"), "name columns of --data; without a table, leave them out"),
         (("report", shop.folder, "--pair", "b"), "name columns of --examples; without a table, leave them out"),
         (
-            ("select", shop.folder, table, "--count", 1, "--out", tmp_path / "o.csv", "--label", "intent"),
+            ("select", shop.folder, table, "--count", 1, "--out", tmp_path / "s.csv", "--label", "intent"),
             "--label names a column of --labelled; without that table, leave it out",
         ),
         (("inspect", made), "is damaged"),

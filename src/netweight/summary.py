@@ -15,6 +15,7 @@ from netweight.certify import verify as recompute
 from netweight.certify.match import row_keys
 from netweight.data import Columns, read
 from netweight.data.files import atomic
+from netweight.data.write import placed
 from netweight.engine import load
 from netweight.errors import ArtifactError, CertificateError, OptionError
 from netweight.measure import Measurements
@@ -198,10 +199,11 @@ def write_report(
 ) -> Path:
     """Render the report to `out`; with `examples`, texts of that table on which reference and artifact differ.
 
-    Raises OptionError for a place inside the artifact, whose files are hashed, for that table itself, and for columns
-    without a table.
+    Raises OptionError for a place where no file can be or inside the artifact, whose files are hashed, for that table
+    itself, and for columns without a table.
     """
     columns = _columns_of(examples, "--examples", text, label, pair)
+    placed(out)
     if examples is not None and out.exists() and Path(examples).exists() and out.samefile(examples):
         raise OptionError(f"{out} is the input itself; write the report to another file.")
     if out.resolve().is_relative_to(folder.resolve()):
