@@ -20,6 +20,7 @@ from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreErro
 from netweight.export import export
 from netweight.measure import Measurement
 from netweight.run.local import logits_of
+from netweight.store import DEV, store_of
 from netweight.task import Classify
 
 ROWS = tiny_rows(9)
@@ -116,6 +117,16 @@ def test_bench_without_a_store(say: Say, made: Path) -> None:
     assert "name columns of --input; without a table" in say("bench", made, "--label", "intent").err
     with pytest.raises(StoreError, match="there is no run store"):
         bench.bench(made, str(write_table(made.parent / "rows.tsv", ROWS)), against=["teacher"])
+
+
+@pytest.mark.parametrize(("held", "said"), [("", "is empty"), ("3\n", "no line of dev.jsonl is a JSON object")])
+def test_damaged_dev_rows_are_told_of(say: Say, made: Path, held: str, said: str) -> None:
+    store_of(made).mkdir()
+    (store_of(made) / DEV).write_text(held, encoding="utf-8")
+    for words in (("bench", made), ("export", made, "--to", "onnx", "--out", made.parent / "x")):
+        found = say(*words)
+        assert (found.status, found.err.count("\n")) == (1, 1)
+        assert said in found.err
 
 
 def test_the_openvino_baseline_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -64,8 +64,11 @@ def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
 
 
 def _paired(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        return "pair" in json.loads(file.readline())
+    try:
+        with path.open(encoding="utf-8") as file:
+            return "pair" in json.loads(file.readline())
+    except (ValueError, TypeError):  # damaged: who reads it says how
+        return False
 
 
 def _differences(where: str, there: Any, now: Any) -> Iterator[str]:
