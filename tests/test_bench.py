@@ -54,11 +54,14 @@ def test_an_error_is_no_share(say: Say, shop: Shop, tmp_path: Path) -> None:
         bench.Bench(machine, "mae", False, (replace(one, quality=math.nan),)).to_json(), parse_constant=pytest.fail
     )
     assert stored["measured"][0]["quality"] is None
+    assert (stored["reference"], stored["note"]) == ("a", "")
     table = write_table(tmp_path / "rows.tsv", shop.dev.take(range(30)))
     with table.open("a", encoding="utf-8") as file:
         file.write("\tgood\n")
     said = say("bench", shop.folder, "--input", table, "--threads", 1)
     assert "1 of 31 rows of rows.tsv cannot be used" in " ".join(said.out.split())
+    found = json.loads(say("bench", shop.folder, "--input", table, "--threads", 1, "--json").out)
+    assert found["note"].startswith("1 of 31 rows of rows.tsv cannot be used")
 
 
 def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
@@ -73,7 +76,9 @@ def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
 @pytest.mark.usefixtures("quick")
 def test_bench_against_the_teacher(say: Say, shop: Shop) -> None:
     said = say("bench", shop.folder, "--against", "teacher", "--threads", 1, "--json")
-    mine, teacher = json.loads(said.out)["measured"]
+    found = json.loads(said.out)
+    mine, teacher = found["measured"]
+    assert found["reference"] == "teacher"
     assert (mine["name"], teacher["name"]) == ("made.nw", "teacher")
     assert mine["rows"] == len(shop.dev)
     assert teacher["agreement"] == 1.0
@@ -98,6 +103,16 @@ def test_bench_against_what_engineers_deploy(say: Say, shop: Shop, name: str) ->
     assert other["name"] == name
     assert other["agreement"] > (0.999 if name == "onnx" else 0.95)
     assert other["quality"] == pytest.approx(teacher["quality"], abs=0.03)
+
+
+def test_labels_that_are_not_known_are_told_of_before_anything_is_timed(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("speed", "fresh"):
+        monkeypatch.setattr(measure, name, lambda *_: pytest.fail("it was timed"))
+    table = write_table(tmp_path / "rows.tsv", replace(ROWS, label=("so so",) * 9))
+    said = say("bench", shop.folder, "--input", table, "--label", "label", "--threads", 1)
+    assert (said.status, "1 label(s) do not occur in training: 'so so'" in said.err) == (1, True)
 
 
 def test_bench_without_a_store(say: Say, made: Path) -> None:
