@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import Say, Shop, tiny_rows, write_table
 from netweight import artifact, load
@@ -27,6 +28,8 @@ from netweight.data import Rows, concat
 from netweight.engine import Engine, Outputs
 from netweight.errors import ArtifactError, OptionError
 from netweight.pipeline import store_of
+from netweight.predict import predict
+from netweight.progress import Parts
 from netweight.ship import Result
 from netweight.summary import certificate_of, summary
 from netweight.task import Score
@@ -110,6 +113,25 @@ def test_predict_says_how_many_rows_had_no_text(say: Say, shop: Shop, tmp_path: 
     said = say("predict", shop.folder, tmp_path / "rows.csv")
     assert "1 rows could not be used and have no prediction." in said.err
     assert [bool(row["prediction"]) for row in csv.DictReader(io.StringIO(said.out))] == [True, False, True]
+
+
+def test_predict_tells_how_far_it_is(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.predict._CHUNK", 4)
+    seen: list[int] = []
+    table = write_table(tmp_path / "rows.tsv", ROWS)
+    predict(shop.folder, table, out=tmp_path / "out.tsv", threads=1, progress=seen.append)
+    assert seen == [4, 8, 9]
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.progress._EVERY", -1.0)
+    said = io.StringIO()
+    for what, total in (("rows", None), ("texts", 30)):
+        with Parts(what, Console(file=said)) as bar:
+            for done in (10, 20, 30):
+                bar(done * 1000, total and total * 1000)
+    wanted = r"rows: 20,000\nrows: 30,000\ntexts: 20,000 of 30,000, \d+ s left\ntexts: 30,000 of 30,000, 0 s left\n"
+    assert re.fullmatch(wanted, said.getvalue())
 
 
 # --- inspect, verify, report ---

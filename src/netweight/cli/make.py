@@ -165,6 +165,7 @@ def label(
     """Let a large language model label a table. Run again with the same --out: no text is asked twice."""
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.llm import LLMTeacher, label_pool
+    from netweight.progress import Parts
     from netweight.task import Classify
 
     file = rows_file(out, source)
@@ -172,7 +173,8 @@ def label(
     task = Classify(listed(labels))
     rows = noted(read(source, Columns(text, pair=pair), label_required=False))
     cache = out.with_name(f"{out.name}.cache.jsonl")
-    done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
+    with Parts("texts") as bar:
+        done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit, progress=bar)
     write_rows(file, done.rows, source)
     print(done.sentence, file=sys.stderr)
 

@@ -32,10 +32,10 @@ def predict(
 ) -> None:
     """Add the columns prediction, confidence (of labels) and tier to a table, in constant memory."""
     from netweight.predict import predict as run
+    from netweight.progress import Parts
 
     if ray is not None:
         from netweight.cluster import predict_parts
-        from netweight.progress import Parts
 
         if out is None:
             raise OptionError("--ray writes a folder of parts; name it with --out.")
@@ -45,7 +45,11 @@ def predict(
             )
         print(batch.sentence, file=sys.stderr)
         return
-    done = run(folder, source, text=text, pair=pair, out=out or "-", threads=threads)
+    if out is None or str(out) == "-":
+        done = run(folder, source, text=text, pair=pair, threads=threads)
+    else:
+        with Parts("rows") as bar:
+            done = run(folder, source, text=text, pair=pair, out=out, threads=threads, progress=bar)
     print(done.sentence, file=sys.stderr)
 
 
