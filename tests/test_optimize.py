@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
 from netweight import artifact, build, measure, pipeline, ship, summary
@@ -644,9 +645,10 @@ def test_pairs_end_to_end(shop: Shop, tmp_path: Path) -> None:
 
 
 def test_another_job_in_the_same_store_is_refused(shop: Shop, copied: Path) -> None:
-    before = journal(copied)
+    before, threads = journal(copied), torch.get_num_threads()
     with pytest.raises(StoreError, match=r"belongs to another job \(.*seed: 0 there, 3 now"):
-        again(shop, copied, seed=3)
+        again(shop, copied, seed=3, threads=threads + 1)
+    assert torch.get_num_threads() == threads
     with pytest.raises(StoreError, match=r"data: '[0-9a-f.]{28}' there, '[0-9a-f.]{28}' now"):
         optimize(shop.train.take(range(299)), dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
     assert journal(copied) == before
