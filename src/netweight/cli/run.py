@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from netweight.cli.shared import AsJson, Folder, MaybePair, Text, Threads, app, size
+from netweight.cli.shared import AsJson, Folder, MaybePair, Text, app, size
 from netweight.errors import OptionError
 
 
@@ -20,7 +20,9 @@ def predict(
     text: Text = "text",
     pair: MaybePair = None,
     out: Annotated[Path | None, typer.Option(help="Output table; without it, standard output.")] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; else the cores of this process, or 1 with --ray.")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
