@@ -45,7 +45,7 @@ TRIALS = "trials.db"
 def store_of(out: Path) -> Path:
     """The run store of an artifact's folder."""
     whole = out if out.name not in ("", "..") else out.resolve()  # "." has no name
-    return whole.with_name(f"{whole.name}.run")
+    return whole.parent / f"{whole.name}.run"
 
 
 def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
