@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,7 @@ from netweight.data import BadRow, Columns, Dataset, Rows, normalise, read, spli
 from netweight.data.rows import groups_of
 from netweight.data.split import CERTIFY_MOST, CERTIFY_SHARE
 from netweight.errors import OptionError
-from netweight.model import STARTER, weights_digest
+from netweight.model import weights_digest
 from netweight.scratch import SCRATCH
 from netweight.store import JOURNAL
 from netweight.task import Classify, Task, task_for
@@ -126,7 +126,7 @@ class Options:
     def __post_init__(self) -> None:
         # A path, or numbers of numpy, would stop the job where it is written down, long after they came.
         model = str(self.model)
-        if model and Path(model).is_dir() and (plain := str(Path(model))) not in (STARTER, SCRATCH):
+        if model and Path(model).is_dir() and (plain := str(Path(model))) not in ("starter", SCRATCH):
             model = plain  # base/ is base
         object.__setattr__(self, "model", model)
         for name in ("max_length", "threads", "seed"):
@@ -142,7 +142,7 @@ class Options:
             raise OptionError(f"threads is {self.threads}; use 1 or more.")
         if self.seed < 0:
             raise OptionError(f"seed is {self.seed}; use 0 or more.")
-        if not 10 <= _numbered(self, "seconds") < math.inf:
+        if not 10 <= _numbered(self, "seconds") < inf:
             raise OptionError(f"the time limit is {self.seconds:g} s; use at least 10 s, a finite number.")
 
 
