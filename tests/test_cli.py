@@ -459,23 +459,6 @@ def test_examples_of_scores(monkeypatch: pytest.MonkeyPatch, shop: Shop, tmp_pat
         summary_module.write_report(shop.folder, tmp_path / "r.html", "rows.csv")
 
 
-def test_the_console_script(shop: Shop, tmp_path: Path) -> None:
-    run = [sys.executable, "-c", "from netweight.cli import main; main()"]
-    wrong = subprocess.run([*run, "inspect", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert (wrong.returncode, wrong.stdout) == (1, "")
-    assert wrong.stderr == f"netweight: {tmp_path} is no artifact: it has no manifest.json.\n"
-    rows = "\n".join(shop.train.text * 30).encode()
-    with subprocess.Popen(
-        [*run, "predict", str(shop.folder), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as piped:
-        assert piped.stdout is not None
-        piped.stdout.close()  # as `| head` does
-        _, error = piped.communicate(rows)
-    # Click ends with 1 before `main` can say 141.
-    assert piped.returncode in (1, 141)
-    assert error == b""
-
-
 @pytest.mark.parametrize("words", ["--version", "inspect DIR --json"])
 def test_what_cannot_be_written_at_the_end_is_told_once(shop: Shop, words: str) -> None:
     """Python keeps the last of an output to its exit, where it would tell of it in its own words, with status 120."""
@@ -509,3 +492,20 @@ def test_who_stops_a_command_is_told_whether_it_goes_on(
     for words in (predict, ("inspect", shop.folder, "--json")):
         said = say(*words)
         assert (said.status, said.err) == (130, "netweight: stopped.\n")
+
+
+def test_the_console_script(shop: Shop, tmp_path: Path) -> None:
+    run = [sys.executable, "-c", "from netweight.cli import main; main()"]
+    wrong = subprocess.run([*run, "inspect", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == f"netweight: {tmp_path} is no artifact: it has no manifest.json.\n"
+    rows = "\n".join(shop.train.text * 30).encode()
+    with subprocess.Popen(
+        [*run, "predict", str(shop.folder), "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as piped:
+        assert piped.stdout is not None
+        piped.stdout.close()  # as `| head` does
+        _, error = piped.communicate(rows)
+    # Click ends with 1 before `main` can say 141.
+    assert piped.returncode in (1, 141)
+    assert error == b""
