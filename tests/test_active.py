@@ -265,6 +265,20 @@ def test_selecting_with_an_artifact(shop: Shop, say: Say, tmp_path: Path) -> Non
         refused = say(*words[:-1], taken, "--labelled", done)
         assert (refused.status, "is the input itself" in refused.err) == (1, True)
         assert taken.read_bytes() == before
+    blank = out.read_text(encoding="utf-8")
+    for name, typed, empty in (
+        (out.name, blank.replace(",\n", ",good\n", 1), blank),
+        ("other.csv", "label,text\n0,a\n,b\n", "label,text\n ,a\n,b\n"),
+        ("other.jsonl", '{"label": 0}\n', '{"label": null}\n'),
+    ):
+        todo = tmp_path / name
+        todo.write_text(typed, encoding="utf-8")
+        refused = say(*words[:-1], todo)
+        assert refused.status == 1
+        assert f"{name} holds 1 labels; append its rows to --labelled, or name another file." in refused.err
+        assert todo.read_text(encoding="utf-8") == typed
+        todo.write_text(empty, encoding="utf-8")
+        assert say(*words[:-1], todo).status == 0, "nobody typed anything"
     # The pool's column may have another name than that of the tables that are written here.
     renamed = tmp_path / "renamed.tsv"
     renamed.write_text(table.read_text(encoding="utf-8").replace("text", "message", 1), encoding="utf-8")

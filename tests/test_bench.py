@@ -22,6 +22,7 @@ from netweight.errors import ArtifactError, MissingExtra, OptionError, StoreErro
 from netweight.export import export
 from netweight.measure import Measurement
 from netweight.run.local import logits_of
+from netweight.store import DEV, store_of
 from netweight.task import Classify
 
 ROWS = tiny_rows(9)
@@ -55,11 +56,14 @@ def test_an_error_is_no_share(say: Say, shop: Shop, tmp_path: Path) -> None:
         bench.Bench(machine, "mae", False, (replace(one, quality=math.nan),)).to_json(), parse_constant=pytest.fail
     )
     assert stored["measured"][0]["quality"] is None
+    assert (stored["reference"], stored["note"]) == ("a", "")
     table = write_table(tmp_path / "rows.tsv", shop.dev.take(range(30)))
     with table.open("a", encoding="utf-8") as file:
         file.write("\tgood\n")
     said = say("bench", shop.folder, "--input", table, "--threads", 1)
     assert "1 of 31 rows of rows.tsv cannot be used" in " ".join(said.out.split())
+    found = json.loads(say("bench", shop.folder, "--input", table, "--threads", 1, "--json").out)
+    assert found["note"].startswith("1 of 31 rows of rows.tsv cannot be used")
 
 
 def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
@@ -74,7 +78,9 @@ def test_the_teacher_computes_on_the_threads_that_are_said() -> None:
 @pytest.mark.usefixtures("quick")
 def test_bench_against_the_teacher(say: Say, shop: Shop) -> None:
     said = say("bench", shop.folder, "--against", "teacher", "--threads", 1, "--json")
-    mine, teacher = json.loads(said.out)["measured"]
+    found = json.loads(said.out)
+    mine, teacher = found["measured"]
+    assert found["reference"] == "teacher"
     assert (mine["name"], teacher["name"]) == ("made.nw", "teacher")
     assert mine["rows"] == len(shop.dev)
     assert teacher["agreement"] == 1.0
@@ -101,6 +107,16 @@ def test_bench_against_what_engineers_deploy(say: Say, shop: Shop, name: str) ->
     assert other["quality"] == pytest.approx(teacher["quality"], abs=0.03)
 
 
+def test_labels_that_are_not_known_are_told_of_before_anything_is_timed(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("speed", "fresh"):
+        monkeypatch.setattr(measure, name, lambda *_: pytest.fail("it was timed"))
+    table = write_table(tmp_path / "rows.tsv", replace(ROWS, label=("so so",) * 9))
+    said = say("bench", shop.folder, "--input", table, "--label", "label", "--threads", 1)
+    assert (said.status, "1 label(s) do not occur in training: 'so so'" in said.err) == (1, True)
+
+
 def test_bench_without_a_store(say: Say, made: Path) -> None:
     said = say("bench", made, "--threads", 1)
     assert said.status == 1
@@ -118,6 +134,16 @@ def test_bench_without_a_store(say: Say, made: Path) -> None:
     assert "name columns of --input; without a table" in say("bench", made, "--label", "intent").err
     with pytest.raises(StoreError, match="there is no run store"):
         bench.bench(made, str(write_table(made.parent / "rows.tsv", ROWS)), against=["teacher"])
+
+
+@pytest.mark.parametrize(("held", "said"), [("", "is empty"), ("3\n", "no line of dev.jsonl is a JSON object")])
+def test_damaged_dev_rows_are_told_of(say: Say, made: Path, held: str, said: str) -> None:
+    store_of(made).mkdir()
+    (store_of(made) / DEV).write_text(held, encoding="utf-8")
+    for words in (("bench", made), ("export", made, "--to", "onnx", "--out", made.parent / "x")):
+        found = say(*words)
+        assert (found.status, found.err.count("\n")) == (1, 1)
+        assert said in found.err
 
 
 def test_the_openvino_baseline_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

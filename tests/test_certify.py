@@ -299,6 +299,15 @@ def test_looks_are_counted_for_each_certify_split(tmp_path: Path) -> None:
     assert any("look 2" in note for note in certificate.notes)
 
 
+def test_a_number_that_is_written_otherwise_is_the_same_look(tmp_path: Path) -> None:
+    """Python may say 1 where the command line says 1.0; ledgers of before hold either."""
+    for first, second in ((1, 1.0), (1.0, 1)):
+        for drop in (first, second):
+            ledger = tmp_path / f"looks-{first}.jsonl"
+            assert register(REFERENCE, [SAFE], ACCURACY, Sealed(labelled()), max_drop=drop, ledger=ledger).look == 1
+        assert json.loads(ledger.read_text())["max_drop"] == first, "one line"
+
+
 def test_the_levels_of_all_looks_sum_to_what_was_promised() -> None:
     one = plan(labelled(), SAFE)
     assert sum(replace(one, look=k).level for k in range(1, 60)) == pytest.approx(0.05)

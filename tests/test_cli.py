@@ -11,21 +11,25 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import Say, Shop, tiny_rows, write_table
 from netweight import artifact, load
 from netweight import summary as summary_module
 from netweight.certify import Estimate
 from netweight.cli.make import seconds_of
-from netweight.data import Rows
+from netweight.data import Rows, concat
 from netweight.engine import Engine, Outputs
 from netweight.errors import ArtifactError, OptionError
 from netweight.pipeline import store_of
+from netweight.predict import predict
+from netweight.progress import Parts
 from netweight.ship import Result
 from netweight.summary import certificate_of, summary
 from netweight.task import Score
@@ -80,9 +84,25 @@ def test_predict_from_parquet(say: Say, shop: Shop, tmp_path: Path) -> None:
     assert answers(found.to_pylist()) == expected(shop, ROWS)
 
 
+def test_a_date_that_python_has_not_is_told_by_its_column(say: Say, shop: Shop, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    table, out = tmp_path / "rows.parquet", tmp_path / "out.csv"
+    for value, zone in ((253402300799, "Asia/Shanghai"), (253402300800, None), (0, "Nowhere/Here")):
+        when = pyarrow.array([0, value], pyarrow.timestamp("s", tz=zone))
+        parquet.write_table(pyarrow.table({"text": ["great zip", "torn coat"], "when": when}), table)
+        said = say("predict", shop.folder, table, "--out", out)
+        assert said.status == 1
+        wanted = r"netweight: the column 'when' of rows\.parquet has a value that cannot be read as a date \(.+\); leave the column out, or cast it to text\.\n"
+        assert re.fullmatch(wanted, said.err), said.err
+        assert not out.exists()
+
+
 def test_predict_from_standard_input(say: Say, shop: Shop) -> None:
     said = say("predict", shop.folder, "-", "--threads", 1, stdin="\n".join(ROWS.text).encode())
     assert said.status == 0
+    named = say("predict", shop.folder, "-", "--threads", 1, "--out", "-", stdin="\n".join(ROWS.text).encode())
+    assert named.out == said.out
     found = list(csv.DictReader(io.StringIO(said.out), delimiter="\t"))
     assert [row["text"] for row in found] == list(ROWS.text)
     assert answers(found) == expected(shop, ROWS)
@@ -93,6 +113,25 @@ def test_predict_says_how_many_rows_had_no_text(say: Say, shop: Shop, tmp_path: 
     said = say("predict", shop.folder, tmp_path / "rows.csv")
     assert "1 rows could not be used and have no prediction." in said.err
     assert [bool(row["prediction"]) for row in csv.DictReader(io.StringIO(said.out))] == [True, False, True]
+
+
+def test_predict_tells_how_far_it_is(shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.predict._CHUNK", 4)
+    seen: list[int] = []
+    table = write_table(tmp_path / "rows.tsv", ROWS)
+    predict(shop.folder, table, out=tmp_path / "out.tsv", threads=1, progress=seen.append)
+    assert seen == [4, 8, 9]
+
+
+def test_without_a_terminal_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("netweight.progress._EVERY", -1.0)
+    said = io.StringIO()
+    for what, total in (("rows", None), ("texts", 30)):
+        with Parts(what, Console(file=said)) as bar:
+            for done in (10, 20, 30):
+                bar(done * 1000, total and total * 1000)
+    wanted = r"rows: 20,000\nrows: 30,000\ntexts: 20,000 of 30,000, \d+ s left\ntexts: 30,000 of 30,000, 0 s left\n"
+    assert re.fullmatch(wanted, said.getvalue())
 
 
 # --- inspect, verify, report ---
@@ -187,6 +226,30 @@ def test_verify_names_both_processors_where_answers_differ(
     monkeypatch.setattr("netweight.measure.cpu", lambda: "an abacus")
     told = say("verify", shop.folder, "--data", data).err
     assert told.endswith(f"{differs} It was certified on {then}; this is an abacus.\n")
+
+
+def test_of_a_larger_table_only_certify_rows_are_answered(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, outputs = [], Engine.outputs
+
+    def counted(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Outputs:
+        asked.append(len(texts))
+        return outputs(engine, texts, pairs)
+
+    monkeypatch.setattr(Engine, "outputs", counted)
+    data = write_table(tmp_path / "all.tsv", concat(concat(shop.train, shop.certify), shop.dev))
+    said = say("verify", shop.folder, "--data", data)
+    assert said.out.endswith("all 500 certify rows match in label and prediction; 700 further rows were ignored.\n")
+    fewer = write_table(tmp_path / "fewer.tsv", concat(shop.train, shop.certify.take(range(490))))
+    said = say("verify", shop.folder, "--data", fewer)
+    assert "10 of 500 certify rows are not among the 790 given rows" in said.err
+    other = say("verify", shop.folder, "--data", write_table(tmp_path / "dev.tsv", shop.dev))
+    assert "500 of 500 certify rows are not among the 400 given rows" in other.err
+    assert asked == [500, 490, 0]
+    # A report shows what was answered when the artifact was certified.
+    monkeypatch.setattr(summary_module, "load", lambda *_: pytest.fail("nobody asks for new answers"))
+    assert say("report", shop.folder, "--out", tmp_path / "r.html", "--examples", data).status == 0
 
 
 def test_verify_sees_another_model_than_the_one_certified(say: Say, made: Path) -> None:
@@ -329,6 +392,7 @@ def test_what_is_no_time_limit(given: str) -> None:
 def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path, tmp_path: Path) -> None:
     table = write_table(tmp_path / "rows.tsv", shop.train)
     (made / shop.result.manifest.tiers[0].file).write_bytes(b"damaged")
+    (folder := tmp_path / "o.csv").mkdir()
     optimize = ("optimize", table, "--text", "text", "--label", "label", "--out")
     cases: list[tuple[tuple[object, ...], str]] = [
         (("predict", tmp_path, table), "is no artifact: it has no manifest.json"),
@@ -341,9 +405,23 @@ def test_refusals_are_one_sentence_and_status_1(say: Say, shop: Shop, made: Path
         (("predict", shop.folder, table, "--pair", "label"), "made.nw answers single texts; give no second one"),
         (("predict", shop.folder, "-", "--text", "words"), "have no columns, and so none called 'words'"),
         ((*optimize, "."), "the folder '.' has no name of its own"),
+        ((*optimize, "/"), "the folder '/' has no name of its own"),
+        (("serve", shop.folder, "--log-rate", 1), "come from a log; name one with --log"),
+        (("serve", shop.folder, "--false-alarms", 1), "come from a log; name one with --log"),
+        (("serve", shop.folder, "--mode", "canary"), "are those of a candidate; name one with --candidate"),
+        (("serve", shop.folder, "--share", 0.5), "are those of a candidate; name one with --candidate"),
         (("keys", tmp_path / "gone" / "keys.jsonl", "--add", "shop"), "No such file or directory"),
-        (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "No such file or directory"),
+        (("report", shop.folder, "--out", tmp_path / "gone" / "r.html"), "of the output does not exist; create it"),
+        (("report", shop.folder, "--out", tmp_path), "is a folder; name a file"),
+        (("predict", shop.folder, table, "--out", folder), "o.csv is a folder; name a file"),
+        (("select", shop.folder, table, "--count", 1, "--out", folder), "o.csv is a folder; name a file"),
         ((*optimize, tmp_path / "o.nw", "--seed", -1), "seed is -1; use 0 or more"),
+        (("verify", shop.folder, "--label", "intent"), "name columns of --data; without a table, leave them out"),
+        (("report", shop.folder, "--pair", "b"), "name columns of --examples; without a table, leave them out"),
+        (
+            ("select", shop.folder, table, "--count", 1, "--out", tmp_path / "s.csv", "--label", "intent"),
+            "--label names a column of --labelled; without that table, leave it out",
+        ),
         (("inspect", made), "is damaged"),
         (("verify", made), "is damaged"),
         (("report", made), "is damaged"),
@@ -399,6 +477,41 @@ def test_examples_of_scores(monkeypatch: pytest.MonkeyPatch, shop: Shop, tmp_pat
     monkeypatch.setattr(summary_module, "certificate_of", lambda folder: (scored, outcomes))
     with pytest.raises(ArtifactError, match="examples of flips exist for labels only"):
         summary_module.write_report(shop.folder, tmp_path / "r.html", "rows.csv")
+
+
+@pytest.mark.parametrize("words", ["--version", "inspect DIR --json"])
+def test_what_cannot_be_written_at_the_end_is_told_once(shop: Shop, words: str) -> None:
+    """Python keeps the last of an output to its exit, where it would tell of it in its own words, with status 120."""
+    run = [sys.executable, "-c", "from netweight.cli import main; main()"]
+    run += [str(shop.folder) if word == "DIR" else word for word in words.split()]
+    usual = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=usual) as piped:
+        assert piped.stdout is not None
+        piped.stdout.close()
+        _, error = piped.communicate()
+    assert (piped.returncode in (1, 141), error) == (True, b"")
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=usual)
+    assert (done.returncode, done.stderr) == (1, "netweight: [Errno 28] No space left on device\n")
+
+
+def test_who_stops_a_command_is_told_whether_it_goes_on(
+    say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("netweight.pipeline.optimize", "netweight.summary.summary", "netweight.cluster.predict_parts"):
+        monkeypatch.setattr(place, stopped)
+    monkeypatch.setattr("netweight.predict.predict", stopped)
+    optimize = ("optimize", "rows.csv", "--text", "text", "--label", "label", "--out", tmp_path / "o.nw")
+    predict = ("predict", shop.folder, "in", "--out", tmp_path / "out")
+    for words in (optimize, (*predict, "--ray", "local")):
+        said = say(*words)
+        assert (said.status, said.err) == (130, "netweight: stopped; the same command goes on where it was.\n")
+    for words in (predict, ("inspect", shop.folder, "--json")):
+        said = say(*words)
+        assert (said.status, said.err) == (130, "netweight: stopped.\n")
 
 
 def test_the_console_script(shop: Shop, tmp_path: Path) -> None:

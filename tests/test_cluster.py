@@ -227,6 +227,13 @@ def test_a_part_that_fails_ends_no_other(made: Path, parted: Path, tmp_path: Pat
         predict_parts(made, parted, out=out)
     assert "a.csv" not in files(out), "what was said of other rows"
     assert "c.csv" in files(out)
+    late = pa.array([253402300799], pa.timestamp("s", tz="Asia/Shanghai"))
+    pq.write_table(pa.table({"text": ["a"], "when": late}), parted / "day=1" / "part-2.parquet")
+    table(parted / "d.csv", ROWS[:3])
+    with pytest.raises(DataError, match="2 of 8 parts failed, .*day=1/part-2.parquet: the column 'when' of part-2"):
+        predict_parts(made, parted, out=out)
+    assert "d.csv" in files(out)
+    (parted / "day=1" / "part-2.parquet").unlink()
     table(parted / "a.csv", ROWS[:3])
     predict_parts(made, parted, out=out)
     same_as_alone(made, parted, out, tmp_path / "alone")

@@ -21,9 +21,9 @@ from netweight.artifact import Manifest, Tier
 from netweight.certify import Candidate, Certificate, Estimate, Outcomes, Registration
 from netweight.certify import Tested as Result
 from netweight.data import Rows
-from netweight.engine import TierEngine, load
+from netweight.engine import Engine, TierEngine, load
 from netweight.engine.cascade import tier_engine
-from netweight.errors import OptionError, StoreError
+from netweight.errors import DataError, OptionError, StoreError
 from netweight.evaluate import Cell, Evaluation, Scenario, _parts, _quality, evaluate, suite
 from netweight.explain import Explanation, Step, Tried, _times, _took, _tried, _why, _words, explain
 from netweight.export import export
@@ -435,6 +435,25 @@ def test_what_cannot_be_scored_is_one_cell_and_not_the_end(shop: Shop, made: Pat
     assert say("evaluate", made, "--suite", path, "--json").status == 1
     none = Evaluation("spearman", (replace(found.cells[1], quality=math.nan),))
     assert none.sentence.endswith("undefined everywhere: 1 of 1 cells could not be scored, see the notes")
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('data = "none.tsv"', "there is no file .*none.tsv"),
+        ('data = "few.tsv"\nlabel = "intent"', "few.tsv has no column 'intent'"),
+        ('data = "few.tsv"\nby = "shop"', "few.tsv has no column 'shop'"),
+    ],
+)
+def test_a_scenario_that_cannot_be_read_is_told_before_any_is_scored(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, said: str
+) -> None:
+    path = written(tmp_path, shop)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f'[[scenario]]\nname = "bad"\n{bad}\n')
+    monkeypatch.setattr(Engine, "outputs", lambda *_: pytest.fail("it was scored"))
+    with pytest.raises(DataError, match=said):
+        evaluate([shop.folder], suite(path), 1)
 
 
 def test_an_error_and_a_correlation_in_a_matrix() -> None:

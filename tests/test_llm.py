@@ -207,6 +207,15 @@ def test_a_text_that_is_refused_ends_nothing(served: Served, tmp_path: Path) -> 
         assert len((tmp_path / cache).read_text().splitlines()) == (0 if cache == "fresh" else 6)
 
 
+def test_who_waits_is_told_how_many_texts_are_answered(served: Served, tmp_path: Path) -> None:
+    seen = list[tuple[int, int]]()
+    for model, first in (("poison", 0), ("poison", 6), ("plain", 0)):
+        asked = teacher(served, model, concurrency=1 if model == "poison" else 4)
+        label_pool(pool(), TASK, asked, tmp_path / "cache", limit=10, progress=lambda *numbers: seen.append(numbers))
+        assert seen == [(done, 6) for done in range(first, 7)]
+        seen.clear()
+
+
 def test_answers_that_end_before_a_label(served: Served, tmp_path: Path) -> None:
     asked = teacher(served, "thinking", concurrency=1)
     with pytest.raises(EndpointError, match=r"did not come to a label in 38 tokens.*\(--answer-tokens\)"):

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import GOOD, MEAN, THINGS, Shop, again, journal, looks, many_rows, tiny_base, write_table
 from netweight import artifact, build, measure, pipeline, ship, summary
@@ -161,7 +163,7 @@ def test_a_result_that_could_not_be_certified_says_so(shop: Shop) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_finished_job_gives_the_same_look_and_the_same_artifact(shop: Shop, copied: Path) -> None:
-    result = again(shop, copied, model=Path(shop.options["model"]), seed=np.int64(0))
+    result = again(shop, copied, model=f"{shop.options['model']}/", seed=np.int64(0))
     assert result.certificate == shop.result.certificate
     assert result.manifest.digest == shop.result.manifest.digest
     assert journal(copied) == journal(shop.folder)
@@ -669,9 +671,10 @@ def test_pairs_end_to_end(shop: Shop, tmp_path: Path) -> None:
 
 
 def test_another_job_in_the_same_store_is_refused(shop: Shop, copied: Path) -> None:
-    before = journal(copied)
+    before, threads = journal(copied), torch.get_num_threads()
     with pytest.raises(StoreError, match=r"belongs to another job \(.*seed: 0 there, 3 now"):
-        again(shop, copied, seed=3)
+        again(shop, copied, seed=3, threads=threads + 1)
+    assert torch.get_num_threads() == threads
     with pytest.raises(StoreError, match=r"data: '[0-9a-f.]{28}' there, '[0-9a-f.]{28}' now"):
         optimize(shop.train.take(range(299)), dev=shop.dev, certify=shop.certify, out=copied, **shop.options)
     assert journal(copied) == before
@@ -763,7 +766,7 @@ def test_what_is_held_is_the_label_or_a_score_in_its_own_unit(task: Task, tested
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Budget(max_drop=0), "max_drop is 0 points; use more than 0"),
+        (lambda: Budget(max_drop=0), "max_drop is 0.0 points; use more than 0"),
         (lambda: Budget(max_drop=51), "at most 50"),
         (lambda: Budget(max_drop="most"), "max_drop is 'most'; use a number of points, or auto"),  # type: ignore[arg-type]
         (lambda: Budget(confidence=1.0), "confidence is 1.0; use 0.5 up to"),
@@ -771,7 +774,12 @@ def test_what_is_held_is_the_label_or_a_score_in_its_own_unit(task: Task, tested
         (lambda: Options(threads=0), "threads is 0; use 1 or more"),
         (lambda: Options(seed=1.5), "seed is 1.5; use a whole number"),  # type: ignore[arg-type]
         (lambda: Options(max_length="128"), "max_length is '128'; use a whole number"),  # type: ignore[arg-type]
+        (lambda: Budget(max_drop=[1]), r"max_drop is \[1\]; use a number"),  # type: ignore[arg-type]
+        (lambda: Budget(confidence="high"), "confidence is 'high'; use a number"),  # type: ignore[arg-type]
         (lambda: Options(seconds=9), "the time limit is 9 s; use at least 10 s"),
+        (lambda: Options(seconds=math.nan), "the time limit is nan s; use at least 10 s"),
+        (lambda: Options(seconds=math.inf), "the time limit is inf s; use at least 10 s, a finite number"),
+        (lambda: Options(seconds="20m"), "seconds is '20m'; use a number"),  # type: ignore[arg-type]
     ],
 )
 def test_options_are_refused(make: Callable[[], object], said: str) -> None:
@@ -785,6 +793,7 @@ def test_options_are_plain_values() -> None:
         "max_length": np.int64(64),
         "threads": np.int32(2),
         "seed": np.int64(1),
+        "seconds": np.int64(60),
     }
     options = Options(**given)
     assert json.loads(json.dumps({name: getattr(options, name) for name in given})) == {
@@ -792,7 +801,22 @@ def test_options_are_plain_values() -> None:
         "max_length": 64,
         "threads": 2,
         "seed": 1,
+        "seconds": 60,
     }
+    numbers: tuple[Any, ...] = (1, np.int64(1), np.float32(1))
+    for one in numbers:
+        assert json.dumps(asdict(Budget(one, one / 2))) == json.dumps(asdict(Budget(1.0, 0.5)))
+    assert Budget("auto").max_drop == "auto"
+
+
+def test_a_folder_has_one_spelling_and_a_name_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "starter"):
+        (tmp_path / name).mkdir()
+    for given, kept in (("base/", "base"), ("./base", "base"), (f"{tmp_path}//base/", f"{tmp_path}/base")):
+        assert Options(model=given).model == kept
+    for name in ("base", "starter", "./starter", "scratch", "org/name", "org/name/", ""):
+        assert Options(model=name).model == name
 
 
 _NAMES = """

@@ -84,6 +84,10 @@ def test_another_job_is_refused_and_the_difference_named(tmp_path: Path) -> None
     with pytest.raises(StoreError, match=r"or delete it\.$"):
         Store(tmp_path, JOB | {"data": "def", "seed": 7})
     Store(tmp_path, JOB).close()  # the refusal left the lock and the journal alone
+    Store(tmp_path / "folder", JOB | {"model": "base/"}).close()
+    Store(tmp_path / "folder", JOB | {"model": "base"}).close()  # it is one folder
+    with pytest.raises(StoreError, match=r"another job \(model: 'base/' there, 'other' now\)"):
+        Store(tmp_path / "folder", JOB | {"model": "other"})
 
 
 def test_long_values_of_another_job_are_shortened_and_what_differs_in_them_named(tmp_path: Path) -> None:

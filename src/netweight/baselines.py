@@ -39,14 +39,14 @@ class TorchEngine:
     def logits(self, tokens: Tokens, batch: int) -> NDArray[np.float32]:
         model = self._model
         out = np.zeros((len(tokens), model.task.outputs), np.float32)
-        with _torch_threads(self._threads), torch.inference_mode():
+        with torch_threads(self._threads), torch.inference_mode():
             for rows in tokens.buckets(batch):
                 out[rows] = model.network(*map(torch.from_numpy, tokens.padded(rows, model.encoder.pad))).numpy()
         return out
 
 
 @contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
     """torch has one number of threads for the whole process."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -51,7 +51,8 @@ class Bench:
         unknown = {} if self.labelled else {"quality": None}
         price = self._price
         shown = [asdict(m) | unknown | {"dollars_per_million": m.dollars_per_million(*price)} for m in self.measured]
-        return json.dumps({"machine": asdict(self.machine), "metric": self.metric, "measured": shown}, indent=1)
+        about = {"machine": asdict(self.machine), "metric": self.metric, "reference": self.reference, "note": self.note}
+        return json.dumps(about | {"measured": shown}, indent=1)
 
     @property
     def _price(self) -> tuple[float, int]:
@@ -124,7 +125,8 @@ def bench(
     count = threads or measure.cores()
     engine = load(folder, count)
     loaded = rows_of(folder, source, Columns(text, label, pair))
-    rows = loaded.rows
+    rows, task = loaded.rows, engine.task
+    targets = task.targets(rows.label) if rows.label else None  # other labels are told of before hours of timing
     engines: dict[str, tuple[Engine, int]] = {folder.name: (engine, artifact.size(folder, manifest))}
     if against:
         with Store(store_of(folder), None) as store:
@@ -134,10 +136,8 @@ def bench(
             engines[name] = baseline(name, teacher, calibration, count)
     timings = measure.speed({name: e for name, (e, _) in engines.items()}, rows)
     fresh = measure.fresh(folder, rows, count)
-    task = engine.task
     said = {name: e.outputs(rows.text, rows.pair) for name, (e, _) in engines.items()}
     base = said[against[0] if against else folder.name].logits
-    targets = task.targets(rows.label) if rows.label else None
     measured = []
     for name, (e, size) in engines.items():
         found = measure.measured(task, name, e, said[name], base, targets, size, timings[name])

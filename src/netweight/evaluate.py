@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from netweight.data import Columns, Rows, read
+from netweight.data import Columns, Loaded, Rows, read
 from netweight.engine import Engine, load
 from netweight.errors import LabelError, OptionError
 from netweight.report.format import quality
@@ -135,9 +135,8 @@ def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: in
     if len(metrics) != 1:
         raise OptionError(f"artifacts with one metric can be compared; these have {' and '.join(sorted(metrics))}.")
     cells, notes = [], []
-    for scenario in scenarios:
-        slices = (scenario.by,) if scenario.by else ()
-        loaded = read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair, slices=slices))
+    # All are read before the first is scored: one that cannot be read ends all, and scores may take an hour.
+    for scenario, loaded in [(scenario, _read(scenario)) for scenario in scenarios]:
         notes += [loaded.note] if loaded.note else []
         for title, rows in _parts(scenario, loaded.rows):
             for name, engine in engines.items():
@@ -150,6 +149,11 @@ def evaluate(folders: Sequence[Path], scenarios: Sequence[Scenario], threads: in
                 cells.append(Cell(name, title, len(rows), scored, problem))
     order = {name: i for i, name in enumerate(engines)}
     return Evaluation(metrics.pop(), tuple(sorted(cells, key=lambda cell: order[cell.artifact])), tuple(notes))
+
+
+def _read(scenario: Scenario) -> Loaded:
+    slices = (scenario.by,) if scenario.by else ()
+    return read(scenario.data, Columns(scenario.text, scenario.label, scenario.pair, slices=slices))
 
 
 def _parts(scenario: Scenario, rows: Rows) -> list[tuple[str, Rows]]:

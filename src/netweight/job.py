@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +31,18 @@ LEAST = 1.0  # points that "auto" allows at least
 MOST = 10.0  # and at most: what needs more is no certificate worth having
 
 
+def _numbered(options: object, name: str) -> float:
+    """A field as Python's own float, which it is from here on: numbers of numpy cannot be written down, and 1, written
+    down as it came, would be another question to the certify rows than 1.0."""
+    given = getattr(options, name)
+    try:
+        number = float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{name} is {given!r}; use a number.") from None
+    object.__setattr__(options, name, number)
+    return number
+
+
 @dataclass(frozen=True)
 class Budget:
     """The one dial, and what to do with it.
@@ -48,9 +61,9 @@ class Budget:
         if isinstance(self.max_drop, str):
             if self.max_drop != "auto":
                 raise OptionError(f"max_drop is {self.max_drop!r}; use a number of points, or auto.")
-        elif not 0 < self.max_drop <= 50:
+        elif not 0 < _numbered(self, "max_drop") <= 50:
             raise OptionError(f"max_drop is {self.max_drop} points; use more than 0 and at most 50.")
-        if not 0.5 <= self.confidence < 1:
+        if not 0.5 <= _numbered(self, "confidence") < 1:
             raise OptionError(f"confidence is {self.confidence}; use 0.5 up to, not including, 1 (0.95 is usual).")
         if self.minimise not in ("cost", "latency", "size"):
             raise OptionError(f"minimise is {self.minimise!r}; use cost, latency or size.")
@@ -112,7 +125,10 @@ class Options:
 
     def __post_init__(self) -> None:
         # A path, or numbers of numpy, would stop the job where it is written down, long after they came.
-        object.__setattr__(self, "model", str(self.model))
+        model = str(self.model)
+        if model and Path(model).is_dir() and (plain := str(Path(model))) not in ("starter", SCRATCH):
+            model = plain  # base/ is base
+        object.__setattr__(self, "model", model)
         for name in ("max_length", "threads", "seed"):
             try:
                 object.__setattr__(self, name, index(getattr(self, name)))
@@ -126,8 +142,8 @@ class Options:
             raise OptionError(f"threads is {self.threads}; use 1 or more.")
         if self.seed < 0:
             raise OptionError(f"seed is {self.seed}; use 0 or more.")
-        if self.seconds < 10:
-            raise OptionError(f"the time limit is {self.seconds:g} s; use at least 10 s.")
+        if not 10 <= _numbered(self, "seconds") < inf:
+            raise OptionError(f"the time limit is {self.seconds:g} s; use at least 10 s, a finite number.")
 
 
 @dataclass(frozen=True)

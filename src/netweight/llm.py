@@ -19,9 +19,10 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,14 @@ class Labelled:
 
 
 def label_pool(
-    rows: Rows, task: Classify, teacher: LLMTeacher, cache: str | Path, *, limit: int, token_limit: int | None = None
+    rows: Rows,
+    task: Classify,
+    teacher: LLMTeacher,
+    cache: str | Path,
+    *,
+    limit: int,
+    token_limit: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, texts: None,
 ) -> Labelled:
     """Ask the teacher for the label of each row, once for each distinct text.
 
@@ -158,6 +166,8 @@ def label_pool(
         limit: distinct texts of these rows that may be asked, those in the cache included; the first ones are.
         token_limit: tokens of the same texts, as the endpoint counts them. A request is sent only where an estimate of
             it still fits, so the limit is missed by no more than the error of the requests in flight.
+        progress: told how many texts are answered, first those of earlier runs, and how many may be; by one thread at
+            a time.
 
     Raises:
         OptionError: a limit is not positive, or the key is missing.
@@ -185,7 +195,17 @@ def label_pool(
     with Answers(cache, _room(teacher, task)) as held:
         known = {digest: answer for digest in prompts if (answer := held.get(digest))}
         spent = sum(answer.tokens for answer in known.values())
-        asking = _Asking(teacher, task, held, token_limit, spent, answered=any(d in held.answers for d in known))
+        progress(len(known), len(prompts))
+        told = count(len(known) + 1)
+        asking = _Asking(
+            teacher,
+            task,
+            held,
+            token_limit,
+            spent,
+            answered=any(d in held.answers for d in known),
+            told=lambda: progress(next(told), len(prompts)),
+        )
         asking.all({digest: messages for digest, messages in prompts.items() if digest not in known})
         answers = {digest: answer for digest in prompts if (answer := held.get(digest))}
     labels = tuple(answers[d].label if d in answers else None for d in keys)
@@ -262,6 +282,7 @@ class _Asking:
     token_limit: int | None
     spent: int
     answered: bool  # whether the endpoint has ever answered such a request
+    told: Callable[[], None]  # that there is one more answer
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -303,13 +324,13 @@ class _Asking:
                     self.spent += answer.tokens - guess
                     self.answered = self.now = True
                     self._abstained()
-                    self.cache.put(digest, answer)
+                    self._put(digest, answer)
             except _Refused as problem:
                 with self.lock:
                     self.spent += problem.tokens - guess
                     self.refused[digest] = problem
                     if problem.tokens:  # it was paid for, whatever comes of the others
-                        self.cache.put(digest, Answer(None, problem.tokens), cut=True)
+                        self._put(digest, Answer(None, problem.tokens), cut=True)
                     if len(self.refused) >= (_REFUSED_LATER if self.answered else _REFUSED):
                         self.stop.set()
                         raise
@@ -321,8 +342,12 @@ class _Asking:
         """What was refused beside answers was refused for its text: it has none, and is not asked again."""
         if self.now:
             for digest in [digest for digest, problem in self.refused.items() if not problem.tokens]:
-                self.cache.put(digest, Answer(None, 0))
+                self._put(digest, Answer(None, 0))
             self.refused.clear()
+
+    def _put(self, digest: str, answer: Answer, cut: bool = False) -> None:
+        self.cache.put(digest, answer, cut)
+        self.told()
 
     @property
     def problem(self) -> str:

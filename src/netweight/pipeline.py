@@ -10,9 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from netweight import artifact
+from netweight.baselines import torch_threads
 from netweight.build import CUT, Builder, Clock
 from netweight.choose import Minimise, alone, own
 from netweight.data import Columns, Dataset, Rows, write_quarantine
@@ -125,11 +124,11 @@ def run(job: Job, out: Path, reporter: Reporter, runs: Runs = Local) -> Result:
     labels, so they are made here, of the pool. Where it divides a network's layers, so are its students, of all rows.
     """
     clock = Clock(job.options.seconds)
-    torch.set_num_threads(job.options.threads)
     artifact.writable(out)
     folder = store_of(out)
     data, task, notes, aside = prepare(job, folder)
     with ExitStack() as stack:
+        stack.enter_context(torch_threads(job.options.threads))
         store = stack.enter_context(Store(folder, job.identity(data, task)))
         while aside:
             write_quarantine(*aside.popitem())

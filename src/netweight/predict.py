@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,16 @@ def predict(
     pair: str | None = None,
     out: str | Path = "-",
     threads: int | None = None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> Predicted:
     """Add the columns prediction, confidence (labels only) and tier to the rows of `source`.
 
     Formats by suffix: csv, tsv, jsonl (also .gz), parquet; '-' reads lines and writes to standard output. A row that
-    cannot be used gets no prediction. Raises DataError, ColumnError, OptionError, ArtifactError.
+    cannot be used gets no prediction. `progress` is told how many rows are done. Raises DataError, ColumnError,
+    OptionError, ArtifactError.
     """
     rows = opened_rows(source, text, pair)
-    return answered(load(folder, threads), rows, out)
+    return answered(load(folder, threads), rows, out, progress)
 
 
 def opened_rows(source: str | Path, text: str, pair: str | None) -> Stream:
@@ -58,7 +60,9 @@ def opened_rows(source: str | Path, text: str, pair: str | None) -> Stream:
     return stream(source, Columns("text" if source == "-" else text, pair=pair), _CHUNK)
 
 
-def answered(engine: Engine, rows: Stream, out: str | Path) -> Predicted:
+def answered(
+    engine: Engine, rows: Stream, out: str | Path, progress: Callable[[int], None] = lambda rows: None
+) -> Predicted:
     """Write rows with what `engine` says of them. Raises OptionError, and DataError while reading."""
     expect(engine.paired, rows.columns.pair is not None, engine.name)  # before anything is written
     labels = isinstance(engine.task, Classify)
@@ -69,6 +73,7 @@ def answered(engine: Engine, rows: Stream, out: str | Path) -> Predicted:
     with Writer(out, rows, added) as writer:
         for chunk in rows:
             writer.write(chunk, _columns(engine, chunk.texts, chunk.pairs))
+            progress(writer.rows)
     return Predicted(writer.rows, writer.bad, time.monotonic() - began)
 
 

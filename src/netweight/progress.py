@@ -80,13 +80,14 @@ class Parts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
 
-    def __call__(self, done: int, total: int) -> None:
-        """So many of `total` are done; the first call says how many were done before."""
+    def __call__(self, done: int, total: int | None = None) -> None:
+        """So many are done, of `total` where that is known; the first call says how many were done before."""
         self._progress.update(self._task, completed=done, total=total)
         now = time.monotonic()
         if self._first is None:
             self._first = done
         elif not self._console.is_terminal and (now - self._said > _EVERY or done == total):
-            left = (now - self._began) / max(1, done - self._first) * (total - done)
-            self._console.print(f"{self._what}: {done:,} of {total:,}, {left:.0f} s left", highlight=False)
+            each = (now - self._began) / max(1, done - self._first)
+            left = "" if total is None else f" of {total:,}, {each * (total - done):.0f} s left"
+            self._console.print(f"{self._what}: {done:,}{left}", highlight=False)
             self._said = now

@@ -45,7 +45,7 @@ TRIALS = "trials.db"
 def store_of(out: Path) -> Path:
     """The run store of an artifact's folder."""
     whole = out if out.name not in ("", "..") else out.resolve()  # "." has no name
-    return whole.with_name(f"{whole.name}.run")
+    return whole.parent / f"{whole.name}.run"
 
 
 def rows_of(folder: Path, source: str | None, columns: Columns) -> Loaded:
@@ -140,6 +140,8 @@ class Store:
             return
         wanted = json.loads(json.dumps(job))
         known = self._held.get("job")
+        if known and "model" in wanted and Path(known.get("model", "")) == Path(wanted["model"]):
+            known = known | {"model": wanted["model"]}  # older stores may have a folder as base/
         if known is None:
             self.put("job", wanted)
         elif known != wanted:

@@ -12,8 +12,10 @@ import numpy as np
 from netweight import artifact, measure
 from netweight.certify import Answers, Certificate, Estimate, Outcomes, matches
 from netweight.certify import verify as recompute
-from netweight.data import Columns, Loaded, read
+from netweight.certify.match import row_keys
+from netweight.data import Columns, read
 from netweight.data.files import atomic
+from netweight.data.write import placed
 from netweight.engine import load
 from netweight.errors import ArtifactError, CertificateError, OptionError
 from netweight.measure import Measurements
@@ -158,8 +160,9 @@ def verify(
 ) -> list[str]:
     """Check all hashes, recompute the certificate; with `data`, compare with what the engine says of those rows now.
 
-    Returns sentences. Raises CorruptArtifact, CertificateError, DataError.
+    Returns sentences. Raises CorruptArtifact, CertificateError, DataError, OptionError.
     """
+    columns = _columns_of(data, "--data", text, label, pair)
     manifest = artifact.check(folder)
     certificate, outcomes = certificate_of(folder)
     said = [f"{len(manifest.files)} files have their recorded SHA-256."]
@@ -174,19 +177,23 @@ def verify(
         f"{certificate.final.p_value:.3g} at level {certificate.registration.level:g}."
     )
     if data is not None:
-        loaded, answers = _answers(folder, data, Columns(text, label, pair))
+        loaded, certified = read(data, columns), set(outcomes.keys)
         said += [loaded.note] if loaded.note else []
         made, here = measurements_of(folder).machine.cpu, measure.cpu()
         where = f" It was certified on {made}; this is {here}." if made != here else ""
-        said.append(matches(certificate, outcomes, loaded.rows, answers, where=where))
+        # The table may be all of TRAIN, of which a fifth was cut for certify.
+        rows = loaded.rows.take([i for i, key in enumerate(row_keys(loaded.rows)) if key in certified])
+        out = load(folder).outputs(rows.text, rows.pair)
+        answers = Answers(out.logits, out.confidence)
+        said.append(matches(certificate, outcomes, rows, answers, len(loaded.rows), where))
     return said
 
 
-def _answers(folder: Path, data: str, columns: Columns) -> tuple[Loaded, Answers]:
-    loaded = read(data, columns)
-    rows, engine = loaded.rows, load(folder)
-    out = engine.outputs(rows.text, rows.pair)
-    return loaded, Answers(out.logits, out.confidence)
+def _columns_of(table: str | None, option: str, text: str, label: str, pair: str | None) -> Columns:
+    columns = Columns(text, label, pair)
+    if table is None and columns != Columns("text", "label"):
+        raise OptionError(f"--text and the like name columns of {option}; without a table, leave them out.")
+    return columns
 
 
 def write_report(
@@ -194,8 +201,11 @@ def write_report(
 ) -> Path:
     """Render the report to `out`; with `examples`, texts of that table on which reference and artifact differ.
 
-    Raises OptionError for a place inside the artifact, whose files are hashed, and for that table itself.
+    Raises OptionError for a place where no file can be or inside the artifact, whose files are hashed, for that table
+    itself, and for columns without a table.
     """
+    columns = _columns_of(examples, "--examples", text, label, pair)
+    placed(out)
     if examples is not None and out.exists() and Path(examples).exists() and out.samefile(examples):
         raise OptionError(f"{out} is the input itself; write the report to another file.")
     if out.resolve().is_relative_to(folder.resolve()):
@@ -204,23 +214,19 @@ def write_report(
         )
     manifest = artifact.check(folder)
     certificate, outcomes = certificate_of(folder)
-    shown = _flips(folder, certificate, outcomes, examples, Columns(text, label, pair)) if examples else ()
+    shown = _flips(certificate, outcomes, examples, columns) if examples else ()
     page = render(manifest, certificate, measurements_of(folder), outcomes, examples=shown)
     with atomic(out) as file:
         file.write(page.encode())
     return out
 
 
-def _flips(
-    folder: Path, certificate: Certificate, outcomes: Outcomes, data: str, columns: Columns
-) -> tuple[Example, ...]:
+def _flips(certificate: Certificate, outcomes: Outcomes, data: str, columns: Columns) -> tuple[Example, ...]:
     """Rows on which one of the two is right and the other is not, found by their keys."""
-    from netweight.certify.match import row_keys
-
     task = certificate.registration.task
     if not isinstance(task, Classify):
         raise ArtifactError("examples of flips exist for labels only; scores have none.")
-    rows = _answers(folder, data, columns)[0].rows
+    rows = read(data, columns).rows
     words = dict(zip(row_keys(rows), rows.text, strict=True))
     if words.keys().isdisjoint(outcomes.keys):
         raise CertificateError(

@@ -54,8 +54,10 @@ def register(
 
 
 def decided(registration: Registration) -> str:
-    """SHA-256 of everything that was decided; not of the look, which follows from the ledger."""
-    return replace(registration, look=0).digest
+    """SHA-256 of everything that was decided; not of the look, which follows from the ledger, nor of how a number is
+    written: 1 and 1.0 are one."""
+    drop, confidence = float(registration.max_drop), float(registration.confidence)
+    return replace(registration, look=0, max_drop=drop, confidence=confidence).digest
 
 
 def _recorded(plan: Registration, ledger: Path) -> Registration:

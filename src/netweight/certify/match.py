@@ -37,13 +37,21 @@ def tolerance(task: Task) -> float:
     return 0.0 if isinstance(task, Classify) else _SCORE_TOLERANCE * task.scale
 
 
-def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: Answers, where: str = "") -> str:
+def matches(
+    certificate: Certificate,
+    outcomes: Outcomes,
+    rows: Rows,
+    answers: Answers,
+    given: int | None = None,
+    where: str = "",
+) -> str:
     """Compare labelled `rows`, and what the shipped candidate says of them now, with what the certificate stored.
 
-    Rows may be in any order and may hold more than the certify rows. Returns a sentence. Raises CertificateError with
-    counts where rows are missing, true labels differ, or predictions differ (scores: by more than a thousandth of the
-    label's spread); to the last `where` adds a sentence.
+    Rows may be in any order and may hold more than the certify rows; `given` counts those of the table that they were
+    taken from. Returns a sentence. Raises CertificateError with counts where rows are missing, true labels differ, or
+    predictions differ (scores: by more than a thousandth of the label's spread); to the last `where` adds a sentence.
     """
+    given = len(rows) if given is None else given
     task, name = certificate.registration.task, certificate.shipped.name
     if rows.label is None:
         raise CertificateError("the given rows have no labels; verifying compares labels. Say which column holds them.")
@@ -53,7 +61,7 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
         found.setdefault(key, []).append(i)
     if missing := sum(key not in found for key in outcomes.keys):
         raise CertificateError(
-            f"{missing:,} of {len(outcomes):,} certify rows are not among the {len(rows):,} given rows; give the table "
+            f"{missing:,} of {len(outcomes):,} certify rows are not among the {given:,} given rows; give the table "
             "that was certified. No table has texts that are empty, NULL or very long, which Rows from Python may have."
         )
     wanted = set(outcomes.keys)  # labels of further rows need not be the task's
@@ -76,6 +84,6 @@ def matches(certificate: Certificate, outcomes: Outcomes, rows: Rows, answers: A
             f"on {differ:,} of {len(outcomes):,} certify rows {name} predicts otherwise than when it was certified; "
             f"check that files, engine and machine are those of the certificate.{where}"
         )
-    extra = len(rows) - len(outcomes)
+    extra = given - len(outcomes)
     ignored = f"; {extra:,} further rows were ignored" if extra else ""
     return f"all {len(outcomes):,} certify rows match in label and prediction{ignored}."

@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import sys
 from typing import Annotated, NoReturn
 
@@ -45,13 +46,31 @@ def _options(
     pass
 
 
+def _command() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == 130:  # Ctrl-C
+            resumed = re.match(r"(optimize|demo|label|federate|predict .*--ray)\b", " ".join(sys.argv[1:]))
+            more = "; the same command goes on where it was" if resumed else ""
+            print(f"netweight: stopped{more}.", file=sys.stderr)
+        raise
+    finally:
+        try:
+            print(end="", flush=True)
+        except OSError:
+            # Python would try again at its exit, fail with noise of its own, and end with status 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
+
+
 def main() -> None:
     """Entry point. What is wrong with the input, or not installed, is one sentence on standard error, and status 1."""
     codecs.register_error("netweight", _escaped)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="netweight")
     try:
-        app()
+        _command()
     except NetweightError as problem:
         _end(problem)
     except ModuleNotFoundError as problem:

@@ -165,6 +165,7 @@ def label(
     """Let a large language model label a table. Run again with the same --out: no text is asked twice."""
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.llm import LLMTeacher, label_pool
+    from netweight.progress import Parts
     from netweight.task import Classify
 
     file = rows_file(out, source)
@@ -172,7 +173,8 @@ def label(
     task = Classify(listed(labels))
     rows = noted(read(source, Columns(text, pair=pair), label_required=False))
     cache = out.with_name(f"{out.name}.cache.jsonl")
-    done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit)
+    with Parts("texts") as bar:
+        done = label_pool(rows, task, teacher, cache, limit=limit, token_limit=token_limit, progress=bar)
     write_rows(file, done.rows, source)
     print(done.sentence, file=sys.stderr)
 
@@ -205,7 +207,10 @@ def select(
     from netweight.data import Columns, read, rows_file, write_rows
     from netweight.engine import load
 
+    if labelled is None and label != "label":
+        raise OptionError("--label names a column of --labelled; without that table, leave it out.")
     file = rows_file(out, source, labelled)
+    _without_labels(out)
     rows, engine = noted(read(source, Columns(text, pair=pair), label_required=False)), load(folder, threads)
     known, said = _labelled(labelled, Columns(text, label, pair)) if labelled else None, None
     if known is not None:
@@ -220,6 +225,19 @@ def select(
     print(f"wrote {len(chosen):,} of {len(rows):,} rows to {out}", file=sys.stderr)
     if said is not None:
         print(said, file=sys.stderr)
+
+
+def _without_labels(out: Path) -> None:
+    """Raises OptionError where a table to fill in has been filled in: nobody has those labels elsewhere."""
+    from netweight.data.table import open_table
+
+    if not out.exists() or not out.stat().st_size:
+        return
+    table = open_table(out)
+    at = table.columns.index("label") if "label" in table.columns else len(table.columns)
+    cells = (cell for record in table.records() for cell in record.cells[at : at + 1])
+    if typed := sum(cell is not None and bool(str(cell).strip()) for cell in cells):
+        raise OptionError(f"{out} holds {typed:,} labels; append its rows to --labelled, or name another file.")
 
 
 def _labelled(source: str, columns: Columns) -> Rows:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from netweight.cli.shared import AsJson, Folder, MaybePair, Text, Threads, app, size
+from netweight.cli.shared import AsJson, Folder, MaybePair, Text, app, size
 from netweight.errors import OptionError
 
 
@@ -20,7 +20,9 @@ def predict(
     text: Text = "text",
     pair: MaybePair = None,
     out: Annotated[Path | None, typer.Option(help="Output table; without it, standard output.")] = None,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads; else the cores of this process, or 1 with --ray.")
+    ] = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -32,10 +34,10 @@ def predict(
 ) -> None:
     """Add the columns prediction, confidence (of labels) and tier to a table, in constant memory."""
     from netweight.predict import predict as run
+    from netweight.progress import Parts
 
     if ray is not None:
         from netweight.cluster import predict_parts
-        from netweight.progress import Parts
 
         if out is None:
             raise OptionError("--ray writes a folder of parts; name it with --out.")
@@ -45,7 +47,11 @@ def predict(
             )
         print(batch.sentence, file=sys.stderr)
         return
-    done = run(folder, source, text=text, pair=pair, out=out or "-", threads=threads)
+    if out is None or str(out) == "-":
+        done = run(folder, source, text=text, pair=pair, threads=threads)
+    else:
+        with Parts("rows") as bar:
+            done = run(folder, source, text=text, pair=pair, out=out, threads=threads, progress=bar)
     print(done.sentence, file=sys.stderr)
 
 

@@ -33,7 +33,8 @@ Drop = Annotated[
 ]
 Confidence = Annotated[float, typer.Option(help="Confidence of the certificate.")]
 Metric = Annotated[
-    Literal["accuracy", "macro-f1", "spearman", "mae"] | None, typer.Option(help="Else by balance of the labels.")
+    Literal["accuracy", "macro-f1", "spearman", "mae"] | None,
+    typer.Option(help="Else by balance of the labels; of scores spearman."),
 ]
 Minimised = Annotated[Literal["cost", "latency", "size"], typer.Option(help="What to make small.")]
 Tried = Annotated[Literal["quick", "standard", "thorough"], typer.Option(help="How much is tried beyond the ladder.")]

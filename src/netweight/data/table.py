@@ -173,13 +173,25 @@ class ParquetTable:
         try:
             with parquet.ParquetFile(self.file.path) as stored:
                 for batch in stored.iter_batches(_BATCH, columns=list(self.columns)):
-                    # By name: to pyarrow the column a.b may also be the field b of another.
-                    columns = [batch.column(name).to_pylist() for name in self.columns]
+                    columns = [self._cells(batch, name) for name in self.columns]
                     for cells in zip(*columns, strict=True):
                         number += 1
                         yield Record(number, cells)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.name} is damaged after row {number:,}: {error}. Write or copy it again.") from None
+
+    def _cells(self, batch: Any, name: str) -> list[Any]:
+        try:
+            # By name: to pyarrow the column a.b may also be the field b of another.
+            cells: list[Any] = batch.column(name).to_pylist()
+        except UnicodeDecodeError:  # of a damaged file
+            raise
+        except (ValueError, OverflowError, KeyError) as error:  # years past 9999, nanoseconds, zones that are not known
+            raise DataError(
+                f"the column {name!r} of {self.name} has a value that cannot be read as a date ({error}); leave the "
+                "column out, or cast it to text."
+            ) from None
+        return cells
 
     def only(self, columns: Collection[str]) -> Table:
         pa, _ = arrow("reading parquet")

@@ -36,7 +36,7 @@ class Writer:
     numbers; a name that the input already has is refused. A table that begins with a byte order mark, as Excel's do,
     becomes another with one. A parquet input keeps the types of its columns in a parquet output; columns of other
     inputs become strings there.
-    Raises OptionError for such a name, a folder that does not exist, and an output that would replace the input.
+    Raises OptionError for such a name, a place where no file can be, and an output that would replace the input.
     """
 
     def __init__(self, out: str | Path, stream: Stream, added: Mapping[str, Kind]) -> None:
@@ -47,14 +47,13 @@ class Writer:
                 f"{table.name} already has the column(s) {', '.join(clash)}, which the output would add; rename them."
             )
         self._stream, self._added, self.rows, self.bad = stream, dict(added), 0, 0
-        self._path = None if out == "-" else Path(out)
+        self._path = None if str(out) == "-" else Path(out)
         if self._path is None:
             self._format, self._compressed = _like(stream), False
         else:
             file = file_of(self._path)
             self._format, self._compressed = file.format, file.compressed
-            if not self._path.parent.is_dir():
-                raise OptionError(f"the folder {self._path.parent} of the output does not exist; create it first.")
+            placed(self._path)
             source = getattr(table, "file", None)
             if isinstance(source, File):
                 _other(self._path, source.path)
@@ -97,17 +96,24 @@ class Writer:
 
 
 def rows_file(path: str | Path, *sources: str | None) -> File:
-    """Where `write_rows` can write. Raises OptionError for another format, a folder that does not exist, and one of
-    the tables `sources` itself."""
+    """Where `write_rows` can write. Raises OptionError for another format, a place where no file can be, and one of the
+    tables `sources` itself."""
     file = file_of(Path(path))
     if file.format == "parquet" or file.compressed:
         raise OptionError(f"rows are written as .csv, .tsv or .jsonl, not as {file.path.name}.")
-    if not file.path.parent.is_dir():
-        raise OptionError(f"the folder {file.path.parent} of the output does not exist; create it first.")
+    placed(file.path)
     for source in sources:
         if source is not None and Path(source).exists():
             _other(file.path, Path(source))
     return file
+
+
+def placed(out: Path) -> None:
+    """Raises OptionError where no file can be: better known before the work than after it."""
+    if not out.parent.is_dir():
+        raise OptionError(f"the folder {out.parent} of the output does not exist; create it first.")
+    if out.is_dir():
+        raise OptionError(f"the output {out} is a folder; name a file.")
 
 
 def _other(out: Path, source: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from netweight import artifact
-from netweight.artifact import READS, Tier
+from netweight.artifact import READS, Manifest, Tier
 from netweight.encode import TextEncoder, Tokens
 from netweight.engine.base import Outputs, Short, TierEngine
 from netweight.engine.exits import ExitsEngine

@@ -54,7 +54,10 @@ class Options:
     rollout: Rollout = field(default_factory=Rollout)
 
     def __post_init__(self) -> None:
-        if self.log is None and (self.webhook or self.keep):
-            raise OptionError("alerts and rows to label come from a log; name one with --log.")
+        counted = (self.rate, self.false_alarms) != (Options.rate, Options.false_alarms)
+        if self.log is None and (self.webhook or self.keep or counted):
+            raise OptionError("rows written down, alerts and rows to label come from a log; name one with --log.")
+        if not self.candidates and self.rollout != Rollout():
+            raise OptionError("mode, share and allowed are those of a candidate; name one with --candidate.")
         if not 0 < self.rate <= 1000:
             raise OptionError(f"{self.rate:g} rows a second of a log; use more than 0 and at most 1,000.")
