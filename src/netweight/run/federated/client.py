@@ -249,6 +249,15 @@ class Correcting(Seams):
         self.seen = {name: torch.zeros_like(held[name]) for name in push}
         self.steps = 0
 
+    @property
+    def terms(self) -> str:
+        if not (self.mu or self.push):
+            return ""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.gather(self.push).items()):
+            digest.update(name.encode() + value.numpy().tobytes())
+        return f"mu {self.mu}, variates {digest.hexdigest()}"
+
     def correct(self, network: nn.Module) -> None:
         self.steps += 1
         for name, parameter in network.named_parameters():
