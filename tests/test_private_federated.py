@@ -34,6 +34,7 @@ from netweight.run.federated import (
     Scaffold,
     TopK,
     Travel,
+    guard,
     server,
     veiled,
 )
@@ -567,6 +568,29 @@ def test_a_damaged_ledger_is_no_empty_one(tmp_path):
     (tmp_path / "opened.json").write_text("[1]")
     with pytest.raises(StoreError, match="the record of opened sums .* is damaged"):
         Opened(tmp_path / "opened.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"variate": {}}, "SCAFFOLD's variate"), ({"codec": Int8()}, "Int8 of its"), ({"codec": TopK()}, "TopK of its")],
+)
+def test_a_client_sends_nothing_beside_what_noise_for_clients_hides(more, said):
+    (client,) = shops(1)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=ClientLevel().task(1, 1))
+    with pytest.raises(OptionError, match=f"shop0 was asked for {said}.*--travel"):
+        client.answer(replace(task, **more))
+    assert client._guard.ledger.of(None) == []
+
+
+def test_noise_for_clients_hangs_on_all_bits_of_its_seed(monkeypatch):
+    """torch's generator looks at the last 32 on a CPU: so many can be tried."""
+    (client,) = shops(1)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=ClientLevel().task(1, 1))
+    old, found = {"w": torch.zeros(4)}, []
+    for seed in (5, 5 + 2**40):
+        monkeypatch.setattr(guard.secrets, "randbits", lambda _, seed=seed: seed)
+        found.append(client._guard.noised(task, old, {"w": torch.zeros(4)}, frozenset({"w"}))["w"])
+    assert not torch.equal(*found)
 
 
 def test_copies_of_a_ledger_lose_nothing(tmp_path):
