@@ -57,6 +57,7 @@ class Guard:
         self.ledger = Ledger(folder and folder / "privacy.json")
         self.opened = Opened(folder and folder / "opened.json")
         self._members: dict[tuple[str, int], Member] = {}
+        self._last: tuple[Share | Unmask, Shared | Told] | None = None
 
     def admit(self, task: Task) -> None:
         """Raises OptionError for a task that no noise hides, or a share of it, where there is a limit to what rows may
@@ -167,16 +168,23 @@ class Guard:
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
     def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
-        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does; OptionError, too,
-        where a round that is asked for again would be opened for other clients."""
-        from netweight.run.federated.secure import Keys, Member
+        """One step of secure aggregation; asked for it again, since an answer was lost on its way, the same one. Raises
+        OptionError and RunError as `secure.Member` does; OptionError, too, where a round that is asked for again would
+        be opened for other clients."""
+        from netweight.run.federated.secure import Member
 
         at = (task.fit, task.round)
         if isinstance(task, Advertise):
-            self._members = {at: Member(self.name, task.threshold)}
+            self._members, self._last = {at: Member(self.name, task.threshold)}, None
             keys = self._members[at].advertise()
             return Advertised(keys.seal.hex(), keys.mask.hex())
-        member = self._member(at)
+        if self._last is None or self._last[0] != task:
+            self._last = task, self._answer(task, self._member(at))
+        return self._last[1]
+
+    def _answer(self, task: Share | Unmask, member: Member) -> Shared | Told:
+        from netweight.run.federated.secure import Keys
+
         if isinstance(task, Share):
             if member.threshold < two_thirds(len(task.keys)):
                 raise OptionError(

@@ -123,12 +123,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What holds for a fit: the promise, how many clients must answer in a round at least, and the predicted noise to
-    signal."""
+    """What holds for a fit: the promise, how many clients must answer in a round at least, the predicted noise to
+    signal, and the number of rows from which on a client counts whole (1: all count alike)."""
 
     privacy: Privacy
     least: int
     ratio: float
+    most: float
 
     def threshold(self, asked: int) -> int:
         """How many must answer where so many are asked."""
