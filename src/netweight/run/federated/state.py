@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data.files import beside
@@ -91,3 +92,17 @@ def distance(values: Tensors, start: Tensors) -> float:
             apart += float((values[name].double() - was.double()).square().sum())
             size += float(was.double().square().sum())
     return math.sqrt(apart / (size or 1.0))
+
+
+def once(path: Path, ask: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, or what is asked for now and kept there. Raises StoreError for a damaged file."""
+    if path.exists():
+        try:
+            return load_file(path)
+        except SafetensorError as problem:
+            raise StoreError(f"statistic {path} is damaged ({problem}); delete it to ask for it again.") from None
+    found = ask()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as new:
+        save_file({name: value.contiguous() for name, value in found.items()}, new)
+    return found
