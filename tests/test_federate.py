@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -308,6 +309,14 @@ def test_missing_and_odd_keys(tmp_path: Path) -> None:
         ServerKeys.load(tmp_path / "k/server")
     with pytest.raises(OptionError, match="holds no private key on an elliptic curve"):
         ClientKeys.load(tmp_path / "k/a/ca.crt", tmp_path / "k/a/ca.crt")
+    (tmp_path / "k/server/clients/b.pub").write_bytes((tmp_path / "k/server/clients/a.pub").read_bytes())
+    with pytest.raises(OptionError, match="a.pub and b.pub in .*clients hold one key, and a key stands for one client"):
+        ServerKeys.load(tmp_path / "k/server")
+    pem = (tmp_path / "k/a/ca.crt").read_bytes()
+    for odd in (ssl.PEM_cert_to_DER_cert(pem.decode()), "# für uns\n".encode() + pem, b""):
+        (tmp_path / "k/a/ca.crt").write_bytes(odd)
+        with pytest.raises(OptionError, match=r"ca.crt holds no certificate in PEM \(ASCII\); use the ca.crt of the"):
+            ClientKeys.load(tmp_path / "k/a/ca.crt", tmp_path / "k/a/client.key")
 
 
 # --- options, rows ---
