@@ -329,6 +329,12 @@ def test_labels_of_the_command_line_may_stand_between_full_width_commas(say: Say
     assert "needs at least 2 labels; given were ['good']." in say(*command, "--labels", "good，").err
 
 
+def test_delta_of_the_command_line(say: Say, tmp_path: Path) -> None:
+    tables = ("--dev", tmp_path / "dev.tsv", "--certify", tmp_path / "certify.tsv")
+    command = ("federate", "optimize", "--out", tmp_path / "run", "--keys", tmp_path / "keys", *tables)
+    assert "delta of RowLevel is 0.5: the chance that the promise fails." in say(*command, "--delta", "0.5").err
+
+
 def test_labels_come_from_names_or_rows() -> None:
     rows = tiny_rows(20)
     assert task_of(("x", "y"), None) == Classify(("x", "y"))

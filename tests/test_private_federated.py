@@ -385,6 +385,12 @@ def test_options_out_of_range_are_refused():
         ClientLevel(delta=0.5)
     with pytest.raises(OptionError, match="delta of RowLevel is 0"):
         Automatic(delta=0)
+    said = "delta is 0.001, and with 2,000 rows that .* one of them whole; use .* below 1 / 2,000, such as 5e-05"
+    with pytest.raises(OptionError, match=said):
+        refuse(RowLevel(delta=1e-3), setting(), FedAvg(), Travel())
+    with pytest.raises(OptionError, match=r"delta is 0.01, and with 400 clients that .*\(--delta\)"):
+        refuse(ClientLevel(delta=0.01), setting(clients=400), FedAvg(), Travel())
+    refuse(RowLevel(delta=4e-4), setting(), FedAvg(), Travel())
 
 
 def test_a_server_that_was_killed_gets_the_same_answer_and_it_costs_nothing(tmp_path):
