@@ -656,3 +656,8 @@ def test_a_client_answers_what_it_is_asked(model: Model) -> None:
     client = shops(1)[0]
     answer = client.answer(Join(manifest_of(model, ("text", "label"))))
     assert answer == Joined(manifest_of(model, ("text", "label")), 81, 2)
+    rows = client.data.train
+    many = replace(client.data, train=replace(rows, label=tuple(map(str, range(len(rows))))))
+    joined = Client("shop", many, expects=manifest_of(model, ())).answer(Join(manifest_of(model, ())))
+    assert isinstance(joined, Joined)
+    assert joined.labels == 2, "whether they are more than one is all that a server needs"

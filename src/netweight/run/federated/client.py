@@ -133,7 +133,7 @@ class Client:
             known = ", ".join(map(repr, mine.labels)) or "numbers"
             some = ", ".join(map(repr, unknown[:5]))
             self._say(f"labels that the server does not know ({len(unknown)}; it has {known}): {some}.")
-        return Joined(mine, len(rows), len(found) if mine.labels else 0, len(unknown))
+        return Joined(mine, len(rows), min(len(found), 2) if mine.labels else 0, len(unknown))
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
