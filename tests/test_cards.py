@@ -34,7 +34,7 @@ from netweight.model import Model
 from netweight.run import Local
 from netweight.run.base import Statistic
 from netweight.run.federated.client import Correcting
-from netweight.run.federated.private import RowPrivate
+from netweight.run.federated.private import RowGradients, RowPrivate, Seen
 from netweight.seams import Seams
 from netweight.techniques import Distill, Finetune, Half, LinearFloor, Pretrain, Shrink, Static, Technique
 from netweight.train import Plan
@@ -232,3 +232,9 @@ def test_steps(kind: str) -> None:
         whole = seams.gather({name: p.detach() for name, p in network.named_parameters()})
         assert {t.device.type for t in whole.values()} == {"cpu"}
         assert {t.device for t in seams.scatter(whole).values()} == {CARD}
+
+
+def test_norms_of_rows() -> None:
+    with fake():
+        given, grad = torch.empty(4, 5, 3, device=CARD), torch.empty(4, 5, 2, device=CARD)
+        assert RowGradients([Seen(nn.Linear(3, 2), [given], [grad])], 4).norms().device == CARD

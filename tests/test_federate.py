@@ -348,6 +348,14 @@ def test_missing_and_odd_keys(tmp_path: Path) -> None:
         ServerKeys.load(tmp_path / "k/server")
     with pytest.raises(OptionError, match="holds no private key on an elliptic curve"):
         ClientKeys.load(tmp_path / "k/a/ca.crt", tmp_path / "k/a/ca.crt")
+    (tmp_path / "k/server/clients/b.pub").write_bytes((tmp_path / "k/server/clients/a.pub").read_bytes())
+    with pytest.raises(OptionError, match="a.pub and b.pub in .*clients hold one key, and a key stands for one client"):
+        ServerKeys.load(tmp_path / "k/server")
+    pem = (tmp_path / "k/a/ca.crt").read_bytes()
+    for odd in (ssl.PEM_cert_to_DER_cert(pem.decode()), "# für uns\n".encode() + pem, b""):
+        (tmp_path / "k/a/ca.crt").write_bytes(odd)
+        with pytest.raises(OptionError, match=r"ca.crt holds no certificate in PEM \(ASCII\); use the ca.crt of the"):
+            ClientKeys.load(tmp_path / "k/a/ca.crt", tmp_path / "k/a/client.key")
 
 
 # --- options, rows ---
@@ -358,6 +366,12 @@ def test_labels_of_the_command_line_may_stand_between_full_width_commas(say: Say
     command = ("federate", "server", "--out", tmp_path / "run", "--keys", tmp_path / "keys", "--dev", table)
     assert "dev has labels that --labels does not name: 'bad'." in say(*command, "--labels", "good，other").err
     assert "needs at least 2 labels; given were ['good']." in say(*command, "--labels", "good，").err
+
+
+def test_delta_of_the_command_line(say: Say, tmp_path: Path) -> None:
+    tables = ("--dev", tmp_path / "dev.tsv", "--certify", tmp_path / "certify.tsv")
+    command = ("federate", "optimize", "--out", tmp_path / "run", "--keys", tmp_path / "keys", *tables)
+    assert "delta of RowLevel is 0.5: the chance that the promise fails." in say(*command, "--delta", "0.5").err
 
 
 def test_labels_come_from_names_or_rows() -> None:

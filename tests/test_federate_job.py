@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from conftest import journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows, write_table
+from conftest import Killed, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows, write_table
 from netweight import artifact
 from netweight.cli import app
 from netweight.data import Dataset
@@ -95,6 +95,32 @@ def test_what_cost_rows_something_is_not_asked_for_twice(tmp_path: Path) -> None
     assert len(run.reports) == 1
     run.forget()
     assert not list((tmp_path / "open" / "work").glob("rounds-*"))
+
+
+def test_statistics_are_asked_for_once(tmp_path: Path) -> None:
+    """With those of other clients a fit that begins with a probe would be another one, and its rounds be lost."""
+
+    class Dying(Connected):
+        def exchange(self, tasks: Mapping[str, Task], seconds: float | None = None) -> dict[str, Answer | Lost]:
+            if any(isinstance(task, FitTask) and task.round == 1 for task in tasks.values()):
+                raise Killed
+            return super().exchange(tasks, seconds)
+
+    clients, work = shops(3), tmp_path / "work"
+    technique = Finetune(epochs=2, train="head", class_weights=True)
+    with pytest.raises(Killed), deployment(Dying(clients), tmp_path, privacy=None) as run:
+        technique(tiny_model(), run, PLAN)
+    two = Connected(clients[:2])
+    with deployment(two, tmp_path, privacy=None) as run:
+        technique(tiny_model(), run, PLAN)
+        assert [len(done.took_part) for done in run.report.rounds] == [3, 2]
+        assert ReduceTask not in two.asked
+        for kept in work.glob("statistic-*"):
+            kept.write_bytes(b"half")
+        with pytest.raises(StoreError, match="statistic .*safetensors is damaged .*; delete it to ask for it again"):
+            technique(tiny_model(), run, PLAN)
+        run.forget()
+    assert not list(work.glob("*.safetensors"))
 
 
 def test_rounds_stay_until_the_model_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,7 @@ from netweight.run.federated.messages import (
     ScoreTask,
     Task,
 )
+from netweight.run.federated.private import RowPrivate
 from netweight.task import Score
 from netweight.techniques.finetune import Moments
 from netweight.train import Plan
@@ -132,6 +133,19 @@ def test_the_variate_is_that_of_option_two() -> None:
         wanted = -c[name] + (x[name] - answer.tensors[name]) / 0.05
         if "pooler" not in name:  # nobody reads it, so no gradient reaches it
             torch.testing.assert_close(answer.variate[name], wanted, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_a_fit_under_other_corrections_is_another_one(model: Model) -> None:
+    """A killed client does not go on from what it learned under those."""
+    network, (c, other) = model.network, ({"head.bias": torch.full((2,), v)} for v in (0.0, 1.0))
+    terms = [
+        Correcting(network, mu, server, {}).terms for mu, server in ((0.1, None), (0.2, None), (0.1, c), (0.1, other))
+    ]
+    assert len(set(terms)) == 4
+    assert Correcting(network, 0.0, None, {}).terms == ""
+    assert Correcting(network, 0.1, other, {}).terms == terms[3]
+    # With noise its own terms stand beside them.
+    assert terms[3] in RowPrivate(1.0, 1.0, 8, Correcting(network, 0.1, other, {})).terms
 
 
 def test_the_proximal_term_is_not_zero_after_the_first_batch(model: Model) -> None:
@@ -642,3 +656,8 @@ def test_a_client_answers_what_it_is_asked(model: Model) -> None:
     client = shops(1)[0]
     answer = client.answer(Join(manifest_of(model, ("text", "label"))))
     assert answer == Joined(manifest_of(model, ("text", "label")), 81, 2)
+    rows = client.data.train
+    many = replace(client.data, train=replace(rows, label=tuple(map(str, range(len(rows))))))
+    joined = Client("shop", many, expects=manifest_of(model, ())).answer(Join(manifest_of(model, ())))
+    assert isinstance(joined, Joined)
+    assert joined.labels == 2, "whether they are more than one is all that a server needs"

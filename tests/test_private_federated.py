@@ -34,6 +34,7 @@ from netweight.run.federated import (
     Scaffold,
     TopK,
     Travel,
+    guard,
     server,
     veiled,
 )
@@ -384,6 +385,12 @@ def test_options_out_of_range_are_refused():
         ClientLevel(delta=0.5)
     with pytest.raises(OptionError, match="delta of RowLevel is 0"):
         Automatic(delta=0)
+    said = "delta is 0.001, and with 2,000 rows that .* one of them whole; use .* below 1 / 2,000, such as 5e-05"
+    with pytest.raises(OptionError, match=said):
+        refuse(RowLevel(delta=1e-3), setting(), FedAvg(), Travel())
+    with pytest.raises(OptionError, match=r"delta is 0.01, and with 400 clients that .*\(--delta\)"):
+        refuse(ClientLevel(delta=0.01), setting(clients=400), FedAvg(), Travel())
+    refuse(RowLevel(delta=4e-4), setting(), FedAvg(), Travel())
 
 
 def test_a_server_that_was_killed_gets_the_same_answer_and_it_costs_nothing(tmp_path):
@@ -418,6 +425,87 @@ def test_a_round_that_is_asked_for_again_is_opened_for_the_same_clients_only(tmp
     run = Federated(clients(), rounds=Rounds(1))
     fitted(run)
     assert run.report.epsilon <= 8
+
+
+class Twice(InProcess):
+    """What secure aggregation asks is asked a second time, as where the answers were lost on their way."""
+
+    def exchange(self, tasks, seconds=None):
+        task = next(iter(tasks.values()))
+        first = super().exchange(tasks, seconds)
+        if not isinstance(task, Share | FitTask | Unmask):
+            return first
+        masked = {n: a.tensors["masked"] for n, a in first.items()} if isinstance(task, FitTask) else {}
+        again = super().exchange(tasks, seconds)
+        for name, answer in again.items():
+            if isinstance(task, FitTask):
+                assert torch.equal(answer.tensors["masked"], masked[name])
+            else:
+                assert answer == first[name]
+                assert isinstance(answer, Shared | Told)
+        if isinstance(task, Unmask):
+            self.unmask = task
+        return again
+
+
+def test_steps_of_secure_aggregation_are_answered_again_and_alike(tmp_path):
+    clients = shops(4, tmp_path)
+    channel = Twice(clients)
+    run = Federated(channel, rounds=Rounds(1))
+    fitted(run)
+    assert run.report.rounds[0].lost == ()
+    assert [len(client._guard.ledger.of(None)) for client in clients] == [1] * 4
+    with pytest.raises(OptionError, match="shop0 has told shares for the sum of shop0, shop1, shop2, shop3"):
+        clients[0].answer(replace(channel.unmask, survivors=("shop0", "shop1", "shop2")))
+
+
+class Weighing(InProcess):
+    """Notes what clients weigh in secure sums, and dies when the first is opened, where it is told to."""
+
+    def __init__(self, clients, dies=False):
+        super().__init__(clients)
+        self.dies, self.weights = dies, {}
+
+    def exchange(self, tasks, seconds=None):
+        self.weights |= {n: t.seat.weight for n, t in tasks.items() if isinstance(t, FitTask)}
+        if self.dies and isinstance(next(iter(tasks.values())), Unmask):
+            raise Killed
+        return super().exchange(tasks, seconds)
+
+
+def test_a_round_that_is_asked_for_again_weighs_clients_as_before(tmp_path):
+    """Two sums of the same updates under other weights would tell updates apart."""
+    counts = {"shop0": 80, "shop1": 40, "shop2": 40, "shop3": 120}
+    every = [Client(n, part(tiny_rows(rows)), tmp_path / n) for n, rows in counts.items()]
+
+    def run(channel):
+        return Federated(channel, folder=tmp_path / "server", rounds=Rounds(1), privacy=Automatic(30.0))
+
+    first, second = Weighing(every, dies=True), Weighing(every[:3])
+    with pytest.raises(Killed):
+        fitted(run(first))
+    fitted(run(second))
+    assert second.weights == {name: first.weights[name] for name in second.weights}
+    assert len(set(first.weights.values())) == 3
+    assert max(second.weights.values()) < max(first.weights.values()) == 1
+
+
+def test_an_update_is_not_sent_a_second_time_at_another_weight(tmp_path):
+    class Dying(Weighing):
+        def exchange(self, tasks, seconds=None):
+            if isinstance(next(iter(tasks.values())), FitTask):
+                self.task = tasks["shop0"]
+            return super().exchange(tasks, seconds)
+
+    clients = shops(2, tmp_path)
+    channel = Dying(clients, dies=True)
+    with pytest.raises(Killed):
+        fitted(Federated(channel, rounds=Rounds(1)))
+    other = replace(channel.task, seat=replace(channel.task.seat, weight=0.5))
+    with pytest.raises(
+        OptionError, match="shop0 has answered round 0 weighing 1, and was asked .* weighing 0.5: two such"
+    ):
+        clients[0].answer(other)
 
 
 class Coming(InProcess):
@@ -567,6 +655,29 @@ def test_a_damaged_ledger_is_no_empty_one(tmp_path):
     (tmp_path / "opened.json").write_text("[1]")
     with pytest.raises(StoreError, match="the record of opened sums .* is damaged"):
         Opened(tmp_path / "opened.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [({"variate": {}}, "SCAFFOLD's variate"), ({"codec": Int8()}, "Int8 of its"), ({"codec": TopK()}, "TopK of its")],
+)
+def test_a_client_sends_nothing_beside_what_noise_for_clients_hides(more, said):
+    (client,) = shops(1)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=ClientLevel().task(1, 1))
+    with pytest.raises(OptionError, match=f"shop0 was asked for {said}.*--travel"):
+        client.answer(replace(task, **more))
+    assert client._guard.ledger.of(None) == []
+
+
+def test_noise_for_clients_hangs_on_all_bits_of_its_seed(monkeypatch):
+    """torch's generator looks at the last 32 on a CPU: so many can be tried."""
+    (client,) = shops(1)
+    task = FitTask("f" * 64, 0, head_only(), Supervised(head_only().task), PLAN, privacy=ClientLevel().task(1, 1))
+    old, found = {"w": torch.zeros(4)}, []
+    for seed in (5, 5 + 2**40):
+        monkeypatch.setattr(guard.secrets, "randbits", lambda _, seed=seed: seed)
+        found.append(client._guard.noised(task, old, {"w": torch.zeros(4)}, frozenset({"w"}))["w"])
+    assert not torch.equal(*found)
 
 
 def test_copies_of_a_ledger_lose_nothing(tmp_path):

@@ -51,6 +51,11 @@ class Seams:
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("cpu")
 
+    @property
+    def terms(self) -> str:
+        """What here changes a fit: one does not go on from a checkpoint that was made under other terms."""
+        return ""
+
     def random(self) -> AbstractContextManager[None]:
         """A block after which torch's generators are as they were before it."""
         return torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device])

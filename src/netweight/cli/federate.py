@@ -74,6 +74,7 @@ Private = Annotated[
     Literal["on", "off"], typer.Option(help="On: noise within the budget, and the server sees sums of updates.")
 ]
 Epsilon = Annotated[float, typer.Option(help="Privacy budget of each client's rows; 8 is weak, 1 strong.")]
+Delta = Annotated[float, typer.Option(help="Chance that it fails; well below 1 / the rows of the largest client.")]
 
 
 @federate.command()
@@ -103,6 +104,7 @@ def server(
     personal_head: Annotated[bool, typer.Option(help="Each client keeps a head of its own.")] = False,
     privacy: Private = "on",
     epsilon: Epsilon = 8.0,
+    delta: Delta = 1e-5,
     threads: Threads = None,
     seed: Annotated[int, typer.Option(help="Of training and of drawing clients.")] = 0,
 ) -> None:
@@ -122,7 +124,7 @@ def server(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),
         (algorithm, aggregate, travel),
         personal_head,
-        Automatic(epsilon) if privacy == "on" else None,
+        Automatic(epsilon, delta) if privacy == "on" else None,
     )
     data = held_out(rows) if rows else None
     with Bar(Console(stderr=True)) as bar:
@@ -163,6 +165,7 @@ def optimize(
     epsilon: Annotated[
         float, typer.Option(help="Privacy budget of each client's rows for the whole job; 8 is weak, 1 strong.")
     ] = 8.0,
+    delta: Delta = 1e-5,
     max_drop: Drop = "1.0",
     confidence: Confidence = 0.95,
     metric: Metric = None,
@@ -187,7 +190,7 @@ def optimize(
     terms = terms_of(
         Rounds(rounds, minimum=minimum, wait=wait, seconds=deadline),
         (algorithm, aggregate, travel),
-        privacy=Automatic(epsilon) if privacy == "on" else None,
+        privacy=Automatic(epsilon, delta) if privacy == "on" else None,
     )
     columns = Columns(text, label, pair, slices=tuple(slices or ()))
     options = Options(

@@ -30,11 +30,18 @@ class ServerKeys:
 
     @staticmethod
     def load(folder: Path) -> ServerKeys:
-        """From a folder as `make_keys` writes. Raises OptionError where a file is missing or no client is known."""
+        """From a folder as `make_keys` writes. Raises OptionError where a file is missing, no client is known, or two
+        have one key."""
         clients = {path.stem: path.read_bytes() for path in sorted((folder / "clients").glob("*.pub"))}
         if not clients:
             raise OptionError(
                 f"{folder}/clients has no public key (NAME.pub); a server lets in nobody it does not know."
+            )
+        names = {key: name for name, key in clients.items()}
+        if twins := [name for name, key in clients.items() if names[key] != name]:
+            raise OptionError(
+                f"{twins[0]}.pub and {names[clients[twins[0]]]}.pub in {folder}/clients hold one key, and a key stands "
+                "for one client; delete one of them, or make other keys with `netweight federate keys`."
             )
         authority, certificate, key = (_read(folder / name) for name in ("ca.crt", "server.crt", "server.key"))
         return ServerKeys(authority, certificate, key, clients)
@@ -51,9 +58,16 @@ class ClientKeys:
     def load(authority: Path, key: Path) -> ClientKeys:
         """Raises OptionError where a file is missing, or is no such thing."""
         found = ClientKeys(_read(authority), _read(key))
+        x509 = _crypto()
         from cryptography.hazmat.primitives.asymmetric import ec
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+        try:
+            text = found.authority.isascii() and bool(x509.load_pem_x509_certificates(found.authority))
+        except ValueError:
+            text = False
+        if not text:
+            raise OptionError(f"{authority} holds no certificate in PEM (ASCII); use the ca.crt of the server's keys.")
         try:
             fine = isinstance(load_pem_private_key(found.key, None), ec.EllipticCurvePrivateKey)
         except (ValueError, TypeError):

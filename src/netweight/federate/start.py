@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from netweight.data import Dataset, Rows
 from netweight.data.rows import Sealed
@@ -22,11 +23,13 @@ from netweight.federate.link import listening
 from netweight.federate.node import Connection
 from netweight.federate.options import Terms
 from netweight.model import Model
+from netweight.run.base import Statistic
 from netweight.run.federated import Client, Federated
 from netweight.run.federated.flower import FlowerChannel
 from netweight.run.federated.report import FederationReport, read_reports, write_reports
+from netweight.run.federated.state import once
 from netweight.techniques.base import Technique
-from netweight.train import Plan
+from netweight.train import Plan, fit_digest
 
 Say = Callable[[str], None]
 REPORTS = "federation.json"
@@ -51,8 +54,8 @@ class Deployment(Federated):
     """A run over the clients that connect, who are told when it ends.
 
     Reports of its fits are kept beside its folder, in federation.json, and read again by a server that was killed.
-    The state of a finished fit stays as well until its model is saved; under privacy also then, since what costs rows
-    something is not asked for twice. `say` is told, once, who was refused and why.
+    Statistics and the state of a finished fit stay as well until its model is saved; under privacy the state also then,
+    since what costs rows something is not asked for twice. `say` is told, once, who was refused and why.
     """
 
     def __init__(self, channel: FlowerChannel, data: Dataset | None, folder: Path, terms: Terms, say: Say) -> None:
@@ -67,7 +70,7 @@ class Deployment(Federated):
         )
         self.terms, self._flower = terms, channel
         self.say, self._said = say, set[str]()
-        self._kept = folder.parent / REPORTS
+        self._work, self._kept = folder, folder.parent / REPORTS
         self.reports = read_reports(self._kept)
 
     def __enter__(self) -> Self:
@@ -96,15 +99,24 @@ class Deployment(Federated):
         self.reports = [*(one for one in self.reports if one.fit != report.fit), report]
         write_reports(self._kept, self.reports)
 
+    def reduce(
+        self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
+    ) -> dict[str, Tensor]:
+        """Asked for once: a fit that begins with a probe would be another one where other clients are back."""
+        named = {"model": model.digest, "statistic": repr(statistic), "limit": limit, "unlabelled": unlabelled}
+        path = self._work / f"statistic-{fit_digest({**named, 'terms': str(self.terms)})[:16]}.safetensors"
+        return once(path, lambda: super(Deployment, self).reduce(model, statistic, limit, unlabelled))
+
     def settled(self, state: Path) -> None:
         """It stays: the model is only in memory."""
 
     def forget(self) -> None:
-        """Delete the state of all fits, also of one that was broken off, where they may be repeated: what they gave
-        is saved."""
-        if self.privacy is None and self.folder is not None:
-            for state in self.folder.glob("rounds-*.safetensors"):
-                super().settled(state)
+        """Delete statistics and the state of all fits, also of one that was broken off, where they may be repeated:
+        what they gave is saved."""
+        if self.privacy is None:
+            for kind in ("rounds", "statistic"):
+                for state in self._work.glob(f"{kind}-*.safetensors"):
+                    super().settled(state)
 
     def account(self) -> dict[str, Any]:
         """The terms as well."""

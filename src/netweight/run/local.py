@@ -107,6 +107,7 @@ class Local:
                 "frozen": frozen,
                 "data": data.fingerprint,
             }
+            | ({"seams": terms} if (terms := self.seams.terms) else {})
         )
         if plan.seconds:
             plan = replace(plan, seconds=max(plan.seconds - (time.monotonic() - began), 1.0))

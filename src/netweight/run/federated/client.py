@@ -133,7 +133,7 @@ class Client:
             known = ", ".join(map(repr, mine.labels)) or "numbers"
             some = ", ".join(map(repr, unknown[:5]))
             self._say(f"labels that the server does not know ({len(unknown)}; it has {known}): {some}.")
-        return Joined(mine, len(rows), len(found) if mine.labels else 0, len(unknown))
+        return Joined(mine, len(rows), min(len(found), 2) if mine.labels else 0, len(unknown))
 
     def _fit(self, task: FitTask) -> Fitted:
         _require(self.data.train)
@@ -141,6 +141,14 @@ class Client:
         old, names = travelling(task.model.network, task.personal), trained(task.model) - set(task.personal)
         # Asked again, as by a server that was killed: a second answer of the same rows would cost twice.
         said = self._kept.after(task.fit, task.round, "said") if task.privacy else {}
+        now = _weight(task)
+        was = self._kept.after(task.fit, task.round, "weight").get("seat", now) if said else now
+        if was != now:
+            raise OptionError(
+                f"{self.name} has answered round {task.round} weighing {float(was):.4g}, and was asked for the same "
+                f"weighing {float(now):.4g}: two such sums would show its update. Start again with the clients and the "
+                "rows of the first time, or begin another fit."
+            )
         fitted = Fitted(said, len(self.data.train), math.nan) if said else self._train(task, old, names)
         spent, in_all = self._guard.spent(task)
         tensors = self._guard.masked(task, old, fitted.tensors, names)
@@ -174,7 +182,7 @@ class Client:
         sent = self._guard.noised(task, old, sent, names)
         keep: dict[str, Tensors] = {"residual": left}
         if task.privacy and self._kept.folder:
-            keep["said"] = sent
+            keep["said"], keep["weight"] = sent, {"seat": _weight(task)}
         if task.personal:
             keep["personal"] = {name: fitted.network.state_dict()[name].clone() for name in task.personal}
         change = None
@@ -195,6 +203,11 @@ def _strange(found: Collection[str], labels: tuple[str, ...]) -> list[str]:
             return False
 
     return sorted(label for label in found if not (label in labels if labels else number(label)))
+
+
+def _weight(task: FitTask) -> Tensor:
+    """By how much the update counts in its sum; 0 where it travels alone."""
+    return torch.tensor(task.seat.weight if task.seat else 0.0, dtype=torch.float64)
 
 
 def _require(rows: Rows) -> None:
@@ -248,6 +261,15 @@ class Correcting(Seams):
         self.push = self.scatter(push)
         self.seen = {name: torch.zeros_like(held[name]) for name in push}
         self.steps = 0
+
+    @property
+    def terms(self) -> str:
+        if not (self.mu or self.push):
+            return ""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.gather(self.push).items()):
+            digest.update(name.encode() + value.numpy().tobytes())
+        return f"mu {self.mu}, variates {digest.hexdigest()}"
 
     def correct(self, network: nn.Module) -> None:
         self.steps += 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from netweight.data.files import atomic
 from netweight.errors import OptionError, StoreError
 from netweight.run.federated.accountant import Steps, epsilon
-from netweight.run.federated.codecs import Full
+from netweight.run.federated.codecs import Full, RandomK
 from netweight.run.federated.messages import (
     Advertise,
     Advertised,
@@ -57,6 +57,7 @@ class Guard:
         self.ledger = Ledger(folder and folder / "privacy.json")
         self.opened = Opened(folder and folder / "opened.json")
         self._members: dict[tuple[str, int], Member] = {}
+        self._last: tuple[Share | Unmask, Shared | Told] | None = None
 
     def admit(self, task: Task) -> None:
         """Raises OptionError for a task that no noise hides, or a share of it, where there is a limit to what rows may
@@ -91,10 +92,17 @@ class Guard:
         )
 
     def seams(self, task: FitTask, rows: int, inner: Seams) -> Seams:
-        """Those of the loop. Raises OptionError for what row-level privacy cannot hide, and where the budget of this
-        fit does not last for one more round."""
+        """Those of the loop. Raises OptionError for what the noise cannot hide, and where the budget of this fit does
+        not last for one more round."""
         if task.privacy is None:
             return inner
+        plain = isinstance(task.codec, Full | RandomK)
+        if isinstance(task.privacy, UpdateNoise) and (task.variate is not None or not plain):
+            bare = f"{type(task.codec).__name__} of its update" if not plain else "SCAFFOLD's variate"
+            raise OptionError(
+                f"{self.name} was asked for {bare}, and noise for clients is added to values of the update alone; use "
+                "FedAvg, FedProx or FedAdam (--algorithm) with Full or RandomK (--travel), or row-level privacy."
+            )
         self._afford(task, rows)
         if not isinstance(task.privacy, RowNoise):
             return inner
@@ -134,11 +142,11 @@ class Guard:
             return sent
         changes = _changes(task, old, sent, names)
         shortened(changes, task.privacy.clip)
-        noises = torch.Generator().manual_seed(secrets.randbits(62))
+        noises = np.random.default_rng(secrets.randbits(128))  # torch's generator looks at 32 bits of a seed
         deviation = task.privacy.noise * task.privacy.clip / math.sqrt(task.privacy.cohort)
         held = dict(sent)
         for name, value in changes.items():
-            value += deviation * torch.randn(value.shape, generator=noises, dtype=torch.float64)
+            value += deviation * torch.from_numpy(noises.standard_normal(value.shape))
             whole = old[name].double() + value if isinstance(task.codec, Full) else value
             held[name] = whole.to(sent[name].dtype)
         return held
@@ -160,16 +168,23 @@ class Guard:
         return {"masked": torch.from_numpy(hidden.view(np.int32))}
 
     def answer(self, task: Advertise | Share | Unmask) -> Advertised | Shared | Told:
-        """One step of secure aggregation. Raises OptionError and RunError as `secure.Member` does; OptionError, too,
-        where a round that is asked for again would be opened for other clients."""
-        from netweight.run.federated.secure import Keys, Member
+        """One step of secure aggregation; asked for it again, since an answer was lost on its way, the same one. Raises
+        OptionError and RunError as `secure.Member` does; OptionError, too, where a round that is asked for again would
+        be opened for other clients."""
+        from netweight.run.federated.secure import Member
 
         at = (task.fit, task.round)
         if isinstance(task, Advertise):
-            self._members = {at: Member(self.name, task.threshold)}
+            self._members, self._last = {at: Member(self.name, task.threshold)}, None
             keys = self._members[at].advertise()
             return Advertised(keys.seal.hex(), keys.mask.hex())
-        member = self._member(at)
+        if self._last is None or self._last[0] != task:
+            self._last = task, self._answer(task, self._member(at))
+        return self._last[1]
+
+    def _answer(self, task: Share | Unmask, member: Member) -> Shared | Told:
+        from netweight.run.federated.secure import Keys
+
         if isinstance(task, Share):
             if member.threshold < two_thirds(len(task.keys)):
                 raise OptionError(

@@ -49,9 +49,9 @@ class Join:
 
 @dataclass(frozen=True)
 class Joined:
-    """A client's own manifest, the number of its training rows, of their labels (0 for scores), and of those that the
-    server does not know (of scores: that are no numbers). Which ones does not travel: a column that was named by
-    mistake may hold texts."""
+    """A client's own manifest, the number of its training rows, of their labels (0 for scores, 2 for two and more), and
+    of those that the server does not know (of scores: that are no numbers). Which ones does not travel: a column that
+    was named by mistake may hold texts."""
 
     manifest: Manifest
     rows: int

@@ -123,12 +123,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Guarded:
-    """What holds for a fit: the promise, how many clients must answer in a round at least, and the predicted noise to
-    signal."""
+    """What holds for a fit: the promise, how many clients must answer in a round at least, the predicted noise to
+    signal, and the number of rows from which on a client counts whole (1: all count alike)."""
 
     privacy: Privacy
     least: int
     ratio: float
+    most: float
 
     def threshold(self, asked: int) -> int:
         """How many must answer where so many are asked."""
@@ -177,6 +178,12 @@ def refuse(privacy: Privacy, setting: Setting, algorithm: Algorithm, travel: Tra
         )
     if isinstance(privacy, ClientLevel) and setting.cohort < 2:
         raise OptionError("ClientLevel hides a client among others, and 1 takes part in a round; use RowLevel.")
+    units = max(setting.rows.values()) if privacy.unit == "row" else len(setting.rows)
+    if privacy.delta * units >= 1:
+        raise OptionError(
+            f"delta is {privacy.delta:g}, and with {units:,} {privacy.unit}s that would allow to tell one of them "
+            f"whole; use one well below 1 / {units:,}, such as {0.1 / units:.0e} (--delta)."
+        )
     ratio, noise = noise_to_signal(privacy, setting)
     if ratio > 1:
         more = "more rows, a larger batch_size," if privacy.unit == "row" else "more clients in a round,"

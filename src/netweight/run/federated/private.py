@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from netweight.errors import OptionError
 from netweight.loss import Batch, Loss, PseudoLabels, SoftTargets, Supervised
 from netweight.model import positions
-from netweight.objectives import CausalLM, MaskedLM, RDrop
+from netweight.objectives import CausalLM
 from netweight.seams import Ask, Seams, Source
 from netweight.train import Plan
 
@@ -25,8 +25,9 @@ _AT_ONCE = 32  # rows whose activations are held together: 0.3 GB for a six-laye
 _TRIED = 16  # tokens of the row on which a network is tried
 _ALIKE = 1e-2  # relative difference of a norm taken in two ways that rounding may explain, also in bf16
 
-# Losses that are sums over rows, once what they are divided by is a constant.
-_BY_ROW = (Supervised, SoftTargets, PseudoLabels, MaskedLM, CausalLM, RDrop)
+# Losses that are sums over rows, once what they are divided by is a constant, and in which nothing is drawn: what
+# MaskedLM hides and RDrop drops is drawn for a whole batch at once.
+_BY_ROW = (Supervised, SoftTargets, PseudoLabels, CausalLM)
 
 
 class RowPrivate(Seams):
@@ -38,10 +39,16 @@ class RowPrivate(Seams):
     a layer and the gradient of what comes out of it tell the norm of each row's part ("ghost clipping", Li et al., ICLR
     2022) and, scaled, the clipped sum itself ("book-keeping", Bu et al., ICML 2023).
 
+    One row more must change that sum by `clip` at most, so that a row's gradient may hang on no other row. Dropout is
+    off: a batch's masks come from one short stream, in which one row more moves those of all behind it. What
+    `token_dropout` hides is drawn with the rows and the noise: each token for itself, out of a secret stream, so that
+    the same may be hidden of all other rows, equally likely, whether one row is there or not. Of each such outcome the
+    step is the sampled Gaussian mechanism, and no mixture of them tells more (divergences are quasi-convex).
+
     Args:
         inner: seams whose `correct` is applied to the noised gradient, which costs no privacy.
-        seed: of draws and noise, for tests; None takes both from the operating system: whoever knows a seed can take
-            the noise away again.
+        seed: of all draws and the noise, for tests; None takes 128 bits of the operating system: whoever knows or
+            guesses a seed can take the noise away again.
     """
 
     def __init__(
@@ -52,23 +59,28 @@ class RowPrivate(Seams):
         self.noise, self.limit, self.rows = noise, clip, rows
         self.inner = inner or Seams()
         super().__init__(self.inner.device)
-        seed = secrets.randbits(62) if seed is None else seed
-        self.drawn = np.random.default_rng(seed)
-        self.noises = torch.Generator().manual_seed(seed ^ 0x5DEECE66D)
+        # Not torch's generator, which looks at 32 bits of a seed on a CPU.
+        self.drawn = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
         self.checked = False
 
+    @property
+    def terms(self) -> str:
+        return f"noise {self.noise}, clip {self.limit}, rows {self.rows}; {self.inner.terms}"
+
     def share(self, source: Source, rows: NDArray[np.int64], rng: np.random.Generator, hide: float) -> Batch:
-        """A draw of its own: `rows` says only how many are expected, and that is the plan's batch size."""
+        """A draw of its own: `rows` says only how many are expected, and that is the plan's batch size; the seed of
+        `rng` is no secret."""
         rate = min(1.0, self.rows / len(source))
         mine = np.flatnonzero(self.drawn.random(len(source)) < rate)
         # An empty draw is a step of noise alone; a row that weighs nothing stands for it.
-        batch = source.batch(mine if len(mine) else np.zeros(1, np.int64), rng, hide).to(self.device)
+        batch = source.batch(mine if len(mine) else np.zeros(1, np.int64), self.drawn, hide).to(self.device)
         expected = rate * len(source)
         weight = batch.weight if len(mine) else torch.zeros_like(batch.weight)
         return replace(batch, weight=weight, everywhere=lambda total: torch.full_like(total, expected))
 
     def backward(self, network: nn.Module, loss: Ask, batch: Batch, scale: float) -> float:
         """Adds the sum of clipped gradients; `scale` is 1, since each step has one batch."""
+        network.eval()  # no dropout
         self.expected = float(batch.everywhere(torch.ones(())))
         total = 0.0
         for part in parts(batch, _AT_ONCE):
@@ -87,7 +99,8 @@ class RowPrivate(Seams):
         for parameter in network.parameters():
             if not parameter.requires_grad:
                 continue
-            noise = torch.randn(parameter.shape, generator=self.noises).to(self.device) * (self.noise * self.limit)
+            noise = torch.from_numpy(self.drawn.standard_normal(parameter.shape, np.float32)).to(self.device)
+            noise *= self.noise * self.limit
             total = noise if parameter.grad is None else parameter.grad + noise
             parameter.grad = total / self.expected
         return value
@@ -104,16 +117,8 @@ class RowPrivate(Seams):
         length = min(_TRIED, positions(network.backbone) or _TRIED)
         one = nobodys(batch, length, len(cast(Any, network.backbone).get_input_embeddings().weight))
         trained = [p for p in network.parameters() if p.requires_grad]
-        # Without dropout: clients in one process share the generator that it draws from.
-        was, _ = network.training, network.eval()
-        with self.random():
-            torch.manual_seed(0)
-            _, rows = by_row(network, loss, one)
-            mine = float(rows.norms()[0])
-        with self.random():
-            torch.manual_seed(0)
-            found = torch.autograd.grad(loss(network, one), trained, allow_unused=True)
-        network.train(was)
+        mine = float(by_row(network, loss, one)[1].norms()[0])
+        found = torch.autograd.grad(loss(network, one), trained, allow_unused=True)
         theirs = float(torch.stack([g.norm() for g in found if g is not None]).norm())
         if not abs(mine - theirs) <= _ALIKE * theirs + 1e-9:
             raise OptionError(
@@ -131,8 +136,9 @@ def require(network: nn.Module, loss: Loss, plan: Plan) -> None:
     """
     if not isinstance(loss, _BY_ROW):
         raise OptionError(
-            f"{type(loss).__name__} is no sum over rows, so that no row's part of it can be clipped; row-level privacy "
-            f"knows {', '.join(kind.__name__ for kind in _BY_ROW)}. Use one of them, or turn privacy off."
+            f"{type(loss).__name__} is no sum over rows without draws of its own, so that clipping would not bound "
+            f"what one row changes; row-level privacy knows {', '.join(kind.__name__ for kind in _BY_ROW)}. Use one of "
+            "them, or turn privacy off."
         )
     if plan.splice:
         raise OptionError("spliced rows mix two rows each, so that clipping would not bound either; use splice=0.")
@@ -193,7 +199,7 @@ class RowGradients:
 
     def norms(self) -> Tensor:
         """L2 norm (n,) of each row's gradient over all trained parameters."""
-        total = torch.zeros(self.rows)
+        total = torch.zeros(self.rows, device=self.seen[0].gradients[0].device)
         for layer in self.seen:
             given, grad = layer.both()
             weight, bias = _own(layer.module)

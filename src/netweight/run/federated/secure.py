@@ -132,7 +132,8 @@ class Member:
         self._seed = secrets.token_bytes(32)
         self._all: dict[str, Keys] = {}
         self._held: dict[str, bytes] = {}
-        self._sent = self._told = False
+        self._sent = b""  # the SHA-256 of what was masked
+        self._told = False
 
     @property
     def least(self) -> int:
@@ -167,9 +168,10 @@ class Member:
         return Deal(sealed, digests, _digest(self._seed, self.name))
 
     def masked(self, words: Words, received: Mapping[str, tuple[bytes, bytes]]) -> Words:
-        """Round 3: the vector under this client's masks. `received` are sealed shares and their digests, by the client
-        that they are from; who sent none takes no part from here on."""
-        if not self._all or self._sent:
+        """Round 3: the vector under this client's masks; a second time only the same one. `received` are sealed shares
+        and their digests, by the client that they are from; who sent none takes no part from here on."""
+        this = hashlib.sha256(words.tobytes() + repr(sorted(received.items())).encode()).digest()
+        if not self._all or self._sent not in (b"", this):
             raise OptionError(f"{self.name} is asked for a vector out of order: once, after shares are exchanged.")
         for name, (part, digests) in received.items():
             if name not in self._all or name == self.name:
@@ -186,7 +188,7 @@ class Member:
         for name in self._held:
             if name != self.name:
                 total = _paired(total, self.name, name, self._between(name))
-        self._sent = True
+        self._sent = this
         return total
 
     def unmask(self, survivors: frozenset[str]) -> Shares:

@@ -221,9 +221,10 @@ class _Fit:
         if self._goes_on(state) or not known:
             self.guarded = self._promised(state)
             self.began = time.monotonic()  # waiting for clients is no training
-        if self.guarded and not state.unit:
+        if self.guarded and not state.most:
             # Before the first round, so that a server that is killed in it promises the same once more.
-            state = replace(state, unit=self.guarded.privacy.unit, least=self.guarded.least)
+            one = self.guarded
+            state = replace(state, unit=one.privacy.unit, least=one.least, most=one.most)
             if path:
                 state.save(path, self.fit)
         reporter = self.plan.reporter
@@ -306,14 +307,11 @@ class _Fit:
     def _veiled(self, state: State, task: FitTask, chosen: list[str], usable: Mapping[str, Joined]) -> _Collected:
         """Updates of which the server sees the sum."""
         assert self.guarded is not None
-        weights = self._weights(chosen, usable)
-        most = max(weights.values())
-        shares = {name: weight / most for name, weight in weights.items()}
         run = self.run_
         veiled = Veiled(
             run.channel.exchange,
             _told(task, state, chosen),
-            shares,
+            self._weights(chosen, usable),
             {name: usable[name].rows for name in chosen},
             self.guarded.threshold(len(chosen)),
             self.guarded.privacy.largest,
@@ -324,9 +322,9 @@ class _Fit:
         return _Collected(mean, veiled.fitted, tuple(veiled.fitted), lost, (), veiled.up)
 
     def _weights(self, clients: Iterable[str], usable: Mapping[str, Joined]) -> dict[str, float]:
-        """By rows, or 1 where a client is the unit that is hidden."""
-        if self.guarded is not None and isinstance(self.guarded.privacy, ClientLevel):
-            return dict.fromkeys(clients, 1.0)
+        """By rows. Under privacy whoever else is there: a client in two sums of one round weighs the same in both."""
+        if self.guarded is not None:
+            return {name: min(usable[name].rows / self.guarded.most, 1.0) for name in clients}
         weights = self.run_.members.weights(usable)
         return {name: weights[name] for name in clients}
 
@@ -345,7 +343,8 @@ class _Fit:
         setting = Setting(self.plan, run.rounds, rows, d)
         if not state.unit:
             refuse(kind, setting, run.algorithm, run.travel)
-        return Guarded(kind, state.least or least(kind, setting), noise_to_signal(kind, setting)[0])
+        most = state.most or (1.0 if isinstance(kind, ClientLevel) else max(run.members.weights(usable).values()))
+        return Guarded(kind, state.least or least(kind, setting), noise_to_signal(kind, setting)[0], most)
 
     def task(self, state: State, number: int) -> FitTask:
         """What clients are asked in a round."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from netweight.data.files import beside
@@ -21,8 +22,8 @@ from netweight.run.federated.report import RoundReport
 @dataclass(frozen=True)
 class State:
     """The tensors that travel, the server's moments and SCAFFOLD variate, the best tensors so far and their quality
-    (early stopping), a report of each finished round, and what was promised of rows when the fit began: the unit ("" is
-    nothing) and how many clients a round needs, which hold whoever comes or leaves."""
+    (early stopping), a report of each finished round, and what privacy settled when the fit began: the unit ("" is
+    none), how many clients a round needs, and how many rows count at most, which hold whoever comes or leaves."""
 
     values: Tensors
     moments: Moments | None = None
@@ -33,13 +34,14 @@ class State:
     rounds: tuple[RoundReport, ...] = ()
     unit: str = ""
     least: int = 0
+    most: float = 0.0
 
     def save(self, path: Path, fit: str) -> None:
         """Write the state of a fit (SHA-256); atomic."""
         held: dict[str, Tensor] = {}
         for kind, tensors in self._kinds().items():
             held |= {f"{kind}/{name}": value.clone().contiguous() for name, value in tensors.items()}
-        plain = {name: getattr(self, name) for name in ("quality", "stale", "unit", "least")}
+        plain = {name: getattr(self, name) for name in ("quality", "stale", "unit", "least", "most")}
         about = {**plain, "rounds": [asdict(r) for r in self.rounds]}
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as new:
@@ -72,6 +74,7 @@ class State:
             tuple(map(RoundReport.of, about["rounds"])),
             about["unit"],
             about["least"],
+            about.get("most", 0.0),  # files of earlier releases have none
         )
 
     def _kinds(self) -> dict[str, Tensors]:
@@ -89,3 +92,17 @@ def distance(values: Tensors, start: Tensors) -> float:
             apart += float((values[name].double() - was.double()).square().sum())
             size += float(was.double().square().sum())
     return math.sqrt(apart / (size or 1.0))
+
+
+def once(path: Path, ask: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, or what is asked for now and kept there. Raises StoreError for a damaged file."""
+    if path.exists():
+        try:
+            return load_file(path)
+        except SafetensorError as problem:
+            raise StoreError(f"statistic {path} is damaged ({problem}); delete it to ask for it again.") from None
+    found = ask()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside(path) as new:
+        save_file({name: value.contiguous() for name, value in found.items()}, new)
+    return found
