@@ -231,7 +231,8 @@ def test_verify_names_both_processors_where_answers_differ(
 def test_of_a_larger_table_only_certify_rows_are_answered(
     say: Say, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, outputs = [], Engine.outputs
+    asked: list[int] = []
+    outputs = Engine.outputs
 
     def counted(engine: Engine, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Outputs:
         asked.append(len(texts))
