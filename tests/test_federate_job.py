@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import Killed, journal, many_rows, quick_measuring, tiny_base, tiny_model, tiny_rows, write_table
@@ -36,6 +37,7 @@ from netweight.store import store_of
 from netweight.summary import verify
 from netweight.task import Classify, Score
 from netweight.techniques import Distill, Finetune, Quantize, Static
+from netweight.techniques.finetune import Moments
 from netweight.train import Plan
 from test_federate import Federation, Joining, ended, free_port, waited
 from test_private_federated import shops
@@ -121,6 +123,17 @@ def test_statistics_are_asked_for_once(tmp_path: Path) -> None:
             technique(tiny_model(), run, PLAN)
         run.forget()
     assert not list(work.glob("*.safetensors"))
+
+
+def test_a_model_that_was_changed_is_asked_about_anew(tmp_path: Path) -> None:
+    """Fine-tuning sets the head of the very model that statistics were asked of."""
+    model = tiny_model()
+    with deployment(Connected(shops(2)), tmp_path, privacy=None) as run:
+        before = run.reduce(model, Moments(model.task))["xx"]
+        for parameter in model.network.parameters():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+        assert not torch.equal(run.reduce(model, Moments(model.task))["xx"], before)
+    assert "digest" not in vars(model), "it would name what the model was"
 
 
 def test_rounds_stay_until_the_model_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

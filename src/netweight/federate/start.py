@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -103,7 +103,8 @@ class Deployment(Federated):
         self, model: Model, statistic: Statistic, limit: int | None = None, unlabelled: bool = False
     ) -> dict[str, Tensor]:
         """Asked for once: a fit that begins with a probe would be another one where other clients are back."""
-        named = {"model": model.digest, "statistic": repr(statistic), "limit": limit, "unlabelled": unlabelled}
+        now = replace(model).digest  # which a model remembers, and techniques may go on to change this one
+        named = {"model": now, "statistic": repr(statistic), "limit": limit, "unlabelled": unlabelled}
         path = self._work / f"statistic-{fit_digest({**named, 'terms': str(self.terms)})[:16]}.safetensors"
         return once(path, lambda: super(Deployment, self).reduce(model, statistic, limit, unlabelled))
 
