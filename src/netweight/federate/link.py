@@ -196,12 +196,14 @@ def _grid(state: Any, run: Any) -> Any:
     def due(asked: str) -> bool:
         """Whether Flower can say at once what became of a message: its answer is there with all its parts, or it is
         lost. It is made lost where its answer broke off, since what is lost is asked again."""
-        ids: list[str] = []
-        with state.lock, suppress(NoObjectInStoreError):  # under this lock an answer is entered with its parts
+        parts: list[bytes | None] = []
+        # Under this lock an answer is entered with its parts. Flower drops those of an upload that broke off under it too,
+        # but takes that of uploads first, which who enters takes second: not held here, each could wait for the other.
+        with state.lock, suppress(NoObjectInStoreError):
             if answer := state.message_ins_id_to_message_res_id.get(asked):
                 begun.add(asked)
-                ids = [part.object_id for part in iterate_object_tree(state.object_store.get_object_tree(answer))]
-        parts = [state.get_object(run.run_id, one) for one in ids]
+                tree = state.object_store.get_object_tree(answer)
+                parts = [state.get_object(run.run_id, part.object_id) for part in iterate_object_tree(tree)]
         if b"" in parts:
             return False
         if asked in begun and (None in parts or not parts):
