@@ -197,8 +197,8 @@ def _grid(state: Any, run: Any) -> Any:
         """Whether Flower can say at once what became of a message: its answer is there with all its parts, or it is
         lost. It is made lost where its answer broke off, since what is lost is asked again."""
         parts: list[bytes | None] = []
-        # Under this lock an answer is entered with its parts. Flower drops those of an upload that broke off under it too,
-        # but takes that of uploads first, which who enters takes second: not held here, each could wait for the other.
+        # Under this lock an answer is entered with its parts. Flower drops those of an upload that broke off under it
+        # too, but takes that of uploads first, and to enter one second: not held here, each could wait for the other.
         with state.lock, suppress(NoObjectInStoreError):
             if answer := state.message_ins_id_to_message_res_id.get(asked):
                 begun.add(asked)
