@@ -136,14 +136,14 @@ def test_bench_without_a_store(say: Say, made: Path) -> None:
         bench.bench(made, str(write_table(made.parent / "rows.tsv", ROWS)), against=["teacher"])
 
 
-@pytest.mark.parametrize(("held", "said"), [("", "is empty"), ("3\n", "no line of dev.jsonl is a JSON object")])
-def test_damaged_dev_rows_are_told_of(say: Say, made: Path, held: str, said: str) -> None:
+@pytest.mark.parametrize("held", ["", "3\n"])
+def test_damaged_dev_rows_are_told_of(say: Say, made: Path, held: str) -> None:
     store_of(made).mkdir()
     (store_of(made) / DEV).write_text(held, encoding="utf-8")
     for words in (("bench", made), ("export", made, "--to", "onnx", "--out", made.parent / "x")):
         found = say(*words)
         assert (found.status, found.err.count("\n")) == (1, 1)
-        assert said in found.err
+        assert "dev.jsonl is empty or damaged; the same `netweight optimize` writes it anew" in found.err
 
 
 def test_the_openvino_baseline_names_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
