@@ -308,6 +308,16 @@ def test_a_number_that_is_written_otherwise_is_the_same_look(tmp_path: Path) -> 
         assert json.loads(ledger.read_text())["max_drop"] == first, "one line"
 
 
+def test_a_ledger_of_before_may_hold_one_question_as_two_looks(tmp_path: Path) -> None:
+    rows, ledger = labelled(), tmp_path / "looks.jsonl"
+    first = plan(rows, SAFE)
+    held = [first, replace(first, max_drop=1, look=2)]
+    ledger.write_text("".join(json.dumps(one.to_dict()) + "\n" for one in held))
+    assert plan(rows, SAFE, ledger=ledger).look == 1
+    looks = [plan(rows, *candidates, ledger=ledger).look for candidates in ((CHEAP,), (SAFE, CHEAP), (CHEAP,))]
+    assert looks == [3, 4, 3], "none is given to two questions"
+
+
 def test_the_levels_of_all_looks_sum_to_what_was_promised() -> None:
     one = plan(labelled(), SAFE)
     assert sum(replace(one, look=k).level for k in range(1, 60)) == pytest.approx(0.05)

@@ -62,12 +62,10 @@ def decided(registration: Registration) -> str:
 
 def _recorded(plan: Registration, ledger: Path) -> Registration:
     with locked(ledger) as file:
-        earlier: dict[str, int] = {}
-        for entry in _entries(file, ledger):
-            if entry.fingerprint == plan.fingerprint:
-                earlier.setdefault(decided(entry), entry.look)
-        known = earlier.get(decided(plan))
-        registration = replace(plan, look=known or 1 + len(earlier))
+        earlier = [entry for entry in _entries(file, ledger) if entry.fingerprint == plan.fingerprint]
+        known = next((entry.look for entry in earlier if decided(entry) == decided(plan)), None)
+        # Not how many questions there were: a ledger of before may hold one of them as two looks.
+        registration = replace(plan, look=known or 1 + max((entry.look for entry in earlier), default=0))
         if known is None:
             line = json.dumps(registration.to_dict(), sort_keys=True, ensure_ascii=False) + "\n"
             append(file, line.encode())
