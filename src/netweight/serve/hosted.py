@@ -200,7 +200,7 @@ class Models:
     def load(self, folder: Path, name: str | None = None) -> Hosted:
         """Verify, load and warm up an artifact, and let it answer from now on; the one before answers what it has.
 
-        Raises ArtifactError or CorruptArtifact; then nothing has changed, but that others may sleep to make room for it.
+        Raises ArtifactError or CorruptArtifact; then nothing has changed, but others may sleep, to make room for it.
         """
         name = name or artifact.name_of(folder)
         if not name or "/" in name:
