@@ -274,7 +274,7 @@ def test_half_precision_is_no_reason_to_refuse():
 
 def test_without_noise_and_clipping_it_learns_as_plain_training_does():
     model = prepared(train="head")
-    after = fitted(RowPrivate(0.0, 1e6, 8, seed=0), model, epochs=10)
+    after = fitted(RowPrivate(0.0, 1e6, 8, seed=0), model, epochs=20)
     run = Local(Dataset(tiny_rows(80), tiny_rows(80), tiny_rows(2), Sealed(tiny_rows(2))))
     assert run.quality(after) > 0.9
 

@@ -217,6 +217,7 @@ def pretrained(name: str | Path, task: Task, max_length: int = 128, seed: int = 
             )
     except (OSError, ValueError, KeyError) as problem:
         raise ModelError(f"model {name!r} cannot be loaded: {problem}") from problem
+    backbone.config.name_or_path = known_as(name)  # transformers notes the folder; a digest is not to know where it lay
     network = Transformer(backbone, task.outputs, _pooling(folder, config))
     torch.nn.init.zeros_(network.head.weight)
     torch.nn.init.zeros_(network.head.bias)
